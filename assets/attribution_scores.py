@@ -1,0 +1,92 @@
+"""The stage `attribution_scores`: how much each input and weight matters, per variation and group.
+
+The scores are files, found again by their content; the table `attribution_files` says where they lie.
+"""
+
+import dagster as dg
+import polars as pl
+
+from assets.completions import completions_of, require_same_model
+from assets.partitions import Catalogue
+from assets.stage import data_version, grid_asset, table_metadata
+from resources.artifacts import Artifacts
+from resources.gpu import GPUResource
+from resources.settings import AuditSettings
+from resources.tables import TABLES
+from resources.warehouse import Warehouse
+from resources.watch import RunWatch
+
+
+def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
+    """Attributes the answers of every variation."""
+
+    @grid_asset(
+        catalogue,
+        group="pruning",
+        kinds={"torch", "safetensors"},
+        description="What every strategy needs to know about the unpruned model: input norms and gradients, per "
+        "variation and group, computed from the completions.",
+        deps=["completions"],
+        uses_model=True,
+    )
+    def attribution_scores(
+        context: dg.AssetExecutionContext,
+        warehouse: Warehouse,
+        artifacts: Artifacts,
+        gpu: GPUResource,
+        settings: AuditSettings,
+        watch: RunWatch,
+    ) -> dg.MaterializeResult:
+        from excise.attribution import attribute
+
+        model, scenario = catalogue.partition(context)
+        completions, prompts = completions_of(warehouse, model, scenario.key)
+        audit = settings.audit_of(scenario)
+        variations = prompts["variation"].unique(maintain_order=True).to_list()
+        with gpu.model(model, catalogue.models, waiting=context.log.info) as loaded:
+            require_same_model(completions, loaded.fingerprint, model, scenario.key)
+            files = [
+                attribute(
+                    loaded,
+                    prompts,
+                    completions,
+                    variation,
+                    comparison=scenario.comparison,
+                    strategies=catalogue.strategies,
+                    seed=audit.seed,
+                    folder=artifacts.tensors("attribution", model, scenario.key),
+                    progress=watch.progress(context),
+                )
+                for variation in variations
+            ]
+            device = gpu.report(loaded)
+        stored = [artifacts.describe(file.path) for file in files]
+        rows = pl.DataFrame(
+            [
+                {
+                    "model": model,
+                    "scenario": scenario.key,
+                    "variation": file.variation,
+                    "kind": file.kind,
+                    "path": where.path,
+                    "sha256": where.sha256,
+                    "bytes": where.bytes,
+                    "model_fingerprint": device["model_fingerprint"],
+                    "completions_version": data_version(completions).value,
+                }
+                for file, where in zip(files, stored, strict=True)
+            ],
+            schema=TABLES["attribution_files"].schema,
+        )
+        warehouse.replace_partition("attribution_files", rows, {"model": model, "scenario": scenario.key})
+        metadata = table_metadata("attribution_files", rows) | device
+        metadata |= {
+            "files_computed": sum(not file.reused for file in files),
+            "files_reused": sum(file.reused for file in files),
+            "seconds": round(sum(file.seconds for file in files), 1),
+            "bytes": sum(where.bytes for where in stored),
+            "folder": dg.MetadataValue.path(str(artifacts.tensors("attribution", model, scenario.key))),
+        }
+        return dg.MaterializeResult(metadata=metadata, data_version=data_version(rows.drop("path")))
+
+    return attribution_scores

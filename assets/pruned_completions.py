@@ -1,0 +1,102 @@
+"""The stage `pruned_completions`: what the model answers under every mask.
+
+Prompts, samples, parameters and noise are those of `completions`, so pruned and unpruned answers come in pairs.
+"""
+
+import dagster as dg
+import polars as pl
+
+from assets import checks
+from assets.completions import completions_of, require_same_model, sampling_of
+from assets.partitions import Catalogue
+from assets.stage import data_version, grid_asset, rows_of, table_metadata
+from excise.errors import ExciseError
+from resources.artifacts import Artifacts
+from resources.gpu import GPUResource
+from resources.tables import TABLES
+from resources.warehouse import Warehouse
+from resources.watch import RunWatch
+
+MASK_COLUMNS = (*checks.MASK, "mask", "path")
+
+
+def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
+    """Samples the model under every mask of the partition."""
+
+    @grid_asset(
+        catalogue,
+        group="pruning",
+        kinds={"torch", "duckdb"},
+        description="What the model answers to the same prompts under every mask, with the same noise as unpruned.",
+        deps=["completions", "pruning_masks"],
+        checks=[checks.spec("completions_complete_and_balanced", "pruned_completions", catalogue)],
+        uses_model=True,
+    )
+    def pruned_completions(
+        context: dg.AssetExecutionContext,
+        warehouse: Warehouse,
+        artifacts: Artifacts,
+        gpu: GPUResource,
+        watch: RunWatch,
+    ) -> dg.MaterializeResult:
+        from excise.completions import CompletionCache, Work, complete
+        from excise.masks import Mask
+        from excise.report import reuse_sentence
+        from excise.sampling import SamplingParameters
+
+        model, scenario = catalogue.partition(context)
+        completions, prompts = completions_of(warehouse, model, scenario.key)
+        samples, parameters = sampling_of(completions)
+        masks = (
+            rows_of(warehouse, "masks", model, scenario.key, made_by="pruning_masks")
+            .select(MASK_COLUMNS)
+            .unique()
+            .sort(MASK_COLUMNS)
+        )
+        if unasked := set(masks["variation"]) - set(prompts["variation"]):
+            raise ExciseError(
+                f"there are masks for {', '.join(sorted(unasked))} of {model}|{scenario.key}, but no completions; "
+                "materialize pruning_masks of this partition again"
+            )
+        cache = CompletionCache(artifacts.completion_cache)
+        progress = watch.progress(context)
+        wanted = {row["variation"]: 0 for row in masks.iter_rows(named=True)}
+        for variation in wanted:
+            wanted[variation] = prompts.filter(pl.col("variation") == variation).height * samples
+        total = sum(wanted[row["variation"]] for row in masks.iter_rows(named=True))
+        frames, work, before = [], Work(), 0
+        with gpu.model(model, catalogue.models, waiting=context.log.info) as loaded:
+            require_same_model(completions, loaded.fingerprint, model, scenario.key)
+            for row in masks.iter_rows(named=True):
+                frame, done = complete(
+                    loaded,
+                    prompts.filter(pl.col("variation") == row["variation"]),
+                    samples,
+                    SamplingParameters(**parameters),
+                    outcome=scenario.outcome,
+                    mask=Mask.load(artifacts.locate(row["path"], made_by="pruning_masks")),
+                    cache=cache,
+                    progress=lambda _, done, __, before=before: progress("pruned completions", before + done, total),
+                )
+                named = [
+                    pl.lit(row[name], dtype=TABLES["pruned_completions"].schema[name]).alias(name)
+                    for name in (*checks.MASK[1:], "mask")
+                ]
+                frames.append(frame.with_columns(named))
+                work, before = work + done, before + wanted[row["variation"]]
+            device = gpu.report(loaded)
+        rows = pl.concat(frames)
+        warehouse.replace_partition("pruned_completions", rows, {"model": model, "scenario": scenario.key})
+        asked = prompts.join(masks.select(checks.MASK), on="variation")
+        outcome = checks.completions_complete_and_balanced(rows, asked, samples, masked=True)
+        checks.record(warehouse, "pruned_completions", model, scenario.key, [outcome])
+        return dg.MaterializeResult(
+            metadata=table_metadata("pruned_completions", rows)
+            | {"reuse": reuse_sentence(work.drawn, work.reused), "masks": masks.height}
+            | work.metadata()
+            | device,
+            data_version=data_version(device["model_fingerprint"], rows),
+            check_results=[outcome.result()],
+        )
+
+    return pruned_completions

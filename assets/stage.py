@@ -1,0 +1,142 @@
+"""What all stages share: how an asset of the grid is declared, how it fails, and the metadata of its result.
+
+Here belong Dagster's conventions (groups, pools, versions, schema and pictures as metadata). What a single stage does
+is in the module of its name.
+"""
+
+import base64
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import dagster as dg
+import polars as pl
+import polars.selectors as cs
+
+from assets.partitions import Catalogue
+from excise.errors import ExciseError
+from resources.artifacts import Artifacts
+from resources.tables import TABLES
+from resources.warehouse import Warehouse
+
+# All assets of a grid need the same policy, or Dagster splits a backfill into more runs than there are partitions.
+ONE_RUN_PER_PARTITION = dg.BackfillPolicy.multi_run(max_partitions_per_run=1)
+INLINE_PICTURE_BYTES = 100_000
+
+
+def clear_failures(function: Callable) -> Callable:
+    """Turn a mistake the user can mend into a failure that says so; trying again would not help."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except ExciseError as error:
+            raise dg.Failure(description=str(error), allow_retries=False) from error
+
+    return guarded
+
+
+def grid_asset(
+    catalogue: Catalogue,
+    *,
+    group: str,
+    kinds: set[str],
+    description: str,
+    deps: Sequence[str],
+    checks: Sequence[dg.AssetCheckSpec] = (),
+    uses_model: bool = False,
+    code_version: str = "1",
+) -> Callable[[Callable], dg.AssetsDefinition]:
+    """Declare an asset partitioned by model and scenario. Stages that use the model hold the pool `gpu`."""
+
+    def declare(function: Callable) -> dg.AssetsDefinition:
+        return dg.asset(
+            partitions_def=catalogue.grid,
+            backfill_policy=ONE_RUN_PER_PARTITION,
+            group_name=group,
+            kinds=kinds,
+            description=description,
+            deps=list(deps),
+            check_specs=list(checks),
+            pool="gpu" if uses_model else None,
+            code_version=code_version,
+        )(clear_failures(function))
+
+    return declare
+
+
+def rows_of(warehouse: Warehouse, table: str, model: str, scenario: str, *, made_by: str) -> pl.DataFrame:
+    """A partition's rows. Raises ExciseError naming the asset to materialize when there are none."""
+    rows = warehouse.read(table, model=model, scenario=scenario)
+    if rows.is_empty():
+        raise ExciseError(
+            f"table {table} has no rows for {model}|{scenario}; materialize {made_by} of this partition first"
+        )
+    return rows
+
+
+def data_version(*parts: Any) -> dg.DataVersion:
+    """A version that changes with any of the given values or frames (whatever the order of rows and columns)."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, pl.DataFrame):
+            columns = sorted(part.columns)
+            plain = part.select(columns).with_columns(cs.list().cast(pl.List(pl.String)).list.join(" "))
+            digest.update(plain.sort(columns).write_csv(null_value="\x00").encode())
+        else:
+            digest.update(json.dumps(part, sort_keys=True, default=str).encode())
+        digest.update(b"\x1e")
+    return dg.DataVersion(digest.hexdigest()[:16])
+
+
+def table_metadata(table: str, rows: pl.DataFrame) -> dict[str, Any]:
+    """Row count, table name and described columns, under the keys Dagster shows specially."""
+    columns = [
+        dg.TableColumn(column.name, column.type.lower(), description=column.description)
+        for column in TABLES[table].columns
+    ]
+    return {
+        "dagster/row_count": rows.height,
+        "dagster/table_name": table,
+        "dagster/column_schema": dg.TableSchema(columns=columns),
+    }
+
+
+def picture(name: str, figure: Any, artifacts: Artifacts, *partition: str) -> dict[str, dg.MetadataValue]:
+    """Save a figure in the partition's folder and return it as metadata, drawn inline and as a path."""
+    from excise.figures import save
+
+    saved = save(figure, artifacts.figures(*partition) / name)
+    encoded = base64.b64encode(saved.png).decode()
+    return {
+        name: dg.MetadataValue.md(f"![{name.replace('_', ' ')}](data:image/png;base64,{encoded})"),
+        f"{name}_file": dg.MetadataValue.path(str(saved.svg_path)),
+    }
+
+
+def table_value(rows: Sequence[Mapping[str, Any]] | pl.DataFrame, *, limit: int = 100) -> dg.TableMetadataValue:
+    """Rows as a table in the UI; of many rows the first `limit`."""
+    records = rows.to_dicts() if isinstance(rows, pl.DataFrame) else list(rows)
+    columns = list(records[0]) if records else []
+    return dg.MetadataValue.table(
+        records=[dg.TableRecord({name: _shown(record[name]) for name in columns}) for record in records[:limit]],
+        schema=dg.TableSchema(columns=[dg.TableColumn(name, _kind(records, name)) for name in columns]),
+    )
+
+
+def _shown(value: Any) -> str | int | float | bool:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    return value if isinstance(value, str | int | bool) else str(value)
+
+
+def _kind(records: Sequence[Mapping[str, Any]], name: str) -> str:
+    values = [record[name] for record in records if record[name] is not None]
+    if values and all(isinstance(value, bool) for value in values):
+        return "bool"
+    return "float" if values and all(isinstance(value, int | float) for value in values) else "string"

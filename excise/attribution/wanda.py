@@ -1,0 +1,79 @@
+"""Input norms for the Wanda score, per group of prompts, in one pass over the answer trees.
+
+The score of a weight is |W| times the norm of its input (BDB, section 3; Sun et al. 2024). It factorises, so only the
+norms are kept: one vector per site and weighting, a few megabytes where dense scores take gigabytes. Selecting weights by
+the score belongs to `excise.selection`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from excise.models import SITES, Linear, LoadedModel
+from excise.progress import Progress, silent
+from excise.tree import AnswerTree, Rows, pack
+
+
+def input_norms(
+    loaded: LoadedModel,
+    trunk: Sequence[int],
+    trees: Sequence[AnswerTree],
+    totals: np.ndarray,
+    *,
+    batch: int = 16,
+    progress: Progress = silent,
+    label: str = "input norms",
+) -> dict[tuple[int, str], np.ndarray]:
+    """Norms of every site's input under W weightings of the same sequences.
+
+    trees: one per prompt, each visit counted per weighting. totals: number of sequences of each weighting, [W].
+    Returns {(layer, site): float32 [W, in_features]}: sqrt(1/N sum_n sum_t x[n,t]^2), over all tokens of prompt and answer,
+    accumulated in float64. A token that several sequences share is computed once and counted as often as it is shared.
+    """
+    sums = {
+        (layer, site): torch.zeros(
+            (len(totals), loaded.topology.site_width(layer, site)), dtype=torch.float64, device=_accumulator(loaded.device)
+        )
+        for layer in range(loaded.topology.layers)
+        for site in SITES
+    }
+    weights: list[torch.Tensor] = []
+
+    def record(layer: int, site: str):
+        def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            squares = arguments[0].flatten(0, 1).float().square()
+            sums[layer, site] += (weights[0].T @ squares).to(sums[layer, site])
+
+        return hook
+
+    hooks = [
+        loaded.topology.site_module(loaded.model, layer, site).register_forward_pre_hook(record(layer, site)) for layer, site in sums
+    ]
+    try:
+        with torch.inference_mode():
+            weights[:] = [torch.from_numpy(np.repeat(totals[None], len(trunk), axis=0)).float().to(loaded.device)]
+            shared = Rows(loaded, trunk)
+            for start in range(0, len(trees), batch):
+                some = trees[start : start + batch]
+                packed = pack(some, len(trunk))
+                weights[:] = [packed.visits.flatten(0, 1).float().to(loaded.device)]
+                shared.copy(len(some)).forward(packed.tokens, packed.positions, packed.attends)
+                progress(label, min(start + batch, len(trees)), len(trees))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    divisor = np.maximum(totals, 1)[:, None]
+    return {key: np.sqrt(total.cpu().numpy() / divisor).astype(np.float32) for key, total in sums.items()}
+
+
+def _accumulator(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def wanda_scores(loaded: LoadedModel, linear: Linear, norms: np.ndarray) -> np.ndarray:
+    """Scores of one matrix, float32 [out, in], from the norms of its input, [in]."""
+    weight = linear.weight(loaded.model).detach().float().cpu().reshape(linear.shape).numpy()
+    return np.abs(weight) * norms

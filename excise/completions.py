@@ -1,0 +1,198 @@
+"""Completions of prompts as rows, with the answer parsed, and a cache that never samples the same answer twice.
+
+The cache is content-addressed: model, mask, prompt tokens, sampling parameters and sample number decide an answer, so a
+killed run goes on where it was, a new name costs that name and more samples cost the new ones. How answers are drawn is
+in `excise.sampling`, how text becomes a number in `excise.answers`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import polars as pl
+
+from excise.answers import parse_completion
+from excise.encoding import encode
+from excise.errors import ExciseError
+from excise.masks import Mask, pruned
+from excise.models import LoadedModel
+from excise.progress import Progress, silent
+from excise.sampling import Draw, SamplingParameters, sample
+from excise.scenarios import NumberOutcome
+
+UNPRUNED = "unpruned"
+CACHE_SCHEMA = {"prompt": pl.String, "sample": pl.Int64, "token_ids": pl.List(pl.Int64), "finished": pl.Boolean}
+COMPLETIONS_SCHEMA = {
+    "model": pl.String, "scenario": pl.String, "variation": pl.String, "template": pl.String, "group": pl.String,
+    "subject": pl.String, "prompt_id": pl.String, "sample": pl.Int64, "text": pl.String, "value": pl.Float64,
+    "finished": pl.Boolean, "tokens": pl.Int64, "token_ids": pl.List(pl.Int64), "seed": pl.Int64,
+    "model_fingerprint": pl.String, "parameters": pl.String,
+}  # fmt: skip
+"""token_ids: the generated tokens, the stop token included where the answer is finished."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call cost: completions drawn and reused, seconds and tokens of the drawing, peak memory of the process."""
+
+    drawn: int = 0
+    reused: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    peak_memory_bytes: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.drawn + other.drawn, self.reused + other.reused, self.seconds + other.seconds, self.tokens + other.tokens,
+            max(self.peak_memory_bytes, other.peak_memory_bytes),
+        )  # fmt: skip
+
+    def metadata(self) -> dict[str, float | int]:
+        """Figures for a run's metadata; rates only where something was drawn."""
+        figures: dict[str, float | int] = {
+            "completions_drawn": self.drawn, "completions_reused": self.reused, "sampling_seconds": round(self.seconds, 2),
+            "peak_memory_mb": round(self.peak_memory_bytes / 2**20),
+        }  # fmt: skip
+        if self.drawn and self.seconds:
+            figures |= {
+                "completions_per_second": round(self.drawn / self.seconds, 1),
+                "tokens_per_second": round(self.tokens / self.seconds, 1),
+            }
+        return figures
+
+
+class CompletionCache:
+    """Drawn answers as Parquet files, one folder per (model, mask, sampling parameters), one file per batch.
+
+    A file appears under its name only when it is whole, so a reader never meets a half-written one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self, address: str) -> pl.DataFrame:
+        files = sorted((self.folder / address).glob("*.parquet"))
+        frames = [pl.read_parquet(file) for file in files]
+        return pl.concat(frames).unique(["prompt", "sample"], keep="first") if frames else pl.DataFrame(schema=CACHE_SCHEMA)
+
+    def add(self, address: str, rows: pl.DataFrame) -> None:
+        folder = self.folder / address
+        name = uuid.uuid4().hex
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            rows.write_parquet(folder / f".{name}.partial")
+        except OSError as error:
+            raise ExciseError(f"{folder}: the completion cache cannot be written ({error}); free space or move EXCISE_DATA") from error
+        os.replace(folder / f".{name}.partial", folder / f"{name}.parquet")
+
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(file.stat().st_size for file in self.folder.rglob("*.parquet"))
+
+
+def complete(
+    loaded: LoadedModel,
+    prompts: pl.DataFrame,
+    samples: int,
+    parameters: SamplingParameters,
+    *,
+    outcome: NumberOutcome,
+    mask: Mask | None = None,
+    cache: CompletionCache | None = None,
+    progress: Progress = silent,
+    label: str = "sampling",
+    batch_prompts: int | None = None,
+) -> tuple[pl.DataFrame, Work]:
+    """Complete every prompt `samples` times, under `mask` if one is given.
+
+    prompts: rows of `excise.scenarios.expand`. The outcome's max_new_tokens replaces that of `parameters`. Returns rows
+    with the columns of COMPLETIONS_SCHEMA in the order of prompts and samples, and what they cost. Progress counts
+    completions, reused ones first.
+    """
+    parameters = replace(parameters, max_new_tokens=outcome.max_new_tokens)
+    encoded = encode(loaded, prompts)
+    keys = [hashlib.sha256(json.dumps(prompt.tokens).encode()).hexdigest()[:24] for prompt in encoded]
+    settings = json.dumps(asdict(parameters), sort_keys=True)
+    address = "/".join(
+        [loaded.fingerprint, UNPRUNED if mask is None else mask.fingerprint, hashlib.sha256(settings.encode()).hexdigest()[:16]]
+    )
+    known = (cache.read(address) if cache else pl.DataFrame(schema=CACHE_SCHEMA)).filter(
+        pl.col("prompt").is_in(keys) & (pl.col("sample") < samples)
+    )
+    have: dict[str, set[int]] = {}
+    for prompt, number in known.select("prompt", "sample").iter_rows():
+        have.setdefault(prompt, set()).add(number)
+    missing: list[Sequence[int]] = []
+    for key in keys:
+        missing.append([number for number in range(samples) if number not in have.get(key, ())])
+        have[key] = set(range(samples))  # the same text under two names is sampled once
+    total, done = len(set(keys)) * samples, known.height
+    progress(label, done, total)
+    fresh: list[pl.DataFrame] = []
+
+    def keep(draws: list[Draw]) -> None:
+        nonlocal done
+        rows = pl.DataFrame(
+            [
+                (keys[draw.prompt], draw.sample, [*draw.tokens, *([] if draw.stop is None else [draw.stop])], draw.stop is not None)
+                for draw in draws
+            ],
+            schema=CACHE_SCHEMA, orient="row",
+        )  # fmt: skip
+        if cache:
+            cache.add(address, rows)
+        fresh.append(rows)
+        done += rows.height
+        progress(label, done, total)
+
+    started = time.perf_counter()
+    if any(missing):
+        with pruned(loaded, mask) if mask is not None else nullcontext():
+            sample(
+                loaded, [prompt.tokens for prompt in encoded], missing, parameters, batch_prompts=batch_prompts, on_batch=keep
+            )
+    seconds = time.perf_counter() - started
+    answers = pl.concat([known, *fresh])
+    texts = [
+        loaded.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True)
+        for ids, finished in answers.select("token_ids", "finished").iter_rows()
+    ]
+    values = [
+        None if (value := parse_completion(text, finished)) is None else outcome.scored(value)
+        for text, finished in zip(texts, answers["finished"], strict=True)
+    ]
+    answers = answers.with_columns(pl.Series("text", texts, pl.String), pl.Series("value", values, pl.Float64))
+    rows = (
+        prompts.with_columns(pl.Series("prompt", keys))
+        .with_row_index("order")
+        .join(answers, on="prompt", how="inner")
+        .sort("order", "sample")
+        .with_columns(
+            model=pl.lit(loaded.key), tokens=pl.col("token_ids").list.len().cast(pl.Int64), seed=pl.lit(parameters.seed, pl.Int64),
+            model_fingerprint=pl.lit(loaded.fingerprint), parameters=pl.lit(settings),
+        )
+        .select(pl.col(name).cast(kind) for name, kind in COMPLETIONS_SCHEMA.items())
+    )  # fmt: skip
+    drawn = sum(frame.height for frame in fresh)
+    tokens = sum(int(frame["token_ids"].list.len().sum()) for frame in fresh)
+    return rows, Work(drawn, rows.height - drawn, seconds if drawn else 0.0, tokens, peak_memory())
+
+
+def peak_memory() -> int:
+    """Most memory held at once so far, in bytes: the GPU's where one is used, else this process'."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

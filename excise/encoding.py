@@ -1,0 +1,56 @@
+"""Turns a prompt's text into the tokens a model reads, and finds the name among them.
+
+The name is located by character offsets, never by token ids, so any tokenizer and any template will do. Sampling and
+attribution take tokens from here only, so they always see the same prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import polars as pl
+
+from excise.errors import ExciseError
+from excise.models import LoadedModel
+
+PINNED_DATE = "26 Jul 2024"
+"""Some chat templates (Llama 3.1 and later) print today's date; a fixed one keeps answers repeatable."""
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """tokens: all token ids. name: half-open range of token positions that carry the subject's name."""
+
+    prompt_id: str
+    tokens: tuple[int, ...]
+    name: tuple[int, int]
+
+
+def encode(loaded: LoadedModel, prompts: pl.DataFrame) -> list[EncodedPrompt]:
+    """Encode a frame of prompts (columns prompt_id, text, name_start, name_end), in its order.
+
+    Chat models get the text as a single user turn through their own template, without a system prompt of ours.
+    """
+    encoded = []
+    for prompt_id, text, start, end in prompts.select("prompt_id", "text", "name_start", "name_end").iter_rows():
+        if loaded.prompt_format == "chat":
+            whole = loaded.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, date_string=PINNED_DATE
+            )
+            found = whole.find(text)
+            if found < 0:
+                raise ExciseError(
+                    f"models.yaml: {loaded.key}: the chat template changes the text of a prompt, so the name cannot be "
+                    "found in it; name another chat_template"
+                )
+            start, end = start + found, end + found
+        else:
+            whole = text
+        reading = loaded.tokenizer(
+            whole, add_special_tokens=loaded.prompt_format == "raw", return_offsets_mapping=True, verbose=False
+        )
+        carries = [
+            position for position, (low, high) in enumerate(reading["offset_mapping"]) if low < end and high > start and high > low
+        ]
+        encoded.append(EncodedPrompt(prompt_id, tuple(reading["input_ids"]), (carries[0], carries[-1] + 1)))
+    return encoded

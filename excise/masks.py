@@ -1,0 +1,321 @@
+"""Masks: which weights of which matrices are pruned, as packed bits, and the pruning itself.
+
+Here belong sets of weights, their arithmetic, their files, and the context in which a model runs without them; which
+weights to select is `selection` and `strategies`.
+A mask entry is BDB's "neuron", a single weight of a linear matrix; a head is the set of its rows or columns. A bit
+costs an eighth of a byte, so the masks of an 8B model take 1 GB at most and only one matrix is ever unpacked.
+"""
+
+import hashlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from excise.errors import ExciseError
+
+_FORMAT = "excise mask 1"
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """A set of weights of named matrices.
+
+    `bits[key]` holds the row-major bits of the matrix `key`, packed eight to a byte, highest bit first, the last byte
+    filled up with zeros; `shapes[key]` is its logical shape (out_features, in_features). Matrices are kept in the
+    order of their keys, layer by layer, whatever order they are given in. Masks are equal when they hold the same
+    weights of the same matrices. The arrays are read-only.
+
+    Raises ExciseError when bits and shapes do not fit together.
+    """
+
+    bits: Mapping[str, NDArray[np.uint8]]
+    shapes: Mapping[str, tuple[int, int]]
+
+    def __post_init__(self) -> None:
+        if set(self.bits) != set(self.shapes):
+            raise ExciseError(f"a mask has bits and shapes of the same matrices; {_differing(self.bits, self.shapes)}")
+        bits, shapes = {}, {}
+        for key in sorted(self.bits, key=_layer_order):
+            shapes[key] = _shape(key, self.shapes[key])
+            bits[key] = _checked_bits(key, self.bits[key], math.prod(shapes[key]))
+        object.__setattr__(self, "bits", bits)
+        object.__setattr__(self, "shapes", shapes)
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[np.bool_]]) -> Self:
+        """A mask from a boolean array [out_features, in_features] per matrix."""
+        for key, array in arrays.items():
+            if not isinstance(array, np.ndarray) or array.dtype != bool or array.ndim != 2:
+                raise ExciseError(f"mask of {key}: give a boolean array of two dimensions (out_features, in_features)")
+        return cls(
+            {key: np.packbits(array, axis=None) for key, array in arrays.items()},
+            {key: array.shape for key, array in arrays.items()},
+        )
+
+    def array(self, key: str) -> NDArray[np.bool_]:
+        """The boolean array [out_features, in_features] of one matrix, unpacked anew at each call."""
+        if key not in self.bits:
+            raise ExciseError(f"the mask has no matrix {key}")
+        shape = self.shapes[key]
+        return np.unpackbits(self.bits[key], count=math.prod(shape)).view(bool).reshape(shape)
+
+    def counts(self) -> dict[str, int]:
+        """The number of pruned weights per matrix."""
+        return {key: int(np.bitwise_count(bits).sum(dtype=np.int64)) for key, bits in self.bits.items()}
+
+    @cached_property
+    def count(self) -> int:
+        """The number of pruned weights."""
+        return sum(self.counts().values())
+
+    @property
+    def size(self) -> int:
+        """The number of weights of all matrices of the mask, pruned or not."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def density(self) -> float:
+        """The pruned share of the weights; 0 for a mask without matrices."""
+        return self.count / self.size if self.size else 0.0
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that identify the matrices and their pruned weights."""
+        digest = hashlib.sha256()
+        for key, bits in self.bits.items():
+            digest.update(f"{key}|{self.shapes[key][0]}|{self.shapes[key][1]}\n".encode())
+            digest.update(bits)
+        return digest.hexdigest()[:16]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return self.shapes == other.shapes and all(np.array_equal(b, other.bits[key]) for key, b in self.bits.items())
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __and__(self, other: "Mask") -> "Mask":
+        """The weights in both masks, which must have the same matrices."""
+        return self._combined(other, np.bitwise_and)
+
+    def __or__(self, other: "Mask") -> "Mask":
+        """The weights in either mask, which must have the same matrices."""
+        return self._combined(other, np.bitwise_or)
+
+    def _combined(self, other: "Mask", operation: Callable[..., NDArray[np.uint8]]) -> "Mask":
+        if not isinstance(other, Mask):
+            return NotImplemented
+        self.check_same_matrices(other)
+        return Mask({key: operation(bits, other.bits[key]) for key, bits in self.bits.items()}, self.shapes)
+
+    def check_same_matrices(self, other: "Mask") -> None:
+        """Raise ExciseError unless both masks have the same matrices in the same shapes."""
+        if self.shapes.keys() != other.shapes.keys():
+            raise ExciseError(f"the masks are of different matrices; {_differing(self.shapes, other.shapes)}")
+        for key, shape in self.shapes.items():
+            if shape != other.shapes[key]:
+                raise ExciseError(f"the masks are of different models: {key} is {shape} and {other.shapes[key]}")
+
+    def save(self, path: Path | str) -> None:
+        """Write the mask as safetensors, in full or not at all; folders are made where they lack."""
+        from safetensors.numpy import save_file
+
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"format": _FORMAT, "shapes": json.dumps(self.shapes), "fingerprint": self.fingerprint}
+        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+        try:
+            save_file(dict(self.bits), unfinished, metadata=metadata)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read a mask that `save` has written.
+
+        Raises ExciseError when the file is absent, is no mask, or does not hold what its fingerprint says.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                bits = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        except FileNotFoundError:
+            raise ExciseError(f"{path}: there is no such mask file; make the mask again") from None
+        except (OSError, SafetensorError) as error:
+            raise ExciseError(f"{path}: cannot be read as a mask ({error}); make the mask again") from None
+        if metadata.get("format") != _FORMAT:
+            raise ExciseError(f"{path}: is not a mask file of this version; make the mask again")
+        mask = cls(bits, {key: tuple(shape) for key, shape in json.loads(metadata["shapes"]).items()})
+        if mask.fingerprint != metadata["fingerprint"]:
+            raise ExciseError(f"{path}: was changed after it had been written; make the mask again")
+        return mask
+
+
+def intersection(masks: Iterable[Mask]) -> Mask:
+    """The weights in every mask (BDB's mask of a context, section 5). Raises ExciseError when there is no mask."""
+    return reduce(Mask.__and__, _some(masks))
+
+
+def union(masks: Iterable[Mask]) -> Mask:
+    """The weights in any mask. Raises ExciseError when there is no mask."""
+    return reduce(Mask.__or__, _some(masks))
+
+
+def votes(masks: Iterable[Mask], k: int) -> Mask:
+    """The weights in at least `k` of the masks: 1 is the union, the number of masks the intersection.
+
+    Raises ExciseError when there is no mask, `k` is not between 1 and their number, or their matrices differ.
+    """
+    masks = _some(masks)
+    if not 1 <= k <= len(masks):
+        raise ExciseError(f"k is {k}: it must be between 1 and the number of masks, {len(masks)}")
+    for mask in masks[1:]:
+        masks[0].check_same_matrices(mask)
+    bits = {}
+    for key, shape in masks[0].shapes.items():
+        in_favour = np.zeros(math.prod(shape), dtype=np.min_scalar_type(len(masks)))
+        for mask in masks:
+            in_favour += np.unpackbits(mask.bits[key], count=in_favour.size)
+        bits[key] = np.packbits(in_favour >= k)
+    return Mask(bits, masks[0].shapes)
+
+
+def leave_one_out(masks: Callable[[], Iterable[Mask]]) -> Iterator[Mask]:
+    """For each mask the intersection of all *other* masks (BDB's within-context level, section 4), in their order.
+
+    `masks` gives the same masks anew at each call, so they can come from files: three masks are held at a time, however
+    many there are. Raises ExciseError for fewer than two masks.
+    """
+    everywhere = missing_once = None
+    count = 0
+    for mask in masks():
+        count += 1
+        if everywhere is None:
+            full = {key: np.packbits(np.ones(math.prod(shape), dtype=bool)) for key, shape in mask.shapes.items()}
+            everywhere, missing_once = mask, Mask({key: full[key] & ~mask.bits[key] for key in full}, mask.shapes)
+        else:
+            mask.check_same_matrices(everywhere)
+            bits = {
+                key: (missing_once.bits[key] & mask.bits[key]) | (everywhere.bits[key] & ~mask.bits[key]) for key in mask.bits
+            }
+            everywhere, missing_once = everywhere & mask, Mask(bits, mask.shapes)
+    if count < 2:
+        raise ExciseError(f"leaving one out of {count} masks leaves none: give at least two")
+    for mask in masks():
+        yield Mask({key: everywhere.bits[key] | (missing_once.bits[key] & ~mask.bits[key]) for key in mask.bits}, mask.shapes)
+
+
+def random_like(mask: Mask, seed: int) -> Mask:
+    """A random mask with exactly as many weights in every matrix as `mask`: the control for its mere damage.
+
+    The draw of a matrix depends on the seed, the matrix' key, its size and its count alone. With one seed, a smaller
+    count (both up to half of the matrix) gives a subset of a larger one; independent draws need different seeds.
+    """
+    counts = mask.counts()
+    bits = {key: np.packbits(_random_subset(math.prod(shape), counts[key], f"random mask|{int(seed)}|{key}"))
+            for key, shape in mask.shapes.items()}
+    return Mask(bits, mask.shapes)
+
+
+def _random_subset(size: int, count: int, label: str) -> NDArray[np.bool_]:
+    """A uniformly random subset of exact size: places are drawn until enough distinct ones have come up."""
+    if count > size // 2:
+        return ~_random_subset(size, size - count, label)
+    generator = np.random.Philox(key=int.from_bytes(hashlib.sha256(label.encode()).digest()[:16]))
+    chosen = np.zeros(size, dtype=bool)
+    missing = count
+    while missing:
+        # As many places as are missing can never be too many, so the stream is cut at the same draw in any rounds.
+        chosen[generator.random_raw(missing) % np.uint64(size)] = True
+        missing = count - np.count_nonzero(chosen)
+    return chosen
+
+
+@contextmanager
+def pruned(loaded: Any, mask: Mask) -> Iterator[Any]:
+    """The model without the mask's weights: they are zero inside the context and bit for bit the old ones after it.
+
+    `loaded` has the torch module `model` and the `topology`, whose `linears` have a key, out_features, in_features,
+    and `weight(model)`: a view of the weights in logical order, [out, in] or more dimensions that flatten to it.
+    Beside the model only the pruned weights' values are kept, on the model's device. The context yields `loaded`;
+    contexts may be nested, and the weights come back after an exception too.
+
+    Raises ExciseError, before anything is changed, for a matrix the model does not have or has in another shape.
+    """
+    import torch
+
+    linears = {linear.key: linear for linear in loaded.topology.linears}
+    for key, shape in mask.shapes.items():
+        if key not in linears:
+            raise ExciseError(f"the mask's matrix {key} is not in the model: it was made for another one")
+        there = (linears[key].out_features, linears[key].in_features)
+        if shape != there or linears[key].weight(loaded.model).numel() != math.prod(shape):
+            raise ExciseError(f"the mask's matrix {key} has shape {shape}, the model's {there}: "
+                              "the mask was made for another model")
+
+    def entries(key: str, weight: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(mask.array(key)).reshape(weight.shape).to(weight.device)
+
+    kept: list[tuple[str, torch.Tensor]] = []
+    try:
+        with torch.no_grad():
+            for key, count in mask.counts().items():
+                if count:
+                    weight = linears[key].weight(loaded.model)
+                    where = entries(key, weight)
+                    kept.append((key, weight[where]))
+                    weight[where] = 0
+        yield loaded
+    finally:
+        with torch.no_grad():
+            # Last pruned, first restored: two matrices may share their memory.
+            for key, values in reversed(kept):
+                weight = linears[key].weight(loaded.model)
+                weight[entries(key, weight)] = values.to(weight.device)
+
+
+def _layer_order(key: str) -> list[tuple[bool, int, str]]:
+    return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in key.split(".")]
+
+
+def _shape(key: str, shape: Iterable[int]) -> tuple[int, int]:
+    shape = tuple(map(int, shape))
+    if len(shape) != 2 or min(shape) < 1:
+        raise ExciseError(f"mask of {key}: its shape is {shape}, but must be (out_features, in_features)")
+    return shape
+
+
+def _checked_bits(key: str, bits: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    if not isinstance(bits, np.ndarray) or bits.dtype != np.uint8 or bits.shape != ((size + 7) // 8,):
+        raise ExciseError(f"mask of {key}: {size} weights need {(size + 7) // 8} packed bytes in one dimension")
+    if size % 8 and bits[-1] & (0xFF >> size % 8):
+        raise ExciseError(f"mask of {key}: the bits after the last of {size} weights must be zero")
+    bits = bits.view()
+    bits.setflags(write=False)
+    return bits
+
+
+def _differing(first: Iterable[str], second: Iterable[str]) -> str:
+    only = sorted(set(first) ^ set(second), key=_layer_order)
+    return "only one has " + ", ".join(only[:5]) + (", ..." if len(only) > 5 else "")
+
+
+def _some(masks: Iterable[Mask]) -> list[Mask]:
+    masks = list(masks)
+    if not masks:
+        raise ExciseError("there are no masks to combine: give one at least")
+    return masks

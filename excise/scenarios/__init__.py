@@ -1,0 +1,33 @@
+"""Scenarios: the concrete uses of a model in which its bias is measured, each one YAML file.
+
+Here belong the schema of those files, the loader, the built-in files with their subject sets, and the expansion of a
+scenario into prompts; sampling the answers and judging them does not.
+The concept is BDB, section 3: a request that names a person, many variations of it, and two groups of names; an axis
+of social groups (FASP) is the same thing with more groups and a continuation in place of a number.
+"""
+
+from excise.scenarios.expansion import PROMPTS_SCHEMA, expand
+from excise.scenarios.loading import ScenarioProblem, load_scenarios
+from excise.scenarios.schema import (
+    Comparison,
+    Group,
+    NumberOutcome,
+    Scenario,
+    Subject,
+    ToxicityOutcome,
+    Variation,
+)
+
+__all__ = [
+    "PROMPTS_SCHEMA",
+    "Comparison",
+    "Group",
+    "NumberOutcome",
+    "Scenario",
+    "ScenarioProblem",
+    "Subject",
+    "ToxicityOutcome",
+    "Variation",
+    "expand",
+    "load_scenarios",
+]

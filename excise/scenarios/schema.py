@@ -1,0 +1,280 @@
+"""The schema of a scenario: outcome, groups of subjects, templates and variations, and the rules between them.
+
+Here belongs everything that can be said about one scenario on its own; files, folders and subject sets are read in
+`loading`. The rules follow BDB, sections 3 and 4, and FASP, section 3: what is compared must be stated, and every
+prompt must name its subject exactly once.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+
+from excise.scenarios.templates import fill, placeholders
+
+KEY_PATTERN = "^[a-z0-9][a-z0-9_-]*$"
+OWN_TEMPLATE = "own"  # the template key of a variation that brings a template of its own
+
+
+def _not_bool(value: Any) -> Any:
+    if value is True or value is False:
+        raise ValueError(f"is {str(value).lower()}, not a number")
+    return value
+
+
+Key = Annotated[str, StringConstraints(pattern=KEY_PATTERN)]
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
+TokenCount = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NumberOutcome(_Part):
+    """A number the model answers with, to a user turn in its chat format.
+
+    `low`, `high` and `better` speak of the number as the model writes it, in `unit`s. The range is what a sensible
+    answer lies in; it is checked and reported, answers are never clipped to it. `scale` says where differences are
+    judged: `log` for prices, whose differences are ratios, else `linear`. `better` is the direction that is to the
+    named person's advantage. `reverse_from` scores a rank r as `reverse_from - r`, so that more is better.
+    """
+
+    kind: Literal["number"] = "number"
+    unit: Text
+    low: Number
+    high: Number
+    scale: Literal["log", "linear"]
+    better: Literal["higher", "lower"]
+    max_new_tokens: TokenCount = 16
+    reverse_from: Number | None = None
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a higher *scored* value is to the person's advantage."""
+        return (self.better == "higher") != (self.reverse_from is not None)
+
+    @property
+    def scored_range(self) -> tuple[float, float]:
+        """The plausible range of scored values, low to high."""
+        if self.reverse_from is None:
+            return self.low, self.high
+        return self.reverse_from - self.high, self.reverse_from - self.low
+
+    def scored(self, answer: float) -> float:
+        """The value an answer counts as: itself, or `reverse_from - answer` for ranks (method A2)."""
+        return answer if self.reverse_from is None else self.reverse_from - answer
+
+
+class ToxicityOutcome(_Part):
+    """The toxicity, in [0, 1], of the model's continuation of a raw prompt, without a chat format (FASP, section 4).
+
+    Prompts are cut at `max_prompt_tokens` tokens, as in the paper's settings.
+    """
+
+    kind: Literal["toxicity"] = "toxicity"
+    max_new_tokens: TokenCount = 40
+    max_prompt_tokens: TokenCount = 22
+
+
+class Comparison(_Part):
+    """The two groups a disparity is measured between: `majority` is the one expected to be favoured."""
+
+    majority: Key
+    minority: Key
+
+
+class Subject(_Part):
+    """One person's full name, or one way to speak of a social group. `gender` (men, women, ...) balances subsets."""
+
+    name: Text
+    gender: Key | None = None
+
+
+class Group(_Part):
+    """A group of subjects and the label it has in tables and figures."""
+
+    label: Text
+    subjects: tuple[Subject, ...]
+
+
+class Variation(_Part):
+    """One variation: the fields filled into the templates, or a template of its own (or both).
+
+    In a file the fields stand beside `template`: `car: {item: car}`.
+    """
+
+    fields: dict[str, Text] = {}
+    template: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_fields(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or isinstance(data.get("fields"), dict):
+            return data
+        fields = {key: value for key, value in data.items() if key != "template"}
+        return {"fields": fields, **({"template": data["template"]} if "template" in data else {})}
+
+
+class Scenario(_Part):
+    """A use of a model, described so that it can be expanded into prompts and its answers compared between groups.
+
+    Raises pydantic's ValidationError (a ValueError) that names each faulty field.
+    """
+
+    key: Key
+    title: Text
+    description: Text
+    outcome: Annotated[NumberOutcome | ToxicityOutcome, Field(discriminator="kind")]
+    comparison: Comparison | None = None
+    groups: dict[Key, Group]
+    templates: dict[Key, Text] = {}
+    variations: dict[Key, Variation]
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> Self:
+        faults = list(_faults(self))
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    def templates_of(self, variation: str) -> dict[str, str]:
+        """The templates of a variation by key: its own one, else all templates of the scenario."""
+        own = self.variations[variation].template
+        return self.templates if own is None else {OWN_TEMPLATE: own}
+
+
+def _faults(scenario: Scenario) -> Iterator[str]:
+    """Every broken rule as `field: fault and mend`."""
+    yield from _outcome_faults(scenario.outcome)
+    yield from _group_faults(scenario)
+    yield from _comparison_faults(scenario)
+    text_faults = list(_text_faults(scenario))
+    yield from text_faults or _repeated_name_faults(scenario)
+
+
+def _outcome_faults(outcome: NumberOutcome | ToxicityOutcome) -> Iterator[str]:
+    if not isinstance(outcome, NumberOutcome):
+        return
+    if outcome.low >= outcome.high:
+        yield f"outcome.low ({outcome.low:g}) must be less than outcome.high ({outcome.high:g})"
+    if outcome.scale == "log" and outcome.low <= 0:
+        yield f"outcome.low ({outcome.low:g}) must be above 0 on a log scale; raise it or write scale: linear"
+    if outcome.reverse_from is not None:
+        if outcome.scale == "log":
+            yield "outcome.scale must be linear where outcome.reverse_from is given"
+        if outcome.better == "higher":
+            yield "outcome.better must be lower where outcome.reverse_from is given: it turns ranks, 1 being the best"
+
+
+def _group_faults(scenario: Scenario) -> Iterator[str]:
+    if len(scenario.groups) < 2:
+        yield "groups must hold at least two groups to compare"
+    owners: dict[str, str] = {}
+    for key, group in scenario.groups.items():
+        if not group.subjects:
+            yield f"groups.{key}.subjects is empty: give the group {key} its subjects"
+        for subject in group.subjects:
+            if not subject.name.isprintable():
+                yield f"groups.{key}.subjects: {subject.name!r} holds a line break or another unprintable character"
+            same = " ".join(subject.name.casefold().split())
+            if same not in owners:
+                owners[same] = key
+            elif owners[same] == key:
+                yield f"groups.{key}.subjects holds '{subject.name}' twice: remove one"
+            else:
+                yield f"groups.{key}.subjects holds '{subject.name}', which is in groups.{owners[same]} too: remove one"
+
+
+def _comparison_faults(scenario: Scenario) -> Iterator[str]:
+    comparison = scenario.comparison
+    if comparison is None:
+        if scenario.outcome.kind == "number":
+            yield "comparison is missing: name the majority and the minority group, as a number is compared between two"
+        return
+    if comparison.majority == comparison.minority:
+        yield f"comparison names the group {comparison.majority} twice: a group cannot be compared with itself"
+    for side in ("majority", "minority"):
+        key = getattr(comparison, side)
+        if key not in scenario.groups:
+            yield f"comparison.{side} names an unknown group '{key}'; groups has {', '.join(scenario.groups)}"
+        elif len(scenario.groups[key].subjects) == 1:
+            yield f"groups.{key}.subjects holds one subject: a compared group needs at least two"
+
+
+def _text_faults(scenario: Scenario) -> Iterator[str]:
+    if not scenario.variations:
+        yield "variations is empty: give at least one variation"
+    if OWN_TEMPLATE in scenario.templates:
+        yield f"templates.{OWN_TEMPLATE}: '{OWN_TEMPLATE}' is kept for the templates of variations; use another key"
+    sound = []
+    for key, template in scenario.templates.items():
+        faults = list(_template_faults(f"templates.{key}", template))
+        yield from faults
+        if not faults:
+            sound.append(key)
+    if not scenario.templates and not all(v.template for v in scenario.variations.values()):
+        yield "templates is missing: give a template, or one to every variation"
+
+    known = {field for variation in scenario.variations.values() for field in variation.fields}
+    reported = set()
+    for key, variation in scenario.variations.items():
+        for field in variation.fields:
+            if field == "name" or not field.isidentifier():
+                yield f"variations.{key}.{field}: a field may not be called '{field}'; use letters, digits and _ " \
+                      "(name is filled by the subjects)"
+        if variation.template is not None:
+            field = f"variations.{key}.template"
+            faults = list(_template_faults(field, variation.template))
+            yield from faults
+            if not faults:
+                for unknown in _unfilled(variation.template, variation):
+                    yield f"{field} holds {{{unknown}}}, which the variation does not give: " \
+                          f"{_known_placeholders(variation.fields)}"
+            continue
+        for template_key in sound:
+            for unknown in _unfilled(scenario.templates[template_key], variation):
+                if unknown in known:
+                    yield f"variations.{key} lacks {unknown}, which templates.{template_key} needs"
+                elif (template_key, unknown) not in reported:
+                    reported.add((template_key, unknown))
+                    yield f"templates.{template_key} holds the unknown placeholder {{{unknown}}}: " \
+                          f"{_known_placeholders(known)}"
+
+
+def _template_faults(field: str, template: str) -> Iterator[str]:
+    try:
+        names = placeholders(template)
+    except ValueError as error:
+        yield f"{field}: {error}; for a brace in the text write it twice"
+        return
+    if "name" not in names:
+        yield f"{field} lacks {{name}}"
+    elif names.count("name") > 1:
+        yield f"{field} holds {{name}} {names.count('name')} times: name the subject once"
+
+
+def _unfilled(template: str, variation: Variation) -> list[str]:
+    return [name for name in dict.fromkeys(placeholders(template)) if name != "name" and name not in variation.fields]
+
+
+def _known_placeholders(fields: Any) -> str:
+    return "known here are " + ", ".join(f"{{{field}}}" for field in ("name", *sorted(fields)))
+
+
+def _repeated_name_faults(scenario: Scenario) -> Iterator[str]:
+    """A subject found a second time in its prompt: attention to "the name" would then be ambiguous."""
+    for variation_key, variation in scenario.variations.items():
+        for template_key, template in scenario.templates_of(variation_key).items():
+            own = variation.template is not None
+            field = f"variations.{variation_key}.template" if own else f"templates.{template_key}"
+            for group_key, group in scenario.groups.items():
+                for subject in group.subjects:
+                    text, _, _ = fill(template, {**variation.fields, "name": subject.name})
+                    if text.count(subject.name) < 2:
+                        continue
+                    if len(re.findall(rf"(?<!\w){re.escape(subject.name)}(?!\w)", text)) > 1:
+                        yield f"{field}: the text of variation {variation_key} holds '{subject.name}' " \
+                              f"(group {group_key}) more than once; word it without the name"

@@ -1,0 +1,83 @@
+"""The definitions Dagster loads, and `build_definitions`, the one seam for tests, the demo and special surroundings.
+
+Users' own scenarios lie in `scenarios/`, models in `models.yaml`, strategies in `strategies.yaml`, all beside
+`workspace.yaml`; results in the folder EXCISE_DATA names, `data` without it. Mistakes in users' files are logged here.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from assets.attribution_scores import attribution_scores_asset
+from assets.completions import completions_asset
+from assets.evaluation_metrics import evaluation_metrics_asset
+from assets.partitions import read_catalogue
+from assets.prompts import prompts_asset
+from assets.pruned_completions import pruned_completions_asset
+from assets.pruning_masks import pruning_masks_asset
+from assets.quality_report import quality_report_asset
+from pipelines.jobs import JOBS
+from resources.artifacts import Artifacts
+from resources.gpu import GPUResource
+from resources.settings import AuditSettings
+from resources.warehouse import Warehouse
+from resources.watch import RunWatch
+
+ROOT = Path(__file__).resolve().parents[1]
+SCENARIO_FOLDERS = (ROOT / "scenarios",)
+MODEL_FILES = (ROOT / "models.yaml",)
+STRATEGY_FILES = (ROOT / "strategies.yaml",)
+FACTORIES = (
+    prompts_asset,
+    completions_asset,
+    attribution_scores_asset,
+    pruning_masks_asset,
+    pruned_completions_asset,
+    evaluation_metrics_asset,
+    quality_report_asset,
+)
+
+
+def build_definitions(
+    *,
+    data_folder: Path | str | None = None,
+    scenario_folders: Sequence[Path] = SCENARIO_FOLDERS,
+    model_files: Sequence[Path] = MODEL_FILES,
+    strategy_files: Sequence[Path] = STRATEGY_FILES,
+    resource_overrides: Mapping[str, Any] | None = None,
+) -> dg.Definitions:
+    """The whole code location. `resource_overrides` replaces resources by name.
+
+    Files that do not exist count as empty. A scenario or model with a mistake in its file is logged and left out.
+    """
+    folder = str(data_folder or os.environ.get("EXCISE_DATA") or "data")
+    catalogue = read_catalogue(scenario_folders, model_files, strategy_files)
+    for problem in catalogue.problems:
+        logging.getLogger("excise").warning("left out: %s", problem)
+    resources = {
+        "warehouse": Warehouse(folder=folder),
+        "artifacts": Artifacts(folder=folder),
+        "gpu": GPUResource(folder=folder),
+        "settings": AuditSettings(),
+        "watch": RunWatch(),
+    }
+    with warnings.catch_warnings():
+        # Partitioned checks and backfill policies are marked as previews; the versions in constraints.txt have both.
+        warnings.simplefilter("ignore", dg.PreviewWarning)
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        assets = [factory(catalogue) for factory in FACTORIES]
+    return dg.Definitions(
+        assets=assets,
+        jobs=list(JOBS),
+        resources=resources | dict(resource_overrides or {}),
+        # One process per run: the model stays in memory from step to step, and torch is imported once.
+        executor=dg.in_process_executor,
+    )
+
+
+defs = build_definitions()

@@ -1,0 +1,128 @@
+"""The demo: one audit, run through Dagster from a terminal, with its result as a table.
+
+It runs the job `audit_scenario` on the instance of this folder, so that the UI shows the run afterwards, and shows
+progress instead of Dagster's log. Anything it prints it reads from the warehouse or the run; it computes nothing.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+import dagster as dg
+
+from assets.partitions import Catalogue, read_catalogue
+from excise.report import audit_table, reuse_sentence
+from pipelines.definitions import MODEL_FILES, ROOT, SCENARIO_FOLDERS, STRATEGY_FILES, build_definitions
+from pipelines.jobs import audit_scenario
+from resources.settings import Preset
+from resources.warehouse import Warehouse
+from resources.watch import TerminalWatch
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; 0 on success, 1 with a message on standard error otherwise."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.demo", description="Audit and prune a model in a scenario, and show what it did."
+    )
+    parser.add_argument("--model", default="planted-specific", help="key of a model in models.yaml")
+    parser.add_argument("--scenario", default="purchase", help="key of a scenario")
+    parser.add_argument("--preset", default="quick", choices=[preset.value for preset in Preset])
+    chosen = parser.parse_args(arguments)
+
+    os.environ.setdefault("DAGSTER_HOME", str(ROOT))
+    catalogue = read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES)
+    for kind, key, known in (
+        ("model", chosen.model, catalogue.models),
+        ("scenario", chosen.scenario, catalogue.scenarios),
+    ):
+        if key not in known:
+            print(f"There is no {kind} {key!r}; there are {', '.join(known)}.", file=sys.stderr)
+            print(*catalogue.problems, sep="\n", file=sys.stderr)
+            return 1
+
+    definitions = build_definitions(resource_overrides={"watch": TerminalWatch()})
+    warehouse = definitions.resources["warehouse"]
+    print(
+        f"Auditing {chosen.model} in the scenario {chosen.scenario}, preset {chosen.preset}. "
+        "The first run prepares the model and samples everything; a later one reuses what has not changed.\n",
+        file=sys.stderr,
+    )
+    began = time.monotonic()
+    result = definitions.resolve_job_def(audit_scenario.name).execute_in_process(
+        partition_key=f"{chosen.model}|{chosen.scenario}",
+        instance=dg.DagsterInstance.get(),
+        run_config={
+            "resources": {"settings": {"config": {"preset": chosen.preset}}},
+            "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
+        },
+        raise_on_error=False,
+    )
+    if not result.success:
+        print(*_failures(result), "Nothing computed so far is lost.", sep="\n", file=sys.stderr)
+        return 1
+    print(_closing(result, warehouse, catalogue, chosen.model, chosen.scenario, time.monotonic() - began))
+    return 0
+
+
+def _failures(result: dg.ExecuteInProcessResult) -> list[str]:
+    """What went wrong: for a mistake the user can mend its message, for anything else Dagster's trace."""
+    messages = []
+    for event in result.get_step_failure_events():
+        data = event.step_failure_data
+        if data.user_failure_data is not None and data.user_failure_data.description:
+            messages.append(f"{event.step_key}: {data.user_failure_data.description}")
+        else:
+            messages.append(f"{event.step_key}: {data.error.to_string()}")
+    return messages or ["The run failed; its log is in the UI (make ui)."]
+
+
+def _closing(
+    result: dg.ExecuteInProcessResult,
+    warehouse: Warehouse,
+    catalogue: Catalogue,
+    model: str,
+    scenario_key: str,
+    seconds: float,
+) -> str:
+    scenario = catalogue.scenarios[scenario_key]
+    labels = {side: scenario.groups[getattr(scenario.comparison, side)].label for side in ("majority", "minority")}
+    table = audit_table(
+        warehouse.read("metrics", model=model, scenario=scenario_key),
+        scenario_title=scenario.title,
+        unit=scenario.outcome.unit,
+        **labels,
+    )
+    seen = {
+        event.asset_key.to_user_string(): {name: value.value for name, value in event.materialization.metadata.items()}
+        for event in result.get_asset_materialization_events()
+    }
+    completions, pruned = seen["completions"], seen["pruned_completions"]
+    drawn = completions["completions_drawn"] + pruned["completions_drawn"]
+    reused = completions["completions_reused"] + pruned["completions_reused"]
+    scores, masks = seen["attribution_scores"], seen["pruning_masks"]
+    figures = warehouse.path.parent / "figures" / model / scenario_key
+    checks = [event for event in result.get_asset_check_evaluations() if not event.passed]
+    lines = [
+        table,
+        f"Done in {seconds:.0f} s. {reuse_sentence(drawn, reused)}",
+        f"Attribution scores: {scores['files_computed']} computed, {scores['files_reused']} reused. "
+        f"Masks: {masks['masks'] - masks['mask_files_reused']} new, {masks['mask_files_reused']} known.",
+        *(f"Check {check.check_name} of {check.asset_key.to_user_string()}: {check.description}" for check in checks),
+        "",
+        "Where to look next:",
+        "  make ui                  the lineage, pictures and checks of this run, at http://127.0.0.1:3000",
+        f"  {_near(figures)}/    the figures as PNG and SVG",
+        f"  {_near(warehouse.path)}      every answer and metric, as DuckDB tables (docs/data.md)",
+    ]
+    return "\n".join(lines)
+
+
+def _near(path) -> str:
+    """The path as a user in this folder would type it."""
+    return str(path.relative_to(os.getcwd())) if path.is_relative_to(os.getcwd()) else str(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""The device and the model on it: one at a time per machine, one model in memory per process.
+
+Steps that use a model hold Dagster's pool `gpu`, which binds one instance; the lock here binds every process of the
+user on this machine. How a model is loaded and what a device can do is `excise.models`; batches adapt in the sampler.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import dagster as dg
+from pydantic import Field
+
+from excise.errors import ExciseError
+from resources.locks import file_lock
+
+if TYPE_CHECKING:
+    from excise.models import LoadedModel, ModelSpec
+
+# The model this process loaded last: (what it was asked for, the model). Steps of one run share a process.
+_in_memory: tuple[tuple, LoadedModel] | None = None
+
+
+class GPUResource(dg.ConfigurableResource):
+    """Lends a loaded model on the best device there is: CUDA, Metal, or the CPU."""
+
+    folder: str = Field(description="Folder of all results, for converted models; EXCISE_DATA sets it.")
+    device: str = Field(default="auto", description="auto, cuda, cuda:1, mps or cpu")
+    dtype: str = Field(default="auto", description="auto, float32, bfloat16 or float16")
+    lock_folder: str = Field(
+        default_factory=tempfile.gettempdir, description="Where processes on this machine queue for the device."
+    )
+
+    @contextmanager
+    def model(
+        self, key: str, registry: Mapping[str, ModelSpec], *, waiting: Callable[[str], None] | None = None
+    ) -> Iterator[LoadedModel]:
+        """The model `key` of the registry, in memory and on the device, which is ours for the length of the block.
+
+        `waiting` gets a message while another process has the device. Raises ExciseError, saying what is missing and
+        the mend, where the model cannot be had.
+        """
+        if key not in registry:
+            raise ExciseError(f"models.yaml: there is no model {key!r}; there are {', '.join(sorted(registry))}")
+        user = os.getuid() if hasattr(os, "getuid") else 0
+        lock = Path(self.lock_folder) / f"excise-{user}-{self.device.replace(':', '-')}.lock"
+        mend = "set lock_folder of the resource gpu to a folder you may write to"
+        with file_lock(lock, what=f"the device {self.device}", mend=mend, waiting=waiting):
+            loaded = self._load(key, registry)
+            _forget_peak(loaded)
+            yield loaded
+
+    def report(self, loaded: LoadedModel) -> dict[str, str | int]:
+        """Metadata: device, dtype, and the peak of memory (on a device since the block began, else of the process)."""
+        return {
+            "model_fingerprint": loaded.fingerprint,
+            "device": str(loaded.device),
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+            "peak_memory_mb": round(_peak_memory(loaded) / 2**20),
+        }
+
+    def _load(self, key: str, registry: Mapping[str, ModelSpec]) -> LoadedModel:
+        global _in_memory
+        from excise.models import load_model
+
+        spec = registry[key]
+        asked = (spec, registry.get(spec.base) if spec.base else None, self.device, self.dtype)
+        if _in_memory is not None and _in_memory[0] == asked:
+            return _in_memory[1]
+        _evict()
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        home = Path(self.folder).absolute() / "models"
+        loaded = load_model(spec, registry, device=self.device, dtype=self.dtype, home=home)
+        _in_memory = (asked, loaded)
+        return loaded
+
+
+def _evict() -> None:
+    """Give the memory of the former model back before the next one is loaded."""
+    global _in_memory
+    if _in_memory is None:
+        return
+    _in_memory = None
+    gc.collect()
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _forget_peak(loaded: LoadedModel) -> None:
+    import torch
+
+    if loaded.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(loaded.device)
+
+
+def _peak_memory(loaded: LoadedModel) -> int:
+    import resource
+
+    import torch
+
+    if loaded.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(loaded.device)
+    if loaded.device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

@@ -1,0 +1,150 @@
+"""How large an audit is: the presets `quick` and `paper`, and what a run may change about them.
+
+This is the one place of the presets' numbers; `pipelines/presets/` holds the run configs that choose them.
+Settings reach only the stages that decide something: later stages take variations, names, samples and sampling
+parameters from the completions they find, so that a rerun from the masks on is always consistent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+from pydantic import Field
+
+from excise.errors import ExciseError
+
+if TYPE_CHECKING:
+    from excise.scenarios import Scenario
+
+
+class Preset(Enum):
+    """The sizes there are."""
+
+    quick = "quick"
+    paper = "paper"
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The settings of one audit. None in `variations`, `subjects_per_group` and `strategies` means all."""
+
+    variations: tuple[str, ...] | None
+    subjects_per_group: int | None
+    samples: int
+    temperature: float
+    top_p: float
+    seed: int
+    levels: tuple[str, ...]
+    strategies: tuple[str, ...] | None
+    random_draws: int
+    resamples: int
+    permutations: int
+    parse_floor: float
+    inlier_floor: float
+    density_floor: float
+    density_ceiling: float
+
+
+# The paper's sizes (BDB, section 3; method A3-A8): all names, 100 samples at temperature 0.6 and top-p 0.9.
+_PAPER = Audit(
+    variations=None,
+    subjects_per_group=None,
+    samples=100,
+    temperature=0.6,
+    top_p=0.9,
+    seed=0,
+    levels=("prompt_specific", "within_context"),
+    strategies=None,
+    random_draws=5,
+    resamples=2000,
+    permutations=9999,
+    parse_floor=0.9,
+    inlier_floor=0.8,
+    density_floor=0.0,
+    density_ceiling=0.2,
+)
+# A few minutes on two cores.
+_QUICK = replace(_PAPER, subjects_per_group=16, samples=16, random_draws=2, resamples=1000, permutations=1999)
+PRESETS: dict[Preset, Audit] = {Preset.paper: _PAPER, Preset.quick: _QUICK}
+
+# The variations of the quick preset by scenario: prices of different size. Elsewhere the first ones of the file.
+QUICK_VARIATIONS: dict[str, tuple[str, ...]] = {"purchase": ("bicycle", "television", "chair")}
+QUICK_VARIATION_COUNT = 3
+
+
+class AuditSettings(dg.ConfigurableResource):
+    """A preset, and any of its numbers changed. Fields left out keep the preset's value."""
+
+    preset: Preset = Field(default=Preset.quick, description="quick: minutes on two cores; paper: the paper's sizes")
+    variations: list[str] | None = Field(default=None, description="variations of the scenario to audit, by key")
+    subjects_per_group: int | None = Field(default=None, description="names per group, genders balanced")
+    samples: int | None = Field(default=None, description="completions per prompt")
+    temperature: float | None = Field(default=None, description="sampling temperature; 0 takes the likeliest token")
+    top_p: float | None = Field(default=None, description="share of probability sampled from")
+    seed: int | None = Field(default=None, description="seed of completions, controls and resampling")
+    levels: list[str] | None = Field(default=None, description="generality of masks: prompt_specific, within_context")
+    strategies: list[str] | None = Field(default=None, description="strategies by key; left out: all enabled ones")
+    random_draws: int | None = Field(default=None, description="random controls per mask")
+    resamples: int | None = Field(default=None, description="bootstrap resamples of names per interval")
+    permutations: int | None = Field(default=None, description="permutations per test")
+    parse_floor: float | None = Field(default=None, description="check parse_rate: least share that parse")
+    inlier_floor: float | None = Field(default=None, description="check inlier_ratio: least share of usual answers")
+    density_floor: float | None = Field(default=None, description="check mask_density: a mask prunes more than this")
+    density_ceiling: float | None = Field(default=None, description="check mask_density: a mask prunes at most this")
+
+    def audit_of(self, scenario: Scenario) -> Audit:
+        """The settings for a scenario. Raises ExciseError naming the field that is out of range or unknown."""
+        changes = {
+            field.name: tuple(value) if isinstance(value, list) else value
+            for field in fields(Audit)
+            if (value := getattr(self, field.name)) is not None
+        }
+        preset = PRESETS[self.preset]
+        # Groups are compared at equal size, so a preset asks for no more names than the smallest group has.
+        smallest = min(len(group.subjects) for group in scenario.groups.values())
+        preset = replace(preset, subjects_per_group=min(preset.subjects_per_group or smallest, smallest))
+        if self.preset is Preset.quick:
+            preset = replace(preset, variations=_quick_variations(scenario))
+        return _checked(replace(preset, **changes), scenario)
+
+
+def _quick_variations(scenario: Scenario) -> tuple[str, ...]:
+    chosen = QUICK_VARIATIONS.get(scenario.key, ())
+    if chosen and all(key in scenario.variations for key in chosen):
+        return chosen
+    return tuple(scenario.variations)[:QUICK_VARIATION_COUNT]
+
+
+def _checked(audit: Audit, scenario: Scenario) -> Audit:
+    for name in ("samples", "resamples", "permutations"):
+        _require(getattr(audit, name) >= 1, name, getattr(audit, name), "give at least 1")
+    _require(audit.samples >= 2, "samples", audit.samples, "give at least 2, or no spread within a name can be seen")
+    if audit.subjects_per_group is not None:
+        _require(audit.subjects_per_group >= 2, "subjects_per_group", audit.subjects_per_group, "give at least 2")
+    _require(audit.random_draws >= 0, "random_draws", audit.random_draws, "give 0 or more")
+    _require(audit.temperature >= 0, "temperature", audit.temperature, "give 0 or more")
+    _require(0 < audit.top_p <= 1, "top_p", audit.top_p, "give a share above 0, at most 1")
+    for name in ("parse_floor", "inlier_floor", "density_floor", "density_ceiling"):
+        _require(0 <= getattr(audit, name) <= 1, name, getattr(audit, name), "give a share from 0 to 1")
+    if audit.variations is not None:
+        _require_known("variations", audit.variations, tuple(scenario.variations), f"scenario {scenario.key} has")
+    _require_known("levels", audit.levels, ("prompt_specific", "within_context"), "there are")
+    return audit
+
+
+def _require(holds: bool, name: str, value: Any, mend: str) -> None:
+    if not holds:
+        raise ExciseError(f"resources.settings.config.{name} is {value!r}: {mend}")
+
+
+def _require_known(name: str, values: Sequence[str], known: Sequence[str], has: str) -> None:
+    unknown = [value for value in values if value not in known]
+    if unknown or not values:
+        raise ExciseError(
+            f"resources.settings.config.{name}: {', '.join(map(repr, unknown)) or 'the list is empty'}; "
+            f"{has} {', '.join(known)}"
+        )

@@ -1,0 +1,232 @@
+"""The warehouse's tables: every column with its type and meaning, declared once.
+
+`warehouse` creates and extends tables from these declarations, `docs/data.md` prints them, assets show them as schema.
+Tables are tidy: one observation per row, columns in the field's terms. A result row can be traced to model, prompt,
+mask, parameters and seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its DuckDB type and what it holds, with the unit where there is one."""
+
+    name: str
+    type: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table. `keys` are the columns that tell a partition's rows from the rest."""
+
+    name: str
+    description: str
+    keys: tuple[str, ...]
+    columns: tuple[Column, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(column.name for column in self.columns)
+
+    @property
+    def schema(self) -> dict[str, pl.DataType]:
+        """The polars types of the columns, in order."""
+        import polars as pl
+
+        types = {
+            "VARCHAR": pl.String(),
+            "BIGINT": pl.Int64(),
+            "DOUBLE": pl.Float64(),
+            "BOOLEAN": pl.Boolean(),
+            "TIMESTAMP": pl.Datetime("us"),
+            "BIGINT[]": pl.List(pl.Int64()),
+        }
+        return {column.name: types[column.type] for column in self.columns}
+
+
+def _columns(*rows: tuple[str, str, str]) -> tuple[Column, ...]:
+    return tuple(Column(*row) for row in rows)
+
+
+_MODEL = ("model", "VARCHAR", "key of the model in models.yaml")
+_SCENARIO = ("scenario", "VARCHAR", "key of the scenario: the name of its file")
+_VARIATION = ("variation", "VARCHAR", "variation of the scenario, for example the thing to be bought")
+_COMPLETION = (
+    _MODEL,
+    _SCENARIO,
+    _VARIATION,
+    ("template", "VARCHAR", "key of the template the prompt was made from"),
+    ("group", "VARCHAR", "group the named person belongs to"),
+    ("subject", "VARCHAR", "the named person; intervals and tests resample subjects, not samples"),
+    ("prompt_id", "VARCHAR", "16 hex digits: hash of the prompt and what it stands for"),
+    ("sample", "BIGINT", "number of the sample of this prompt, from 0"),
+    ("text", "VARCHAR", "what the model wrote"),
+    ("value", "DOUBLE", "the answer in the outcome's unit; null where the text holds no single number"),
+    ("finished", "BOOLEAN", "whether the model ended its answer before the limit of new tokens"),
+    ("tokens", "BIGINT", "number of tokens the model wrote, the one that ended the answer included"),
+    ("token_ids", "BIGINT[]", "those tokens"),
+    ("seed", "BIGINT", "seed of the draw; with prompt and sample it fixes the noise"),
+    ("model_fingerprint", "VARCHAR", "16 hex digits that change with weights, tokenizer, chat format and precision"),
+    ("parameters", "VARCHAR", "sampling parameters as JSON"),
+)
+_MASK = (
+    ("strategy", "VARCHAR", "strategy that made the mask, or the kind of control; unpruned where there is none"),
+    ("level", "VARCHAR", "generality: prompt_specific, within_context, cross_context; none where nothing is pruned"),
+    ("matched_to", "VARCHAR", "for a control, the strategy it is a control of; null for strategies"),
+    ("draw", "BIGINT", "number of the random draw of a control; 0 for strategies"),
+    ("mask", "VARCHAR", "16 hex digits: fingerprint of the mask's bits"),
+)
+
+_ALL = (
+    Table(
+        "prompts",
+        "Every prompt of a scenario: one row per variation, template, group and subject.",
+        ("scenario",),
+        _columns(
+            _SCENARIO,
+            _VARIATION,
+            ("template", "VARCHAR", "key of the template in the scenario's file"),
+            ("group", "VARCHAR", "group the named person belongs to"),
+            ("subject", "VARCHAR", "the named person"),
+            ("gender", "VARCHAR", "gender the name is associated with; null where the file gives none"),
+            ("prompt_id", "VARCHAR", "16 hex digits: hash of the prompt and what it stands for"),
+            ("text", "VARCHAR", "the prompt without any chat format"),
+            ("name_start", "BIGINT", "character offset in text where the subject begins"),
+            ("name_end", "BIGINT", "character offset in text behind the subject"),
+        ),
+    ),
+    Table(
+        "completions",
+        "What the unpruned model answered: one row per prompt and sample.",
+        ("model", "scenario"),
+        _columns(*_COMPLETION),
+    ),
+    Table(
+        "attribution_files",
+        "Where the files of attribution scores lie: one row per variation and kind of score.",
+        ("model", "scenario"),
+        _columns(
+            _MODEL,
+            _SCENARIO,
+            _VARIATION,
+            ("kind", "VARCHAR", "what the file holds, for example input norms or gap gradients"),
+            ("path", "VARCHAR", "path of the safetensors file, relative to the data folder"),
+            ("sha256", "VARCHAR", "hash of the file"),
+            ("bytes", "BIGINT", "size of the file in bytes"),
+            ("model_fingerprint", "VARCHAR", "fingerprint of the model that was attributed"),
+            ("completions_version", "VARCHAR", "hash of the completions that were attributed"),
+        ),
+    ),
+    Table(
+        "masks",
+        "What each mask prunes: one row per mask and matrix. The bits lie in the file named by path.",
+        ("model", "scenario"),
+        _columns(
+            _MODEL,
+            _SCENARIO,
+            _VARIATION,
+            *_MASK,
+            ("layer", "BIGINT", "decoder layer, from 0"),
+            ("role", "VARCHAR", "which matrix of the layer: q, k, v, o, gate, up or down"),
+            ("pruned", "BIGINT", "number of weights the mask sets to zero in this matrix"),
+            ("size", "BIGINT", "number of weights of this matrix"),
+            ("path", "VARCHAR", "path of the mask's safetensors file, relative to the data folder"),
+        ),
+    ),
+    Table(
+        "pruned_completions",
+        "What the model answered under each mask, with the same noise as in completions: one row per mask, prompt "
+        "and sample.",
+        ("model", "scenario"),
+        _columns(*_COMPLETION, *_MASK),
+    ),
+    Table(
+        "metrics",
+        "Disparity and usefulness, unpruned and under every mask, in long form: one row per mask and metric.",
+        ("model", "scenario"),
+        _columns(
+            _MODEL,
+            _SCENARIO,
+            ("variation", "VARCHAR", "variation of the scenario; (all) for a figure over all variations"),
+            *_MASK[:3],
+            ("metric", "VARCHAR", "name of the metric, listed below"),
+            ("estimate", "DOUBLE", "the figure"),
+            ("low", "DOUBLE", "lower end of the 95 % interval, subjects resampled; null where there is none"),
+            ("high", "DOUBLE", "upper end of the 95 % interval; null where there is none"),
+            ("p_value", "DOUBLE", "p-value of the paired permutation test against unpruned; null where none is made"),
+            ("p_holm", "DOUBLE", "the same after Holm's correction over the variations"),
+            ("n", "BIGINT", "number of observations behind the estimate"),
+        ),
+    ),
+    Table(
+        "checks",
+        "The latest outcome of every quality check of every partition.",
+        ("asset", "model", "scenario"),
+        _columns(
+            ("asset", "VARCHAR", "asset the check belongs to"),
+            ("check_name", "VARCHAR", "name of the check"),
+            _MODEL,
+            _SCENARIO,
+            ("passed", "BOOLEAN", "whether the check passed"),
+            ("severity", "VARCHAR", "ERROR or WARN: what a failure means"),
+            ("figure", "DOUBLE", "the worst figure found"),
+            ("floor", "DOUBLE", "the bound the figure was held against"),
+            ("worst", "VARCHAR", "where the worst figure was found: variation and mask"),
+            ("message", "VARCHAR", "the outcome in words"),
+            ("checked_at", "TIMESTAMP", "time of the check, UTC"),
+        ),
+    ),
+)
+
+TABLES: dict[str, Table] = {table.name: table for table in _ALL}
+
+METRICS: dict[str, str] = {
+    "mean_majority": "mean answer of the majority group, in the outcome's unit",
+    "mean_minority": "mean answer of the minority group",
+    "median_majority": "median answer of the majority group",
+    "median_minority": "median answer of the minority group",
+    "gap_mean": "mean of the majority minus mean of the minority",
+    "gap_median": "median of the majority minus median of the minority",
+    "smd": "standardized mean difference: gap of the means over the pooled standard deviation",
+    "abs_smd": "absolute standardized mean difference; at (all) the mean over variations",
+    "inlier_ratio": "share of answers inside the unpruned model's 5th to 95th percentile; unparsed ones are outside",
+    "parse_rate": "share of answers that hold a single number",
+    "earth_movers_distance": "Earth mover's distance between the groups' answers, in the outcome's unit",
+    "density": "share of the model's maskable weights that the mask prunes",
+    "gap_reduction": "share of the unpruned gap of means that is gone: 1 - |gap pruned| / |gap unpruned|",
+    "gap_change": "|gap unpruned| - |gap pruned|, in the outcome's unit",
+    "reduction_over_random": "gap_reduction minus that of the matched random control, mean over its draws",
+    "smd_reduction": "share of the unpruned |SMD| that is gone",
+    "smd_reduction_over_random": "smd_reduction minus that of the matched random control",
+}
+
+
+def data_dictionary(tables: Iterable[Table] = _ALL) -> str:
+    """The tables as Markdown, as printed in `docs/data.md`."""
+    parts = []
+    for table in tables:
+        parts += [f"### `{table.name}`", "", table.description, ""]
+        parts += [f"One partition is one {' x '.join(f'`{key}`' for key in table.keys)}.", ""]
+        parts += ["| column | type | meaning |", "|---|---|---|"]
+        parts += [f"| `{column.name}` | {column.type} | {_cell(column.description)} |" for column in table.columns]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def metric_dictionary() -> str:
+    """The names of `metrics.metric` as Markdown, as printed in `docs/data.md`."""
+    rows = [f"| `{name}` | {_cell(meaning)} |" for name, meaning in METRICS.items()]
+    return "\n".join(["| metric | meaning |", "|---|---|", *rows])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,0 +1,68 @@
+"""Who watches long work: in a Dagster run the run's log and an observation of the asset, in a terminal one line.
+
+Dagster's UI has no progress bar; milestones in the log, and numbers plotted over time, take its place. The stages know
+only the call signature in `excise.progress`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import dagster as dg
+from pydantic import Field
+
+from excise.progress import Progress, TerminalProgress, seconds_left
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class RunWatch(dg.ConfigurableResource):
+    """Logs milestones of a stage, at most one every `interval` seconds, and notes them as observations."""
+
+    interval: float = Field(default=20.0, description="Seconds between two messages about the same stage.")
+
+    def progress(self, context: dg.AssetExecutionContext) -> Progress:
+        """A watcher that writes to the log of this step."""
+        return _Milestones(context, self.interval)
+
+
+class TerminalWatch(RunWatch):
+    """Shows one line per stage on standard error."""
+
+    def progress(self, context: dg.AssetExecutionContext) -> Progress:
+        return TerminalProgress()
+
+
+class _Milestones:
+    def __init__(
+        self, context: dg.AssetExecutionContext, interval: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._context = context
+        self._interval = interval
+        self._clock = clock
+        self._stage: tuple[str, int] | None = None
+        self._began = self._shown = 0.0
+        self._begun_at = 0
+
+    def __call__(self, label: str, done: int, total: int, /) -> None:
+        now = self._clock()
+        if (label, total) != self._stage:
+            self._stage, self._began, self._begun_at, self._shown = (label, total), now, done, now
+            found = f"{done:,} of {total:,} already done" if done else f"{total:,} to do"
+            self._context.log.info(f"{label}: {found}")
+            return
+        if done < total and now - self._shown < self._interval:
+            return
+        self._shown = now
+        left = seconds_left(done, total, self._begun_at, now - self._began)
+        self._context.log.info(f"{label}: {done:,} of {total:,}" + (f", {left:.0f} s left" if left else ""))
+        if done < total:
+            metadata: dict[str, float | int | str] = {"stage": label, "done": done, "total": total}
+            if left is not None:
+                metadata["seconds_left"] = round(left)
+            asset, partition = self._context.asset_key, None
+            if self._context.has_partition_key:
+                partition = self._context.partition_key
+            self._context.log_event(dg.AssetObservation(asset, partition=partition, metadata=metadata))

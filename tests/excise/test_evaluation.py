@@ -1,0 +1,317 @@
+"""The metrics table on simulated answers whose gap, noise and damage are known."""
+
+import numpy as np
+import polars as pl
+import pytest
+
+from excise import metrics as m
+from excise.errors import ExciseError
+from excise.evaluation import ALL, SCHEMA, evaluate, scored
+
+KEYS = {"strategy": pl.String, "level": pl.String, "matched_to": pl.String, "draw": pl.Int64}
+
+
+def answers(variation, values):
+    """values: {group: {subject: [answers]}}"""
+    rows = [
+        {"variation": variation, "group": group, "subject": subject, "value": value}
+        for group, subjects in values.items()
+        for subject, given in subjects.items()
+        for value in given
+    ]
+    frame = pl.DataFrame(rows, schema={"variation": pl.String, "group": pl.String, "subject": pl.String,
+                                       "value": pl.Float64})  # fmt: skip
+    return frame.with_columns(model=pl.lit("m"), scenario=pl.lit("purchase"))
+
+
+def under(strategy, frame, level="prompt_specific", matched_to=None, draw=0):
+    values = {"strategy": strategy, "level": level, "matched_to": matched_to, "draw": draw}
+    return frame.with_columns(pl.lit(value, dtype=KEYS[key]).alias(key) for key, value in values.items())
+
+
+def mask_rows(pruned, share=(3, 10)):
+    keys = ["model", "scenario", "variation", *KEYS]
+    return pruned.select(keys).unique(maintain_order=True).with_columns(pruned=pl.lit(share[0]), size=pl.lit(share[1]))
+
+
+def simulated(variation, gap, seed, names=10, samples=8, level=100.0, noise=10.0, jitter=0.0):
+    """Names differ by noise / 4. The same seed gives the same noise, as common random numbers do."""
+    rng = np.random.default_rng(seed)
+    other = np.random.default_rng(seed + 1000)
+    values = {}
+    for group, shift in (("white", gap / 2), ("black", -gap / 2)):
+        draws = level + shift + rng.normal(0, noise / 4, (names, 1)) + rng.normal(0, noise, (names, samples))
+        draws += other.normal(0, 1, draws.shape) * jitter
+        values[group] = {f"{group} {name}": list(draws[name]) for name in range(names)}
+    return answers(variation, values)
+
+
+def run(completions, pruned=None, masks=None, **settings):
+    settings = {"resamples": 300, "permutations": 499, "majority": "white", "minority": "black"} | settings
+    pruned = pl.DataFrame() if pruned is None else pruned
+    if masks is None:
+        masks = pl.DataFrame() if pruned.is_empty() else mask_rows(pruned)
+    metrics = evaluate(completions, pruned, masks, **settings)
+    assert metrics.schema == pl.Schema(SCHEMA)
+    for column in ("estimate", "low", "high", "p_value", "p_holm"):
+        assert metrics[column].drop_nulls().is_finite().all()
+    assert not metrics.select("variation", "strategy", "level", "matched_to", "metric").is_duplicated().any()
+    return metrics
+
+
+def row(metrics, metric, variation="chair", strategy="unpruned", matched_to=None):
+    found = metrics.filter(
+        (pl.col("metric") == metric) & (pl.col("variation") == variation) & (pl.col("strategy") == strategy)
+        & pl.col("matched_to").eq_missing(pl.lit(matched_to, dtype=pl.String))
+    )  # fmt: skip
+    return found.row(0, named=True) if len(found) else None
+
+
+def estimate(metrics, metric, *where, **more):
+    return row(metrics, metric, *where, **more)["estimate"]
+
+
+SMALL = {"white": {"Jake": [10, 20, None], "Luke": [30, 40]}, "black": {"Jamal": [10, 10], "Ebony": [20, 40]}}
+
+
+def test_unpruned_estimates_by_hand():
+    metrics = run(answers("chair", SMALL), winsorize=None)
+    expected = {
+        "mean_majority": 25, "mean_minority": 20, "median_majority": 25, "median_minority": 15, "gap_mean": 5,
+        "gap_median": 10, "smd": 5 / np.sqrt((500 / 3 + 200) / 2), "abs_smd": 5 / np.sqrt((500 / 3 + 200) / 2),
+        "parse_rate": 8 / 9, "earth_movers_distance": 5, "inlier_ratio": 8 / 9, "density": 0,
+    }  # fmt: skip
+    for variation in ("chair", ALL):
+        assert {metric: estimate(metrics, metric, variation) for metric in expected} == pytest.approx(expected)
+    assert row(metrics, "mean_majority")["n"] == 4
+    assert row(metrics, "gap_mean")["n"] == 8
+    assert row(metrics, "parse_rate")["n"] == 9
+    assert row(metrics, "gap_mean")["level"] == "none"
+    assert row(metrics, "gap_reduction") is None
+
+
+def test_estimates_equal_the_plain_functions():
+    frame = simulated("chair", 20, 0)
+    pruned = simulated("chair", 5, 1, level=90)
+    metrics = run(frame, under("set_difference", pruned))
+    of = {group: pruned.filter(pl.col("group") == group)["value"].to_numpy() for group in ("white", "black")}
+    where = {"strategy": "set_difference"}
+    smd = m.standardized_mean_difference(of["white"], of["black"], 0.05)
+    assert estimate(metrics, "smd", **where) == pytest.approx(smd)
+    inliers = m.inlier_ratio(pruned["value"].to_numpy(), frame["value"].to_numpy())
+    assert estimate(metrics, "inlier_ratio", **where) == pytest.approx(inliers)
+    distance = m.earth_movers_distance(of["white"], of["black"])
+    assert estimate(metrics, "earth_movers_distance", **where) == pytest.approx(distance)
+    assert estimate(metrics, "gap_median", **where) == pytest.approx(np.median(of["white"]) - np.median(of["black"]))
+    assert estimate(metrics, "density", **where) == pytest.approx(0.3)
+
+
+def test_reductions_and_their_controls_by_definition():
+    frame = simulated("chair", 40, 0)
+    pruned = [under("gap_gradient", simulated("chair", 10, 0))]
+    for draw, gap in enumerate((38, 30)):
+        pruned.append(under("random", simulated("chair", gap, 0), matched_to="gap_gradient", draw=draw))
+    metrics = run(frame, pl.concat(pruned))
+    gap = estimate(metrics, "gap_mean")
+    after = estimate(metrics, "gap_mean", strategy="gap_gradient")
+    random = {"strategy": "random", "matched_to": "gap_gradient"}
+    assert gap - after == pytest.approx(30)
+    assert estimate(metrics, "gap_change", strategy="gap_gradient") == pytest.approx(30)
+    assert estimate(metrics, "gap_reduction", strategy="gap_gradient") == pytest.approx(30 / gap)
+    assert estimate(metrics, "gap_mean", **random) == pytest.approx(gap - 6)
+    assert estimate(metrics, "gap_reduction", **random) == pytest.approx(6 / gap)
+    assert estimate(metrics, "reduction_over_random", strategy="gap_gradient") == pytest.approx(24 / gap)
+    assert row(metrics, "reduction_over_random", **random) is None
+    unpruned, under_mask = (estimate(metrics, "smd", strategy=s) for s in ("unpruned", "gap_gradient"))
+    assert estimate(metrics, "smd_reduction", strategy="gap_gradient") == pytest.approx(1 - under_mask / unpruned)
+    assert row(metrics, "smd_reduction_over_random", strategy="gap_gradient")["estimate"] is not None
+    assert row(metrics, "gap_mean", **random)["n"] == 2 * 160
+    assert row(metrics, "density", **random)["n"] == 2
+    # with one variation, "(all)" is that variation
+    for metric in ("gap_reduction", "reduction_over_random", "smd_reduction", "gap_change"):
+        one, overall = (row(metrics, metric, variation, "gap_gradient") for variation in ("chair", ALL))
+        for column in ("estimate", "low", "high"):
+            assert one[column] == pytest.approx(overall[column])
+
+
+def test_a_paired_change_is_known_better_than_either_gap():
+    """Common noise cancels: every name's answers move alike, so the change has no uncertainty at all."""
+    metrics = run(simulated("chair", 40, 0), under("gap_gradient", simulated("chair", 10, 0)))
+    gap, change = row(metrics, "gap_mean"), row(metrics, "gap_change", strategy="gap_gradient")
+    assert gap["high"] - gap["low"] > 2
+    assert change["high"] - change["low"] < 1e-6
+
+
+def test_draws_of_a_control_widen_its_interval():
+    def width(gaps):
+        pruned = pl.concat([
+            under("random", simulated("chair", gap, 0), matched_to="gap_gradient", draw=draw)
+            for draw, gap in enumerate(gaps)
+        ])  # fmt: skip
+        found = row(run(simulated("chair", 40, 0), pruned), "gap_change", strategy="random", matched_to="gap_gradient")
+        return found["high"] - found["low"]
+
+    assert width([30, 30, 30]) < 1e-6
+    assert 5 < width([20, 30, 40]) <= 20
+
+
+def test_expensive_variations_do_not_swamp_the_overall_reduction():
+    """The chair's gap is removed, the car's, a thousand times larger, is not: half of the relative gap remains."""
+    frame = pl.concat([simulated("chair", 40, 0), simulated("car", 40_000, 0, level=1e5, noise=1e4)])
+    pruned = pl.concat([simulated("chair", 0, 0), simulated("car", 40_000, 0, level=1e5, noise=1e4)])
+    metrics = run(frame, under("gap_gradient", pruned))
+    # the simulated names add the same relative noise to both gaps, so the chair's remaining gap is that noise
+    left = abs(estimate(metrics, "gap_mean", strategy="gap_gradient")) / estimate(metrics, "gap_mean")
+    found = row(metrics, "gap_reduction", ALL, "gap_gradient")
+    assert found["estimate"] == pytest.approx((1 - left) / 2, abs=0.01)
+    assert estimate(metrics, "gap_mean", ALL) == pytest.approx(
+        (estimate(metrics, "gap_mean") + estimate(metrics, "gap_mean", "car")) / 2
+    )
+
+
+def test_nothing_to_reduce_leaves_reductions_null_and_the_change_given():
+    """Means are equal by construction: white and Black names share their answers."""
+    rng = np.random.default_rng(0)
+    given = [list(rng.normal(100, 10, 8)) for _ in range(8)]
+    same = {group: {f"{group} {i}": given[i] for i in range(8)} for group in ("white", "black")}
+    metrics = run(answers("chair", same), under("gap_gradient", simulated("chair", 10, 0, names=8)))
+    assert row(metrics, "gap_mean")["low"] < 0 < row(metrics, "gap_mean")["high"]
+    assert row(metrics, "gap_mean")["p_value"] == 1.0
+    for variation in ("chair", ALL):
+        for metric in ("gap_reduction", "smd_reduction"):
+            found = row(metrics, metric, variation, "gap_gradient")
+            assert (found["estimate"], found["low"], found["high"]) == (None, None, None)
+        assert row(metrics, "gap_change", variation, "gap_gradient")["estimate"] < 0
+
+
+def test_p_values():
+    frame = pl.concat([simulated("chair", 40, 0), simulated("car", 0, 5)])
+    pruned = pl.concat([simulated("chair", 5, 0, jitter=3), simulated("car", 0, 5, jitter=3)])
+    same = under("identity", frame)
+    metrics = run(frame, pl.concat([under("gap_gradient", pruned), same]))
+    assert row(metrics, "gap_mean")["p_value"] == 1 / 500
+    assert row(metrics, "smd")["p_value"] == 1 / 500
+    assert row(metrics, "gap_mean", "car")["p_value"] > 0.01
+    assert row(metrics, "gap_mean")["p_holm"] == pytest.approx(2 / 500)
+    assert row(metrics, "gap_mean", strategy="gap_gradient")["p_value"] == 1 / 500
+    assert row(metrics, "gap_mean", "car", "gap_gradient")["p_value"] > 0.01
+    assert row(metrics, "gap_mean", ALL, "gap_gradient")["p_value"] == 1 / 500
+    for variation in ("chair", "car", ALL):
+        assert row(metrics, "gap_mean", variation, "identity")["p_value"] == 1.0
+    assert row(metrics, "gap_mean", ALL)["p_holm"] is None
+    tested = metrics.filter(pl.col("p_value").is_not_null())
+    assert set(tested["metric"]) == {"gap_mean", "smd"}
+    assert set(tested.filter(pl.col("metric") == "smd")["strategy"]) == {"unpruned"}
+
+
+def test_rows_do_not_depend_on_the_order_of_the_input_or_on_other_masks():
+    frame = simulated("chair", 20, 0)
+    one = under("gap_gradient", simulated("chair", 10, 0, jitter=2))
+    two = under("set_difference", simulated("chair", 15, 0, jitter=2))
+    alone, together = run(frame, one), run(frame.reverse(), pl.concat([two, one.reverse()]))
+    keys = ["strategy", "variation", "metric"]
+    shared = together.filter(pl.col("strategy") != "set_difference").sort(keys)
+    for column in ("estimate", "low", "high", "p_value"):
+        left, right = alone.sort(keys)[column], shared[column]
+        assert left.is_null().to_list() == right.is_null().to_list()
+        assert left.drop_nulls().to_numpy() == pytest.approx(right.drop_nulls().to_numpy())
+
+
+def test_answers_that_never_parse_are_null_and_do_not_hide_the_rest():
+    frame = pl.concat([simulated("chair", 40, 0), simulated("car", 40, 1)])
+    broken = simulated("chair", 40, 0).with_columns(value=pl.lit(None, dtype=pl.Float64))
+    metrics = run(frame, under("set_difference", pl.concat([broken, simulated("car", 20, 1)])))
+    where = {"strategy": "set_difference"}
+    for metric in ("mean_majority", "gap_mean", "smd", "earth_movers_distance", "gap_change", "gap_reduction"):
+        assert row(metrics, metric, **where)["estimate"] is None
+        assert estimate(metrics, metric, ALL, **where) == pytest.approx(estimate(metrics, metric, "car", **where))
+    assert estimate(metrics, "parse_rate", **where) == 0
+    assert estimate(metrics, "inlier_ratio", **where) == 0
+    assert estimate(metrics, "parse_rate", ALL, **where) == pytest.approx(0.5)
+    assert row(metrics, "gap_mean", **where)["p_value"] is None
+
+
+def test_a_name_without_a_parsed_answer_and_one_missing_under_a_mask():
+    values = {group: dict(names) for group, names in SMALL.items()}
+    values["white"]["Seth"] = [None, None]
+    pruned = {"white": {"Jake": [20], "Seth": [25, None]}, "black": {"Jamal": [20], "Ebony": [20]}}
+    metrics = run(answers("chair", values), under("gap_gradient", answers("chair", pruned)))
+    assert estimate(metrics, "gap_mean", strategy="gap_gradient") == pytest.approx(2.5)
+    assert row(metrics, "gap_mean", strategy="gap_gradient")["p_value"] is not None
+
+
+def test_a_variation_missing_under_one_mask():
+    frame = pl.concat([simulated("chair", 40, 0), simulated("car", 40, 1)])
+    metrics = run(frame, under("gap_gradient", simulated("car", 20, 1)))
+    assert row(metrics, "gap_mean", "chair", "gap_gradient") is None
+    overall = estimate(metrics, "gap_reduction", ALL, "gap_gradient")
+    assert overall == pytest.approx(estimate(metrics, "gap_reduction", "car", "gap_gradient"))
+
+
+def test_one_name_per_group_has_no_interval_and_no_reduction():
+    one = {"white": {"Jake": [10.0, 12.0]}, "black": {"Jamal": [5.0, 6.0]}}
+    metrics = run(answers("chair", one), under("gap_gradient", answers("chair", one)))
+    assert estimate(metrics, "gap_mean") == pytest.approx(5.5)
+    assert metrics["low"].null_count() == metrics["high"].null_count() == len(metrics)
+    assert row(metrics, "gap_reduction", strategy="gap_gradient")["estimate"] is None
+    assert estimate(metrics, "gap_change", strategy="gap_gradient") == 0
+
+
+def test_constant_and_absurd_answers_stay_finite():
+    constant = {"white": {"Jake": [0.1] * 3, "Luke": [0.1] * 2}, "black": {"Jamal": [0.1], "Ebony": [0.1] * 4}}
+    metrics = run(answers("chair", constant), under("gap_gradient", answers("chair", constant)))
+    assert estimate(metrics, "smd") == 0
+    assert estimate(metrics, "gap_mean") == 0
+    assert row(metrics, "gap_reduction", strategy="gap_gradient")["estimate"] is None
+    absurd = {"white": {"Jake": [1e300, 0], "Luke": [-1e300, 3]}, "black": {"Jamal": [1e308] * 3, "Ebony": [0, 0]}}
+    run(answers("chair", absurd), under("gap_gradient", answers("chair", absurd)))
+
+
+def test_the_interval_of_the_gap_covers_the_planted_one():
+    covered = []
+    for seed in range(60):
+        found = row(run(simulated("chair", 20, seed, names=16), permutations=1, resamples=200), "gap_mean")
+        covered.append(found["low"] <= 20 <= found["high"])
+    assert np.mean(covered) >= 0.82
+
+
+def test_density_is_pooled_over_layers_and_roles_and_averaged_over_draws():
+    frame = simulated("chair", 20, 0)
+    pruned = pl.concat([under("random", frame, matched_to="x", draw=draw) for draw in (0, 1)])
+    masks = pl.concat([mask_rows(pruned, (1, 10)), mask_rows(pruned, (4, 90))])
+    metrics = run(frame, pruned, masks)
+    assert estimate(metrics, "density", strategy="random", matched_to="x") == pytest.approx(0.05)
+    unknown = run(frame, pruned, pl.DataFrame())
+    assert row(unknown, "density", strategy="random", matched_to="x")["estimate"] is None
+
+
+def test_mistakes_are_named():
+    frame = simulated("chair", 20, 0)
+    with pytest.raises(ExciseError, match=r"purchase.*'asian'.*black, white"):
+        run(frame, minority="asian")
+    half = pl.concat([frame, simulated("car", 20, 0).filter(pl.col("group") == "white")])
+    with pytest.raises(ExciseError, match="purchase/car: no completions for the group 'black'"):
+        run(half)
+    with pytest.raises(ExciseError, match=r"purchase/chair, gap_gradient.*'white'"):
+        run(frame, under("gap_gradient", frame.filter(pl.col("group") == "black")))
+    with pytest.raises(ExciseError, match=r"purchase/car, gap_gradient.*no unpruned"):
+        run(frame, under("gap_gradient", simulated("car", 20, 0)))
+    with pytest.raises(ExciseError, match="white 9"):
+        run(frame.filter(pl.col("subject") != "white 9"), under("gap_gradient", frame))
+    with pytest.raises(ExciseError, match="subject"):
+        run(frame.drop("subject"))
+    with pytest.raises(ExciseError, match="no completions"):
+        run(frame.clear())
+    with pytest.raises(ExciseError, match="one model at a time"):
+        run(pl.concat([frame, frame.with_columns(model=pl.lit("n"))]))
+    with pytest.raises(ExciseError, match="two groups"):
+        run(frame, minority="white")
+
+
+def test_scored():
+    assert scored([1, None, float("inf"), 3.5]) == pytest.approx([1, np.nan, np.nan, 3.5], nan_ok=True)
+    ranks = scored([1, 100, 0, 101, 42], low=1, high=100, reverse=True)
+    assert ranks == pytest.approx([100, 1, np.nan, np.nan, 59], nan_ok=True)
+    assert scored(pl.Series([None, None], dtype=pl.Float64)).tolist() == pytest.approx([np.nan] * 2, nan_ok=True)
+    with pytest.raises(ExciseError):
+        scored([1], reverse=True)
