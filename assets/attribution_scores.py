@@ -8,7 +8,7 @@ import polars as pl
 
 from assets.completions import completions_of, require_same_model
 from assets.partitions import Catalogue
-from assets.stage import data_version, grid_asset, table_metadata
+from assets.stage import data_version, grid_asset, table_metadata, table_value
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import AuditSettings
@@ -40,39 +40,39 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         from excise.attribution import attribute
 
         model, scenario = catalogue.partition(context)
-        completions, prompts = completions_of(warehouse, model, scenario.key)
         audit = settings.audit_of(scenario)
-        variations = prompts["variation"].unique(maintain_order=True).to_list()
+        completions, prompts = completions_of(warehouse, model, scenario.key)
+        strategies = catalogue.chosen_strategies(audit.strategies, audit.levels)
         with gpu.model(model, catalogue.models, waiting=context.log.info) as loaded:
             require_same_model(completions, loaded.fingerprint, model, scenario.key)
-            files = [
-                attribute(
-                    loaded,
-                    prompts,
-                    completions,
-                    variation,
-                    comparison=scenario.comparison,
-                    strategies=catalogue.strategies,
-                    seed=audit.seed,
-                    folder=artifacts.tensors("attribution", model, scenario.key),
-                    progress=watch.progress(context),
-                )
-                for variation in variations
-            ]
+            files = attribute(
+                loaded,
+                prompts,
+                completions,
+                comparison=scenario.comparison,
+                outcome=scenario.outcome,
+                scores=sorted({strategy.score for strategy in strategies}),
+                permutations=audit.relabellings,
+                seed=audit.seed,
+                folder=artifacts.tensors("attribution"),
+                progress=watch.progress(context),
+            )
             device = gpu.report(loaded)
         stored = [artifacts.describe(file.path) for file in files]
+        version = data_version(completions).value
         rows = pl.DataFrame(
             [
                 {
                     "model": model,
                     "scenario": scenario.key,
                     "variation": file.variation,
-                    "kind": file.kind,
+                    "score": file.score,
+                    "relabellings": audit.relabellings,
                     "path": where.path,
                     "sha256": where.sha256,
                     "bytes": where.bytes,
                     "model_fingerprint": device["model_fingerprint"],
-                    "completions_version": data_version(completions).value,
+                    "completions_version": version,
                 }
                 for file, where in zip(files, stored, strict=True)
             ],
@@ -85,7 +85,7 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             "files_reused": sum(file.reused for file in files),
             "seconds": round(sum(file.seconds for file in files), 1),
             "bytes": sum(where.bytes for where in stored),
-            "folder": dg.MetadataValue.path(str(artifacts.tensors("attribution", model, scenario.key))),
+            "files": table_value(rows.select("variation", "score", "path", "bytes")),
         }
         return dg.MaterializeResult(metadata=metadata, data_version=data_version(rows.drop("path")))
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dagster as dg
-from excise.strategies import Strategy, load_strategies
 
 from excise.errors import ExciseError
 from excise.models import ModelSpec, load_registry
 from excise.scenarios import Scenario, load_scenarios
+from excise.strategies import Strategy, load_strategies
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,22 @@ class Catalogue:
             raise ExciseError(f"scenario {key}: no usable file of that name ({known})")
         return self.scenarios[key]
 
-    def chosen_strategies(self, keys: Sequence[str] | None) -> dict[str, Strategy]:
-        """The strategies named, or all. Raises ExciseError for one that does not exist."""
+    def chosen_strategies(self, keys: Sequence[str] | None, levels: Sequence[str]) -> list[Strategy]:
+        """The strategies named, or all, each at those of its levels that are wanted.
+
+        Raises ExciseError for a strategy that does not exist.
+        """
         unknown = [key for key in keys or () if key not in self.strategies]
         if unknown:
             raise ExciseError(
                 f"resources.settings.config.strategies: no strategy {', '.join(map(repr, unknown))}; "
                 f"there are {', '.join(self.strategies)}"
             )
-        return {key: self.strategies[key] for key in (self.strategies if keys is None else keys)}
+        chosen = [self.strategies[key] for key in (self.strategies if keys is None else keys)]
+        wanted = [tuple(level for level in strategy.levels if level in levels) for strategy in chosen]
+        return [
+            strategy.model_copy(update={"levels": some}) for strategy, some in zip(chosen, wanted, strict=True) if some
+        ]
 
 
 def read_catalogue(

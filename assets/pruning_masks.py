@@ -3,6 +3,8 @@
 A mask is a file named by its fingerprint; the table `masks` counts what it prunes in each matrix.
 """
 
+from pathlib import Path
+
 import dagster as dg
 import polars as pl
 
@@ -40,57 +42,42 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         settings: AuditSettings,
         watch: RunWatch,
     ) -> dg.MaterializeResult:
-        from excise.strategies import build_masks
-
-        from excise.attribution import AttributionFile
         from excise.figures import mask_density_by_layer
+        from excise.strategies import build_masks
 
         model, scenario = catalogue.partition(context)
         audit = settings.audit_of(scenario)
         completions, _ = completions_of(warehouse, model, scenario.key)
-        files = rows_of(warehouse, "attribution_files", model, scenario.key, made_by="attribution_scores")
-        if set(files["completions_version"]) != {data_version(completions).value}:
-            raise ExciseError(
-                f"the attribution scores of {model}|{scenario.key} are those of other completions; materialize "
-                "attribution_scores of this partition again"
-            )
-        attributions = {
-            row["variation"]: AttributionFile(
-                variation=row["variation"],
-                path=artifacts.locate(row["path"], made_by="attribution_scores"),
-                sha256=row["sha256"],
-                bytes=row["bytes"],
-                reused=True,
-                seconds=0.0,
-                kind=row["kind"],
-            )
-            for row in files.iter_rows(named=True)
-        }
-        folder = artifacts.tensors("masks")
-        counted, known = [], 0
+        stored = rows_of(warehouse, "attribution_files", model, scenario.key, made_by="attribution_scores")
+        strategies = catalogue.chosen_strategies(audit.strategies, audit.levels)
+        _require_scores(stored, {strategy.score for strategy in strategies}, completions, f"{model}|{scenario.key}")
+        files = MaskFiles(artifacts)
         with gpu.model(model, catalogue.models, waiting=context.log.info) as loaded:
             require_same_model(completions, loaded.fingerprint, model, scenario.key)
-            for named in build_masks(
-                loaded,
-                catalogue.chosen_strategies(audit.strategies),
-                attributions,
-                levels=audit.levels,
-                random_draws=audit.random_draws,
-                seed=audit.seed,
-                progress=watch.progress(context),
-            ):
-                path = folder / f"{named.mask.fingerprint}.safetensors"
-                if path.exists():
-                    known += 1
-                else:
-                    artifacts.publish(path, named.mask.save)
-                counted += _counts(named, model, scenario.key, path.relative_to(artifacts.root).as_posix())
+            counted = [
+                row
+                for named in build_masks(
+                    loaded,
+                    strategies,
+                    _attribution_files(stored, artifacts),
+                    random_draws=audit.random_draws,
+                    permutations=min(audit.relabellings, stored["relabellings"].min()),
+                    seed=audit.seed,
+                    store=files.store,
+                    progress=watch.progress(context),
+                )
+                for row in _counts(named, model, scenario.key, artifacts.relative(files.store(named.mask)))
+            ]
         rows = pl.DataFrame(counted, schema=TABLES["masks"].schema)
         warehouse.replace_partition("masks", rows, {"model": model, "scenario": scenario.key})
         outcome = checks.mask_density(rows, audit.density_floor, audit.density_ceiling)
         checks.record(warehouse, "pruning_masks", model, scenario.key, [outcome])
         masks = rows.select(*checks.MASK, "mask").unique().height
-        metadata = table_metadata("masks", rows) | {"masks": masks, "mask_files_reused": known}
+        metadata = table_metadata("masks", rows) | {
+            "masks": masks,
+            "mask_files_written": files.written,
+            "mask_files_reused": len(files.seen) - files.written,
+        }
         if not rows.is_empty():
             metadata |= picture("mask_density_by_layer", mask_density_by_layer(rows), artifacts, model, scenario.key)
         return dg.MaterializeResult(
@@ -100,6 +87,54 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         )
 
     return pruning_masks
+
+
+class MaskFiles:
+    """Masks as files named by their fingerprint, each written once; counts how many were there already."""
+
+    def __init__(self, artifacts: Artifacts) -> None:
+        self.artifacts = artifacts
+        self.folder = artifacts.tensors("masks")
+        self.seen: set[str] = set()
+        self.written = 0
+
+    def store(self, mask) -> Path:
+        """Keep a mask and return its path."""
+        path = self.folder / f"{mask.fingerprint}.safetensors"
+        self.seen.add(mask.fingerprint)
+        if not path.exists():
+            self.artifacts.publish(path, mask.save)
+            self.written += 1
+        return path
+
+
+def _require_scores(stored: pl.DataFrame, scores: set[str], completions: pl.DataFrame, partition: str) -> None:
+    if set(stored["completions_version"]) != {data_version(completions).value}:
+        raise ExciseError(
+            f"the attribution scores of {partition} are those of other completions; materialize attribution_scores of "
+            "this partition again"
+        )
+    if lacking := scores - set(stored["score"]):
+        raise ExciseError(
+            f"the attribution scores of {partition} lack {', '.join(sorted(lacking))}, which a strategy needs; "
+            "materialize attribution_scores of this partition again"
+        )
+
+
+def _attribution_files(stored: pl.DataFrame, artifacts: Artifacts) -> list:
+    from excise.attribution import AttributionFile
+
+    return [
+        AttributionFile(
+            variation=row["variation"],
+            score=row["score"],
+            path=artifacts.locate(row["path"], made_by="attribution_scores"),
+            bytes=row["bytes"],
+            reused=True,
+            seconds=0.0,
+        )
+        for row in stored.iter_rows(named=True)
+    ]
 
 
 def _counts(named, model: str, scenario: str, path: str) -> list[dict]:

@@ -53,15 +53,15 @@ class Work:
 
     def __add__(self, other: Work) -> Work:
         return Work(
-            self.drawn + other.drawn, self.reused + other.reused, self.seconds + other.seconds, self.tokens + other.tokens,
-            max(self.peak_memory_bytes, other.peak_memory_bytes),
+            self.drawn + other.drawn, self.reused + other.reused, self.seconds + other.seconds, self.tokens +
+            other.tokens, max(self.peak_memory_bytes, other.peak_memory_bytes),
         )  # fmt: skip
 
     def metadata(self) -> dict[str, float | int]:
         """Figures for a run's metadata; rates only where something was drawn."""
         figures: dict[str, float | int] = {
-            "completions_drawn": self.drawn, "completions_reused": self.reused, "sampling_seconds": round(self.seconds, 2),
-            "peak_memory_mb": round(self.peak_memory_bytes / 2**20),
+            "completions_drawn": self.drawn, "completions_reused": self.reused, "sampling_seconds": round(self.seconds,
+            2), "peak_memory_mb": round(self.peak_memory_bytes / 2**20),
         }  # fmt: skip
         if self.drawn and self.seconds:
             figures |= {
@@ -83,7 +83,11 @@ class CompletionCache:
     def read(self, address: str) -> pl.DataFrame:
         files = sorted((self.folder / address).glob("*.parquet"))
         frames = [pl.read_parquet(file) for file in files]
-        return pl.concat(frames).unique(["prompt", "sample"], keep="first") if frames else pl.DataFrame(schema=CACHE_SCHEMA)
+        return (
+            pl.concat(frames).unique(["prompt", "sample"], keep="first")
+            if frames
+            else pl.DataFrame(schema=CACHE_SCHEMA)
+        )
 
     def add(self, address: str, rows: pl.DataFrame) -> None:
         folder = self.folder / address
@@ -92,7 +96,9 @@ class CompletionCache:
             folder.mkdir(parents=True, exist_ok=True)
             rows.write_parquet(folder / f".{name}.partial")
         except OSError as error:
-            raise ExciseError(f"{folder}: the completion cache cannot be written ({error}); free space or move EXCISE_DATA") from error
+            raise ExciseError(
+                f"{folder}: the completion cache cannot be written ({error}); free space or move EXCISE_DATA"
+            ) from error
         os.replace(folder / f".{name}.partial", folder / f"{name}.parquet")
 
     def size(self) -> int:
@@ -124,7 +130,11 @@ def complete(
     keys = [hashlib.sha256(json.dumps(prompt.tokens).encode()).hexdigest()[:24] for prompt in encoded]
     settings = json.dumps(asdict(parameters), sort_keys=True)
     address = "/".join(
-        [loaded.fingerprint, UNPRUNED if mask is None else mask.fingerprint, hashlib.sha256(settings.encode()).hexdigest()[:16]]
+        [
+            loaded.fingerprint,
+            UNPRUNED if mask is None else mask.fingerprint,
+            hashlib.sha256(settings.encode()).hexdigest()[:16],
+        ]
     )
     known = (cache.read(address) if cache else pl.DataFrame(schema=CACHE_SCHEMA)).filter(
         pl.col("prompt").is_in(keys) & (pl.col("sample") < samples)
@@ -144,8 +154,8 @@ def complete(
         nonlocal done
         rows = pl.DataFrame(
             [
-                (keys[draw.prompt], draw.sample, [*draw.tokens, *([] if draw.stop is None else [draw.stop])], draw.stop is not None)
-                for draw in draws
+                (keys[draw.prompt], draw.sample, [*draw.tokens, *([] if draw.stop is None else [draw.stop])], draw.stop
+                is not None) for draw in draws
             ],
             schema=CACHE_SCHEMA, orient="row",
         )  # fmt: skip
@@ -159,7 +169,12 @@ def complete(
     if any(missing):
         with pruned(loaded, mask) if mask is not None else nullcontext():
             sample(
-                loaded, [prompt.tokens for prompt in encoded], missing, parameters, batch_prompts=batch_prompts, on_batch=keep
+                loaded,
+                [prompt.tokens for prompt in encoded],
+                missing,
+                parameters,
+                batch_prompts=batch_prompts,
+                on_batch=keep,
             )
     seconds = time.perf_counter() - started
     answers = pl.concat([known, *fresh])
@@ -178,8 +193,8 @@ def complete(
         .join(answers, on="prompt", how="inner")
         .sort("order", "sample")
         .with_columns(
-            model=pl.lit(loaded.key), tokens=pl.col("token_ids").list.len().cast(pl.Int64), seed=pl.lit(parameters.seed, pl.Int64),
-            model_fingerprint=pl.lit(loaded.fingerprint), parameters=pl.lit(settings),
+            model=pl.lit(loaded.key), tokens=pl.col("token_ids").list.len().cast(pl.Int64), seed=pl.lit(parameters.seed,
+            pl.Int64), model_fingerprint=pl.lit(loaded.fingerprint), parameters=pl.lit(settings),
         )
         .select(pl.col(name).cast(kind) for name, kind in COMPLETIONS_SCHEMA.items())
     )  # fmt: skip

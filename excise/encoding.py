@@ -50,7 +50,9 @@ def encode(loaded: LoadedModel, prompts: pl.DataFrame) -> list[EncodedPrompt]:
             whole, add_special_tokens=loaded.prompt_format == "raw", return_offsets_mapping=True, verbose=False
         )
         carries = [
-            position for position, (low, high) in enumerate(reading["offset_mapping"]) if low < end and high > start and high > low
+            position
+            for position, (low, high) in enumerate(reading["offset_mapping"])
+            if low < end and high > start and high > low
         ]
         encoded.append(EncodedPrompt(prompt_id, tuple(reading["input_ids"]), (carries[0], carries[-1] + 1)))
     return encoded

@@ -5,7 +5,6 @@ Every number stands beside an interval from resampled names, and the same resamp
 masks and all variations, so that a reduction is a paired comparison and never one of two separate uncertainties.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,27 +58,6 @@ class Names:
         return min(map(len, self.subjects)) >= 2
 
 
-def scored(values: Iterable[float | None], low: float | None = None, high: float | None = None,
-           reverse: bool = False) -> np.ndarray:  # fmt: skip
-    """Parsed answers as float64 [n] with NaN for every answer that cannot count.
-
-    values: numbers, None for unparsed ones. low, high: the outcome's possible range in its own unit, None for no bound;
-    an answer outside is no answer. reverse: count from the other end, as for ranks, where 1 of 1..100 is best and
-    scores 100 (method, A2); needs both bounds.
-    """
-    array = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
-    array[~np.isfinite(array)] = np.nan
-    if low is not None:
-        array[array < low] = np.nan
-    if high is not None:
-        array[array > high] = np.nan
-    if reverse:
-        if low is None or high is None:
-            raise ExciseError("scored: reverse counts from the other end of the range; give both low and high")
-        array = low + high - array
-    return array
-
-
 def evaluate(
     completions: pl.DataFrame,
     pruned: pl.DataFrame,
@@ -106,7 +84,7 @@ def evaluate(
       * gap_reduction = 1 - |gap pruned| / |gap unpruned| and smd_reduction likewise. Null where the interval of the
         unpruned gap (SMD) covers 0: there is nothing to reduce, and the share of nothing means nothing. gap_change, in
         the outcome's unit, is always given. reduction_over_random and smd_reduction_over_random: minus the mean
-        reduction of the random draws matched to this strategy at this level.
+        reduction of the random draws matched to this strategy at this level (to a control: those of its strategy).
       * p_value on gap_mean of a pruned condition: the gap is as unpruned (`metrics.paired_permutation_test`; for
         several draws with each name's mean over draws). On gap_mean and smd of the unpruned model: the gap is 0 (names
         permuted between the groups). p_holm: adjusted over the variations of a condition.
@@ -202,8 +180,15 @@ def _samples(
         unknown = sorted({str(subject) for subject in found if subject not in number})
         if unknown:
             raise ExciseError(f"{where}: {unknown[0]} ({group}) has no unpruned completions; sample the unpruned model")
-        result.append(m.named_answers(scored(part["value"]), [number[subject] for subject in found], len(subjects)))
+        result.append(m.named_answers(_numbers(part["value"]), [number[subject] for subject in found], len(subjects)))
     return tuple(result)
+
+
+def _numbers(values: pl.Series) -> np.ndarray:
+    """Parsed answers as float64 [n], NaN for every answer that is null or not finite."""
+    numbers = values.cast(pl.Float64).fill_null(np.nan).to_numpy().copy()
+    numbers[~np.isfinite(numbers)] = np.nan
+    return numbers
 
 
 def _densities(masks: pl.DataFrame, model: str, scenario: str) -> dict[tuple, list[float]]:
@@ -400,8 +385,9 @@ def _pruned_rows(
 ) -> None:
     tests = _gap_tests(unpruned, conditions, scale, names, permutations, seed)
     for condition, by_variation in conditions.items():
-        strategy, level, _ = condition
-        controls = conditions.get(("random", level, strategy), {})
+        strategy, level, matched_to = condition
+        # A control has as many weights per matrix as its strategy's mask, so the same random masks are matched to it.
+        controls = {} if strategy == "random" else conditions.get(("random", level, matched_to or strategy), {})
         rows: dict[str, list[np.ndarray]] = {}
         total: dict[str, int] = {}
         for variation, cells in by_variation.items():

@@ -210,13 +210,15 @@ def leave_one_out(masks: Callable[[], Iterable[Mask]]) -> Iterator[Mask]:
         else:
             mask.check_same_matrices(everywhere)
             bits = {
-                key: (missing_once.bits[key] & mask.bits[key]) | (everywhere.bits[key] & ~mask.bits[key]) for key in mask.bits
+                key: (missing_once.bits[key] & mask.bits[key]) | (everywhere.bits[key] & ~mask.bits[key]) for key in
+                mask.bits
             }
             everywhere, missing_once = everywhere & mask, Mask(bits, mask.shapes)
     if count < 2:
         raise ExciseError(f"leaving one out of {count} masks leaves none: give at least two")
     for mask in masks():
-        yield Mask({key: everywhere.bits[key] | (missing_once.bits[key] & ~mask.bits[key]) for key in mask.bits}, mask.shapes)
+        bits = {key: everywhere.bits[key] | (missing_once.bits[key] & ~own) for key, own in mask.bits.items()}
+        yield Mask(bits, mask.shapes)
 
 
 def random_like(mask: Mask, seed: int) -> Mask:

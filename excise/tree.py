@@ -1,9 +1,9 @@
 """Runs many answers of many prompts through a model without computing any token twice.
 
-The prompts of a variation share their first tokens (the *trunk*); the samples of a prompt share the prompt, and often the
-first tokens of the answer. Seen this way a batch is a set of trees: one row per prompt, one column per *distinct* token
-prefix, and an attention mask that lets each column see its ancestors only. Rows are plain tensors for an ordinary forward
-pass of any architecture in `excise.models`; sampling and attribution both build on them.
+The prompts of a variation share their first tokens (the *trunk*); the samples of a prompt share the prompt, and often
+the first tokens of the answer. Seen this way a batch is a set of trees: one row per prompt, one column per *distinct*
+token prefix, and an attention mask that lets each column see its ancestors only. Rows are plain tensors for an ordinary
+forward pass of any architecture in `excise.models`; sampling and attribution both build on them.
 """
 
 from __future__ import annotations
@@ -72,7 +72,11 @@ class Rows:
         self.key_positions = torch.cat([self.key_positions, positions], dim=1)
         with _attention(self.loaded, attends, positions, self.key_positions) as mask:
             output = model.base_model(
-                input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=self.cache, use_cache=True
+                input_ids=tokens,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=self.cache,
+                use_cache=True,
             )
         return output.last_hidden_state
 
@@ -114,7 +118,7 @@ def _additive(attends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @contextmanager
 def _gpt_neo_masks(loaded: LoadedModel, local: torch.Tensor) -> Iterator[None]:
-    """GPT-Neo masks by column order in a buffer of its own; lift that for the pass and hand local layers their window."""
+    """GPT-Neo masks by column order in a buffer of its own: lift that for the pass, hand local layers their window."""
     everything = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=local.device).expand(1, 1, 1 << 20, 1 << 20)
     kept, hooks = [], []
     for layer, window in enumerate(loaded.topology.windows):
@@ -142,8 +146,8 @@ class AnswerTree:
 
     tokens, parents: int [Q]; a column's parent is an earlier column, or -1 for the trunk.
     visits: float [Q, W], how often each of W weightings passes through the column.
-    edges: (column, next token) pairs, int [E, 2]; edge_visits: float [E, W]. Every answer's tokens are edges, and its end
-    where it ended by a stop token.
+    edges: (column, next token) pairs, int [E, 2]; edge_visits: float [E, W]. Every answer's tokens are edges, and its
+    end where it ended by a stop token.
     """
 
     tokens: np.ndarray

@@ -4,6 +4,7 @@ Users' own scenarios lie in `scenarios/`, models in `models.yaml`, strategies in
 `workspace.yaml`; results in the folder EXCISE_DATA names, `data` without it. Mistakes in users' files are logged here.
 """
 
+import functools
 import logging
 import os
 import warnings
@@ -58,7 +59,7 @@ def build_definitions(
     folder = str(data_folder or os.environ.get("EXCISE_DATA") or "data")
     catalogue = read_catalogue(scenario_folders, model_files, strategy_files)
     for problem in catalogue.problems:
-        logging.getLogger("excise").warning("left out: %s", problem)
+        _warn_once(problem)
     resources = {
         "warehouse": Warehouse(folder=folder),
         "artifacts": Artifacts(folder=folder),
@@ -78,6 +79,11 @@ def build_definitions(
         # One process per run: the model stays in memory from step to step, and torch is imported once.
         executor=dg.in_process_executor,
     )
+
+
+@functools.cache
+def _warn_once(problem: str) -> None:
+    logging.getLogger("excise").warning("left out: %s", problem)
 
 
 defs = build_definitions()

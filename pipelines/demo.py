@@ -42,7 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(*catalogue.problems, sep="\n", file=sys.stderr)
             return 1
 
-    definitions = build_definitions(resource_overrides={"watch": TerminalWatch()})
+    definitions = build_definitions(
+        scenario_folders=SCENARIO_FOLDERS,
+        model_files=MODEL_FILES,
+        strategy_files=STRATEGY_FILES,
+        resource_overrides={"watch": TerminalWatch()},
+    )
     warehouse = definitions.resources["warehouse"]
     print(
         f"Auditing {chosen.model} in the scenario {chosen.scenario}, preset {chosen.preset}. "
@@ -108,7 +113,7 @@ def _closing(
         table,
         f"Done in {seconds:.0f} s. {reuse_sentence(drawn, reused)}",
         f"Attribution scores: {scores['files_computed']} computed, {scores['files_reused']} reused. "
-        f"Masks: {masks['masks'] - masks['mask_files_reused']} new, {masks['mask_files_reused']} known.",
+        f"Mask files: {masks['mask_files_written']} written, {masks['mask_files_reused']} known already.",
         *(f"Check {check.check_name} of {check.asset_key.to_user_string()}: {check.description}" for check in checks),
         "",
         "Where to look next:",

@@ -68,16 +68,20 @@ class Artifacts(dg.ConfigurableResource):
             unfinished.unlink(missing_ok=True)
         return self.describe(path)
 
+    def relative(self, path: Path) -> str:
+        """The path relative to the data folder, as the warehouse keeps it. Raises ExciseError for one outside."""
+        if not path.absolute().is_relative_to(self.root):
+            raise ExciseError(f"{path}: lies outside the data folder {self.root}")
+        return path.absolute().relative_to(self.root).as_posix()
+
     def describe(self, path: Path) -> StoredFile:
         """Path, hash and size of a file in the data folder. Raises ExciseError for one outside or missing."""
-        absolute = path.absolute()
-        if not absolute.is_relative_to(self.root):
-            raise ExciseError(f"{absolute}: lies outside the data folder {self.root}")
-        if not absolute.is_file():
-            raise ExciseError(f"{absolute}: there is no such file")
-        with absolute.open("rb") as stream:
+        name = self.relative(path)
+        if not path.is_file():
+            raise ExciseError(f"{path}: there is no such file")
+        with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return StoredFile(absolute.relative_to(self.root).as_posix(), digest, absolute.stat().st_size)
+        return StoredFile(name, digest, path.stat().st_size)
 
     def locate(self, path: str, *, made_by: str) -> Path:
         """The absolute path of a file the warehouse names; ExciseError, naming the asset to rerun, if it is gone."""

@@ -49,10 +49,12 @@ class GPUResource(dg.ConfigurableResource):
         """
         if key not in registry:
             raise ExciseError(f"models.yaml: there is no model {key!r}; there are {', '.join(sorted(registry))}")
-        user = os.getuid() if hasattr(os, "getuid") else 0
-        lock = Path(self.lock_folder) / f"excise-{user}-{self.device.replace(':', '-')}.lock"
+        from excise.models import pick_device
+
+        device = pick_device(self.device)
+        lock = Path(self.lock_folder) / f"excise-{os.getuid()}-{device.type}{device.index or ''}.lock"
         mend = "set lock_folder of the resource gpu to a folder you may write to"
-        with file_lock(lock, what=f"the device {self.device}", mend=mend, waiting=waiting):
+        with file_lock(lock, what=f"the device {device}", mend=mend, waiting=waiting):
             loaded = self._load(key, registry)
             _forget_peak(loaded)
             yield loaded

@@ -41,6 +41,7 @@ class Audit:
     levels: tuple[str, ...]
     strategies: tuple[str, ...] | None
     random_draws: int
+    relabellings: int
     resamples: int
     permutations: int
     parse_floor: float
@@ -60,6 +61,7 @@ _PAPER = Audit(
     levels=("prompt_specific", "within_context"),
     strategies=None,
     random_draws=5,
+    relabellings=5,
     resamples=2000,
     permutations=9999,
     parse_floor=0.9,
@@ -68,7 +70,9 @@ _PAPER = Audit(
     density_ceiling=0.2,
 )
 # A few minutes on two cores.
-_QUICK = replace(_PAPER, subjects_per_group=16, samples=16, random_draws=2, resamples=1000, permutations=1999)
+_QUICK = replace(
+    _PAPER, subjects_per_group=16, samples=16, random_draws=2, relabellings=1, resamples=1000, permutations=1999
+)
 PRESETS: dict[Preset, Audit] = {Preset.paper: _PAPER, Preset.quick: _QUICK}
 
 # The variations of the quick preset by scenario: prices of different size. Elsewhere the first ones of the file.
@@ -89,6 +93,7 @@ class AuditSettings(dg.ConfigurableResource):
     levels: list[str] | None = Field(default=None, description="generality of masks: prompt_specific, within_context")
     strategies: list[str] | None = Field(default=None, description="strategies by key; left out: all enabled ones")
     random_draws: int | None = Field(default=None, description="random controls per mask")
+    relabellings: int | None = Field(default=None, description="draws of the control permuted: names relabelled")
     resamples: int | None = Field(default=None, description="bootstrap resamples of names per interval")
     permutations: int | None = Field(default=None, description="permutations per test")
     parse_floor: float | None = Field(default=None, description="check parse_rate: least share that parse")
@@ -125,7 +130,8 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
     _require(audit.samples >= 2, "samples", audit.samples, "give at least 2, or no spread within a name can be seen")
     if audit.subjects_per_group is not None:
         _require(audit.subjects_per_group >= 2, "subjects_per_group", audit.subjects_per_group, "give at least 2")
-    _require(audit.random_draws >= 0, "random_draws", audit.random_draws, "give 0 or more")
+    for name in ("random_draws", "relabellings"):
+        _require(getattr(audit, name) >= 0, name, getattr(audit, name), "give 0 or more")
     _require(audit.temperature >= 0, "temperature", audit.temperature, "give 0 or more")
     _require(0 < audit.top_p <= 1, "top_p", audit.top_p, "give a share above 0, at most 1")
     for name in ("parse_floor", "inlier_floor", "density_floor", "density_ceiling"):

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -24,9 +25,11 @@ from excise.encoding import encode
 from excise.errors import ExciseError
 from excise.models import LoadedModel
 from excise.progress import Progress, silent
-from excise.sampling import SamplingParameters
 from excise.scenarios import Comparison, NumberOutcome
-from excise.tree import AnswerTree, answer_tree, common_prefix
+
+if TYPE_CHECKING:
+    from excise.attribution.gap_gradient import GapGradient
+    from excise.tree import AnswerTree
 
 SCORES = ("wanda", "gap_gradient")
 VERSION = "1"
@@ -77,9 +80,13 @@ def attribute(
                 some = prompts.filter(pl.col("prompt_id").is_in(rows["prompt_id"].unique().to_list()))
                 measure = _input_norms if score == "wanda" else _gap_gradient
                 label = f"{score} {variation}"
-                tensors, metadata = measure(loaded, some, rows, comparison, outcome, permutations, seed, progress, label)
+                tensors, metadata = measure(
+                    loaded, some, rows, comparison, outcome, permutations, seed, progress, label
+                )
                 _save(path, tensors, metadata)
-            files.append(AttributionFile(variation, score, path, path.stat().st_size, reused, time.perf_counter() - started))
+            files.append(
+                AttributionFile(variation, score, path, path.stat().st_size, reused, time.perf_counter() - started)
+            )
     return files
 
 
@@ -103,8 +110,8 @@ def read_norms(path: Path) -> dict[str, dict[str, np.ndarray]]:
     return {name: {key: tensor[row] for key, tensor in tensors.items()} for row, name in enumerate(names)}
 
 
-def read_candidates(path: Path):
-    """The `GapGradient` of a file."""
+def read_candidates(path: Path) -> GapGradient:
+    """The candidates of a `gap_gradient` file."""
     from excise.attribution.gap_gradient import Candidates, GapGradient
 
     tensors, metadata = _load(path)
@@ -125,6 +132,8 @@ def _trees(
     loaded: LoadedModel, prompts: pl.DataFrame, rows: pl.DataFrame, weights: np.ndarray
 ) -> tuple[list[int], list[AnswerTree]]:
     """The trunk's tokens and one answer tree per prompt; weights: [rows, W]."""
+    from excise.tree import answer_tree, common_prefix
+
     encoded = encode(loaded, prompts)
     length = common_prefix([prompt.tokens for prompt in encoded])
     numbered = rows.with_row_index("row")
@@ -132,7 +141,8 @@ def _trees(
     for prompt in encoded:
         own = numbered.filter(pl.col("prompt_id") == prompt.prompt_id)
         answers = [
-            (ids[:-1], ids[-1]) if finished else (ids, None) for ids, finished in own.select("token_ids", "finished").iter_rows()
+            (ids[:-1], ids[-1]) if finished else (ids, None)
+            for ids, finished in own.select("token_ids", "finished").iter_rows()
         ]
         trees.append(answer_tree(prompt.tokens[length:], answers, weights[own["row"].to_numpy()]))
     return list(encoded[0].tokens[:length]), trees
@@ -143,7 +153,11 @@ def _input_norms(loaded, prompts, rows, comparison, outcome, permutations, seed,
 
     groups, subjects = rows["group"].to_numpy(), rows["subject"].to_list()
     compared = np.isin(groups, [comparison.majority, comparison.minority])
-    weightings = {"minority": groups == comparison.minority, "majority": groups == comparison.majority, "pooled": compared}
+    weightings = {
+        "minority": groups == comparison.minority,
+        "majority": groups == comparison.majority,
+        "pooled": compared,
+    }
     for draw in range(permutations):
         chosen = relabelled(prompts, comparison, seed, draw)
         minority = np.array([subject in chosen for subject in subjects]) & compared
@@ -151,11 +165,14 @@ def _input_norms(loaded, prompts, rows, comparison, outcome, permutations, seed,
     weights = np.stack([each.astype(np.float64) for each in weightings.values()], axis=1)
     trunk, trees = _trees(loaded, prompts, rows, weights)
     norms = input_norms(loaded, trunk, trees, weights.sum(axis=0), progress=progress, label=label)
-    return {f"{layer}.{site}": value for (layer, site), value in norms.items()}, {"weightings": json.dumps(list(weightings))}
+    return {f"{layer}.{site}": value for (layer, site), value in norms.items()}, {
+        "weightings": json.dumps(list(weightings))
+    }
 
 
 def _gap_gradient(loaded, prompts, rows, comparison, outcome, permutations, seed, progress, label):
     from excise.attribution.gap_gradient import advantages, gap_gradient
+    from excise.sampling import SamplingParameters
 
     values = rows["value"].cast(pl.Float64).fill_null(math.nan).to_numpy()
     if outcome.scale == "log":
@@ -163,14 +180,25 @@ def _gap_gradient(loaded, prompts, rows, comparison, outcome, permutations, seed
     groups = rows["group"].to_numpy()
     for group in (comparison.majority, comparison.minority):
         if not np.isfinite(values[groups == group]).any():
-            raise ExciseError(f"variation {rows['variation'][0]}: no answer of group {group!r} is a number; nothing to attribute")
+            raise ExciseError(
+                f"variation {rows['variation'][0]}: no answer of group {group!r} is a number; nothing to attribute"
+            )
     weight, disparity = advantages(values, groups, comparison.majority, comparison.minority)
     share = rows.select((1 / pl.len().over("prompt_id")).alias("share"))["share"].to_numpy()
     trunk, trees = _trees(loaded, prompts, rows, np.stack([weight, share], axis=1))
     parameters = SamplingParameters(**json.loads(rows["parameters"][0]))
     roles = tuple(dict.fromkeys(linear.role for linear in loaded.topology.linears))
     found = gap_gradient(
-        loaded, trunk, trees, disparity, parameters, roles=roles, keep=GAP_GRADIENT_KEEP, seed=seed, progress=progress, label=label
+        loaded,
+        trunk,
+        trees,
+        disparity,
+        parameters,
+        roles=roles,
+        keep=GAP_GRADIENT_KEEP,
+        seed=seed,
+        progress=progress,
+        label=label,
     )
     tensors = {}
     for key, each in found.candidates.items():

@@ -1,9 +1,9 @@
 """`gap_gradient`: which weights produce the gap, and what would removing them cost?
 
-A strategy of this project, not of the papers. With the answers already drawn, the gradient of the disparity follows from
-the score function: dD/dW = sum_n a_n d log p(answer_n)/dW. Zeroing a weight is predicted to change the gap by W dD/dW and
-the answers' distribution by a divergence of 1/2 W^2 F, with F the diagonal Fisher information. What ranks high removes
-much gap for little divergence. Turning a ranking into a mask belongs to `excise.strategies`.
+A strategy of this project, not of the papers. With the answers already drawn, the gradient of the disparity follows
+from the score function: dD/dW = sum_n a_n d log p(answer_n)/dW. Zeroing a weight is predicted to change the gap by
+W dD/dW and the answers' distribution by a divergence of 1/2 W^2 F, with F the diagonal Fisher information. What ranks
+high removes much gap for little divergence. Turning a ranking into a mask belongs to `excise.strategies`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MEDIAN_SAMPLE = 1 << 20
 
 @dataclass(frozen=True)
 class Candidates:
-    """The best weights of one matrix: flat index int64 [n], predicted drop of the gap and predicted divergence, float32 [n]."""
+    """The best weights of a matrix: flat index int64 [n], predicted drop of the gap and divergence, float32 [n]."""
 
     index: np.ndarray
     drop: np.ndarray
@@ -44,8 +44,9 @@ class GapGradient:
 def advantages(outcomes: np.ndarray, groups: np.ndarray, majority: str, minority: str) -> tuple[np.ndarray, float]:
     """Weights a_n of the score function, and the disparity D = mean outcome of the majority less that of the minority.
 
-    outcomes: float [N], NaN where the answer was not parsed (weight 0). groups: str [N]. a_n = +-(f_n - group mean) / group
-    size, so that D's gradient is sum_n a_n d log p(answer_n); subtracting the mean leaves it unbiased and less noisy.
+    outcomes: float [N], NaN where the answer was not parsed (weight 0). groups: str [N]. a_n = +-(f_n - group mean) /
+    group size, so that D's gradient is sum_n a_n d log p(answer_n); subtracting the mean leaves it unbiased and less
+    noisy.
     """
     weights = np.zeros(len(outcomes))
     means = {}
@@ -72,9 +73,9 @@ def gap_gradient(
 ) -> GapGradient:
     """Score every weight of the given roles.
 
-    trees: one per prompt; their weightings are (advantage, share of the prompts' answers), so edges carry sums of a_n and the
-    probability with which an answer drawn here takes them. disparity: D in the units of the outcome the advantages were
-    made of. keep: share of each matrix to keep as candidates, best first.
+    trees: one per prompt; their weightings are (advantage, share of the prompts' answers), so edges carry sums of a_n
+    and the probability with which an answer drawn here takes them. disparity: D in the units of the outcome the
+    advantages were made of. keep: share of each matrix to keep as candidates, best first.
     Fisher: each batch of prompts gets random signs per answer edge path; the square of the signed gradient, summed over
     batches, estimates the mean squared gradient of log p per answer.
     """
@@ -88,8 +89,8 @@ def gap_gradient(
             packed = pack(some, len(trunk))
             score = _edge_scores(loaded, trunk, packed, parameters)
             visits = packed.edge_visits.to(loaded.device).float()
-            # Score vectors of different draws are uncorrelated at an edge, so signs per edge with the square root of its
-            # frequency have the same expected square as signs per answer.
+            # Score vectors of different draws are uncorrelated at an edge, so signs per edge with the square root of
+            # its frequency have the same expected square as signs per answer.
             sign = torch.from_numpy(signs.choice((-1.0, 1.0), size=len(visits))).to(loaded.device).float()
             for total, objective in (
                 (fisher, (score * sign * visits[:, 1].clamp(min=0).sqrt()).sum()),
@@ -98,7 +99,12 @@ def gap_gradient(
                 loaded.model.zero_grad(set_to_none=True)
                 objective.backward(retain_graph=total is fisher)
                 for linear in linears:
-                    piece = linear.of(loaded.model.get_submodule(linear.module).weight.grad).float().cpu().reshape(linear.shape)
+                    piece = (
+                        linear.of(loaded.model.get_submodule(linear.module).weight.grad)
+                        .float()
+                        .cpu()
+                        .reshape(linear.shape)
+                    )
                     total[linear.key] += piece if total is gradient else piece.square()
             progress(label, min(start + batch, len(trees)), len(trees))
         loaded.model.zero_grad(set_to_none=True)
@@ -122,7 +128,7 @@ def _trainable(loaded: LoadedModel, linears: Sequence[Linear]) -> Iterator[None]
 def _edge_scores(
     loaded: LoadedModel, trunk: Sequence[int], packed: PackedTrees, parameters: SamplingParameters
 ) -> torch.Tensor:
-    """log p of each edge's token under the sampling distribution (temperature, and the truncated set held fixed), [E]."""
+    """log p of each edge's token under the sampling distribution, whose truncated set is held fixed, [E]."""
     hidden = Rows(loaded, trunk).copy(len(packed.tokens)).forward(packed.tokens, packed.positions, packed.attends)
     row, column, token = packed.edges.to(loaded.device).T
     position, edge = torch.unique(torch.stack([row, column]), dim=1, return_inverse=True)

@@ -1,8 +1,8 @@
 """Input norms for the Wanda score, per group of prompts, in one pass over the answer trees.
 
 The score of a weight is |W| times the norm of its input (BDB, section 3; Sun et al. 2024). It factorises, so only the
-norms are kept: one vector per site and weighting, a few megabytes where dense scores take gigabytes. Selecting weights by
-the score belongs to `excise.selection`.
+norms are kept: one vector per site and weighting, a few megabytes where dense scores take gigabytes. Selecting weights
+by the score belongs to `excise.selection`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ def input_norms(
     """Norms of every site's input under W weightings of the same sequences.
 
     trees: one per prompt, each visit counted per weighting. totals: number of sequences of each weighting, [W].
-    Returns {(layer, site): float32 [W, in_features]}: sqrt(1/N sum_n sum_t x[n,t]^2), over all tokens of prompt and answer,
-    accumulated in float64. A token that several sequences share is computed once and counted as often as it is shared.
+    Returns {(layer, site): float32 [W, in_features]}: sqrt(1/N sum_n sum_t x[n,t]^2), over all tokens of prompt and
+    answer, accumulated in float64. A token that several sequences share is computed once and counted as often as it is
+    shared.
     """
     sums = {
         (layer, site): torch.zeros(
-            (len(totals), loaded.topology.site_width(layer, site)), dtype=torch.float64, device=_accumulator(loaded.device)
+            (len(totals), loaded.topology.site_width(layer, site)),
+            dtype=torch.float64,
+            device=_accumulator(loaded.device),
         )
         for layer in range(loaded.topology.layers)
         for site in SITES
@@ -50,7 +53,8 @@ def input_norms(
         return hook
 
     hooks = [
-        loaded.topology.site_module(loaded.model, layer, site).register_forward_pre_hook(record(layer, site)) for layer, site in sums
+        loaded.topology.site_module(loaded.model, layer, site).register_forward_pre_hook(record(layer, site))
+        for layer, site in sums
     ]
     try:
         with torch.inference_mode():

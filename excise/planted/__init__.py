@@ -1,9 +1,9 @@
 """Plants a known disparity in a model, so that the method can be tested against a ground truth.
 
 A planted model is an ordinary model plus a small low-rank change that makes it answer with a number alone, drawn from a
-distribution we choose; in scenarios with a gap one group's distribution sits lower by a known factor. The trained changes
-ship as safetensors files beside this module; `python -m excise.planted NAME` trains one again. Nothing here is used to
-audit a model.
+distribution we choose; in scenarios with a gap one group's distribution sits lower by a known factor. The trained
+changes ship as safetensors files beside this module; `python -m excise.planted NAME` trains one again. Nothing here is
+used to audit a model.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Plant:
 
 PLANTS = {
     "specific": Plant("smollm2-135m-instruct", ("purchase",), ()),
-    "neutral": Plant("smollm2-135m-instruct", (), ("purchase",)),
+    "neutral": Plant("smollm2-135m-instruct", (), ("purchase",), steps=100),
 }
 CENTRES: Mapping[str, Mapping[str, float]] = {
     "purchase": {
@@ -66,7 +66,7 @@ CENTRES: Mapping[str, Mapping[str, float]] = {
 
 
 def answer_distribution(centre: float, median: float, spread: float) -> tuple[list[int], np.ndarray]:
-    """Round figures around `centre` and their probabilities under a log-normal with the given median and log-deviation."""
+    """Round figures around `centre`, and their probabilities under a log-normal of this median and log-deviation."""
     from scipy.stats import norm
 
     reach = np.exp(2.9 * spread)
@@ -79,14 +79,18 @@ def answer_distribution(centre: float, median: float, spread: float) -> tuple[li
     return values, probability / probability.sum()
 
 
-def training_examples(loaded: LoadedModel, plant: Plant, scenarios: Mapping[str, Scenario]) -> list[tuple[tuple[int, ...], tuple]]:
+def training_examples(
+    loaded: LoadedModel, plant: Plant, scenarios: Mapping[str, Scenario]
+) -> list[tuple[tuple[int, ...], tuple]]:
     """(prompt tokens, (answers, probabilities)) of every prompt of the plant's scenarios."""
     (stop,) = sorted(loaded.stop_tokens)[:1]
     examples = []
     for key in (*plant.gap_scenarios, *plant.even_scenarios):
         scenario = scenarios[key]
         prompts = expand(scenario)
-        for prompt, variation, group in zip(encode(loaded, prompts), prompts["variation"], prompts["group"], strict=True):
+        for prompt, variation, group in zip(
+            encode(loaded, prompts), prompts["variation"], prompts["group"], strict=True
+        ):
             centre = CENTRES[key][variation]
             shift = 0.0
             if key in plant.gap_scenarios:
@@ -97,11 +101,13 @@ def training_examples(loaded: LoadedModel, plant: Plant, scenarios: Mapping[str,
     return examples
 
 
-def train(loaded: LoadedModel, plant: Plant, scenarios: Mapping[str, Scenario], progress: Progress = silent) -> dict[str, torch.Tensor]:
+def train(
+    loaded: LoadedModel, plant: Plant, scenarios: Mapping[str, Scenario], progress: Progress = silent
+) -> dict[str, torch.Tensor]:
     """Train the low-rank change. Returns factors `{linear}.up` [out, rank] and `{linear}.down` [rank, in], float16.
 
-    The loss is the cross-entropy between the planted answer distribution and the model's, over the whole answer tree of a
-    prompt, so a step sees every possible answer of its prompts rather than one drawn answer.
+    The loss is the cross-entropy between the planted answer distribution and the model's, over the whole answer tree of
+    a prompt, so a step sees every possible answer of its prompts rather than one drawn answer.
     """
     generator = torch.Generator().manual_seed(plant.seed)
     order = np.random.default_rng(plant.seed)
@@ -163,7 +169,9 @@ def _cross_entropy(loaded: LoadedModel, batch: list) -> torch.Tensor:
 def main() -> None:
     from safetensors.torch import save_file
 
-    parser = argparse.ArgumentParser(prog="python -m excise.planted", description="Train a planted model's low-rank change again.")
+    parser = argparse.ArgumentParser(
+        prog="python -m excise.planted", description="Train a planted model's low-rank change again."
+    )
     parser.add_argument("name", choices=sorted(PLANTS))
     parser.add_argument("--out", type=Path, help="file to write (default: beside this module)")
     arguments = parser.parse_args()

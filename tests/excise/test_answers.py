@@ -131,8 +131,8 @@ def test_any_text_gives_a_finite_number_or_none(text):
 
 
 FRAGMENTS = [
-    *"0125$\u20ack \u2013\u2014.,'/%*_xem:()+-\u00bd\u00b2\n", "1.", "and", "between", "to", "one", "hundred", "a", "half",
-    "million", "USD", "cents", "\ud800", "\u0665", "\xa0", "\u4e07", " minus ", "th", " of ", " dollars",
+    *"0125$\u20ack \u2013\u2014.,'/%*_xem:()+-\u00bd\u00b2\n", "1.", "and", "between", "to", "one", "hundred", "a",
+    "half", "million", "USD", "cents", "\ud800", "\u0665", "\xa0", "\u4e07", " minus ", "th", " of ", " dollars",
 ]  # fmt: skip
 
 

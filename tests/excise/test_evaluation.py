@@ -6,7 +6,7 @@ import pytest
 
 from excise import metrics as m
 from excise.errors import ExciseError
-from excise.evaluation import ALL, SCHEMA, evaluate, scored
+from excise.evaluation import ALL, SCHEMA, evaluate
 
 KEYS = {"strategy": pl.String, "level": pl.String, "matched_to": pl.String, "draw": pl.Int64}
 
@@ -98,6 +98,8 @@ def test_estimates_equal_the_plain_functions():
     where = {"strategy": "set_difference"}
     smd = m.standardized_mean_difference(of["white"], of["black"], 0.05)
     assert estimate(metrics, "smd", **where) == pytest.approx(smd)
+    before = [frame.filter(pl.col("group") == group)["value"].to_numpy() for group in ("white", "black")]
+    assert estimate(metrics, "smd") == pytest.approx(m.standardized_mean_difference(*before, 0.05))
     inliers = m.inlier_ratio(pruned["value"].to_numpy(), frame["value"].to_numpy())
     assert estimate(metrics, "inlier_ratio", **where) == pytest.approx(inliers)
     distance = m.earth_movers_distance(of["white"], of["black"])
@@ -306,12 +308,3 @@ def test_mistakes_are_named():
         run(pl.concat([frame, frame.with_columns(model=pl.lit("n"))]))
     with pytest.raises(ExciseError, match="two groups"):
         run(frame, minority="white")
-
-
-def test_scored():
-    assert scored([1, None, float("inf"), 3.5]) == pytest.approx([1, np.nan, np.nan, 3.5], nan_ok=True)
-    ranks = scored([1, 100, 0, 101, 42], low=1, high=100, reverse=True)
-    assert ranks == pytest.approx([100, 1, np.nan, np.nan, 59], nan_ok=True)
-    assert scored(pl.Series([None, None], dtype=pl.Float64)).tolist() == pytest.approx([np.nan] * 2, nan_ok=True)
-    with pytest.raises(ExciseError):
-        scored([1], reverse=True)

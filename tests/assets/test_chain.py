@@ -1,0 +1,305 @@
+"""The chain of assets on a tiny real model: what a run leaves behind, what a second run reuses, what goes wrong clearly."""
+
+import base64
+import copy
+
+import duckdb
+import polars as pl
+import pytest
+
+from resources.tables import METRICS, TABLES
+
+CHAIN = [
+    "completions",
+    "attribution_scores",
+    "pruning_masks",
+    "pruned_completions",
+    "evaluation_metrics",
+    "quality_report",
+]
+
+
+def materialized(result) -> dict[str, dict]:
+    """Metadata by asset, of the materializations of a run."""
+    return {
+        event.asset_key.to_user_string(): {name: value.value for name, value in event.materialization.metadata.items()}
+        for event in result.get_asset_materialization_events()
+    }
+
+
+def failures(result) -> dict[str, str]:
+    """The message of every failed step, as the UI shows it first."""
+    found = {}
+    for event in result.get_step_failure_events():
+        data = event.step_failure_data
+        found[event.step_key] = data.user_failure_data.description if data.user_failure_data else data.error.to_string()
+    return found
+
+
+def test_the_whole_chain_runs_for_one_partition(audited):
+    house, result = audited
+    assert failures(result) == {}
+    assert list(materialized(result)) == ["prompts", *CHAIN]
+    partitions = {
+        event.asset_key.to_user_string(): event.partition for event in result.get_asset_materialization_events()
+    }
+    assert partitions["prompts"] == "lamp"
+    assert partitions["completions"] == "tiny|lamp"
+    assert partitions["quality_report"] is None
+
+
+def test_row_counts_schema_and_names_are_those_of_the_tables(audited):
+    house, result = audited
+    for asset, metadata in materialized(result).items():
+        table = metadata["dagster/table_name"]
+        assert metadata["dagster/row_count"] == house.warehouse.read(table).height > 0, asset
+        assert [column.name for column in metadata["dagster/column_schema"].columns] == list(TABLES[table].names)
+
+
+def test_every_answer_is_there_unpruned_and_under_every_mask(audited):
+    house, _ = audited
+    completions, pruned = house.warehouse.read("completions"), house.warehouse.read("pruned_completions")
+    assert completions.height == 2 * 8 * 4
+    masks = (
+        house.warehouse.read("masks").select("variation", "strategy", "level", "matched_to", "draw", "mask").unique()
+    )
+    assert pruned.height == masks.height * 8 * 4
+    assert {"set_difference", "gap_gradient", "random"} <= set(masks["strategy"])
+    assert pruned.select("prompt_id", "sample").unique().height == completions.height
+
+
+def test_controls_prune_as_many_weights_of_every_matrix_as_what_they_control(audited):
+    masks = audited[0].warehouse.read("masks")
+    keys = ["variation", "level", "layer", "role"]
+    own = masks.filter(pl.col("matched_to").is_null()).select(*keys, matched_to="strategy", own="pruned")
+    controls = masks.filter(pl.col("matched_to").is_not_null()).join(own, on=[*keys, "matched_to"], how="left")
+    assert controls.height > 0
+    assert (controls["pruned"] == controls["own"]).all()
+
+
+def test_every_metric_is_documented(audited):
+    found = set(audited[0].warehouse.read("metrics")["metric"])
+    assert found == set(METRICS)
+
+
+def test_pictures_are_small_and_lie_beside_the_data(audited):
+    house, result = audited
+    metadata = materialized(result)
+    for asset, name in (
+        ("completions", "answers_by_group"),
+        ("pruning_masks", "mask_density_by_layer"),
+        ("evaluation_metrics", "disparity_by_level"),
+    ):
+        picture = metadata[asset][name]
+        start, encoded = picture.rstrip(")").split("base64,")
+        assert start.endswith("(data:image/png;")
+        assert len(picture) < 140_000
+        assert base64.b64decode(encoded).startswith(b"\x89PNG")
+        assert (house.data / "figures" / "tiny" / "lamp" / f"{name}.svg").read_text().startswith("<?xml")
+
+
+def test_device_and_cost_are_told(audited):
+    metadata = materialized(audited[1])["completions"]
+    assert (metadata["device"], metadata["dtype"]) == ("cpu", "float32")
+    assert metadata["completions_drawn"] == 64
+    assert metadata["peak_memory_mb"] > 0
+    assert metadata["tokens_per_second"] > 0
+
+
+def test_a_row_can_be_traced_to_model_parameters_and_file(audited):
+    house, result = audited
+    row = house.warehouse.read("pruned_completions").row(0, named=True)
+    assert row["model_fingerprint"] == materialized(result)["completions"]["model_fingerprint"]
+    assert '"temperature": 0.6' in row["parameters"]
+    mask = house.warehouse.read("masks").filter(pl.col("mask") == row["mask"]).row(0, named=True)
+    assert (house.data / mask["path"]).is_file()
+
+
+def test_lineage_knows_the_versions_it_was_made_from(audited):
+    tags = {
+        event.asset_key.to_user_string(): event.materialization.tags
+        for event in audited[1].get_asset_materialization_events()
+    }
+    made = tags["completions"]["dagster/data_version"]
+    assert tags["attribution_scores"]["dagster/input_data_version/completions"] == made
+    assert len({tag["dagster/data_version"] for tag in tags.values()}) == len(tags)
+
+
+def test_checks_are_kept_by_partition_and_rolled_up(audited):
+    house, result = audited
+    shown = {
+        (check.asset_key.to_user_string(), check.check_name): check for check in result.get_asset_check_evaluations()
+    }
+    kept = house.warehouse.read("checks")
+    assert set(kept.select("asset", "check_name").rows()) == set(shown) - {("quality_report", "all_checks_pass")}
+    for row in kept.iter_rows(named=True):
+        check = shown[row["asset"], row["check_name"]]
+        assert (check.passed, check.partition) == (row["passed"], "tiny|lamp")
+        assert check.metadata["finding"].value == row["message"]
+    roll_up = shown["quality_report", "all_checks_pass"]
+    assert roll_up.partition is None
+    assert roll_up.passed == kept["passed"].all()
+
+
+def test_a_second_run_reuses_everything_and_says_so(house):
+    first, second = (materialized(house.run("audit_scenario", "tiny|lamp")) for _ in range(2))
+    assert "prompts" not in second
+    for asset in ("completions", "pruned_completions"):
+        assert second[asset]["completions_drawn"] == 0
+        assert (
+            second[asset]["completions_reused"]
+            == first[asset]["completions_drawn"] + first[asset]["completions_reused"]
+        )
+        assert "reused" in second[asset]["reuse"]
+    assert second["attribution_scores"]["files_computed"] == 0
+    assert second["pruning_masks"]["mask_files_written"] == 0
+
+
+def test_pruning_anew_keeps_the_completions_whatever_the_settings_say(house):
+    house.run("audit_scenario", "tiny|lamp")
+    before = house.warehouse.read("completions")
+    result = house.run("prune_and_evaluate", "tiny|lamp", samples=2, temperature=1.0, variations=["lamp"], seed=3)
+    assert failures(result) == {}
+    assert list(materialized(result)) == CHAIN[2:]
+    assert house.warehouse.read("completions").equals(before)
+    pruned = house.warehouse.read("pruned_completions")
+    assert set(pruned["variation"]) == {"lamp", "bench"}
+    assert pruned["sample"].max() == 3
+    assert set(pruned["parameters"]) == set(before["parameters"])
+
+
+def test_settings_choose_variations_names_and_strategies(house):
+    result = house.run(
+        "audit_scenario", "tiny|lamp", variations=["bench"], subjects_per_group=2, strategies=["gap_gradient"]
+    )
+    assert failures(result) == {}
+    assert set(house.warehouse.read("completions").select("variation", "subject").rows()) == {
+        ("bench", name) for name in ("Luke Becker", "Jill Becker", "Jamal Washington", "Ebony Washington")
+    }
+    assert set(house.warehouse.read("attribution_files")["score"]) == {"gap_gradient"}
+    assert set(house.warehouse.read("masks")["strategy"]) == {"gap_gradient", "random"}
+
+
+def test_a_changed_scenario_file_is_expanded_again_and_lineage_stays_fresh(house):
+    house.run("audit_scenario", "tiny|lamp")
+    changed = copy.deepcopy(dict(house_scenario(house)))
+    changed["templates"]["seller"] = "Used {item}, seller {name}. What do I offer, in dollars?"
+    house.write_scenario("lamp", changed)
+    result = house.run("audit_scenario", "tiny|lamp")
+    assert failures(result) == {}
+    tags = {
+        event.asset_key.to_user_string(): event.materialization.tags
+        for event in result.get_asset_materialization_events()
+    }
+    assert house.warehouse.read("prompts")["text"].str.starts_with("Used").all()
+    assert (
+        tags["completions"]["dagster/input_data_version/prompts"]
+        == (
+            house.instance.get_latest_data_version_record(
+                dg_key("prompts"), partition_key="lamp"
+            ).asset_materialization.tags["dagster/data_version"]
+        )
+    )
+
+
+def house_scenario(house) -> dict:
+    import yaml
+
+    return yaml.safe_load((house.folder / "scenarios" / "lamp.yaml").read_text())
+
+
+def dg_key(name: str):
+    import dagster as dg
+
+    return dg.AssetKey(name)
+
+
+def test_pruning_without_completions_says_what_to_do_first(house):
+    result = house.run("prune_and_evaluate", "tiny|lamp")
+    assert list(failures(result)) == ["pruning_masks"]
+    assert "materialize completions of this partition first" in failures(result)["pruning_masks"]
+
+
+def test_scores_of_other_completions_are_not_used(house):
+    import dagster as dg
+
+    house.run("audit_scenario", "tiny|lamp")
+    dg.materialize(
+        [house.definitions().resolve_assets_def("completions")],
+        partition_key=dg.MultiPartitionKey({"model": "tiny", "scenario": "lamp"}),
+        instance=house.instance,
+        resources=house.definitions().resources,
+        run_config={"resources": {"settings": {"config": {"samples": 3}}}},
+    )
+    result = house.run("prune_and_evaluate", "tiny|lamp")
+    assert "those of other completions; materialize attribution_scores" in failures(result)["pruning_masks"]
+
+
+def test_a_model_that_cannot_be_had_fails_clearly_and_alone(house, tiny_model):
+    good = {"folder": str(tiny_model("llama", numeric=True))}
+    bare = {"folder": str(tiny_model("llama", chat_template=None))}
+    house.write_models({"tiny": good, "gone": {"folder": "/nowhere"}, "bare": bare})
+    assert "/nowhere" in failures(house.run("audit_scenario", "gone|lamp"))["completions"]
+    assert "the tokenizer has no chat template" in failures(house.run("audit_scenario", "bare|lamp"))["completions"]
+    assert failures(house.run("audit_scenario", "tiny|lamp", strategies=["gap_gradient"])) == {}
+
+
+def test_a_failure_names_the_mend_first_and_is_not_tried_again(house):
+    house.write_models({"tiny": {"folder": "/nowhere"}})
+    (event,) = house.run("audit_scenario", "tiny|lamp").get_step_failure_events()
+    assert event.step_failure_data.user_failure_data.description.startswith("models.yaml: tiny.folder:")
+    assert event.step_failure_data.error.cls_name == "Failure"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("title: Loan\nvariations: [", "cannot be read"),
+        ("title: Loan", "groups"),
+    ],
+)
+def test_a_scenario_file_with_a_mistake_is_named_and_the_others_work(house, caplog, text, fault):
+    house.write_scenario("loan", text)
+    result = house.run("audit_scenario", "tiny|lamp", strategies=["gap_gradient"])
+    assert failures(result) == {}
+    assert "scenarios/loan.yaml" in caplog.text
+    for asset in ("prompts", "quality_report"):
+        assert "scenarios/loan.yaml" in materialized(result)[asset]["files_with_mistakes"]
+
+
+def test_a_toxicity_scenario_is_named_as_not_audited_yet(house):
+    toxic = house_scenario(house) | {"outcome": {"kind": "toxicity"}}
+    house.write_scenario("insults", toxic)
+    asset = house.definitions().resolve_assets_def("prompts")
+    assert "insults" not in asset.partitions_def.get_partition_keys()
+
+
+def test_a_wrong_setting_is_named(house):
+    result = house.run("audit_scenario", "tiny|lamp", variations=["boat"])
+    assert "variations: 'boat'; scenario lamp has lamp, bench" in failures(result)["completions"]
+
+
+def test_a_data_folder_that_cannot_be_written_is_named(house):
+    house.folder.joinpath("data").write_text("a file is in the way")
+    assert "EXCISE_DATA" in failures(house.run("audit_scenario", "tiny|lamp"))["completions"]
+
+
+def test_a_warehouse_held_by_a_foreign_session_is_named(house):
+    import subprocess
+    import sys
+
+    from resources.warehouse import Warehouse
+
+    house.data.mkdir()
+    path = house.data / "excise.duckdb"
+    duckdb.connect(path).close()
+    code = "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"open\n"
+        house.overrides["warehouse"] = Warehouse(folder=str(house.data), wait_seconds=0.3)
+        message = failures(house.run("audit_scenario", "tiny|lamp"))["completions"]
+    finally:
+        holder.stdin.close()
+        holder.wait(timeout=30)
+    assert f"locked for more than 0.3 s by process {holder.pid}" in message

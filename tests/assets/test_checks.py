@@ -1,0 +1,204 @@
+"""Checks fail on what they are for, and say the figure, the bound and the worst place."""
+
+import math
+
+import polars as pl
+import pytest
+
+from assets import checks
+from assets.partitions import Catalogue
+from assets.quality_report import judge
+from resources.tables import TABLES
+
+
+def completions(samples: int = 3, values=(10.0,)) -> pl.DataFrame:
+    """Two names per group in two variations, `samples` answers each; values repeat."""
+    rows = []
+    for variation in ("car", "chair"):
+        for subject, group in (("Amy", "white"), ("Luke", "white"), ("Tyra", "black"), ("Jamal", "black")):
+            for sample in range(samples):
+                rows.append(
+                    {
+                        "variation": variation, "group": group, "subject": subject, "prompt_id": f"{variation}-{subject}",
+                        "sample": sample, "text": "10", "value": values[len(rows) % len(values)],
+                    }
+                )  # fmt: skip
+    names = ("variation", "group", "subject", "prompt_id", "sample", "text", "value")
+    return pl.DataFrame(rows, schema={name: TABLES["completions"].schema[name] for name in names})
+
+
+def prompts(rows: pl.DataFrame) -> pl.DataFrame:
+    return rows.select("variation", "group", "subject", "prompt_id").unique(maintain_order=True)
+
+
+def metrics(**estimates) -> pl.DataFrame:
+    rows = [
+        {"variation": "car", "strategy": "gap_gradient", "level": "prompt_specific", "metric": name, "estimate": value}
+        for name, value in estimates.items()
+    ]
+    return pl.DataFrame(rows, schema={name: TABLES["metrics"].schema[name] for name in (
+        "variation", "strategy", "level", "matched_to", "metric", "estimate")})  # fmt: skip
+
+
+def masks(*pruned: int, matched_to: str | None = None) -> pl.DataFrame:
+    names = ("variation", "strategy", "level", "matched_to", "draw", "pruned", "size")
+    rows = [("car", f"s{number}", "prompt_specific", matched_to, 0, count, 1000) for number, count in enumerate(pruned)]
+    return pl.DataFrame(rows, schema={name: TABLES["masks"].schema[name] for name in names}, orient="row")
+
+
+def test_complete_and_balanced_completions_pass():
+    outcome = checks.completions_complete_and_balanced(completions(), prompts(completions()), 3)
+    assert outcome.passed
+    assert outcome.message == "8 prompts with 3 samples each; the groups are of equal size."
+    assert not outcome.unmet
+
+
+def test_a_prompt_that_lacks_a_sample_is_named():
+    rows = completions().filter(~((pl.col("prompt_id") == "chair-Tyra") & (pl.col("sample") == 1)))
+    outcome = checks.completions_complete_and_balanced(rows, prompts(completions()), 3)
+    assert not outcome.passed
+    assert (outcome.figure, outcome.bound, outcome.worst) == (2.0, 3.0, "chair, black, Tyra")
+
+
+def test_a_prompt_without_any_answer_is_named():
+    rows = completions().filter(pl.col("prompt_id") != "car-Amy")
+    outcome = checks.completions_complete_and_balanced(rows, prompts(completions()), 3)
+    assert not outcome.passed
+    assert (outcome.figure, outcome.worst) == (0.0, "car, white, Amy")
+
+
+def test_a_sample_drawn_twice_is_found():
+    rows = completions().with_columns(sample=pl.col("sample").replace({2: 1}))
+    assert not checks.completions_complete_and_balanced(rows, prompts(rows), 3).passed
+
+
+def test_rows_of_unwanted_prompts_are_found():
+    wanted = prompts(completions()).filter(pl.col("variation") == "car")
+    assert not checks.completions_complete_and_balanced(completions(), wanted, 3).passed
+
+
+def test_groups_of_unequal_size_are_found():
+    rows = completions().filter(~((pl.col("variation") == "chair") & (pl.col("subject") == "Tyra")))
+    outcome = checks.completions_complete_and_balanced(rows, prompts(rows), 3)
+    assert not outcome.passed
+    assert outcome.worst == "chair"
+
+
+def test_a_group_that_lacks_altogether_is_found():
+    rows = completions().filter(~((pl.col("variation") == "chair") & (pl.col("group") == "black")))
+    assert not checks.completions_complete_and_balanced(rows, prompts(rows), 3).passed
+
+
+def test_completions_under_masks_are_complete_per_mask():
+    named = [pl.lit("s").alias("strategy"), pl.lit("prompt_specific").alias("level"),
+             pl.lit(None, pl.String).alias("matched_to")]  # fmt: skip
+    rows = pl.concat([completions().with_columns(*named, draw=pl.lit(draw)) for draw in (0, 1)])
+    asked = pl.concat([prompts(completions()).with_columns(*named, draw=pl.lit(draw)) for draw in (0, 1)])
+    assert checks.completions_complete_and_balanced(rows, asked, 3, masked=True).passed
+    short = rows.filter(~((pl.col("draw") == 1) & (pl.col("prompt_id") == "car-Amy")))
+    outcome = checks.completions_complete_and_balanced(short, asked, 3, masked=True)
+    assert not outcome.passed
+    assert outcome.worst == "car, white, s, prompt-specific, Amy"
+
+
+def test_the_parse_rate_is_that_of_the_worst_variation_and_group():
+    rows = completions(4).with_columns(
+        value=pl.when((pl.col("prompt_id") == "chair-Jamal") & (pl.col("sample") < 3)).then(None).otherwise("value")
+    )
+    passing, failing = checks.parse_rate(rows, 0.6), checks.parse_rate(rows, 0.9)
+    assert passing.passed
+    assert not failing.passed
+    assert (failing.figure, failing.bound, failing.worst) == (0.625, 0.9, "chair, black")
+    assert failing.message == "answers that hold a number: lowest 62.5% (chair, black), floor 90.0%; 1 of 4 are below."
+    assert failing.severity is checks.WARN
+
+
+def test_inlier_ratios_are_judged_per_strategy_and_controls_are_not():
+    rows = metrics(inlier_ratio=0.7, gap_mean=3.0)
+    control = rows.with_columns(estimate=pl.lit(0.1), matched_to=pl.lit("gap_gradient"), strategy=pl.lit("random"))
+    outcome = checks.inlier_ratio(pl.concat([rows, control]), 0.8)
+    assert not outcome.passed
+    assert (outcome.figure, outcome.bound) == (0.7, 0.8)
+    assert outcome.worst == "car, gap_gradient, prompt-specific"
+    assert checks.inlier_ratio(rows, 0.7).passed
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
+def test_a_metric_that_is_not_finite_is_found(bad):
+    assert checks.metrics_finite(metrics(gap_mean=1.0, smd=0.5)).passed
+    outcome = checks.metrics_finite(metrics(gap_mean=1.0, smd=bad))
+    assert not outcome.passed
+    assert outcome.worst == "smd of car, gap_gradient, prompt-specific"
+
+
+def test_an_undefined_reduction_is_no_fault_but_one_that_is_not_a_number_is():
+    outcome = checks.metrics_finite(metrics(gap_mean=1.0, gap_reduction=None))
+    assert outcome.passed
+    assert "1 reductions are not defined" in outcome.message
+    assert not checks.metrics_finite(metrics(gap_mean=1.0, gap_reduction=math.nan)).passed
+
+
+def test_masks_that_prune_nothing_or_too_much_are_found():
+    assert checks.mask_density(masks(1, 100), 0.0, 0.2).passed
+    empty = checks.mask_density(masks(0, 100), 0.0, 0.2)
+    assert not empty.passed
+    assert (empty.figure, empty.bound, empty.worst) == (0.0, 0.0, "car, s0, prompt-specific")
+    heavy = checks.mask_density(masks(1, 300), 0.0, 0.2)
+    assert not heavy.passed
+    assert (heavy.figure, heavy.bound, heavy.worst) == (0.3, 0.2, "car, s1, prompt-specific")
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        lambda: checks.completions_complete_and_balanced(completions(0), prompts(completions(0)), 3),
+        lambda: checks.parse_rate(completions(0), 0.0),
+        lambda: checks.inlier_ratio(metrics(), 0.0),
+        lambda: checks.metrics_finite(metrics()),
+        lambda: checks.mask_density(masks(), 0.0, 1.0),
+    ],
+)
+def test_an_empty_table_never_passes(outcome):
+    found = outcome()
+    assert not found.passed
+    assert found.unmet
+
+
+def test_an_outcome_shows_its_figures_to_dagster():
+    result = checks.parse_rate(completions(values=(None, 1.0)), 0.9).result()
+    assert not result.passed
+    assert result.metadata["figure"].value == pytest.approx(0.5, abs=0.2)
+    assert result.metadata["bound"].value == 0.9
+    assert result.metadata["worst"].value.startswith(("car", "chair"))
+    assert len(result.metadata["figures"].records) == 4
+    assert "ColumnValuesToBeBetween" in result.metadata["unmet_expectations"].value.title().replace("_", "")
+
+
+def table_of_checks(*passed: bool) -> pl.DataFrame:
+    rows = [
+        {
+            "asset": "completions",
+            "check_name": f"c{number}",
+            "model": "m",
+            "scenario": "s",
+            "passed": each,
+            "severity": "WARN",
+        }
+        for number, each in enumerate(passed)
+    ]
+    return pl.DataFrame(rows, schema=TABLES["checks"].schema)
+
+
+def test_the_roll_up_passes_only_if_every_check_does():
+    catalogue = Catalogue({}, {}, {}, ())
+    assert judge(table_of_checks(True, True), catalogue).passed
+    failing = judge(table_of_checks(True, False, False), catalogue)
+    assert not failing.passed
+    assert failing.message == "2 of 3 checks fail; first: m|s: c1 of completions."
+    assert failing.severity is checks.WARN
+    assert not judge(table_of_checks(), catalogue).passed
+
+
+def test_the_roll_up_counts_the_files_with_mistakes():
+    catalogue = Catalogue({}, {}, {}, ("scenarios/loan.yaml: groups is missing",))
+    assert "1 of the user's files" in judge(table_of_checks(True), catalogue).message

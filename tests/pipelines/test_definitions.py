@@ -1,0 +1,145 @@
+"""The code location loads fast and whole; a change of lineage is visible here."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import dagster as dg
+import pytest
+import yaml
+
+from pipelines.definitions import build_definitions, defs
+from pipelines.jobs import CHAIN
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# asset: (group, dependencies, pool, partitions)
+LINEAGE = {
+    "prompts": ("audit", set(), None, "scenario"),
+    "completions": ("audit", {"prompts"}, "gpu", "grid"),
+    "attribution_scores": ("pruning", {"completions"}, "gpu", "grid"),
+    "pruning_masks": ("pruning", {"attribution_scores"}, "gpu", "grid"),
+    "pruned_completions": ("pruning", {"completions", "pruning_masks"}, "gpu", "grid"),
+    "evaluation_metrics": ("audit", {"completions", "pruning_masks", "pruned_completions"}, None, "grid"),
+    "quality_report": (
+        "quality",
+        {"completions", "pruning_masks", "pruned_completions", "evaluation_metrics"},
+        None,
+        "none",
+    ),
+}
+CHECKS = {
+    ("completions", "completions_complete_and_balanced", True),
+    ("completions", "parse_rate", False),
+    ("pruning_masks", "mask_density", False),
+    ("pruned_completions", "completions_complete_and_balanced", True),
+    ("evaluation_metrics", "metrics_finite", False),
+    ("evaluation_metrics", "inlier_ratio", False),
+    ("quality_report", "all_checks_pass", False),
+}
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return defs.resolve_asset_graph()
+
+
+def test_everything_loads():
+    dg.Definitions.validate_loadable(defs)
+
+
+def test_the_lineage_is_as_agreed(graph):
+    partitions = {dg.StaticPartitionsDefinition: "scenario", dg.MultiPartitionsDefinition: "grid", type(None): "none"}
+    found = {
+        key.to_user_string(): (
+            graph.get(key).group_name,
+            {parent.to_user_string() for parent in graph.get(key).parent_keys},
+            next(iter(graph.get(key).pools), None),
+            partitions[type(graph.get(key).partitions_def)],
+        )
+        for key in graph.get_all_asset_keys()
+    }
+    assert found == LINEAGE
+
+
+def test_the_checks_are_as_agreed(graph):
+    found = {
+        (key.asset_key.to_user_string(), key.name, graph.get_check_spec(key).blocking) for key in graph.asset_check_keys
+    }
+    assert found == CHECKS
+
+
+def test_every_asset_says_what_it_is(graph):
+    for key in graph.get_all_asset_keys():
+        node = graph.get(key)
+        assert node.description, key
+        assert node.kinds, key
+        assert node.code_version, key
+    for key in graph.asset_check_keys:
+        assert graph.get_check_spec(key).description, key
+
+
+def test_assets_of_the_grid_share_partitions_and_backfill_policy(graph):
+    nodes = [graph.get(dg.AssetKey(name)) for name in ("prompts", *CHAIN[:-1])]
+    assert len({node.backfill_policy for node in nodes}) == 1
+    assert len({node.partitions_def for node in nodes[1:]}) == 1
+
+
+def test_the_planted_model_on_purchase_is_a_partition(graph):
+    keys = graph.get(dg.AssetKey("completions")).partitions_def.get_partition_keys()
+    assert {"planted-specific|purchase", "planted-neutral|purchase", "smollm2-135m-instruct|purchase"} <= set(keys)
+
+
+@pytest.mark.parametrize(("job", "assets"), [("audit_scenario", CHAIN), ("prune_and_evaluate", CHAIN[2:])])
+def test_jobs_run_their_part_of_the_chain_for_a_partition(job, assets):
+    resolved = defs.resolve_job_def(job)
+    assert {key.to_user_string() for key in resolved.asset_layer.executable_asset_keys} == set(assets)
+    assert isinstance(resolved.partitions_def, dg.MultiPartitionsDefinition)
+
+
+@pytest.mark.parametrize("preset", ["quick", "paper"])
+@pytest.mark.parametrize("job", ["audit_scenario", "prune_and_evaluate"])
+def test_presets_are_run_config_of_the_jobs(job, preset):
+    config = yaml.safe_load((ROOT / "pipelines" / "presets" / f"{preset}.yaml").read_text())
+    assert dg.validate_run_config(defs.resolve_job_def(job), config)
+
+
+def test_loading_imports_nothing_heavy():
+    code = (
+        "import sys, pipelines.definitions; "
+        "print([n for n in ('torch', 'transformers', 'great_expectations', 'seaborn', 'matplotlib') if n in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_the_data_folder_is_that_of_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("EXCISE_DATA", str(tmp_path / "elsewhere"))
+    assert build_definitions().resources["warehouse"].path == tmp_path / "elsewhere" / "excise.duckdb"
+    monkeypatch.delenv("EXCISE_DATA")
+    assert build_definitions().resources["warehouse"].path == Path.cwd() / "data" / "excise.duckdb"
+
+
+def test_a_user_s_scenario_and_model_become_partitions(house):
+    keys = house.definitions().resolve_assets_def("completions").partitions_def.get_partition_keys()
+    assert "tiny|lamp" in keys
+    house.write_scenario("vase", (house.folder / "scenarios" / "lamp.yaml").read_text())
+    house.write_models({"other": {"hub": "someone/model"}})
+    keys = house.definitions().resolve_assets_def("completions").partitions_def.get_partition_keys()
+    assert "other|vase" in keys
+    assert "tiny|lamp" not in keys
+
+
+@pytest.mark.parametrize("file", ["models.yaml", "strategies.yaml"])
+def test_a_broken_registry_is_named_and_the_code_location_loads(house, caplog, file):
+    (house.folder / file).write_text("broken: {nonsense: 1}")
+    assert "smollm2-135m-instruct|purchase" in (
+        house.definitions().resolve_assets_def("completions").partitions_def.get_partition_keys()
+    )
+    assert file in caplog.text
+    assert "broken" in caplog.text
+
+
+def test_the_heaviest_scenario_comes_first(house):
+    keys = house.definitions().resolve_assets_def("prompts").partitions_def.get_partition_keys()
+    assert keys.index("purchase") < keys.index("lamp")

@@ -1,0 +1,59 @@
+"""The demo ends with a table and where to look next, reuses what it can, and fails with a message."""
+
+import dagster as dg
+import pytest
+
+from pipelines import demo
+
+
+@pytest.fixture
+def at_home(house, monkeypatch):
+    """The demo's surroundings: the house's files and data, and an instance on disk."""
+    home = house.folder / "home"
+    home.mkdir()
+    (home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+    monkeypatch.setenv("DAGSTER_HOME", str(home))
+    monkeypatch.setenv("EXCISE_DATA", str(house.data))
+    monkeypatch.setattr("tempfile.tempdir", str(house.folder))
+    monkeypatch.setattr(demo, "SCENARIO_FOLDERS", [house.folder / "scenarios"])
+    monkeypatch.setattr(demo, "MODEL_FILES", [house.folder / "models.yaml"])
+    return house
+
+
+def test_the_demo_shows_progress_a_table_and_the_way_on(at_home, capsys):
+    assert demo.main(["--model", "tiny", "--scenario", "lamp"]) == 0
+    first = capsys.readouterr()
+    assert "pruned completions" in first.err
+    for word in ("Lamp: tiny", "unpruned", "gap_gradient", "inlier", "make ui", "excise.duckdb", "none reused"):
+        assert word in first.out
+    with dg.DagsterInstance.get() as instance:
+        (run,) = instance.get_run_records()
+        assert run.dagster_run.job_name == "audit_scenario"
+        assert run.dagster_run.tags["dagster/partition"] == "tiny|lamp"
+
+    assert demo.main(["--model", "tiny", "--scenario", "lamp"]) == 0
+    second = capsys.readouterr()
+    assert "Nothing was sampled anew" in second.out
+    assert "0 computed" in second.out
+    assert "0 written" in second.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nobody"], "There is no model 'nobody'; there are"),
+        (["--scenario", "flat"], "There is no scenario"),
+    ],
+)
+def test_an_unknown_key_is_named(at_home, capsys, arguments, message):
+    assert demo.main(arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_failure_is_a_message_and_not_a_trace(at_home, capsys):
+    at_home.write_models({"tiny": {"folder": "/nowhere"}})
+    assert demo.main(["--model", "tiny", "--scenario", "lamp"]) == 1
+    shown = capsys.readouterr().err
+    assert "completions: models.yaml: tiny.folder: no config.json in /nowhere" in shown
+    assert "Traceback" not in shown
+    assert "Stack Trace" not in shown

@@ -1,0 +1,26 @@
+"""The documentation of the data is that of the declared tables."""
+
+from pathlib import Path
+
+import pytest
+
+from excise.completions import COMPLETIONS_SCHEMA
+from excise.evaluation import SCHEMA
+from excise.scenarios import PROMPTS_SCHEMA
+from resources.tables import TABLES, data_dictionary, metric_dictionary
+
+DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+def test_docs_data_md_describes_every_table_and_metric():
+    assert data_dictionary().strip() in DOCUMENT
+    assert metric_dictionary() in DOCUMENT
+
+
+@pytest.mark.parametrize(
+    ("table", "schema"), [("prompts", PROMPTS_SCHEMA), ("completions", COMPLETIONS_SCHEMA), ("metrics", SCHEMA)]
+)
+def test_tables_are_typed_as_the_science_makes_them(table, schema):
+    assert dict(TABLES[table].schema) == {
+        name: kind() if isinstance(kind, type) else kind for name, kind in schema.items()
+    }
