@@ -13,7 +13,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -93,6 +93,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                break  # SafeLoader refuses it in its own words
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
@@ -106,6 +108,7 @@ def load_registry(paths: Iterable[Path] = ()) -> tuple[dict[str, ModelSpec], tup
     Relative `folder`, `low_rank` and `chat_template` paths are taken from the folder of the file that names them.
     """
     registry: dict[str, ModelSpec] = {}
+    origin: dict[str, Path] = {}
     problems: list[ModelProblem] = []
     for path in [BUILT_IN_REGISTRY, *(Path(each) for each in paths)]:
         if not path.exists():
@@ -124,6 +127,9 @@ def load_registry(paths: Iterable[Path] = ()) -> tuple[dict[str, ModelSpec], tup
             if not isinstance(fields, dict):
                 problems.append(ModelProblem(path, f"{path}: {key}: must hold fields such as hub or folder"))
                 continue
+            if "key" in fields:
+                problems.append(ModelProblem(path, f"{path}: {key}.key: an entry's key stands before the colon; remove it"))
+                continue
             try:
                 spec = ModelSpec.model_validate({"key": key, **fields})
             except ValidationError as error:
@@ -138,11 +144,23 @@ def load_registry(paths: Iterable[Path] = ()) -> tuple[dict[str, ModelSpec], tup
                     if getattr(spec, name) is not None
                 }
             )
-    for key, spec in list(registry.items()):
-        if spec.base is not None and spec.base not in registry:
-            problems.append(ModelProblem(BUILT_IN_REGISTRY, f"models.yaml: {key}.base: {spec.base!r} is not a model"))
-            del registry[key]
+            origin[key] = path
+    for key in [key for key in registry if not _rests_on_a_source(key, registry)]:
+        message = f"{origin[key]}: {key}.base: {registry[key].base!r} is no usable model; name one with weights of its own"
+        problems.append(ModelProblem(origin[key], message))
+        del registry[key]
     return registry, tuple(problems)
+
+
+def _rests_on_a_source(key: str, registry: Mapping[str, ModelSpec]) -> bool:
+    """Whether following `base` from an entry ends at one with weights of its own."""
+    seen = set()
+    while key in registry and key not in seen:
+        seen.add(key)
+        if registry[key].base is None:
+            return True
+        key = registry[key].base
+    return False
 
 
 # --- topology --------------------------------------------------------------------------------------------------------
@@ -346,7 +364,10 @@ def pick_device(device: str = "auto") -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ExciseError(f"device {device!r} is not known; use auto, cpu, cuda or mps") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ExciseError(f"device {device!r}: no CUDA device is available here; use auto or cpu")
     if chosen.type == "mps" and not torch.backends.mps.is_available():
@@ -389,7 +410,7 @@ def load_model(
         tokenizer.chat_template = spec.chat_template.read_text(encoding="utf-8")
     if spec.prompt_format == "chat" and not tokenizer.chat_template:
         raise ExciseError(
-            f"models.yaml: {spec.key}: the tokenizer has no chat template. Name one with chat_template: path/to/file.jinja "
+            f"models.yaml: {spec.key}: the tokenizer has no chat template. Name one with chat_template: file.jinja, "
             "or set prompt_format: raw to ask with the bare text"
         )
     fingerprint = _digest(fingerprint, spec.prompt_format, tokenizer.chat_template or "", str(chosen_dtype))
@@ -423,6 +444,7 @@ def _load_weights(spec: ModelSpec, registry: Mapping[str, ModelSpec], dtype: tor
 
 
 def _from_pretrained(spec: ModelSpec, source: str, dtype: torch.dtype):
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -433,11 +455,11 @@ def _from_pretrained(spec: ModelSpec, source: str, dtype: torch.dtype):
         model = AutoModelForCausalLM.from_pretrained(
             source, revision=spec.revision, dtype=dtype, attn_implementation=attention, use_safetensors=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         where = f"hub {spec.hub!r}" if spec.hub else f"folder {source}"
         raise ExciseError(
             f"models.yaml: {spec.key}: the model cannot be loaded from {where}: {str(error).strip().splitlines()[0]}. "
-            "Check the name, your access rights and the network, or let `folder` name a local copy with safetensors weights"
+            "Check the name, your access rights and the network, or name a local copy (safetensors) with folder"
         ) from error
     if not tokenizer.is_fast:
         raise ExciseError(
@@ -492,13 +514,19 @@ def _convert_wheel(spec: ModelSpec, home: Path) -> Path:
 def _add_low_rank(model: torch.nn.Module, spec: ModelSpec) -> None:
     """Add `up @ down` to every weight named in the entry's low-rank file, in float32."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    factors = load_file(spec.low_rank)
+    try:
+        factors = load_file(spec.low_rank)
+    except SafetensorError as error:
+        raise ExciseError(f"{spec.low_rank}: cannot be read as safetensors ({error}); name a low-rank file") from error
     linears = {each.key: each for each in topology_of(model).linears}
     for key in sorted({name.rsplit(".", 1)[0] for name in factors}):
         if key not in linears:
             raise ExciseError(f"{spec.low_rank}: {key} is no matrix of {spec.base}; the file belongs to another model")
+        if missing := [side for side in ("up", "down") if f"{key}.{side}" not in factors]:
+            raise ExciseError(f"{spec.low_rank}: {key} lacks its factor {missing[0]}; the file is not whole")
         weight = linears[key].weight(model)
         change = factors[f"{key}.up"].float() @ factors[f"{key}.down"].float()
         if tuple(change.shape) != linears[key].shape:

@@ -250,8 +250,10 @@ class House:
             },
         )
 
-    def run(self, job: str, partition: str, **settings: Any):
-        """Run a job for a partition, as the UI would, with some settings changed. Failures are in the result."""
+    def run(self, job: str, partition: str, *, only: list[str] | None = None, **settings: Any):
+        """Run a job (of it, `only` some assets) for a partition with some settings changed. Failures are in the result."""
+        from dagster import AssetKey
+
         small = {"samples": 4, "random_draws": 1, "resamples": 40, "permutations": 40}
         return (
             self.definitions()
@@ -263,6 +265,7 @@ class House:
                     "resources": {"settings": {"config": small | settings}},
                     "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
                 },
+                asset_selection=None if only is None else [AssetKey(name) for name in only],
                 raise_on_error=False,
             )
         )

@@ -1,13 +1,17 @@
 """The chain of assets on a tiny real model: what a run leaves behind, what a second run reuses, what goes wrong clearly."""
 
 import base64
-import copy
+import subprocess
+import sys
 
+import dagster as dg
 import duckdb
 import polars as pl
 import pytest
+import yaml
 
 from resources.tables import METRICS, TABLES
+from resources.warehouse import Warehouse
 
 CHAIN = [
     "completions",
@@ -115,14 +119,41 @@ def test_a_row_can_be_traced_to_model_parameters_and_file(audited):
     assert (house.data / mask["path"]).is_file()
 
 
-def test_lineage_knows_the_versions_it_was_made_from(audited):
-    tags = {
-        event.asset_key.to_user_string(): event.materialization.tags
-        for event in audited[1].get_asset_materialization_events()
+def stale(house) -> dict[str, list[str]]:
+    """Why each asset of tiny|lamp counts as stale; nothing where all is fresh."""
+    from dagster._core.definitions.data_version import CachingStaleStatusResolver
+    from dagster._core.loader import LoadingContextForTest
+
+    graph = house.definitions().resolve_asset_graph()
+    resolver = CachingStaleStatusResolver(house.instance, graph, LoadingContextForTest(house.instance))
+    partitions = {"prompts": "lamp", "quality_report": None}
+    causes = {
+        name: [
+            cause.reason for cause in resolver.get_stale_causes(dg.AssetKey(name), partitions.get(name, "tiny|lamp"))
+        ]
+        for name in ("prompts", *CHAIN)
     }
-    made = tags["completions"]["dagster/data_version"]
-    assert tags["attribution_scores"]["dagster/input_data_version/completions"] == made
-    assert len({tag["dagster/data_version"] for tag in tags.values()}) == len(tags)
+    return {name: reasons for name, reasons in causes.items() if reasons}
+
+
+def test_versions_of_results_differ_and_lineage_is_fresh(audited):
+    house, result = audited
+    versions = [
+        event.materialization.tags["dagster/data_version"] for event in result.get_asset_materialization_events()
+    ]
+    assert len(set(versions)) == len(versions)
+    assert stale(house) == {}
+
+
+def test_completions_drawn_anew_make_what_follows_stale(house):
+    house.run("audit_scenario", "tiny|lamp")
+    house.run("audit_scenario", "tiny|lamp", only=["completions"], samples=3)
+    assert stale(house) == {
+        "attribution_scores": ["has a new data version"],
+        "pruned_completions": ["has a new data version"],
+        "evaluation_metrics": ["has a new data version"],
+        "quality_report": ["has a new data version"],
+    }
 
 
 def test_checks_are_kept_by_partition_and_rolled_up(audited):
@@ -182,36 +213,16 @@ def test_settings_choose_variations_names_and_strategies(house):
 
 def test_a_changed_scenario_file_is_expanded_again_and_lineage_stays_fresh(house):
     house.run("audit_scenario", "tiny|lamp")
-    changed = copy.deepcopy(dict(house_scenario(house)))
+    changed = lamp_of(house)
     changed["templates"]["seller"] = "Used {item}, seller {name}. What do I offer, in dollars?"
     house.write_scenario("lamp", changed)
-    result = house.run("audit_scenario", "tiny|lamp")
-    assert failures(result) == {}
-    tags = {
-        event.asset_key.to_user_string(): event.materialization.tags
-        for event in result.get_asset_materialization_events()
-    }
+    assert failures(house.run("audit_scenario", "tiny|lamp")) == {}
     assert house.warehouse.read("prompts")["text"].str.starts_with("Used").all()
-    assert (
-        tags["completions"]["dagster/input_data_version/prompts"]
-        == (
-            house.instance.get_latest_data_version_record(
-                dg_key("prompts"), partition_key="lamp"
-            ).asset_materialization.tags["dagster/data_version"]
-        )
-    )
+    assert stale(house) == {}
 
 
-def house_scenario(house) -> dict:
-    import yaml
-
+def lamp_of(house) -> dict:
     return yaml.safe_load((house.folder / "scenarios" / "lamp.yaml").read_text())
-
-
-def dg_key(name: str):
-    import dagster as dg
-
-    return dg.AssetKey(name)
 
 
 def test_pruning_without_completions_says_what_to_do_first(house):
@@ -221,18 +232,27 @@ def test_pruning_without_completions_says_what_to_do_first(house):
 
 
 def test_scores_of_other_completions_are_not_used(house):
-    import dagster as dg
-
     house.run("audit_scenario", "tiny|lamp")
-    dg.materialize(
-        [house.definitions().resolve_assets_def("completions")],
-        partition_key=dg.MultiPartitionKey({"model": "tiny", "scenario": "lamp"}),
-        instance=house.instance,
-        resources=house.definitions().resources,
-        run_config={"resources": {"settings": {"config": {"samples": 3}}}},
-    )
+    house.run("audit_scenario", "tiny|lamp", only=["completions"], samples=3)
     result = house.run("prune_and_evaluate", "tiny|lamp")
     assert "those of other completions; materialize attribution_scores" in failures(result)["pruning_masks"]
+
+
+def test_answers_that_do_not_pair_are_not_compared(house):
+    house.run("audit_scenario", "tiny|lamp")
+    house.run("audit_scenario", "tiny|lamp", only=["completions"], seed=1)
+    result = house.run("audit_scenario", "tiny|lamp", only=["evaluation_metrics"])
+    assert "do not go with its completions" in failures(result)["evaluation_metrics"]
+
+
+def test_prompts_that_changed_since_are_not_mixed(house):
+    house.run("audit_scenario", "tiny|lamp")
+    changed = lamp_of(house)
+    changed["templates"]["seller"] = "Used {item}, seller {name}. What do I offer, in dollars?"
+    house.write_scenario("lamp", changed)
+    definitions = house.definitions()
+    dg.materialize([definitions.resolve_assets_def("prompts")], partition_key="lamp", instance=house.instance)
+    assert "have changed since" in failures(house.run("prune_and_evaluate", "tiny|lamp"))["pruning_masks"]
 
 
 def test_a_model_that_cannot_be_had_fails_clearly_and_alone(house, tiny_model):
@@ -268,7 +288,7 @@ def test_a_scenario_file_with_a_mistake_is_named_and_the_others_work(house, capl
 
 
 def test_a_toxicity_scenario_is_named_as_not_audited_yet(house):
-    toxic = house_scenario(house) | {"outcome": {"kind": "toxicity"}}
+    toxic = lamp_of(house) | {"outcome": {"kind": "toxicity"}}
     house.write_scenario("insults", toxic)
     asset = house.definitions().resolve_assets_def("prompts")
     assert "insults" not in asset.partitions_def.get_partition_keys()
@@ -285,11 +305,6 @@ def test_a_data_folder_that_cannot_be_written_is_named(house):
 
 
 def test_a_warehouse_held_by_a_foreign_session_is_named(house):
-    import subprocess
-    import sys
-
-    from resources.warehouse import Warehouse
-
     house.data.mkdir()
     path = house.data / "excise.duckdb"
     duckdb.connect(path).close()
