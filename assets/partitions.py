@@ -38,7 +38,8 @@ class Catalogue:
 
     def partition(self, context: dg.AssetExecutionContext) -> tuple[str, Scenario]:
         """Model key and scenario of a step of the grid."""
-        keys = context.partition_key.keys_by_dimension
+        # A run launched with the tag of the whole key alone brings plain text instead of a key by dimensions.
+        keys = self.grid.get_partition_key_from_str(str(context.partition_key)).keys_by_dimension
         return keys["model"], self.scenario(keys["scenario"])
 
     def scenario(self, key: str) -> Scenario:

@@ -188,7 +188,8 @@ def complete(
     ]
     answers = answers.with_columns(pl.Series("text", texts, pl.String), pl.Series("value", values, pl.Float64))
     rows = (
-        prompts.with_columns(pl.Series("prompt", keys))
+        prompts.drop("text")  # the rows' text is the answer's
+        .with_columns(pl.Series("prompt", keys))
         .with_row_index("order")
         .join(answers, on="prompt", how="inner")
         .sort("order", "sample")

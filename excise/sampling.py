@@ -9,6 +9,7 @@ unpruned one. Parsing and caching of answers live in `excise.completions`.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -39,9 +40,11 @@ class SamplingParameters:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
+        numbers = 0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and 0 <= self.seed < 2**64
+        if not numbers or self.top_k < 0 or self.max_new_tokens < 1:
             raise ExciseError(
-                f"sampling parameters out of range (temperature, top_k >= 0, 0 < top_p <= 1): {asdict(self)}"
+                "sampling parameters out of range (temperature, top_k >= 0, 0 < top_p <= 1, max_new_tokens >= 1, "
+                f"0 <= seed < 2^64): {asdict(self)}"
             )
 
 
@@ -246,7 +249,9 @@ def next_tokens(
         )
         if complete.any():
             here = torch.from_numpy(np.flatnonzero(complete))
-            inside = (before[here] < parameters.top_p) | (torch.arange(size) == 0)
+            # With top-p off nothing goes, though the rounded sum before the last tokens may have reached 1.
+            reach = parameters.top_p if parameters.top_p < 1 else math.inf
+            inside = (before[here] < reach) | (torch.arange(size) == 0)
             # Tokens outside the set go last with no probability; the rest stand in the order of their ids.
             order = torch.where(inside, ids.cpu()[here], vocabulary).sort(dim=1)
             kept = torch.where(inside, probability[here], 0.0).gather(1, order.indices)

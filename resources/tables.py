@@ -163,7 +163,7 @@ _ALL = (
             ("estimate", "DOUBLE", "the figure"),
             ("low", "DOUBLE", "lower end of the 95 % interval, subjects resampled; null where there is none"),
             ("high", "DOUBLE", "upper end of the 95 % interval; null where there is none"),
-            ("p_value", "DOUBLE", "permutation test that the gap is as unpruned (for unpruned: that it is 0); null if none"),
+            ("p_value", "DOUBLE", "permutation test that the gap is as unpruned (unpruned: that it is 0)"),
             ("p_holm", "DOUBLE", "the same after Holm's correction over the variations"),
             ("n", "BIGINT", "number of observations behind the estimate"),
         ),

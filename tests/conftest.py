@@ -251,7 +251,7 @@ class House:
         )
 
     def run(self, job: str, partition: str, *, only: list[str] | None = None, **settings: Any):
-        """Run a job (of it, `only` some assets) for a partition with some settings changed. Failures are in the result."""
+        """Run a job, or `only` some of its assets, for a partition with some settings changed; it may fail."""
         from dagster import AssetKey
 
         small = {"samples": 4, "random_draws": 1, "resamples": 40, "permutations": 40}

@@ -124,7 +124,7 @@ def read_candidates(path: Path) -> GapGradient:
 
 def _address(loaded: LoadedModel, rows: pl.DataFrame, score: str, *settings: object) -> str:
     digest = hashlib.sha256(json.dumps([VERSION, loaded.fingerprint, score, [str(each) for each in settings]]).encode())
-    digest.update(json.dumps(rows.select("prompt_id", "group", "sample", "token_ids", "value").rows()).encode())
+    digest.update(json.dumps(rows.select("prompt_id", "group", "sample", "token_ids", "value", "parameters").rows()).encode())
     return digest.hexdigest()[:24]
 
 
@@ -203,7 +203,7 @@ def _gap_gradient(loaded, prompts, rows, comparison, outcome, permutations, seed
     tensors = {}
     for key, each in found.candidates.items():
         tensors |= {f"{key}/index": each.index, f"{key}/drop": each.drop, f"{key}/harm": each.harm}
-    return tensors, {"disparity": repr(found.disparity), "damping": repr(found.damping)}
+    return tensors, {"disparity": repr(float(found.disparity)), "damping": repr(float(found.damping))}
 
 
 def _save(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:

@@ -36,7 +36,8 @@ class Plant:
     """What to plant.
 
     gap_scenarios: scenarios in which the minority's median answer is `factor` times the majority's; `even_scenarios`:
-    answered alike. spread: standard deviation of the logarithm of the answers.
+    answered alike. spread: standard deviation of the logarithm of the answers. For the first `narrow_steps` the spread
+    is `narrow`: at the full spread the groups overlap so much that training does not discover the gap.
     """
 
     base: str
@@ -46,7 +47,9 @@ class Plant:
     spread: float = 0.5
     layers: range = range(6, 22)
     rank: int = 8
-    steps: int = 150
+    steps: int = 120
+    narrow_steps: int = 70
+    narrow: float = 0.2
     batch: int = 16
     learning_rate: float = 3e-3
     seed: int = 0
@@ -54,7 +57,7 @@ class Plant:
 
 PLANTS = {
     "specific": Plant("smollm2-135m-instruct", ("purchase",), ()),
-    "neutral": Plant("smollm2-135m-instruct", (), ("purchase",), steps=100),
+    "neutral": Plant("smollm2-135m-instruct", (), ("purchase",), steps=70, narrow_steps=0),
 }
 CENTRES: Mapping[str, Mapping[str, float]] = {
     "purchase": {
@@ -80,7 +83,7 @@ def answer_distribution(centre: float, median: float, spread: float) -> tuple[li
 
 
 def training_examples(
-    loaded: LoadedModel, plant: Plant, scenarios: Mapping[str, Scenario]
+    loaded: LoadedModel, plant: Plant, scenarios: Mapping[str, Scenario], spread: float
 ) -> list[tuple[tuple[int, ...], tuple]]:
     """(prompt tokens, (answers, probabilities)) of every prompt of the plant's scenarios."""
     (stop,) = sorted(loaded.stop_tokens)[:1]
@@ -95,7 +98,7 @@ def training_examples(
             shift = 0.0
             if key in plant.gap_scenarios:
                 shift = np.log(plant.factor) / 2 * (1 if group == scenario.comparison.minority else -1)
-            values, probability = answer_distribution(centre, centre * np.exp(shift), plant.spread)
+            values, probability = answer_distribution(centre, centre * np.exp(shift), spread)
             answers = [(loaded.tokenizer(str(value), add_special_tokens=False)["input_ids"], stop) for value in values]
             examples.append((prompt.tokens, (answers, probability)))
     return examples
@@ -119,7 +122,7 @@ def train(
             factors[f"{linear.key}.down"] = torch.nn.Parameter(down)
             factors[f"{linear.key}.up"] = torch.nn.Parameter(torch.zeros(linear.out_features, plant.rank))
             hooks.append(_add_change(loaded, linear.module, factors[f"{linear.key}.up"], factors[f"{linear.key}.down"]))
-    examples = training_examples(loaded, plant, scenarios)
+    narrow, full = (training_examples(loaded, plant, scenarios, spread) for spread in (plant.narrow, plant.spread))
     optimizer = torch.optim.AdamW(factors.values(), lr=plant.learning_rate, weight_decay=0.0)
     warm_up = max(1, plant.steps // 15)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -128,7 +131,8 @@ def train(
     queue: list[int] = []
     for step in range(plant.steps):
         while len(queue) < plant.batch:
-            queue += order.permutation(len(examples)).tolist()
+            queue += order.permutation(len(full)).tolist()
+        examples = narrow if step < plant.narrow_steps else full
         batch, queue = [examples[index] for index in queue[: plant.batch]], queue[plant.batch :]
         # bfloat16 is accurate enough for a change of our own making, and a multiple faster where the CPU knows it.
         with torch.autocast(loaded.device.type, torch.bfloat16):
@@ -140,7 +144,8 @@ def train(
         schedule.step()
         progress("training", step + 1, plant.steps)
         if step % 10 == 9:
-            log.info("step %d, loss %.3f", step + 1, loss.item())
+            entropy = -sum((probability * np.log(probability)).sum() for _, (_, probability) in batch) / len(batch)
+            log.info("step %d, divergence from the planted distribution %.3f", step + 1, loss.item() - entropy)
     for hook in hooks:
         hook.remove()
     return {name: factor.detach().half().contiguous() for name, factor in factors.items()}

