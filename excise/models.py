@@ -86,7 +86,7 @@ class ModelProblem:
     message: str
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """YAML safe-load that refuses a key written twice instead of keeping the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -114,7 +114,7 @@ def load_registry(paths: Iterable[Path] = ()) -> tuple[dict[str, ModelSpec], tup
         if not path.exists():
             continue
         try:
-            entries = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+            entries = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)  # noqa: S506 - a SafeLoader
         except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
             problems.append(ModelProblem(path, f"{path}: cannot be read as YAML: {error}"))
             continue
@@ -128,7 +128,7 @@ def load_registry(paths: Iterable[Path] = ()) -> tuple[dict[str, ModelSpec], tup
                 problems.append(ModelProblem(path, f"{path}: {key}: must hold fields such as hub or folder"))
                 continue
             if "key" in fields:
-                problems.append(ModelProblem(path, f"{path}: {key}.key: an entry's key stands before the colon; remove it"))
+                problems.append(ModelProblem(path, f"{path}: {key}.key: the key stands before the colon; remove this one"))
                 continue
             try:
                 spec = ModelSpec.model_validate({"key": key, **fields})
@@ -146,7 +146,7 @@ def load_registry(paths: Iterable[Path] = ()) -> tuple[dict[str, ModelSpec], tup
             )
             origin[key] = path
     for key in [key for key in registry if not _rests_on_a_source(key, registry)]:
-        message = f"{origin[key]}: {key}.base: {registry[key].base!r} is no usable model; name one with weights of its own"
+        message = f"{origin[key]}: {key}.base: {registry[key].base!r} is no usable model; name one that has weights"
         problems.append(ModelProblem(origin[key], message))
         del registry[key]
     return registry, tuple(problems)

@@ -8,6 +8,7 @@ from `excise.selection`; sampling under a mask and judging it happen elsewhere.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +20,10 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from excise.attribution import AttributionFile, read_candidates, read_norms
+from excise.attribution import GAP_GRADIENT_KEEP, AttributionFile, read_candidates, read_norms
 from excise.errors import ExciseError
 from excise.masks import Mask, leave_one_out, random_like
-from excise.models import ROLES, Linear, LoadedModel
+from excise.models import ROLES, Linear, LoadedModel, UniqueKeyLoader
 from excise.progress import Progress, silent
 from excise.selection import pooled_band, set_difference, set_difference_of_count
 
@@ -57,9 +58,12 @@ class Strategy(BaseModel):
         if required - given or given - required - optional:
             names = ", ".join(sorted(required | optional))
             raise ValueError(f"parameters of {self.selection} are {names}; found {', '.join(sorted(given)) or 'none'}")
+        # Denser masks of gap_gradient would end where its candidates do, not where they were asked to.
+        highest = {"density": GAP_GRADIENT_KEEP, "target": math.inf}
         for name, value in self.parameters.items():
-            if name != "target" and not 0 < value <= 1:
-                raise ValueError(f"parameters.{name} is {value:g}; it is a fraction between 0 and 1")
+            limit = highest.get(name, 1.0)
+            if not 0 < value <= limit:
+                raise ValueError(f"parameters.{name} is {value:g}; it must be above 0 and at most {limit:g}")
         if unknown := set(self.roles) - set(ROLES):
             raise ValueError(f"roles {', '.join(sorted(unknown))} are not known; known are {', '.join(ROLES)}")
         if self.score != "wanda" and set(self.controls) - {"random"}:
@@ -91,16 +95,18 @@ def load_strategies(paths: Iterable[Path] = ()) -> dict[str, Strategy]:
         if not path.exists():
             continue
         try:
-            entries = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            entries = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader) or {}  # noqa: S506 - a SafeLoader
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
             raise ExciseError(f"{path}: cannot be read as YAML: {error}") from error
         if not isinstance(entries, dict):
             raise ExciseError(f"{path}: must map strategy names to their fields")
         for key, fields in entries.items():
+            if not isinstance(fields, dict) or "key" in fields:
+                raise ExciseError(f"{path}: {key}: must hold fields such as score and selection, and no key of its own")
             try:
-                strategies[key] = Strategy.model_validate({"key": key, **(fields if isinstance(fields, dict) else {})})
+                strategies[key] = Strategy.model_validate({"key": key, **fields})
             except ValidationError as error:
-                lines = [f"{path}: {key}.{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+                lines = [f"{path}: {'.'.join(map(str, (key, *each['loc'])))}: {each['msg']}" for each in error.errors()]
                 raise ExciseError("\n".join(lines)) from error
     return strategies
 
@@ -125,6 +131,9 @@ def build_masks(
     """
     paths = {(file.score, file.variation): file.path for file in files}
     for strategy in strategies:
+        if not _linears(loaded, strategy):
+            there = ", ".join(dict.fromkeys(linear.role for linear in loaded.topology.linears))
+            raise ExciseError(f"strategies: {strategy.key}.roles: {loaded.key} has none of these, it has {there}")
         variations = [variation for score, variation in paths if score == strategy.score]
         sources = {variation: paths[strategy.score, variation] for variation in variations}
         make = _set_difference_masks if strategy.selection == "set_difference" else _predicted_drop_masks

@@ -124,7 +124,8 @@ def read_candidates(path: Path) -> GapGradient:
 
 def _address(loaded: LoadedModel, rows: pl.DataFrame, score: str, *settings: object) -> str:
     digest = hashlib.sha256(json.dumps([VERSION, loaded.fingerprint, score, [str(each) for each in settings]]).encode())
-    digest.update(json.dumps(rows.select("prompt_id", "group", "sample", "token_ids", "value", "parameters").rows()).encode())
+    decisive = rows.select("prompt_id", "group", "sample", "token_ids", "value", "parameters")
+    digest.update(json.dumps(decisive.rows()).encode())
     return digest.hexdigest()[:24]
 
 

@@ -52,7 +52,7 @@ def advantages(outcomes: np.ndarray, groups: np.ndarray, majority: str, minority
     means = {}
     for group, sign in ((majority, 1.0), (minority, -1.0)):
         members = (groups == group) & ~np.isnan(outcomes)
-        means[group] = outcomes[members].mean()
+        means[group] = float(outcomes[members].mean())
         weights[members] = sign * (outcomes[members] - means[group]) / members.sum()
     return weights, means[majority] - means[minority]
 

@@ -208,7 +208,8 @@ def test_a_score_that_is_there_is_not_computed_again(measure, score):
 
 
 def first_null(rows):
-    return rows.with_columns(value=pl.when(pl.int_range(rows.height) == 0).then(None).otherwise(pl.col("value")))
+    first = rows["value"].is_not_null().arg_max()
+    return rows.with_columns(value=pl.when(pl.int_range(rows.height) == first).then(None).otherwise(pl.col("value")))
 
 
 def warmer(rows):
