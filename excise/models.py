@@ -128,7 +128,7 @@ def load_registry(paths: Iterable[Path] = ()) -> tuple[dict[str, ModelSpec], tup
                 problems.append(ModelProblem(path, f"{path}: {key}: must hold fields such as hub or folder"))
                 continue
             if "key" in fields:
-                problems.append(ModelProblem(path, f"{path}: {key}.key: the key stands before the colon; remove this one"))
+                problems.append(ModelProblem(path, f"{path}: {key}.key: the key stands before the colon; remove it"))
                 continue
             try:
                 spec = ModelSpec.model_validate({"key": key, **fields})

@@ -67,20 +67,26 @@ def squares_of_every_sequence(loaded, rows, prompts) -> list[dict]:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neo", "mistral"])
-def test_norms_of_groups_and_relabellings_are_those_of_the_definition(loaded, prompts, scenario, tmp_path, architecture):
+def test_norms_of_groups_and_relabellings_are_those_of_the_definition(
+    loaded, prompts, scenario, tmp_path, architecture
+):
     """Every row of a group counts once, unparsed answers too, and no other row (method A5)."""
     model = loaded(architecture)
     rows, _ = complete(model, prompts, 3, PARAMETERS, outcome=scenario.outcome)
     files = attribute(
-        model, prompts, rows, comparison=scenario.comparison, outcome=scenario.outcome, scores=["wanda"], permutations=2,
-        seed=5, folder=tmp_path,
+        model, prompts, rows, comparison=scenario.comparison, outcome=scenario.outcome, scores=["wanda"],
+        permutations=2, seed=5, folder=tmp_path,
     )  # fmt: skip
     assert [(file.variation, file.score) for file in files] == [("car", "wanda"), ("oven", "wanda")]
     for file in files:
         own = rows.filter(pl.col("variation") == file.variation)
         squares = squares_of_every_sequence(model, own, prompts)
         groups, subjects = own["group"].to_list(), own["subject"].to_list()
-        members = {"minority": [g == "black" for g in groups], "majority": [g == "white" for g in groups], "pooled": [True] * own.height}
+        members = {
+            "minority": [g == "black" for g in groups],
+            "majority": [g == "white" for g in groups],
+            "pooled": [True] * own.height,
+        }
         for draw in range(2):
             chosen = relabelled(prompts, scenario.comparison, 5, draw)
             members[f"permuted_minority_{draw}"] = [subject in chosen for subject in subjects]
@@ -111,7 +117,9 @@ def test_groups_that_are_not_compared_count_for_nothing(model, prompts, rows, sc
         for place, norm in one[weighting].items():
             assert np.allclose(norm, two[weighting][place], rtol=1e-5)
     one = read_candidates(measure("gap_gradient")[0].path)
-    two = read_candidates(measure("gap_gradient", prompts=pl.concat([prompts, third]), completions=pl.concat([rows, more]))[0].path)
+    two = read_candidates(
+        measure("gap_gradient", prompts=pl.concat([prompts, third]), completions=pl.concat([rows, more]))[0].path
+    )
     assert one.disparity == pytest.approx(two.disparity)
 
 
@@ -145,7 +153,7 @@ def test_the_disparity_is_that_of_the_parsed_answers(rows, scenario, measure, sc
 
 
 def test_the_drop_is_that_of_the_drawn_answers(model, prompts, rows, scenario, measure):
-    """Autograd over every row, with the advantages of its value; the sampling distribution is the one it was drawn from."""
+    """Autograd over every row, with the advantages of its value, under the distribution it was drawn from."""
     file = measure("gap_gradient")[0]
     own = rows.filter(pl.col("variation") == file.variation)
     values = np.log([value if value else np.nan for value in own["value"].to_list()])
@@ -159,13 +167,20 @@ def test_the_drop_is_that_of_the_drawn_answers(model, prompts, rows, scenario, m
             total = 0.0
             for weight, (prompt_id, ids) in zip(weights, own.select("prompt_id", "token_ids").iter_rows(), strict=True):
                 prompt = tokens[prompt_id]
-                scores = model.model(torch.tensor([[*prompt, *ids]]), use_cache=False).logits[0, len(prompt) - 1 : -1] / 0.9
+                scores = (
+                    model.model(torch.tensor([[*prompt, *ids]]), use_cache=False).logits[0, len(prompt) - 1 : -1] / 0.9
+                )
                 ordered, order = scores.detach().softmax(dim=1).sort(dim=1, descending=True)
-                left = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, ordered.cumsum(dim=1) - ordered < 0.95)
+                left = torch.zeros_like(scores, dtype=torch.bool).scatter(
+                    1, order, ordered.cumsum(dim=1) - ordered < 0.95
+                )
                 scores = scores.masked_fill(~left, -torch.inf).log_softmax(dim=1)
                 total = total + float(weight) * scores[range(len(ids)), ids].sum()
             total.backward()
-        expected = {key: (matrix * matrix.grad).detach().flatten().numpy() * np.sign(disparity) for key, matrix in matrices.items()}
+        expected = {
+            key: (matrix * matrix.grad).detach().flatten().numpy() * np.sign(disparity)
+            for key, matrix in matrices.items()
+        }
     finally:
         for matrix in matrices.values():
             matrix.requires_grad_(False)
@@ -174,7 +189,9 @@ def test_the_drop_is_that_of_the_drawn_answers(model, prompts, rows, scenario, m
     assert set(found) == set(expected)
     for key, each in found.items():
         assert len(each.index) == max(1, int(0.01 * expected[key].size))
-        assert np.allclose(each.drop, expected[key][each.index], rtol=1e-3, atol=1e-3 * np.abs(expected[key]).max()), key
+        assert np.allclose(each.drop, expected[key][each.index], rtol=1e-3, atol=1e-3 * np.abs(expected[key]).max()), (
+            key
+        )
 
 
 @pytest.mark.parametrize("group", ["white", "black"])
@@ -228,7 +245,9 @@ def warmer(rows):
         lambda given: {"completions": given["rows"].filter(pl.col("sample") > 0)},
         lambda given: {"seed": 1},
         lambda given: {"permutations": 3},
-        lambda given: {"comparison": given["scenario"].comparison.model_copy(update={"majority": "black", "minority": "white"})},
+        lambda given: {
+            "comparison": given["scenario"].comparison.model_copy(update={"majority": "black", "minority": "white"})
+        },
         lambda given: {"outcome": given["scenario"].outcome.model_copy(update={"scale": "linear"})},
     ],
 )

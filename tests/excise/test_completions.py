@@ -137,7 +137,10 @@ def test_what_decides_an_answer_decides_its_address(ask, model, loaded, some_mas
         {"mask": some_mask(model, seed=2)},
         {"mask": some_mask(model, density=0.0)},
         {"loaded": replace(model, fingerprint="0" * 16)},
-        *({"parameters": replace(WARM, **change)} for change in ({"seed": 4}, {"temperature": 0.9}, {"top_k": 5}, {"top_p": 0.9})),
+        *(
+            {"parameters": replace(WARM, **change)}
+            for change in ({"seed": 4}, {"temperature": 0.9}, {"top_k": 5}, {"top_p": 0.9})
+        ),
     ]
     for other in others:
         assert ask(**other)[1].reused == 0, other
@@ -246,7 +249,12 @@ def test_work_adds_up_and_gives_rates_only_where_something_was_drawn():
         "completions_drawn": 10, "completions_reused": 7, "sampling_seconds": 2.0, "peak_memory_mb": 3,
         "completions_per_second": 5.0, "tokens_per_second": 25.0,
     }  # fmt: skip
-    assert set(Work(0, 5).metadata()) == {"completions_drawn", "completions_reused", "sampling_seconds", "peak_memory_mb"}
+    assert set(Work(0, 5).metadata()) == {
+        "completions_drawn",
+        "completions_reused",
+        "sampling_seconds",
+        "peak_memory_mb",
+    }
 
 
 def test_work_measures_time_and_memory(ask):

@@ -11,7 +11,14 @@ from excise.encoding import PINNED_DATE, encode
 from excise.errors import ExciseError
 
 NAMES = ["D'Andre Washington", "Claire Becker", "Zoë O’Brien-Núñez", "Li", "A", "李 小龍", "Mr. 3 <|x|>", "Ng"]
-TEXTS = ["{name} offers a car.", "A car is offered by {name}.", "Ask {name}", "{name}", "Is it ({name})'s?", "By:{name}\nNow"]
+TEXTS = [
+    "{name} offers a car.",
+    "A car is offered by {name}.",
+    "Ask {name}",
+    "{name}",
+    "Is it ({name})'s?",
+    "By:{name}\nNow",
+]
 
 
 def frame(*pairs: tuple[str, str]) -> pl.DataFrame:
@@ -23,12 +30,16 @@ def frame(*pairs: tuple[str, str]) -> pl.DataFrame:
 
 
 def metaspace_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """A word-piece-like tokenizer of the Llama 2 kind: the blank before a word belongs to the word, and a BOS is added."""
+    """A tokenizer of the Llama 2 kind: the blank before a word belongs to the word, and a BOS is added."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    tokenizer.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Metaspace()])
+    tokenizer.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Metaspace()]
+    )
     bytes_ = [f"<0x{value:02X}>" for value in range(256)]
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=420, special_tokens=["<unk>", "<s>", *bytes_], show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=420, special_tokens=["<unk>", "<s>", *bytes_], show_progress=False
+    )
     tokenizer.train_from_iterator([*NAMES[:2], "A car is offered by"] * 5, trainer)
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]

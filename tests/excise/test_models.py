@@ -1,4 +1,4 @@
-"""A model is found, loaded and taken apart: the registry's mistakes, the loading errors, and what the topology points at."""
+"""A model is found, loaded and taken apart: the registry's mistakes, loading errors, what the topology points at."""
 
 import copy
 import json
@@ -156,7 +156,12 @@ def test_a_folder_loads(tiny_model, tmp_path, architecture):
     tokens = torch.arange(20, 60)[None]
     with torch.inference_mode():
         assert torch.allclose(loaded.model(tokens).logits, direct(tokens).logits, atol=1e-5)
-    assert (loaded.key, loaded.prompt_format, str(loaded.device), loaded.dtype) == ("mine", "chat", "cpu", torch.float32)
+    assert (loaded.key, loaded.prompt_format, str(loaded.device), loaded.dtype) == (
+        "mine",
+        "chat",
+        "cpu",
+        torch.float32,
+    )
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     assert loaded.stop_tokens == {1}
@@ -293,7 +298,9 @@ def change_tokenizer(folder, spec):
         change_tokenizer,
         lambda folder, spec: spec.update(prompt_format="raw"),
         lambda folder, spec: spec.update(dtype="bfloat16"),
-        lambda folder, spec: spec.update(chat_template=write(folder.parent / "t.jinja", "{{ messages[0]['content'] }}")),
+        lambda folder, spec: spec.update(
+            chat_template=write(folder.parent / "t.jinja", "{{ messages[0]['content'] }}")
+        ),
     ],
 )
 def test_the_fingerprint_changes_with_what_decides_the_answers(folder, tmp_path, change):
@@ -322,11 +329,20 @@ def test_the_fingerprint_is_stable_otherwise(folder, tmp_path):
 def low_rank(topology, seed=0, rank=2):
     torch.manual_seed(seed)
     chosen = [linear for linear in topology.linears if linear.layer == 1]
-    return {linear.key: (torch.randn(linear.out_features, rank), torch.randn(rank, linear.in_features)) for linear in chosen}
+    return {
+        linear.key: (torch.randn(linear.out_features, rank), torch.randn(rank, linear.in_features)) for linear in chosen
+    }
 
 
 def save_low_rank(path, factors):
-    save_file({f"{key}.{side}": part for key, pair in factors.items() for side, part in zip(("up", "down"), pair, strict=True)}, path)
+    save_file(
+        {
+            f"{key}.{side}": part
+            for key, pair in factors.items()
+            for side, part in zip(("up", "down"), pair, strict=True)
+        },
+        path,
+    )
     return path
 
 
@@ -349,7 +365,9 @@ def test_a_planted_model_is_its_base_plus_up_times_down(tiny_model, tmp_path, ar
     assert planted.key == "planted"
     assert planted.fingerprint != plain.fingerprint
     other = save_low_rank(tmp_path / "other.safetensors", low_rank(plain.topology, seed=1))
-    again = load_model(ModelSpec(key="planted", base="base", low_rank=other), {"base": base}, device="cpu", home=tmp_path)
+    again = load_model(
+        ModelSpec(key="planted", base="base", low_rank=other), {"base": base}, device="cpu", home=tmp_path
+    )
     assert again.fingerprint not in (planted.fingerprint, plain.fingerprint)
 
 
@@ -413,15 +431,21 @@ def test_the_parts_are_all_there_once(loaded, architecture):
     """Every weight of every layer's matrices lies in exactly one view."""
     model = copy.deepcopy(loaded(architecture).model)
     topology = topology_of(model)
-    matrices = [(name, p) for name, p in model.named_parameters() if name.startswith(topology.layer_path) and p.dim() == 2]
+    matrices = [
+        (name, p) for name, p in model.named_parameters() if name.startswith(topology.layer_path) and p.dim() == 2
+    ]
     for _, parameter in matrices:
         parameter.data.zero_()
     for linear in topology.linears:
         linear.weight(model).data.add_(1)
     assert all((parameter == 1).all() for _, parameter in matrices)
     assert len({linear.key for linear in topology.linears}) == len(topology.linears)
-    roles = [role for role in ROLES if role != "gate" or topology.architecture in ("llama", "qwen2", "gemma2", "mistral")]
-    assert [linear.key for linear in topology.linears] == [f"{n}.{role}" for n in range(topology.layers) for role in roles]
+    roles = [
+        role for role in ROLES if role != "gate" or topology.architecture in ("llama", "qwen2", "gemma2", "mistral")
+    ]
+    assert [linear.key for linear in topology.linears] == [
+        f"{n}.{role}" for n in range(topology.layers) for role in roles
+    ]
     config = model.config
     assert (topology.layers, topology.heads) == (config.num_hidden_layers, config.num_attention_heads)
     assert topology.kv_heads == (2 if "gate" in roles else topology.heads)
@@ -528,7 +552,10 @@ def test_writing_through_a_view_changes_the_model(loaded, architecture):
 
 
 def test_the_windows_are_the_configuration_s(loaded):
-    windows = {architecture: loaded(architecture).topology.windows for architecture in ("llama", "gpt_neo", "gemma2", "mistral")}
+    windows = {
+        architecture: loaded(architecture).topology.windows
+        for architecture in ("llama", "gpt_neo", "gemma2", "mistral")
+    }
     assert windows == {
         "llama": (None, None, None), "gpt_neo": (None, 12), "gemma2": (12, None, 12), "mistral": (12, 12, 12),
     }  # fmt: skip

@@ -77,7 +77,7 @@ def test_greedy_is_generate_token_for_token(loaded, texts, some_mask, architectu
 def test_greedy_stops_where_generate_stops(loaded, texts):
     """The numeric model ends its answers: short ones, long ones, and ones that are cut off."""
     model = loaded("llama", numeric=True)
-    asked = [prompt + (token,) for prompt in texts(model) for token in range(30, 36)]
+    asked = [(*prompt, token) for prompt in texts(model) for token in range(30, 36)]
     parameters = SamplingParameters(temperature=0, max_new_tokens=3)
     draws = sample(model, asked, [[0]] * len(asked), parameters, batch_prompts=7)
     assert [answer_tokens(draw) for draw in draws] == [generate(model, prompt, parameters)[0] for prompt in asked]
@@ -161,7 +161,9 @@ def test_draws_are_distributed_as_those_of_generate(loaded, texts, some_mask, ar
             theirs = Counter(map(tuple, generate(model, prompt, parameters, count)))
     often = [answer for answer, times in (ours + theirs).items() if times >= 20]
     assert len(often) > 3
-    table = np.array([[each[answer] for answer in often] + [count - sum(each[a] for a in often)] for each in (ours, theirs)])
+    table = np.array(
+        [[each[answer] for answer in often] + [count - sum(each[a] for a in often)] for each in (ours, theirs)]
+    )
     assert scipy.stats.chi2_contingency(table[:, table.sum(axis=0) > 0]).pvalue > 0.001
 
 
@@ -208,7 +210,19 @@ def reference(logits: torch.Tensor, parameters: SamplingParameters) -> torch.Ten
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
 @pytest.mark.parametrize(
     ("top_k", "top_p"),
-    [(0, 1.0), (0, 0.9), (0, 0.5), (0, 1e-6), (1, 1.0), (1, 0.3), (7, 1.0), (7, 0.8), (40, 0.95), (5000, 1.0), (5000, 0.9)],
+    [
+        (0, 1.0),
+        (0, 0.9),
+        (0, 0.5),
+        (0, 1e-6),
+        (1, 1.0),
+        (1, 0.3),
+        (7, 1.0),
+        (7, 0.8),
+        (40, 0.95),
+        (5000, 1.0),
+        (5000, 0.9),
+    ],
 )
 def test_the_next_token_s_distribution_is_that_of_transformers(vocabulary, spread, temperature, top_k, top_p):
     logits = torch.randn(9, vocabulary, generator=torch.Generator().manual_seed(vocabulary + top_k)) * spread
@@ -219,7 +233,9 @@ def test_the_next_token_s_distribution_is_that_of_transformers(vocabulary, sprea
     assert torch.equal((ours > 0)[certain], (theirs > 0)[certain])
 
 
-@pytest.mark.parametrize(("top_k", "top_p", "left"), [(3, 1.0, 3), (0, 0.25, 3), (5, 0.5, 3), (0, 1.0, 10), (20, 1.0, 10)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "left"), [(3, 1.0, 3), (0, 0.25, 3), (5, 0.5, 3), (0, 1.0, 10), (20, 1.0, 10)]
+)
 def test_ties_leave_as_few_tokens_as_asked(top_k, top_p, left):
     """Ten tokens alike: transformers keeps all that tie with the k-th, we keep k of them."""
     dense = ours_dense(torch.zeros(2, 10), SamplingParameters(temperature=1.0, top_k=top_k, top_p=top_p))
@@ -262,9 +278,14 @@ def test_greedy_takes_the_first_of_the_likeliest():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": -0.1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"max_new_tokens": 0}, {"seed": -1}, {"seed": 2**64},
-     {"temperature": float("nan")}, {"top_p": float("nan")}, {"temperature": float("inf")}],
-)  # fmt: skip
+    [
+        *({"temperature": value} for value in (-0.1, float("nan"), float("inf"))),
+        *({"top_p": value} for value in (0, 1.1, float("nan"))),
+        *({"seed": value} for value in (-1, 2**64)),
+        {"top_k": -1},
+        {"max_new_tokens": 0},
+    ],
+)
 def test_parameters_out_of_range_are_said(wrong):
     with pytest.raises(ExciseError, match="sampling parameters out of range"):
         SamplingParameters(**wrong)
@@ -371,7 +392,8 @@ class Memory:
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 bytes")]
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 bytes")],
 )
 def test_out_of_memory_halves_the_batch_and_loses_nothing(loaded, texts, error):
     model = loaded("llama")
@@ -386,7 +408,9 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(loaded, texts, error):
     assert memory.failures == 1
     assert max(memory.batches) == 2
     assert [len({draw.prompt for draw in batch}) for batch in batches] == [2, 2, 1]
-    assert sorted((draw for batch in batches for draw in batch), key=lambda draw: (draw.prompt, draw.sample)) == expected
+    assert (
+        sorted((draw for batch in batches for draw in batch), key=lambda draw: (draw.prompt, draw.sample)) == expected
+    )
 
 
 def test_running_out_of_memory_half_way_keeps_the_finished_batches(loaded, texts):
@@ -442,7 +466,9 @@ def test_no_token_is_read_twice(loaded, texts):
         lambda module, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     try:
-        draws = sample(model, asked, [range(50)] * 5, SamplingParameters(temperature=0.5, top_k=2, top_p=1, max_new_tokens=3))
+        draws = sample(
+            model, asked, [range(50)] * 5, SamplingParameters(temperature=0.5, top_k=2, top_p=1, max_new_tokens=3)
+        )
     finally:
         hook.remove()
     trunk, rest, *steps = read

@@ -15,8 +15,11 @@ from excise.strategies import Strategy, build_masks, load_strategies
 # The user's file
 
 SOUND = {
-    "score": "wanda", "selection": "set_difference", "parameters": {"tau_min": 0.3, "tau_maj": 0.2}, "roles": ["q", "up"],
-}  # fmt: skip
+    "score": "wanda",
+    "selection": "set_difference",
+    "parameters": {"tau_min": 0.3, "tau_maj": 0.2},
+    "roles": ["q", "up"],
+}
 OURS = {"score": "gap_gradient", "selection": "predicted_drop", "parameters": {"density": 0.001}, "roles": ["q", "up"]}
 
 
@@ -91,7 +94,12 @@ def test_a_key_that_means_something_else_is_refused(tmp_path, key):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("a: [", "YAML"), ("- a", "strategy names"), ("a: {score: wanda}\na: {score: wanda}", "'a' stands twice"), ("a: \x07", "YAML")],
+    [
+        ("a: [", "YAML"),
+        ("- a", "strategy names"),
+        ("a: {score: wanda}\na: {score: wanda}", "'a' stands twice"),
+        ("a: \x07", "YAML"),
+    ],
 )
 def test_a_file_that_is_no_list_of_strategies_is_said(tmp_path, text, words):
     path = write(tmp_path / "strategies.yaml", text)
@@ -108,7 +116,9 @@ SEED, DRAWS, PERMUTATIONS = 7, 3, 2
 @pytest.fixture(scope="module")
 def three_items(scenario):
     """The small scenario with a third item: leaving one out of two would leave no intersection."""
-    return scenario.model_copy(update={"variations": scenario.variations | {"lamp": Variation(fields={"item": "lamp"})}})
+    return scenario.model_copy(
+        update={"variations": scenario.variations | {"lamp": Variation(fields={"item": "lamp"})}}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -119,19 +129,30 @@ def attributed(loaded, three_items, tmp_path_factory):
     def make(architecture):
         if architecture not in made:
             model = loaded(architecture, numeric=architecture == "llama")
-            prompts = expand(three_items)
             parameters = SamplingParameters(temperature=0.9, top_p=0.95, seed=1)
-            rows, _ = complete(model, prompts, 6, parameters, outcome=three_items.outcome)
+            rows, _ = complete(model, expand(three_items), 6, parameters, outcome=three_items.outcome)
             if architecture != "llama":  # random models say no numbers; any value will do
                 rows = rows.with_columns(value=pl.col("token_ids").list.sum().cast(pl.Float64))
-            files = attribute(
-                model, prompts, rows, comparison=three_items.comparison, outcome=three_items.outcome,
-                scores=["wanda", "gap_gradient"], permutations=PERMUTATIONS, seed=0, folder=tmp_path_factory.mktemp("scores"),
-            )  # fmt: skip
-            made[architecture] = model, files
+            scores, folder = ["wanda", "gap_gradient"], tmp_path_factory.mktemp("scores")
+            made[architecture] = model, scored(three_items, model, rows, scores, folder)
         return made[architecture]
 
     return make
+
+
+def scored(scenario, model, rows, scores, folder):
+    """Attribution files of some rows of the scenario's answers."""
+    return attribute(
+        model,
+        expand(scenario),
+        rows,
+        comparison=scenario.comparison,
+        outcome=scenario.outcome,
+        scores=scores,
+        permutations=PERMUTATIONS,
+        seed=0,
+        folder=folder,
+    )
 
 
 @pytest.fixture
@@ -220,7 +241,10 @@ def test_a_control_has_exactly_as_many_weights_in_every_matrix(build, architectu
     controls = [each for each in masks if each.matched_to is not None]
     assert {each.strategy for each in owners.values()} == {own}
     assert len(owners) == 6
-    per_level = {"prompt_specific": DRAWS + (2 + PERMUTATIONS if own == "set_difference" else 0), "within_context": DRAWS}
+    per_level = {
+        "prompt_specific": DRAWS + (2 + PERMUTATIONS if own == "set_difference" else 0),
+        "within_context": DRAWS,
+    }
     for (variation, level), owner in owners.items():
         matched = [each for each in controls if (each.variation, each.level) == (variation, level)]
         assert len(matched) == per_level[level]
@@ -318,7 +342,9 @@ def test_predicted_drop_masks_are_the_best_ranked_weights(build, attributed, arc
     model, files = attributed(architecture)
     parameters = {"density": 0.002} | ({} if target is None else {"target": target})
     ours = Strategy(key="ours", **OURS | {"parameters": parameters, "roles": ["q", "v", "down"], "controls": []})
-    sizes = {each.key: each.out_features * each.in_features for each in model.topology.linears if each.role in ours.roles}
+    sizes = {
+        each.key: each.out_features * each.in_features for each in model.topology.linears if each.role in ours.roles
+    }
     masks = build(architecture, ours)
     assert [(each.variation, each.level) for each in masks] == [
         (variation, level) for level in ("prompt_specific", "within_context") for variation in ("car", "oven", "lamp")
@@ -332,15 +358,11 @@ def test_predicted_drop_masks_are_the_best_ranked_weights(build, attributed, arc
         assert each.mask.shapes == {key: model.topology.linear(key).shape for key in sizes}
 
 
-def test_a_mask_of_a_flat_gap_is_empty(attributed, loaded, three_items, tmp_path):
+def test_a_mask_of_a_flat_gap_is_empty(attributed, three_items, tmp_path):
     """Where all answers are alike there is nothing to prune, and that is no error."""
     model, _ = attributed("llama")
-    prompts = expand(three_items)
-    rows, _ = complete(model, prompts, 2, SamplingParameters(seed=1), outcome=three_items.outcome)
-    files = attribute(
-        model, prompts, rows.with_columns(value=pl.lit(5.0)), comparison=three_items.comparison, outcome=three_items.outcome,
-        scores=["gap_gradient"], permutations=0, seed=0, folder=tmp_path,
-    )  # fmt: skip
+    rows, _ = complete(model, expand(three_items), 2, SamplingParameters(seed=1), outcome=three_items.outcome)
+    files = scored(three_items, model, rows.with_columns(value=pl.lit(5.0)), ["gap_gradient"], tmp_path)
     options = {"random_draws": 1, "permutations": 0, "seed": 0, "store": lambda mask: tmp_path / "none"}
     masks = list(build_masks(model, [load_strategies()["gap_gradient"]], files, **options))
     assert len(masks) == 12

@@ -24,7 +24,10 @@ def some_prompts(loaded, prompts) -> list[tuple[int, ...]]:
 def some_answers(seed: int, count: int = 7) -> list[tuple[tuple[int, ...], int | None]]:
     """Answers of 0 to 6 tokens out of three, so that many share their beginning; some cut off."""
     rng = np.random.default_rng(seed)
-    return [(tuple(rng.integers(20, 23, rng.integers(0, 7)).tolist()), 1 if rng.random() < 0.7 else None) for _ in range(count)]
+    return [
+        (tuple(rng.integers(20, 23, rng.integers(0, 7)).tolist()), 1 if rng.random() < 0.7 else None)
+        for _ in range(count)
+    ]
 
 
 def columns_of(tree) -> list[list[int]]:
@@ -149,11 +152,15 @@ def test_the_model_is_as_before(loaded, prompts):
     before = plain_hidden(model, tokens)
     rows = Rows(model, tokens)
     with pytest.raises((IndexError, RuntimeError)):
-        rows.copy(1).forward(torch.tensor([[10**6]]), torch.tensor([[len(tokens)]]), torch.ones(1, 1, len(tokens) + 1).bool())
+        rows.copy(1).forward(
+            torch.tensor([[10**6]]), torch.tensor([[len(tokens)]]), torch.ones(1, 1, len(tokens) + 1).bool()
+        )
     assert torch.equal(plain_hidden(model, tokens), before)
     buffers = dict(model.model.named_buffers())
     assert not any(module._forward_pre_hooks for module in model.model.modules())
-    assert all(buffer.shape == (1, 1, 1024, 1024) for name, buffer in buffers.items() if name.endswith("attention.bias"))
+    assert all(
+        buffer.shape == (1, 1, 1024, 1024) for name, buffer in buffers.items() if name.endswith("attention.bias")
+    )
 
 
 # The trees themselves, by hand

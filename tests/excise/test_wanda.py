@@ -20,7 +20,10 @@ def sequences(prompts):
         rng = np.random.default_rng(seed)
         asked = [prompt.tokens for prompt in encode(loaded, prompts)[1:6]]
         answers = [
-            [(tuple(rng.integers(20, 23, rng.integers(0, 5)).tolist()), 1 if rng.random() < 0.5 else None) for _ in range(size)]
+            [
+                (tuple(rng.integers(20, 23, rng.integers(0, 5)).tolist()), 1 if rng.random() < 0.5 else None)
+                for _ in range(size)
+            ]
             for size in (4, 1, 6, 3, 3)
         ]
         members = [rng.integers(0, 2, (len(each), WEIGHTINGS)).astype(float) for each in answers]
