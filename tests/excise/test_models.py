@@ -4,12 +4,14 @@ import copy
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
 from excise.errors import ExciseError
+from excise.masks import pruned
 from excise.models import (
     ROLES,
     SITE_OF_ROLE,
@@ -549,6 +551,70 @@ def test_writing_through_a_view_changes_the_model(loaded, architecture):
         assert (changed - before).abs().max() > 1e-3, linear.key
     with torch.inference_mode():
         assert torch.equal(model(tokens).logits, before)
+
+
+# Pruning, against matrices zeroed by the names and layouts the architectures give them
+
+BY_NAME = dict.fromkeys(("gpt2", "gpt_neo", "gptj"), "transformer.h.{}.") | {"gpt_neox": "gpt_neox.layers.{}."}
+LIKE_LLAMA = {role: f"self_attn.{role}_proj" for role in "qkvo"} | {r: f"mlp.{r}_proj" for r in ("gate", "up", "down")}
+NAMES = {
+    "gpt2": {"q": "attn.c_attn", "k": "attn.c_attn", "v": "attn.c_attn", "o": "attn.c_proj", "up": "mlp.c_fc",
+             "down": "mlp.c_proj"},
+    "gpt_neo": {"q": "attn.attention.q_proj", "k": "attn.attention.k_proj", "v": "attn.attention.v_proj",
+                "o": "attn.attention.out_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"},
+    "gptj": {"q": "attn.q_proj", "k": "attn.k_proj", "v": "attn.v_proj", "o": "attn.out_proj", "up": "mlp.fc_in",
+             "down": "mlp.fc_out"},
+    "gpt_neox": {"q": "attention.query_key_value", "k": "attention.query_key_value", "v": "attention.query_key_value",
+                 "o": "attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"},
+}  # fmt: skip
+
+
+def zero_by_name(model, mask) -> None:
+    """Zero the mask's weights one by one, straight in the architecture's own parameters."""
+    kind, config = model.config.model_type, model.config
+    parameters = dict(model.named_parameters())
+    for key in mask.counts():
+        layer, role = key.split(".")
+        name = BY_NAME.get(kind, "model.layers.{}.").format(layer) + NAMES.get(kind, LIKE_LLAMA)[role] + ".weight"
+        for row, column in np.argwhere(mask.array(key)):
+            if kind == "gpt2":  # [in, out], and q, k, v side by side
+                place = column, row + (config.hidden_size * "qkv".index(role) if role in "qkv" else 0)
+            elif kind == "gpt_neox" and role in "qkv":  # [head, (q, k, v), size]
+                size = config.hidden_size // config.num_attention_heads
+                place = (row // size * 3 + "qkv".index(role)) * size + row % size, column
+            else:
+                place = row, column
+            parameters[name].data[tuple(map(int, place))] = 0
+
+
+def test_a_pruned_model_is_one_whose_weights_are_zero(loaded, some_mask, architecture):
+    """And after it every parameter is bit for bit the old one."""
+    model = loaded(architecture).model
+    mask = some_mask(loaded(architecture), density=0.05)
+    tokens = torch.arange(30, 60)[None]
+    copied = copy.deepcopy(model)
+    zero_by_name(copied, mask)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with torch.inference_mode():
+        plain, expected = model(tokens).logits, copied(tokens).logits
+    with pruned(loaded(architecture), mask), torch.inference_mode():
+        assert torch.equal(model(tokens).logits, expected)
+    assert not torch.allclose(plain, expected, atol=1e-2)
+    for name, parameter in model.named_parameters():
+        assert parameter.view(torch.int32).equal(before[name].view(torch.int32)), name
+    with torch.inference_mode():
+        assert torch.equal(model(tokens).logits, plain)
+
+
+# Ends of answers
+
+
+def test_answers_end_where_the_configuration_the_tokenizer_or_a_chat_format_says(folder, tmp_path):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    loaded = load(folder, tmp_path)
+    assert loaded.stop_tokens == {7, 9, 1}
+    loaded.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    assert loaded.stop_tokens == {7, 9, 1, loaded.tokenizer.convert_tokens_to_ids("<|im_end|>")}
 
 
 def test_the_windows_are_the_configuration_s(loaded):

@@ -1,10 +1,14 @@
 """Packed answer trees give every token the hidden state that a plain pass over its own sequence gives it."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from excise.encoding import encode
+from excise.models import ModelSpec, load_model
 from excise.tree import Rows, answer_tree, common_prefix, logits_of, pack
 
 TOLERANCE = 1e-4
@@ -91,6 +95,32 @@ KINDS = ["full_attention", "sliding_attention", "sliding_attention"]
 )
 def test_trees_follow_the_configuration(loaded, prompts, architecture, config, windows):
     model = loaded(architecture, config=config)
+    assert model.topology.windows == windows
+    texts = some_prompts(model, prompts)
+    check_against_plain(model, texts, common_prefix(texts), [(0, 1, 2)])
+
+
+GROUPED = {
+    "vocab_size": 304, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 16, "eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.2,
+}  # fmt: skip
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize(
+    ("config", "windows"),
+    [
+        (transformers.Qwen3Config(**GROUPED), (None, None, None)),
+        (transformers.GemmaConfig(**GROUPED), (None, None, None)),
+        (transformers.Gemma3TextConfig(**GROUPED, sliding_window=12, layer_types=ALTERNATING), (12, None, 12)),
+    ],
+)
+def test_trees_equal_plain_passes_in_the_other_families(tiny_model, prompts, tmp_path, config, windows):
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = load_model(ModelSpec(key="other", folder=folder), {}, device="cpu", home=tmp_path / "home")
     assert model.topology.windows == windows
     texts = some_prompts(model, prompts)
     check_against_plain(model, texts, common_prefix(texts), [(0, 1, 2)])
