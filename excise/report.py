@@ -21,6 +21,9 @@ RANDOM = "random"
 PROMPT_SPECIFIC = "prompt_specific"
 INLIER_FLOOR = 0.90
 PUBLISHED = ("set_difference",)
+COMPARABLE = 0.10
+"""Inlier ratios further apart than this make a mask and its random control two different kinds of damage."""
+NO_COMPARISON = "no comparison"
 
 _LEVELS = ("none", PROMPT_SPECIFIC, "within_context", "cross_context")
 _CONTROLS = (RANDOM, "pooled_band", "reversed", "permuted")
@@ -82,8 +85,8 @@ class MaskName:
 
     @property
     def control(self) -> MaskName:
-        """A strategy's random control: the same count per matrix, at the same level."""
-        return MaskName(RANDOM, self.level, self.strategy)
+        """The random control of a strategy, and of its other controls: the same count per matrix, at the same level."""
+        return MaskName(RANDOM, self.level, self.matched_to or self.strategy)
 
 
 UNPRUNED_MASK = MaskName(UNPRUNED, "none")
@@ -119,6 +122,15 @@ class MetricTable:
         """The masks with at least one metric of the variation, in the order of `masks`."""
         present = {mask for name, mask, _ in self.estimates if name == variation}
         return [mask for mask in self.masks if mask in present]
+
+    def comparable(self, variation: str, mask: MaskName) -> bool:
+        """Whether the mask and its random control leave about as many usual answers; unknown counts as yes.
+
+        A reduction over random is read at comparable inlier ratio (method, part C): where random masks of the size
+        wreck the model, its answers may lie anywhere, and their gap says nothing about bias.
+        """
+        own, random = (self.get(variation, each, "inlier_ratio").value for each in (mask, mask.control))
+        return own is None or random is None or abs(own - random) <= COMPARABLE
 
     @property
     def has_aggregate(self) -> bool:
@@ -192,6 +204,14 @@ def audit_table(
         count = len(table.variations)
         title = f"All {count} variations together" if count != 1 else "All variations (one)"
         blocks.append(_fit([title], [_aggregate_header()] * 2, _rows(table, ALL_VARIATIONS, _aggregate_cells), width))
+    if any(NO_COMPARISON in block for block in blocks):
+        blocks.append(
+            _wrapped(
+                f"{NO_COMPARISON}: random masks of this size leave an inlier ratio more than {COMPARABLE:.2f} away, so "
+                "their gap is no yardstick (the table metrics has the numbers).",
+                width,
+            )
+        )
     blocks.append(_wrapped(finding(metrics, inlier_floor=inlier_floor, published=published), width))
     return "\n\n".join(blocks) + "\n"
 
@@ -319,11 +339,14 @@ def _best_strategy(table: MetricTable, where: str, floor: float) -> tuple[MaskNa
     candidates = [mask for mask in table.masks if mask.level == PROMPT_SPECIFIC and not mask.is_control]
     if not candidates:
         return None, "No prompt-specific strategy was evaluated."
-    compared = {
+    known = {
         mask: estimate
         for mask in candidates
         if (estimate := table.get(where, mask, "reduction_over_random")).value is not None
     }
+    compared = {mask: estimate for mask, estimate in known.items() if table.comparable(where, mask)}
+    if known and not compared:
+        return None, "No prompt-specific strategy stands at an inlier ratio comparable to random's: nothing is claimed."
     if not compared and any(mask.control in table.masks for mask in candidates):
         return None, "No reduction is defined: the raw gap of the unpruned model cannot be told from 0."
     if not compared:
@@ -370,21 +393,31 @@ def _best_strategy(table: MetricTable, where: str, floor: float) -> tuple[MaskNa
 
 
 def _failure(table: MetricTable, where: str, strategy: str, besides: set[MaskName]) -> str | None:
-    failures = []
+    failures, wrecked = [], []
     for mask in table.masks:
         if mask.strategy != strategy or mask.is_control or mask in besides:
             continue
         beyond = table.get(where, mask, "reduction_over_random")
+        if beyond.value is not None and not table.comparable(where, mask):
+            ratios = [_plain(table.get(where, name, "inlier_ratio"), 2) for name in (mask, mask.control)]
+            wrecked.append(f"{level_label(mask.level)} {ratios[0]} against {ratios[1]}")
+            continue
         if beyond.value is None or (beyond.low if beyond.low is not None else beyond.value) > 0.0:
             continue
         removed, by_chance = (_percent(table.get(where, name, "gap_reduction")) for name in (mask, mask.control))
         failures.append(f"{level_label(mask.level)} {removed} against {by_chance} ({_points(beyond)})")
-    if not failures:
-        return None
-    return (
-        f"The published {strategy} is not shown to beat its matched random control; of the raw gap it removes "
-        f"{_listed(failures)}."
-    )
+    sentences = []
+    if failures:
+        sentences.append(
+            f"The published {strategy} is not shown to beat its matched random control; of the raw gap it removes "
+            f"{_listed(failures)}."
+        )
+    if wrecked:
+        sentences.append(
+            f"The published {strategy} prunes so much that random masks of its size are no yardstick: inlier ratio "
+            f"{_listed(wrecked)}."
+        )
+    return " ".join(sentences) or None
 
 
 def _clear_of_zero(estimate: Estimate) -> bool:
@@ -427,8 +460,7 @@ def _variation_cells(table: MetricTable, variation: str, mask: MaskName, *, comp
     def of(metric: str) -> Estimate:
         return table.get(variation, mask, metric)
 
-    # The random control matches its strategy matrix by matrix; the other controls may hold other counts.
-    random_gap = MISSING if mask.is_control else table.get(variation, mask.control, "gap_mean")
+    random_gap = MISSING if mask.strategy == RANDOM else table.get(variation, mask.control, "gap_mean")
     return [
         _pair(of("mean_majority"), of("mean_minority"), compact),
         _pair(of("median_majority"), of("median_minority"), compact),
@@ -438,7 +470,7 @@ def _variation_cells(table: MetricTable, variation: str, mask: MaskName, *, comp
         _density(of("density")),
         _number(random_gap.value, _decimals([random_gap.value]), compact),
         _percent(of("gap_reduction")),
-        _interval(_scaled(of("reduction_over_random"), 100.0), decimals=0, signed=True),
+        _beyond(table, variation, mask, "reduction_over_random"),
     ]
 
 
@@ -460,9 +492,16 @@ def _aggregate_cells(table: MetricTable, variation: str, mask: MaskName, *, comp
         _plain(of("parse_rate"), 2),
         _density(of("density")),
         _interval(_scaled(of("gap_reduction"), 100.0), decimals=0),
-        _interval(_scaled(of("reduction_over_random"), 100.0), decimals=0, signed=True),
-        _interval(_scaled(of("smd_reduction_over_random"), 100.0), decimals=0, signed=True),
+        _beyond(table, variation, mask, "reduction_over_random"),
+        _beyond(table, variation, mask, "smd_reduction_over_random"),
     ]
+
+
+def _beyond(table: MetricTable, variation: str, mask: MaskName, metric: str) -> str:
+    estimate = table.get(variation, mask, metric)
+    if estimate.value is not None and not table.comparable(variation, mask):
+        return NO_COMPARISON
+    return _interval(_scaled(estimate, 100.0), decimals=0, signed=True)
 
 
 @dataclass(frozen=True)

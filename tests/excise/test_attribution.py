@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from excise.attribution import attribute, read_candidates, read_norms, relabelled
-from excise.attribution.gap_gradient import advantages
+from excise.attribution.gap_gradient import advantages, gap_gradient
 from excise.completions import complete
 from excise.encoding import encode
 from excise.errors import ExciseError
 from excise.models import SITES
 from excise.sampling import SamplingParameters
+from excise.tree import answer_tree
 
 PARAMETERS = SamplingParameters(temperature=0.9, top_p=0.95, seed=1)
 SAMPLES = 8
@@ -113,7 +114,7 @@ def test_groups_that_are_not_compared_count_for_nothing(model, prompts, rows, sc
     mixed = measure("wanda", prompts=pl.concat([prompts, third]), completions=pl.concat([rows, more]))[0]
     assert mixed.path != plain.path
     one, two = read_norms(plain.path), read_norms(mixed.path)
-    for weighting in ("minority", "majority", "pooled", "permuted_minority_0"):
+    for weighting in ("minority", "majority", "pooled", "permuted_minority_0", "permuted_majority_0"):
         for place, norm in one[weighting].items():
             assert np.allclose(norm, two[weighting][place], rtol=1e-5)
     one = read_candidates(measure("gap_gradient")[0].path)
@@ -192,6 +193,33 @@ def test_the_drop_is_that_of_the_drawn_answers(model, prompts, rows, scenario, m
         assert np.allclose(each.drop, expected[key][each.index], rtol=1e-3, atol=1e-3 * np.abs(expected[key]).max()), (
             key
         )
+
+
+def test_the_harm_counts_every_prompt_alike(model, prompts, rows, measure):
+    """However many answers it has: each weighs 1 / its prompt's number, an unparsed one too."""
+    uneven = rows.filter((pl.col("sample") < 3) | (pl.col("group") == "white"))
+    file = measure("gap_gradient", completions=uneven)[0]
+    own = uneven.filter(pl.col("variation") == file.variation)
+    asked = {prompt.prompt_id: prompt.tokens for prompt in encode(model, prompts)}
+    trees = []
+    for (prompt_id,), some in own.group_by("prompt_id", maintain_order=True):
+        answers = [
+            (ids[:-1], ids[-1]) if done else (ids, None) for ids, done in some.select("token_ids", "finished").rows()
+        ]
+        weights = np.column_stack([np.ones(some.height), np.full(some.height, 1 / some.height)])
+        trees.append(answer_tree(asked[prompt_id], answers, weights))
+    parameters = dataclasses.replace(PARAMETERS, max_new_tokens=4)
+    roles = ("q", "k", "v", "o", "gate", "up", "down")
+    every = {}
+    for sign in (1.0, -1.0):
+        for key, each in gap_gradient(
+            model, [], trees, sign, parameters, roles=roles, keep=1.0, seed=0
+        ).candidates.items():
+            every.setdefault(key, {}).update(zip(each.index.tolist(), each.harm.tolist(), strict=True))
+    found = read_candidates(file.path)
+    for key, each in found.candidates.items():
+        expected = [every[key][index] for index in each.index.tolist()]
+        assert np.allclose(each.harm, expected, rtol=1e-3, atol=1e-3 * max(expected)), key
 
 
 @pytest.mark.parametrize("group", ["white", "black"])

@@ -131,6 +131,21 @@ def test_a_published_strategy_that_fails_its_control_is_named_with_both_reductio
     )
 
 
+def test_a_random_control_that_wrecks_the_model_is_no_yardstick():
+    rows = [*unpruned(), *pruned(GRADIENT, CLEAR, inliers=0.97), *pruned(DIFFERENCE, (9.0, 8.0, 10.0), inliers=0.6)]
+    wrecked = [
+        {**each, "estimate": 0.2} if (each["matched_to"], each["metric"]) == ("set_difference", "inlier_ratio") else each
+        for each in rows
+    ]
+    sentence = finding(frame(*wrecked))
+    assert "gap_gradient removes 90 %" in sentence
+    assert "no yardstick: inlier ratio prompt-specific 0.60 against 0.20" in sentence
+    lines = audit_table(frame(*wrecked), scenario_title="Purchase", unit="USD").splitlines()
+    assert next(line for line in lines if line.strip().startswith("set_difference")).endswith("no comparison")
+    assert any(line.startswith("no comparison: random masks") for line in lines)
+    assert "no comparison" not in audit_table(frame(*rows), scenario_title="Purchase", unit="USD")
+
+
 def test_a_published_strategy_is_accused_once_and_only_if_published():
     metrics = frame(*unpruned(), *pruned(DIFFERENCE, (0.05, -0.1, 0.2), inliers=0.95))
     assert finding(metrics).count("set_difference") == 1
