@@ -44,6 +44,8 @@ _RESOLUTIONS = (100, 90, 80, 72, 60)
 _COLOURS = (256, 64, 32)
 _INK = "#222222"
 _CONTROL = "#8a8a8a"
+GAP_LEFT_TOP = 250.0
+"""Percent of the unpruned gap up to which the panel of what is left is drawn."""
 _CROWDED = 60  # marks of a panel, controls not counted, above which every level gets its own panel
 _MARKERS = {"none": "D", "prompt_specific": "o", "within_context": "s", "cross_context": "^"}
 _STYLE = {
@@ -197,8 +199,8 @@ def disparity_by_level(
 
     Between the two: the share of the raw gap that is left, because noise alone lowers |SMD| (method, part C); the
     panel is left out when no mask has a gap reduction. Bars are 95 % intervals, dashed lines the means over
-    variations, grey hollow marks the matched controls named in `controls`, drawn beside their strategy. Errors as
-    `excise.report.read_metrics`.
+    variations, grey hollow marks the matched controls named in `controls`, drawn beside their strategy; an arrow at the
+    top edge stands for a gap that grew beyond the panel. Errors as `excise.report.read_metrics`.
     """
     table = read_metrics(metrics)
     strategies = [mask for mask in table.masks if not mask.is_control]
@@ -266,13 +268,17 @@ def _disparity_panel(
                 known = _drawn_estimate(table, variation, drawn, panel.metric)
                 at = place + (order - len(beside) / 2) * share
                 colour, marker = looks[mask] if order == 0 else (_CONTROL, looks[mask][1])
+                if panel.metric == "gap_left" and (known.value or 0.0) > GAP_LEFT_TOP:
+                    # A wrecked model's gap may be any size; an arrow at the edge stands for it.
+                    axes.plot([at], [0.95 * GAP_LEFT_TOP], marker="^", color=colour, markersize=0.85 * size)
+                    continue
                 _mark(axes, at, known, colour, marker, size if order == 0 else 0.85 * size, hollow=order > 0)
                 values.append(known.value or 0.0)
                 bounds.append(known.high or 0.0)
     if ALL_VARIATIONS in blocks:
         for mask in slots:
             mean = _drawn_estimate(table, ALL_VARIATIONS, mask, panel.metric).value
-            if mean is not None:
+            if mean is not None and not (panel.metric == "gap_left" and mean > GAP_LEFT_TOP):
                 axes.axhline(
                     mean, color=looks[mask][0], linewidth=0.9, linestyle=_dashes(mask.level), alpha=0.75, zorder=1
                 )
@@ -281,6 +287,7 @@ def _disparity_panel(
         top = max(values)
         axes.set_ylim(0.0, max(1.03 * min(max(bounds), 1.35 * top), 1.06 * top, 0.1))
     if panel.metric == "gap_left":
+        axes.set_ylim(0.0, min(axes.get_ylim()[1], GAP_LEFT_TOP))
         axes.axhline(100.0, color=_INK, linewidth=0.9, zorder=1)
     if panel.level is not None:
         axes.set_title(level_label(panel.level), fontsize=9, loc="left")

@@ -23,7 +23,7 @@ INLIER_FLOOR = 0.90
 PUBLISHED = ("set_difference",)
 COMPARABLE = 0.10
 """Inlier ratios further apart than this make a mask and its random control two different kinds of damage."""
-NO_COMPARISON = "no comparison"
+NO_COMPARISON = "*"
 
 _LEVELS = ("none", PROMPT_SPECIFIC, "within_context", "cross_context")
 _CONTROLS = (RANDOM, "pooled_band", "reversed", "permuted")
@@ -183,7 +183,7 @@ def audit_table(
     minority: str = "minority",
     inlier_floor: float = INLIER_FLOOR,
     published: Sequence[str] = PUBLISHED,
-    width: int = 150,
+    width: int = 160,
 ) -> str:
     """Plain text of at most `width` columns: every variation's masks, the block over all variations, the finding.
 
@@ -207,8 +207,8 @@ def audit_table(
     if any(NO_COMPARISON in block for block in blocks):
         blocks.append(
             _wrapped(
-                f"{NO_COMPARISON}: random masks of this size leave an inlier ratio more than {COMPARABLE:.2f} away, so "
-                "their gap is no yardstick (the table metrics has the numbers).",
+                f"{NO_COMPARISON} not at comparable usefulness: random masks of this size leave an inlier ratio over "
+                f"{COMPARABLE:.2f} away, and the gap of a wrecked model is no yardstick.",
                 width,
             )
         )
@@ -499,9 +499,8 @@ def _aggregate_cells(table: MetricTable, variation: str, mask: MaskName, *, comp
 
 def _beyond(table: MetricTable, variation: str, mask: MaskName, metric: str) -> str:
     estimate = table.get(variation, mask, metric)
-    if estimate.value is not None and not table.comparable(variation, mask):
-        return NO_COMPARISON
-    return _interval(_scaled(estimate, 100.0), decimals=0, signed=True)
+    marked = estimate.value is not None and not table.comparable(variation, mask)
+    return _interval(_scaled(estimate, 100.0), decimals=0, signed=True) + (NO_COMPARISON if marked else "")
 
 
 @dataclass(frozen=True)

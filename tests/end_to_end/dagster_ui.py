@@ -18,19 +18,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import urlencode
 
 from selenium import webdriver
-from selenium.common.exceptions import StaleElementReferenceException, WebDriverException
+from selenium.common.exceptions import ElementClickInterceptedException, StaleElementReferenceException
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMEDRIVER = shutil.which("chromedriver")
 NO_BROWSER = "no Chromium with chromedriver on this machine (Debian: apt-get install chromium chromium-driver)"
-PATIENCE = 180.0  # seconds; a loaded machine takes many times what a quiet one does
+PATIENCE = 300.0  # seconds; a loaded machine takes many times what a quiet one does
 
 T = TypeVar("T")
 
@@ -42,8 +44,8 @@ def until(condition: Callable[[], T], what: str, *, patience: float = PATIENCE, 
         try:
             if found := condition():
                 return found
-        except StaleElementReferenceException:
-            pass  # React replaced the element between finding and reading it
+        except (StaleElementReferenceException, ElementClickInterceptedException):
+            pass  # React replaced the element between finding and using it, or something still covers it
         if time.monotonic() > end:
             raise AssertionError(f"after {patience:.0f} s still no {what}")
         time.sleep(pause)
@@ -68,20 +70,31 @@ class DagsterUI:
         return answer["data"]
 
     def runs(self) -> list[dict[str, Any]]:
-        """All runs, latest first: runId, status, jobName, tags."""
-        data = self.ask(
-            "{ runsOrError { ... on Runs { results { runId status jobName assetSelection { path } tags { key value } } } } }"
-        )
-        return data["runsOrError"]["results"]
+        """All runs, latest first: runId, status, jobName, tags (a dict)."""
+        query = "{ runsOrError { ... on Runs { results { runId status jobName tags { key value } } } } }"
+        found = self.ask(query)["runsOrError"]["results"]
+        return [run | {"tags": {tag["key"]: tag["value"] for tag in run["tags"]}} for run in found]
 
-    def finished_run(self, run_id: str) -> str:
-        """Wait until a run has ended; its status."""
+    def next_run(self, before: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Wait for a run that is not among those of `before`, and until it has ended."""
+        known = {run["runId"] for run in before}
 
-        def ended() -> str | None:
-            [status] = [run["status"] for run in self.runs() if run["runId"] == run_id]
-            return status if status in {"SUCCESS", "FAILURE", "CANCELED"} else None
+        def ended() -> dict[str, Any] | None:
+            new = [run for run in self.runs() if run["runId"] not in known]
+            return new[0] if new and new[0]["status"] in {"SUCCESS", "FAILURE", "CANCELED"} else None
 
-        return until(ended, f"end of run {run_id}")
+        return until(ended, "end of the run just launched", patience=2 * PATIENCE)
+
+    def groups(self) -> dict[str, str]:
+        """The group of every asset."""
+        nodes = self.ask("{ assetNodes { assetKey { path } groupName } }")["assetNodes"]
+        return {"/".join(node["assetKey"]["path"]): node["groupName"] for node in nodes}
+
+    def location(self) -> str:
+        """The name of the only code location."""
+        query = "{ repositoriesOrError { ... on RepositoryConnection { nodes { location { name } } } } }"
+        [node] = self.ask(query)["repositoriesOrError"]["nodes"]
+        return node["location"]["name"]
 
 
 def free_port() -> int:
@@ -125,7 +138,7 @@ def dagster_dev(home: Path, arguments: Sequence[str] = (), *, folder: Path = ROO
             except (urllib.error.URLError, TimeoutError, ConnectionError):
                 return False
 
-        until(listening, f"answer from dagster dev:\n{log.read_text(errors='replace')[-4000:]}")
+        until(listening, f"answer from dagster dev; its output is in {log}")
         ui.ask("mutation { setNuxSeen }")  # a form for one's address covers a new installation's UI otherwise
         yield ui
     finally:
@@ -146,9 +159,91 @@ def _end_group(process: subprocess.Popen) -> None:
         # The leader is gone; what it started may still be there, and gets the next signal.
 
 
+class Page:
+    """What a person sees of a UI in a browser window, and does with it."""
+
+    def __init__(self, driver: webdriver.Chrome, ui: DagsterUI) -> None:
+        self.driver = driver
+        self.ui = ui
+
+    def open(self, path: str, **query: str) -> None:
+        """Go to a page of the UI by its path."""
+        self.driver.get(f"{self.ui.url}{path}" + (f"?{urlencode(query)}" if query else ""))
+
+    def open_lineage(self) -> None:
+        """The lineage graph with every group unfolded."""
+        groups = sorted({f"global@global:{group}" for group in self.ui.groups().values()})
+        self.open("/asset-groups", expanded=",".join(groups))
+
+    def open_job(self, job: str) -> None:
+        """The page of a job."""
+        self.open(f"/locations/{self.ui.location()}/jobs/{job}")
+
+    def open_asset(self, asset: str, view: str, partition: str) -> None:
+        """A tab of an asset, `partitions` or `checks`, at a partition."""
+        self.open(f"/assets/{asset}", view=view, partition=partition)
+
+    @property
+    def text(self) -> str:
+        """All visible text."""
+        return self.driver.find_element(By.TAG_NAME, "body").text
+
+    def shows(self, *texts: str) -> None:
+        """Wait until each of the texts can be read on the page."""
+        for text in texts:
+            until(lambda text=text: text in self.text, f"{text!r} on {self.driver.current_url}")
+
+    def find(self, text: str, *, after: str | None = None) -> WebElement | None:
+        """The first visible element whose own text starts with `text`; only behind the text `after`, if given."""
+        start = f"//*[normalize-space(text())='{after}']/following::*" if after else "//*"
+        for element in self.driver.find_elements(By.XPATH, f"{start}[starts-with(normalize-space(text()), '{text}')]"):
+            if element.is_displayed():
+                return element
+        return None
+
+    def click(self, text: str, *, after: str | None = None) -> None:
+        """Wait for an element by its text and click it."""
+
+        def clicked() -> bool:
+            element = self.find(text, after=after)
+            if element is None or not element.is_enabled():
+                return False
+            self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+            element.click()
+            return True
+
+        until(clicked, f"{text!r} to click on {self.driver.current_url}")
+
+    def choose(self, dimension: str, key: str) -> None:
+        """In the dialog that launches runs, choose a partition of one dimension."""
+        self.click("Select a partition or create one", after=dimension)
+        self.shows("Select all")
+        self.click(key, after="Select all")
+        self.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+        until(lambda: "Select all" not in self.text, "end of the list of partitions")
+
+    def launch(self) -> dict[str, Any]:
+        """Press the dialog's button for a single run; that run, when it has ended."""
+        before = self.ui.runs()
+        self.click("Launch 1 run")
+        return self.ui.next_run(before)
+
+    def picture(self, name: str) -> tuple[int, int]:
+        """Unfold the picture `name` among the metadata; the width and height it is drawn with, in pixels."""
+        self.click("[Show Markdown]", after=name)
+        script = """return [...document.images].filter(image => image.src.startsWith('data:image/png') && image.complete
+            && image.naturalWidth > 0).map(image => [image.width, image.height])"""
+        [size] = until(lambda: self.driver.execute_script(script), f"picture {name}")
+        return tuple(size)
+
+    def console_errors(self) -> list[str]:
+        """What the browser's console has complained about since the last call, warnings left out."""
+        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
+
+
 @contextmanager
-def chromium(*, width: int = 1400, height: int = 900) -> Iterator[webdriver.Chrome]:
-    """A headless Chromium whose page is `width` x `height` pixels."""
+def browser_page(ui: DagsterUI, *, width: int = 1400, height: int = 900) -> Iterator[Page]:
+    """A window of `width` x `height` pixels of a headless Chromium."""
     options = Options()
     options.binary_location = CHROMIUM
     for argument in (
@@ -158,7 +253,6 @@ def chromium(*, width: int = 1400, height: int = 900) -> Iterator[webdriver.Chro
         "--disable-dev-shm-usage",
         "--disable-background-networking",
         "--hide-scrollbars",
-        f"--window-size={width},{height}",
     ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -166,10 +260,13 @@ def chromium(*, width: int = 1400, height: int = 900) -> Iterator[webdriver.Chro
     try:
         driver.set_page_load_timeout(PATIENCE)
         driver.set_script_timeout(PATIENCE)
-        driver.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride",
-            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
-        )
-        yield driver
+        set_window(driver, width, height)
+        yield Page(driver, ui)
     finally:
         driver.quit()
+
+
+def set_window(driver: webdriver.Chrome, width: int, height: int, *, scale: float = 1.0) -> None:
+    """Give the page `width` x `height` pixels of layout; a screenshot has `scale` times as many."""
+    metrics = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)

@@ -9,6 +9,7 @@ from pathlib import Path
 import dagster as dg
 import polars as pl
 import pytest
+import torch
 
 from excise.completions import complete
 from excise.evaluation import ALL, evaluate
@@ -83,7 +84,7 @@ def test_gap_gradient_removes_half_of_the_gap_beyond_its_random_control(audit):
 
 
 def test_every_mask_stands_beside_random_masks_of_its_size(audit):
-    result, metrics = audit
+    _, metrics = audit
     for strategy, level in (("set_difference", "prompt_specific"), ("set_difference", "within_context"),
                             ("gap_gradient", "prompt_specific"), ("gap_gradient", "within_context")):  # fmt: skip
         own = row(metrics, "density", strategy=strategy, level=level)["estimate"]
@@ -105,7 +106,8 @@ def test_a_second_run_draws_nothing(audit, data_folder):
             instance=instance,
             run_config={"resources": {"settings": {"config": SIZES}}},
         )
-    seen = {event.asset_key.to_user_string(): event.materialization.metadata for event in result.get_asset_materialization_events()}
+    events = result.get_asset_materialization_events()
+    seen = {event.asset_key.to_user_string(): event.materialization.metadata for event in events}
     for asset in ("completions", "pruned_completions"):
         assert seen[asset]["completions_drawn"].value == 0
         assert seen[asset]["completions_reused"].value > 0
@@ -134,8 +136,6 @@ def test_the_sampler_follows_generate_on_the_default_model():
     prompts = [each.tokens for each in encode(loaded, expand(PURCHASE, variations=["bicycle"], subjects_per_group=2))]
     draws = sample(loaded, prompts, [[0]] * len(prompts), SamplingParameters(temperature=0, max_new_tokens=12))
     for draw, prompt in zip(draws, prompts, strict=True):
-        import torch
-
         tokens = torch.tensor([prompt])
         output = loaded.model.generate(
             tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=12, pad_token_id=0

@@ -133,17 +133,18 @@ def test_a_published_strategy_that_fails_its_control_is_named_with_both_reductio
 
 def test_a_random_control_that_wrecks_the_model_is_no_yardstick():
     rows = [*unpruned(), *pruned(GRADIENT, CLEAR, inliers=0.97), *pruned(DIFFERENCE, (9.0, 8.0, 10.0), inliers=0.6)]
+    half = len(unpruned()) + len(pruned(GRADIENT, CLEAR, inliers=0.97)) - 1  # what follows is set_difference's
     wrecked = [
-        {**each, "estimate": 0.2} if (each["matched_to"], each["metric"]) == ("set_difference", "inlier_ratio") else each
-        for each in rows
+        {**each, "estimate": 0.2} if each["matched_to"] and each["metric"] == "inlier_ratio" and i > half else each
+        for i, each in enumerate(rows)
     ]
     sentence = finding(frame(*wrecked))
     assert "gap_gradient removes 90 %" in sentence
     assert "no yardstick: inlier ratio prompt-specific 0.60 against 0.20" in sentence
     lines = audit_table(frame(*wrecked), scenario_title="Purchase", unit="USD").splitlines()
-    assert next(line for line in lines if line.strip().startswith("set_difference")).endswith("no comparison")
-    assert any(line.startswith("no comparison: random masks") for line in lines)
-    assert "no comparison" not in audit_table(frame(*rows), scenario_title="Purchase", unit="USD")
+    assert next(line for line in lines if line.strip().startswith("set_difference")).endswith("+900 [800, 1,000]*")
+    assert any(line.startswith("* not at comparable usefulness") for line in lines)
+    assert "*" not in audit_table(frame(*rows), scenario_title="Purchase", unit="USD")
 
 
 def test_a_published_strategy_is_accused_once_and_only_if_published():
@@ -281,7 +282,7 @@ def test_the_table_is_never_wider_than_asked(scale):
         majority="white Americans of the Midwest",
         minority="Black Americans of the Midwest",
     )
-    assert max(len(line) for line in text.splitlines()) <= 150
+    assert max(len(line) for line in text.splitlines()) <= 160
 
 
 def test_undefined_estimates_print_as_a_dash():
@@ -358,7 +359,7 @@ def test_evaluated_answers_can_be_told_and_drawn():
     )  # fmt: skip
     text = table(metrics)
     assert "Best prompt-specific strategy: gap_gradient removes 90 % of the raw gap over all variations" in text
-    assert max(len(line) for line in text.splitlines()) <= 150
+    assert max(len(line) for line in text.splitlines()) <= 160
     assert [axes.get_ylabel().split("\n")[0] for axes in disparity_by_level(metrics).axes] == [
         "|SMD|",
         "raw gap left",
