@@ -14,7 +14,10 @@ from excise.errors import ExciseError
 from excise.models import LoadedModel
 
 PINNED_DATE = "26 Jul 2024"
-"""Some chat templates (Llama 3.1 and later) print today's date; a fixed one keeps answers repeatable."""
+"""Some chat templates (Llama 3.1 and later) print today's date; a fixed one keeps answers repeatable.
+
+Others (Qwen3) let the model think aloud first unless told otherwise; here it answers at once.
+"""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,11 @@ def encode(loaded: LoadedModel, prompts: pl.DataFrame) -> list[EncodedPrompt]:
     for prompt_id, text, start, end in prompts.select("prompt_id", "text", "name_start", "name_end").iter_rows():
         if loaded.prompt_format == "chat":
             whole = loaded.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, date_string=PINNED_DATE
+                [{"role": "user", "content": text}],
+                tokenize=False,
+                add_generation_prompt=True,
+                date_string=PINNED_DATE,
+                enable_thinking=False,
             )
             found = whole.find(text)
             if found < 0:

@@ -256,6 +256,7 @@ def _disparity_panel(
     size = 4.2 if len(blocks) * len(slots) > 50 else 6.0
     step = 0.84 / len(slots)  # of the width between two variations
     values: list[float] = [100.0] if panel.metric == "gap_left" else []
+    beyond = False
     bounds: list[float] = []
     for block, variation in enumerate(blocks):
         if block % 2 == 1:
@@ -271,6 +272,7 @@ def _disparity_panel(
                 if panel.metric == "gap_left" and (known.value or 0.0) > GAP_LEFT_TOP:
                     # A wrecked model's gap may be any size; an arrow at the edge stands for it.
                     axes.plot([at], [0.95 * GAP_LEFT_TOP], marker="^", color=colour, markersize=0.85 * size)
+                    beyond = True
                     continue
                 _mark(axes, at, known, colour, marker, size if order == 0 else 0.85 * size, hollow=order > 0)
                 values.append(known.value or 0.0)
@@ -287,7 +289,7 @@ def _disparity_panel(
         top = max(values)
         axes.set_ylim(0.0, max(1.03 * min(max(bounds), 1.35 * top), 1.06 * top, 0.1))
     if panel.metric == "gap_left":
-        axes.set_ylim(0.0, min(axes.get_ylim()[1], GAP_LEFT_TOP))
+        axes.set_ylim(0.0, GAP_LEFT_TOP if beyond else min(axes.get_ylim()[1], GAP_LEFT_TOP))
         axes.axhline(100.0, color=_INK, linewidth=0.9, zorder=1)
     if panel.level is not None:
         axes.set_title(level_label(panel.level), fontsize=9, loc="left")

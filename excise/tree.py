@@ -113,7 +113,8 @@ def _attention(
 
 def _additive(attends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     mask = torch.zeros(attends.shape, dtype=dtype, device=attends.device)
-    return mask.masked_fill_(~attends, torch.finfo(dtype).min)[:, None]
+    # Half of the least number: a score added to it must not overflow, not in float16 either.
+    return mask.masked_fill_(~attends, torch.finfo(dtype).min / 2)[:, None]
 
 
 @contextmanager

@@ -31,8 +31,8 @@ def input_norms(
 
     trees: one per prompt, each visit counted per weighting. totals: number of sequences of each weighting, [W].
     Returns {(layer, site): float32 [W, in_features]}: sqrt(1/N sum_n sum_t x[n,t]^2), over all tokens of prompt and
-    answer, accumulated in float64. A token that several sequences share is computed once and counted as often as it is
-    shared.
+    answer (the token that ends it is never read), accumulated in float64. A token that several sequences share is
+    computed once and counted as often as it is shared.
     """
     sums = {
         (layer, site): torch.zeros(

@@ -106,7 +106,7 @@ def free_port() -> int:
 
 @contextmanager
 def dagster_dev(home: Path, arguments: Sequence[str] = (), *, folder: Path = ROOT, log: Path) -> Iterator[DagsterUI]:
-    """`dagster dev` with its history in `home`, run in `folder`; webserver, daemon and code server end with the block."""
+    """`dagster dev` with its history in `home`, run in `folder`. All its processes end with the block."""
     port = free_port()
     environment = os.environ | {
         "DAGSTER_HOME": str(home),
