@@ -71,7 +71,7 @@ _PAPER = Audit(
 )
 # A few minutes on two cores.
 _QUICK = replace(
-    _PAPER, subjects_per_group=10, samples=16, random_draws=2, relabellings=1, resamples=1000, permutations=1999
+    _PAPER, subjects_per_group=8, samples=16, random_draws=2, relabellings=1, resamples=1000, permutations=1999
 )
 PRESETS: dict[Preset, Audit] = {Preset.paper: _PAPER, Preset.quick: _QUICK}
 

@@ -124,8 +124,7 @@ def dagster_dev(home: Path, arguments: Sequence[str] = (), *, folder: Path = ROO
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            # Started with SIGINT ignored, as by some runners of tests, Dagster would ignore it and SIGTERM both.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            preexec_fn=_interruptible,
         )
     try:
         ui = DagsterUI(f"http://127.0.0.1:{port}")
@@ -143,6 +142,16 @@ def dagster_dev(home: Path, arguments: Sequence[str] = (), *, folder: Path = ROO
         yield ui
     finally:
         _end_group(process)
+
+
+def _interruptible() -> None:
+    """In the child: be interrupted by SIGINT, which some runners of tests ignore, and when the parent is killed."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.platform == "linux":
+        import ctypes
+
+        set_signal_at_parents_death = 1
+        ctypes.CDLL(None).prctl(set_signal_at_parents_death, signal.SIGINT)
 
 
 def _end_group(process: subprocess.Popen) -> None:
@@ -194,9 +203,9 @@ class Page:
             until(lambda text=text: text in self.text, f"{text!r} on {self.driver.current_url}")
 
     def find(self, text: str, *, after: str | None = None) -> WebElement | None:
-        """The first visible element whose own text starts with `text`; only behind the text `after`, if given."""
+        """The first visible element with exactly this text; only behind one with the text `after`, if given."""
         start = f"//*[normalize-space(text())='{after}']/following::*" if after else "//*"
-        for element in self.driver.find_elements(By.XPATH, f"{start}[starts-with(normalize-space(text()), '{text}')]"):
+        for element in self.driver.find_elements(By.XPATH, f"{start}[normalize-space(text())='{text}']"):
             if element.is_displayed():
                 return element
         return None
@@ -218,7 +227,7 @@ class Page:
         """In the dialog that launches runs, choose a partition of one dimension."""
         self.click("Select a partition or create one", after=dimension)
         self.shows("Select all")
-        self.click(key, after="Select all")
+        self.click(key, after=dimension)
         self.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
         until(lambda: "Select all" not in self.text, "end of the list of partitions")
 

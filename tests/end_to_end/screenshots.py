@@ -41,7 +41,7 @@ def lineage(page: Page, path: Path) -> None:
     """The graph, drawn in a larger window: only there do the assets show more than their names."""
     page.open("/asset-groups")
     page.click("Hide navigation")
-    set_window(page.driver, 2240, 1300, scale=WIDTH / 2240)
+    set_window(page.driver, 2240, 1120, scale=0.75)
     page.open_lineage()
     page.shows(*page.ui.groups(), "% filled")
     save(page, path)

@@ -27,7 +27,7 @@ def test_paper_asks_everything(purchase):
 def test_quick_asks_three_items_and_half_the_names(purchase):
     audit = AuditSettings().audit_of(purchase)
     assert audit.variations == ("bicycle", "television", "chair")
-    assert (audit.subjects_per_group, audit.samples, audit.random_draws) == (10, 16, 2)
+    assert (audit.subjects_per_group, audit.samples, audit.random_draws) == (8, 16, 2)
 
 
 def test_quick_takes_the_first_variations_of_another_scenario(purchase):
