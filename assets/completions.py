@@ -87,7 +87,7 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                 minority=scenario.comparison.minority,
                 scale=scenario.outcome.scale,
             )
-            metadata |= picture("answers_by_group", figure, artifacts, model, scenario.key)
+            metadata = picture("answers_by_group", figure, artifacts, model, scenario.key) | metadata
         return dg.MaterializeResult(
             metadata=metadata,
             data_version=data_version(device["model_fingerprint"], rows),

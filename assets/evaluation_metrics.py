@@ -20,7 +20,7 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
 
     @grid_asset(
         catalogue,
-        group="audit",
+        group="evaluation",
         kinds={"scipy", "duckdb"},
         description="The disparity between the groups and the usefulness of the answers, unpruned and under every "
         "mask, with intervals, tests, and the reduction over the matched random control.",
@@ -59,12 +59,12 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         warehouse.replace_partition("metrics", rows, {"model": model, "scenario": scenario.key})
         outcomes = [checks.metrics_finite(rows), checks.inlier_ratio(rows, audit.inlier_floor)]
         checks.record(warehouse, "evaluation_metrics", model, scenario.key, outcomes)
-        metadata = table_metadata("metrics", rows)
-        metadata["finding"] = finding(rows)
         labels = {side: scenario.groups[getattr(groups, side)].label for side in ("majority", "minority")}
-        metadata["audit"] = dg.MetadataValue.md(markdown_table(rows, **labels))
         figure = disparity_by_level(rows, inlier_floor=audit.inlier_floor)
+        metadata = {"finding": finding(rows)}
         metadata |= picture("disparity_by_level", figure, artifacts, model, scenario.key)
+        metadata["audit"] = dg.MetadataValue.md(markdown_table(rows, **labels))
+        metadata |= table_metadata("metrics", rows)
         return dg.MaterializeResult(
             metadata=metadata,
             data_version=data_version(rows),

@@ -79,7 +79,8 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             "mask_files_reused": len(files.seen) - files.written,
         }
         if not rows.is_empty():
-            metadata |= picture("mask_density_by_layer", mask_density_by_layer(rows), artifacts, model, scenario.key)
+            figure = mask_density_by_layer(rows)
+            metadata = picture("mask_density_by_layer", figure, artifacts, model, scenario.key) | metadata
         return dg.MaterializeResult(
             metadata=metadata,
             data_version=data_version(rows.select(*checks.MASK, "mask").unique()),

@@ -15,7 +15,8 @@ CHAIN = (
 audit_scenario = dg.define_asset_job(
     "audit_scenario",
     selection=dg.AssetSelection.assets(*CHAIN),
-    description="The whole chain for one model and scenario: sample, attribute, prune, sample again, evaluate.",
+    description="The whole chain for one model and scenario: sample, attribute, prune, sample again, evaluate. "
+    "It expands the prompts itself, so confirm Dagster's question about missing upstream data.",
 )
 
 prune_and_evaluate = dg.define_asset_job(

@@ -20,7 +20,7 @@ LINEAGE = {
     "attribution_scores": ("pruning", {"completions"}, "gpu", "grid"),
     "pruning_masks": ("pruning", {"attribution_scores"}, "gpu", "grid"),
     "pruned_completions": ("pruning", {"completions", "pruning_masks"}, "gpu", "grid"),
-    "evaluation_metrics": ("audit", {"completions", "pruning_masks", "pruned_completions"}, None, "grid"),
+    "evaluation_metrics": ("evaluation", {"completions", "pruning_masks", "pruned_completions"}, None, "grid"),
     "quality_report": (
         "quality",
         {"completions", "pruning_masks", "pruned_completions", "evaluation_metrics"},
