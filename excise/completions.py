@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
 
@@ -29,6 +30,9 @@ from excise.models import LoadedModel
 from excise.progress import Progress, silent
 from excise.sampling import Draw, SamplingParameters, sample
 from excise.scenarios import NumberOutcome
+
+if TYPE_CHECKING:
+    import torch
 
 UNPRUNED = "unpruned"
 CACHE_SCHEMA = {"prompt": pl.String, "sample": pl.Int64, "token_ids": pl.List(pl.Int64), "finished": pl.Boolean}
@@ -201,14 +205,16 @@ def complete(
     )  # fmt: skip
     drawn = sum(frame.height for frame in fresh)
     tokens = sum(int(frame["token_ids"].list.len().sum()) for frame in fresh)
-    return rows, Work(drawn, rows.height - drawn, seconds if drawn else 0.0, tokens, peak_memory())
+    return rows, Work(drawn, rows.height - drawn, seconds if drawn else 0.0, tokens, peak_memory(loaded.device))
 
 
-def peak_memory() -> int:
-    """Most memory held at once so far, in bytes: the GPU's where one is used, else this process'."""
+def peak_memory(device: torch.device) -> int:
+    """Most memory held at once so far, in bytes: the device's where it has its own, else this process'."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -61,11 +60,13 @@ class GPUResource(dg.ConfigurableResource):
 
     def report(self, loaded: LoadedModel) -> dict[str, str | int]:
         """Metadata: device, dtype, and the peak of memory (on a device since the block began, else of the process)."""
+        from excise.completions import peak_memory
+
         return {
             "model_fingerprint": loaded.fingerprint,
             "device": str(loaded.device),
             "dtype": str(loaded.dtype).removeprefix("torch."),
-            "peak_memory_mb": round(_peak_memory(loaded) / 2**20),
+            "peak_memory_mb": round(peak_memory(loaded.device) / 2**20),
         }
 
     def _load(self, key: str, registry: Mapping[str, ModelSpec]) -> LoadedModel:
@@ -104,16 +105,3 @@ def _forget_peak(loaded: LoadedModel) -> None:
 
     if loaded.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(loaded.device)
-
-
-def _peak_memory(loaded: LoadedModel) -> int:
-    import resource
-
-    import torch
-
-    if loaded.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(loaded.device)
-    if loaded.device.type == "mps":
-        return torch.mps.driver_allocated_memory()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
