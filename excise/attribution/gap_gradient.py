@@ -76,8 +76,8 @@ def gap_gradient(
     trees: one per prompt; their weightings are (advantage, share of the prompts' answers), so edges carry sums of a_n
     and the probability with which an answer drawn here takes them. disparity: D in the units of the outcome the
     advantages were made of. keep: share of each matrix to keep as candidates, best first.
-    Fisher: each batch of prompts gets random signs per answer edge path; the square of the signed gradient, summed over
-    batches, estimates the mean squared gradient of log p per answer.
+    Fisher: each batch of prompts gets a random sign per edge of its answer trees; the square of the signed gradient,
+    summed over batches, estimates the mean squared gradient of log p per answer.
     """
     linears = [linear for linear in loaded.topology.linears if linear.role in roles]
     gradient = {linear.key: torch.zeros(linear.shape) for linear in linears}
