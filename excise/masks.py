@@ -2,8 +2,9 @@
 
 Here belong sets of weights, their arithmetic, their files, and the context in which a model runs without them; which
 weights to select is `selection` and `strategies`.
-A mask entry is BDB's "neuron", a single weight of a linear matrix; a head is the set of its rows or columns. A bit
-costs an eighth of a byte, so the masks of an 8B model take 1 GB at most and only one matrix is ever unpacked.
+A mask entry is BDB's "neuron", a single weight of a linear matrix, or a whole attention head, one entry in a row of a
+layer's heads. A bit costs an eighth of a byte, so the masks of an 8B model take 1 GB at most and only one matrix is
+ever unpacked.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import math
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
@@ -23,12 +24,22 @@ from numpy.typing import NDArray
 
 from excise.errors import ExciseError
 
+HEAD_ROLES = {"zero_query": "head_query", "zero_output": "head_output"}
+"""The role of a layer's heads in a mask, by what is done to them (method, A7).
+
+`zero_query` makes a head's queries zero, so that it attends uniformly to all it may see; `zero_output` takes out what
+it writes.
+"""
+
 _FORMAT = "excise mask 1"
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """A set of weights of named matrices.
+    """A set of weights of named matrices, or of heads of named layers.
+
+    Heads are kept like a matrix of one row: `heads_mask` makes the key `"{layer}.{role}"` with a role of `HEAD_ROLES`
+    and the shape (1, heads). What is said of weights below then holds for heads.
 
     `bits[key]` holds the row-major bits of the matrix `key`, packed eight to a byte, highest bit first, the last byte
     filled up with zeros; `shapes[key]` is its logical shape (out_features, in_features). Matrices are kept in the
@@ -165,6 +176,19 @@ class Mask:
         return mask
 
 
+def heads_mask(chosen: NDArray[np.bool_], ablation: str) -> Mask:
+    """The mask of some attention heads (BDB, section 4), with all layers as its matrices.
+
+    chosen: boolean [layers, heads]; query heads, where they share keys and values. ablation: a key of `HEAD_ROLES`.
+    Raises ExciseError for an unknown ablation and for anything but a boolean array of two dimensions.
+    """
+    if ablation not in HEAD_ROLES:
+        raise ExciseError(f"ablation {ablation!r} of heads is not known; known are {', '.join(HEAD_ROLES)}")
+    if not isinstance(chosen, np.ndarray) or chosen.dtype != bool or chosen.ndim != 2:
+        raise ExciseError("mask of heads: give a boolean array of two dimensions (layers, heads)")
+    return Mask.from_arrays({f"{layer}.{HEAD_ROLES[ablation]}": row[None] for layer, row in enumerate(chosen)})
+
+
 def intersection(masks: Iterable[Mask]) -> Mask:
     """The weights in every mask (BDB's mask of a context, section 5). Raises ExciseError when there is no mask."""
     return reduce(Mask.__and__, _some(masks))
@@ -251,17 +275,28 @@ def _random_subset(size: int, count: int, label: str) -> NDArray[np.bool_]:
 def pruned(loaded: Any, mask: Mask) -> Iterator[Any]:
     """The model without the mask's weights: they are zero inside the context and bit for bit the old ones after it.
 
+    Heads are ablated by hooks, nothing of them is copied or changed: `zero_query` makes the head's queries zero as
+    the query projection returns them, bias included; `zero_output` makes the head's part of the output projection's
+    input zero, whose bias stays. Keys and values that other heads share are left alone.
+
     `loaded` has the torch module `model` and the `topology`, whose `linears` have a key, out_features, in_features,
-    and `weight(model)`: a view of the weights in logical order, [out, in] or more dimensions that flatten to it.
+    and `weight(model)`: a view of the weights in logical order, [out, in] or more dimensions that flatten to it. For
+    masks of heads it is an `excise.models.Topology`.
     Beside the model only the pruned weights' values are kept, on the model's device. The context yields `loaded`;
     contexts may be nested, and the weights come back after an exception too.
 
-    Raises ExciseError, before anything is changed, for a matrix the model does not have or has in another shape.
+    Raises ExciseError, before anything is changed, for a matrix the model does not have or has in another shape, and
+    for a layer or a number of heads that is not the model's.
     """
     import torch
 
     linears = {linear.key: linear for linear in loaded.topology.linears}
+    heads = [key for key in mask.shapes if _role(key) in HEAD_ROLES.values()]
+    for key in heads:
+        _check_heads(loaded.topology, key, mask.shapes[key])
     for key, shape in mask.shapes.items():
+        if key in heads:
+            continue
         if key not in linears:
             raise ExciseError(f"the mask's matrix {key} is not in the model: it was made for another one")
         there = (linears[key].out_features, linears[key].in_features)
@@ -273,21 +308,61 @@ def pruned(loaded: Any, mask: Mask) -> Iterator[Any]:
         return torch.from_numpy(mask.array(key)).reshape(weight.shape).to(weight.device)
 
     kept: list[tuple[str, torch.Tensor]] = []
+    hooks = ExitStack()
     try:
         with torch.no_grad():
             for key, count in mask.counts().items():
-                if count:
+                if count and key in heads:
+                    hooks.callback(_ablate(loaded, key, mask.array(key)[0]).remove)
+                elif count:
                     weight = linears[key].weight(loaded.model)
                     where = entries(key, weight)
                     kept.append((key, weight[where]))
                     weight[where] = 0
         yield loaded
     finally:
+        hooks.close()
         with torch.no_grad():
             # Last pruned, first restored: two matrices may share their memory.
             for key, values in reversed(kept):
                 weight = linears[key].weight(loaded.model)
                 weight[entries(key, weight)] = values.to(weight.device)
+
+
+def _role(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _check_heads(topology: Any, key: str, shape: tuple[int, int]) -> None:
+    layer = key.rpartition(".")[0]
+    if layer not in map(str, range(topology.layers)):
+        raise ExciseError(f"the mask's heads {key} are not in the model, which has {topology.layers} layers: "
+                          "the mask was made for another one")
+    there = (1, topology.heads)
+    if shape != there:
+        raise ExciseError(f"the mask's heads {key} have shape {shape}, the model's {there}: "
+                          "the mask was made for another model")
+
+
+def _ablate(loaded: Any, key: str, chosen: NDArray[np.bool_]) -> Any:
+    """Hook the chosen heads, [heads], out of a layer; returns the hook's handle."""
+    import torch
+
+    layer, _, role = key.rpartition(".")
+    query = role == HEAD_ROLES["zero_query"]
+    linear = loaded.topology.linear(f"{layer}.{'q' if query else 'o'}")
+    module = loaded.model.get_submodule(linear.module)
+
+    def hidden_by(features: NDArray[np.int64], width: int) -> torch.Tensor:
+        where = np.zeros(width, dtype=bool)
+        where[features[np.repeat(chosen, len(features) // len(chosen))]] = True
+        return torch.from_numpy(where).to(module.weight.device)
+
+    if query:
+        rows = hidden_by(linear.output_features(), linear.parts * linear.out_features)
+        return module.register_forward_hook(lambda module, given, output: output.masked_fill(rows, 0))
+    columns = hidden_by(np.arange(linear.in_features), linear.in_features)
+    return module.register_forward_pre_hook(lambda module, given: (given[0].masked_fill(columns, 0), *given[1:]))
 
 
 def _layer_order(key: str) -> list[tuple[bool, int, str]]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -209,6 +210,13 @@ class Linear:
             return parameter.view(self.heads, self.parts, size, self.in_features)[:, self.part]
         return parameter
 
+    def output_features(self) -> np.ndarray:
+        """Where the module's output holds what this matrix's rows compute, int [out] in the order of the rows."""
+        if self.layout == "interleaved":
+            size = self.out_features // self.heads
+            return np.arange(self.parts * self.out_features).reshape(self.heads, self.parts, size)[:, self.part].ravel()
+        return self.part * self.out_features + np.arange(self.out_features)
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -229,6 +237,14 @@ class Topology:
     def site_module(self, model: torch.nn.Module, layer: int, site: str) -> torch.nn.Module:
         """The module whose first positional input is the activation at `site`, [batch, time, features]."""
         return model.get_submodule(f"{self.layer_path}.{layer}.{self.site_paths[site]}")
+
+    def attention_module(self, model: torch.nn.Module, layer: int) -> torch.nn.Module:
+        """The module whose second output is the attention, [batch, heads, queries, keys], where it is computed eagerly.
+
+        It holds the output projection.
+        """
+        path = self.site_paths["attention_output"].rpartition(".")[0]
+        return model.get_submodule(f"{self.layer_path}.{layer}.{path}")
 
     def site_width(self, layer: int, site: str) -> int:
         return next(each.in_features for each in self.linears if each.layer == layer and each.site == site)

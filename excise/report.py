@@ -302,7 +302,7 @@ def finding(
     gap_name, gap = _unpruned_gap(table, where)
     if gap.value is None:
         return "No finding: the metrics hold no gap of the unpruned model."
-    told = f"{gap_name} is {_interval(gap, decimals=2 if 'SMD' in gap_name else None)}"
+    told = f"{gap_name} is {interval_text(gap, decimals=2 if 'SMD' in gap_name else None)}"
     if not gap.has_interval:
         return f"No finding: the unpruned {told} and has no interval."
     if gap.covers_zero:
@@ -311,7 +311,7 @@ def finding(
             return f"There is nothing to reduce: the unpruned {told}, an interval that covers 0."
         sentences.append(
             f"There is nothing to reduce on average: the unpruned {told}, an interval that covers 0; "
-            f"taken singly, {_listed(clear)} {'is' if len(clear) == 1 else 'are'} clear of 0."
+            f"taken singly, {listed(clear)} {'is' if len(clear) == 1 else 'are'} clear of 0."
         )
     best, sentence = _best_strategy(table, where, inlier_floor)
     sentences.append(sentence)
@@ -371,7 +371,7 @@ def _best_strategy(table: MetricTable, where: str, floor: float) -> tuple[MaskNa
             f"No prompt-specific strategy at inlier ratio {floor:.2f} or more removes more of the raw gap than random "
             f"pruning: the best of them, {best.strategy}, differs from its matched random control by {_points(beyond)}."
         )
-    removed = _percent(table.get(where, best, "gap_reduction"))
+    removed = percent_text(table.get(where, best, "gap_reduction"))
     scope = " over all variations" if where == ALL_VARIATIONS else ""
     sentence = (
         f"Best prompt-specific strategy: {best.strategy} removes {removed} of the raw gap{scope}, "
@@ -384,7 +384,7 @@ def _best_strategy(table: MetricTable, where: str, floor: float) -> tuple[MaskNa
             if (ratio := table.get(name, best, "inlier_ratio")).value is not None and ratio.value < floor
         ]
         if below:
-            sentence += f", though below that floor on {_listed(below)}"
+            sentence += f", though below that floor on {listed(below)}"
     if not beyond.has_interval:
         return best, sentence + "; without an interval this is a lead, not a result."
     if beyond.covers_zero:
@@ -404,18 +404,18 @@ def _failure(table: MetricTable, where: str, strategy: str, besides: set[MaskNam
             continue
         if beyond.value is None or (beyond.low if beyond.low is not None else beyond.value) > 0.0:
             continue
-        removed, by_chance = (_percent(table.get(where, name, "gap_reduction")) for name in (mask, mask.control))
+        removed, by_chance = (percent_text(table.get(where, name, "gap_reduction")) for name in (mask, mask.control))
         failures.append(f"{level_label(mask.level)} {removed} against {by_chance} ({_points(beyond)})")
     sentences = []
     if failures:
         sentences.append(
             f"The published {strategy} is not shown to beat its matched random control; of the raw gap it removes "
-            f"{_listed(failures)}."
+            f"{listed(failures)}."
         )
     if wrecked:
         sentences.append(
             f"The published {strategy} prunes so much that random masks of its size are no yardstick: inlier ratio "
-            f"{_listed(wrecked)}."
+            f"{listed(wrecked)}."
         )
     return " ".join(sentences) or None
 
@@ -426,7 +426,7 @@ def _clear_of_zero(estimate: Estimate) -> bool:
 
 def _points(estimate: Estimate) -> str:
     """A difference of two shares: `85 percentage points [70, 99]`."""
-    value, *interval = _interval(_scaled(estimate, 100.0), decimals=0).split(" ", 1)
+    value, *interval = interval_text(scaled(estimate, 100.0), decimals=0).split(" ", 1)
     return " ".join([value, "percentage points", *interval])
 
 
@@ -440,7 +440,8 @@ def _against_floor(ratio: float | None, floor: float) -> str:
     return f"{ratio:.{decimals}f}"
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """`chair, car and oven`."""
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
@@ -464,12 +465,12 @@ def _variation_cells(table: MetricTable, variation: str, mask: MaskName, *, comp
     return [
         _pair(of("mean_majority"), of("mean_minority"), compact),
         _pair(of("median_majority"), of("median_minority"), compact),
-        _interval(of("gap_mean"), compact=compact),
-        _interval(of("smd"), decimals=2),
+        interval_text(of("gap_mean"), compact=compact),
+        interval_text(of("smd"), decimals=2),
         _plain(of("inlier_ratio"), 2),
-        _density(of("density")),
+        density_text(of("density")),
         _number(random_gap.value, _decimals([random_gap.value]), compact),
-        _percent(of("gap_reduction")),
+        percent_text(of("gap_reduction")),
         _beyond(table, variation, mask, "reduction_over_random"),
     ]
 
@@ -486,12 +487,12 @@ def _aggregate_cells(table: MetricTable, variation: str, mask: MaskName, *, comp
         return table.get(variation, mask, metric)
 
     return [
-        _interval(of("abs_smd"), decimals=2),
-        _interval(of("smd"), decimals=2),
+        interval_text(of("abs_smd"), decimals=2),
+        interval_text(of("smd"), decimals=2),
         _plain(of("inlier_ratio"), 2),
         _plain(of("parse_rate"), 2),
-        _density(of("density")),
-        _interval(_scaled(of("gap_reduction"), 100.0), decimals=0),
+        density_text(of("density")),
+        interval_text(scaled(of("gap_reduction"), 100.0), decimals=0),
         _beyond(table, variation, mask, "reduction_over_random"),
         _beyond(table, variation, mask, "smd_reduction_over_random"),
     ]
@@ -500,7 +501,7 @@ def _aggregate_cells(table: MetricTable, variation: str, mask: MaskName, *, comp
 def _beyond(table: MetricTable, variation: str, mask: MaskName, metric: str) -> str:
     estimate = table.get(variation, mask, metric)
     marked = estimate.value is not None and not table.comparable(variation, mask)
-    return _interval(_scaled(estimate, 100.0), decimals=0, signed=True) + (NO_COMPARISON if marked else "")
+    return interval_text(scaled(estimate, 100.0), decimals=0, signed=True) + (NO_COMPARISON if marked else "")
 
 
 @dataclass(frozen=True)
@@ -578,7 +579,8 @@ def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def _scaled(estimate: Estimate, factor: float) -> Estimate:
+def scaled(estimate: Estimate, factor: float) -> Estimate:
+    """The estimate and its interval times `factor`."""
     return Estimate(
         *(None if part is None else part * factor for part in (estimate.value, estimate.low, estimate.high))
     )
@@ -618,7 +620,9 @@ def _pair(first: Estimate, second: Estimate, compact: bool) -> str:
     return f"{_number(first.value, decimals, compact)} / {_number(second.value, decimals, compact)}"
 
 
-def _interval(estimate: Estimate, *, decimals: int | None = None, signed: bool = False, compact: bool = False) -> str:
+def interval_text(
+    estimate: Estimate, *, decimals: int | None = None, signed: bool = False, compact: bool = False
+) -> str:
     """`70.1 [60.2, 81.3]`; the estimate alone where there is no interval; `-` where there is no estimate."""
     if estimate.value is None:
         return "-"
@@ -638,11 +642,12 @@ def _p_value(value: float | None) -> str:
     return f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
-def _percent(estimate: Estimate) -> str:
+def percent_text(estimate: Estimate) -> str:
+    """A share as whole per cent: `92 %`; `-` where there is no estimate."""
     return "-" if estimate.value is None else f"{_fixed(100 * estimate.value, 0)} %"
 
 
-def _density(estimate: Estimate) -> str:
+def density_text(estimate: Estimate) -> str:
     """Two significant digits: `0.030 %`, `5.0 %`."""
     if estimate.value is None:
         return "-"

@@ -7,14 +7,18 @@ selection takes an exact count, and equal scores are taken in the order of their
 reproducible.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from excise.errors import ExciseError
 
+SCOPES = ("matrix", "row")
+"""Where a set difference ranks weights: over the flattened matrix, or within each output row."""
 _ROUNDING = 1e-9  # slack for sums of fractions such as .7 + .3
+_BLOCK = 1 << 20  # entries of a stream's array looked at together
+_INFINITY = 0x7F800000  # bits of float32; a NaN has higher ones
 
 
 def top(scores: ArrayLike, count: int) -> NDArray[np.bool_]:
@@ -23,33 +27,53 @@ def top(scores: ArrayLike, count: int) -> NDArray[np.bool_]:
     Equal scores at the threshold: the lower flat (row-major) index is taken. Linear time, no sort.
     Raises ExciseError when `count` is not between 0 and the number of entries, or a score is NaN.
     """
-    array = _scores("scores", scores)
-    flat = array.reshape(-1)
-    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 0 <= count <= flat.size:
-        raise ExciseError(f"count is {count!r}: it must be a whole number between 0 and the {flat.size} entries")
-    if count in (0, flat.size):
-        return np.full(array.shape, count > 0)
-    threshold = np.partition(flat, flat.size - count)[flat.size - count]
-    chosen = flat > threshold
-    tied = np.flatnonzero(flat == threshold)
-    chosen[tied[: count - np.count_nonzero(chosen)]] = True
-    return chosen.reshape(array.shape)
+    return _top("count", _scores("scores", scores), count)
 
 
 def set_difference(
-    minority_scores: ArrayLike, majority_scores: ArrayLike, tau_min: float, tau_maj: float
+    minority_scores: ArrayLike,
+    majority_scores: ArrayLike,
+    tau_min: float,
+    tau_maj: float,
+    *,
+    scope: str = "matrix",
 ) -> NDArray[np.bool_]:
     """Entries important for the minority group's prompts and not for the majority group's (BDB, section 4).
 
-    `top(tau_min; minority) & ~top(tau_maj; majority)` on one flattened matrix, where a fraction tau stands for
-    `int(tau * entries)` entries, computed as written. Returns a boolean array of the scores' shape.
+    `top(tau_min; minority) & ~top(tau_maj; majority)`, where a fraction tau stands for `int(tau * entries)` entries,
+    computed as written. `scope` says what is ranked: "matrix", all entries together, or "row", the entries of each
+    row of an array [out, in] by themselves, `int(tau * in)` of every row. Returns a boolean array of the scores'
+    shape.
 
-    Raises ExciseError for fractions outside [0, 1], shapes that differ, and NaN scores.
+    Raises ExciseError for fractions outside [0, 1], shapes that differ, NaN scores, an unknown scope, and rows of
+    what has not two dimensions.
     """
     minority, majority = _pair("minority_scores", minority_scores, "majority_scores", majority_scores)
-    count_min = _count("tau_min", tau_min, minority.size)
-    count_maj = _count("tau_maj", tau_maj, majority.size)
+    if scope not in SCOPES:
+        raise ExciseError(f"scope is {scope!r}: it must be one of {', '.join(SCOPES)}")
+    if scope == "row" and minority.ndim != 2:
+        raise ExciseError(f"scope is 'row', but the scores have shape {minority.shape}: give [out, in]")
+    size = minority.shape[1] if scope == "row" else minority.size
+    count_min = _count("tau_min", tau_min, size)
+    count_maj = _count("tau_maj", tau_maj, size)
+    if scope == "row":
+        return _top_of_rows(minority, count_min) & ~_top_of_rows(majority, count_maj)
     return top(minority, count_min) & ~top(majority, count_maj)
+
+
+def set_difference_by_count(
+    minority_scores: ArrayLike, majority_scores: ArrayLike, k_min: int, k_maj: int
+) -> NDArray[np.bool_]:
+    """The set difference with counts for fractions: `top(k_min; minority) & ~top(k_maj; majority)`.
+
+    BDB names so many attention heads of all layers together (section 4; method, A7): scores [layers, heads].
+    Returns a boolean array of the scores' shape.
+
+    Raises ExciseError for counts that are no whole numbers between 0 and the number of entries, shapes that differ,
+    and NaN scores.
+    """
+    minority, majority = _pair("minority_scores", minority_scores, "majority_scores", majority_scores)
+    return _top("k_min", minority, k_min) & ~_top("k_maj", majority, k_maj)
 
 
 def set_difference_of_count(
@@ -89,32 +113,88 @@ def pooled_band(pooled_scores: ArrayLike, start: int, count: int) -> NDArray[np.
     return top(scores, start + count) & ~top(scores, start)
 
 
-def global_top(scores: Mapping[str, ArrayLike], count: int) -> dict[str, NDArray[np.bool_]]:
-    """The `count` highest scores of several matrices in one ranking, as a boolean array per matrix.
+def top_of_stream(
+    parts: Callable[[], Iterable[tuple[str, NDArray[np.float32]]]], count: int
+) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """The `count` highest scores of many arrays in one ranking, one array in memory at a time.
 
-    Equal scores at the threshold are taken in the mapping's order, then by flat index. Beside the result no more
-    than `count` scores of each matrix are held.
+    `parts` gives the same (key, scores) in the same order at each call, and is called three times: float32, not
+    negative, of any shape. Yields (key, boolean array of that shape) in that order. Equal scores at the threshold
+    are taken in the order of the arrays, then by flat index. The threshold is exact: scores that are not negative
+    are ordered as their bits are, so the upper and then the lower half of the bits are counted.
 
-    Raises ExciseError when there are fewer than `count` entries, or a score is NaN.
+    Raises ExciseError when there are fewer than `count` entries, for NaN, negative scores and other types than
+    float32, and, after the last array, when `parts` did not give the same scores each time.
     """
-    arrays = {key: _scores(f"scores of {key}", array) for key, array in scores.items()}
-    size = sum(array.size for array in arrays.values())
-    if not 0 <= count <= size:
-        raise ExciseError(f"count is {count}: it must be between 0 and the {size} entries of all matrices")
+    upper = np.zeros(1 << 16, dtype=np.int64)
+    for key, array in parts():
+        _tally(upper, key, array, lambda bits: bits >> 16)
+        del array  # or it would be there still while the next one is made
+    size = int(upper.sum())
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 0 <= count <= size:
+        raise ExciseError(f"count is {count!r}: it must be a whole number between 0 and the {size} entries of all")
     if count == 0:
-        return {key: np.zeros(array.shape, dtype=bool) for key, array in arrays.items()}
-    best = [_highest(array.reshape(-1), min(count, array.size)) for array in arrays.values()]
-    threshold = _highest(np.concatenate(best), count).min()
-    missing = count - sum(np.count_nonzero(array > threshold) for array in arrays.values())
-    chosen = {}
-    for key, array in arrays.items():
-        flat = array.reshape(-1)
-        above = flat > threshold
-        tied = np.flatnonzero(flat == threshold)[:missing]
-        above[tied] = True
-        missing -= tied.size
-        chosen[key] = above.reshape(array.shape)
-    return chosen
+        return _above(parts, 1 << 32, 0, 0)
+    high, missing = _bin_of_rank(upper, int(count))
+    lower = np.zeros(1 << 16, dtype=np.int64)
+    for key, array in parts():
+        _tally(lower, key, array, lambda bits: bits[bits >> 16 == high] & 0xFFFF)
+        del array
+    low, missing = _bin_of_rank(lower, missing)
+    return _above(parts, (high << 16) + low, missing, int(count))
+
+
+def _above(
+    parts: Callable[[], Iterable[tuple[str, NDArray[np.float32]]]], threshold: int, ties: int, count: int
+) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """The entries whose bits are above the threshold, and the first `ties` of those at it."""
+    missing = count
+    for key, array in parts():
+        chosen = np.zeros(array.shape, dtype=bool)
+        flat, start = chosen.reshape(-1), 0
+        for bits in _bits(key, array):
+            own = flat[start : start + bits.size]
+            own[:] = bits > threshold
+            tied = np.flatnonzero(bits == threshold)[:ties]
+            own[tied] = True
+            ties -= tied.size
+            start += bits.size
+        del array
+        missing -= np.count_nonzero(flat)
+        yield key, chosen
+    if missing:
+        raise ExciseError("parts did not give the same scores at each call: they must not change between the passes")
+
+
+def _tally(
+    counts: NDArray[np.int64], key: str, array: NDArray, of: Callable[[NDArray[np.uint32]], NDArray[np.uint32]]
+) -> None:
+    for bits in _bits(key, array):
+        counts += np.bincount(of(bits), minlength=counts.size)
+
+
+def _bits(key: str, array: NDArray) -> Iterator[NDArray[np.uint32]]:
+    """An array's scores as whole numbers of the same order, in blocks; 0 and -0 are the same number."""
+    if not isinstance(array, np.ndarray) or array.dtype != np.float32:
+        raise ExciseError(
+            f"scores of {key} must be an array of float32, but are {getattr(array, 'dtype', type(array))}"
+        )
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, _BLOCK):
+        block = flat[start : start + _BLOCK]
+        bits = block.view(np.uint32) & np.uint32(0x7FFFFFFF)
+        if bits.max() > _INFINITY:
+            raise ExciseError(f"scores of {key} holds NaN")
+        if block.min() < 0:
+            raise ExciseError(f"scores of {key} holds negative scores: one ranking of a stream needs none below 0")
+        yield bits
+
+
+def _bin_of_rank(counts: NDArray[np.int64], rank: int) -> tuple[int, int]:
+    """The bin that holds the entry of a rank (1 being the highest), and how many of the bin's entries it takes."""
+    at_least = np.cumsum(counts[::-1])[::-1]
+    found = int(np.flatnonzero(at_least >= rank)[-1]) if at_least[0] >= rank else 0
+    return found, rank - int(at_least[found] - counts[found])
 
 
 def fasp(
@@ -152,8 +232,31 @@ def fasp(
     return np.sort(candidates[ranking[:pruned]]).astype(np.int64)
 
 
-def _highest(flat: NDArray, count: int) -> NDArray:
-    return np.partition(flat, flat.size - count)[flat.size - count :] if count else flat[:0]
+def _top(name: str, array: NDArray, count: int) -> NDArray[np.bool_]:
+    flat = array.reshape(-1)
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 0 <= count <= flat.size:
+        raise ExciseError(f"{name} is {count!r}: it must be a whole number between 0 and the {flat.size} entries")
+    if count in (0, flat.size):
+        return np.full(array.shape, count > 0)
+    threshold = np.partition(flat, flat.size - count)[flat.size - count]
+    chosen = flat > threshold
+    tied = np.flatnonzero(flat == threshold)
+    chosen[tied[: count - np.count_nonzero(chosen)]] = True
+    return chosen.reshape(array.shape)
+
+
+def _top_of_rows(array: NDArray, count: int) -> NDArray[np.bool_]:
+    """`top(row, count)` of every row of an array [out, in]."""
+    size = array.shape[1]
+    if count in (0, size) or not array.size:
+        return np.full(array.shape, count > 0)
+    threshold = np.partition(array, size - count, axis=1)[:, size - count]
+    chosen = array >= threshold[:, None]
+    excess = np.count_nonzero(chosen, axis=1) - count
+    for row in np.flatnonzero(excess):
+        tied = np.flatnonzero(array[row] == threshold[row])
+        chosen[row, tied[tied.size - excess[row] :]] = False
+    return chosen
 
 
 def _scores(name: str, scores: ArrayLike) -> NDArray:

@@ -7,67 +7,130 @@ from `excise.selection`; sampling under a mask and judging it happen elsewhere.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from excise.attribution import GAP_GRADIENT_KEEP, AttributionFile, read_candidates, read_norms
+from excise.attribution import (
+    GAP_GRADIENT_KEEP,
+    AttributionFile,
+    read_attention,
+    read_candidates,
+    read_norms,
+    read_snip,
+)
 from excise.errors import ExciseError
-from excise.masks import Mask, leave_one_out, random_like
+from excise.masks import Mask, heads_mask, leave_one_out, random_like, votes
 from excise.models import ROLES, Linear, LoadedModel, UniqueKeyLoader
 from excise.progress import Progress, silent
-from excise.selection import pooled_band, set_difference, set_difference_of_count
+from excise.selection import (
+    pooled_band,
+    set_difference,
+    set_difference_by_count,
+    set_difference_of_count,
+    top_of_stream,
+)
+
+if TYPE_CHECKING:
+    from excise.attribution.gap_gradient import GapGradient
 
 BUILT_IN_STRATEGIES = Path(__file__).with_name("strategies.yaml")
-PROMPT_SPECIFIC, WITHIN_CONTEXT = "prompt_specific", "within_context"
+PROMPT_SPECIFIC, WITHIN_CONTEXT, CROSS_CONTEXT = "prompt_specific", "within_context", "cross_context"
+LEVELS = (PROMPT_SPECIFIC, WITHIN_CONTEXT, CROSS_CONTEXT)
 CONTROLS = ("random", "pooled_band", "reversed", "permuted")
+
+# What a selection takes: parameters that are needed (one of several sets) and those that may be given.
+_FRACTIONS, _COUNTS = frozenset({"tau_min", "tau_maj"}), frozenset({"k_min", "k_maj"})
+# score: (selections, ablations, parameter sets, optional parameters, scopes, controls)
+_FITS = {
+    "wanda": ("set_difference", ("zero_weights",), (_FRACTIONS,), {"votes"}, ("matrix", "row", "global"), CONTROLS),
+    "snip": ("set_difference", ("zero_weights",), (_FRACTIONS,), {"votes"}, ("matrix", "row", "global"), ("random",)),
+    "attention": (
+        "set_difference", ("zero_query", "zero_output"), (_FRACTIONS, _COUNTS), {"votes"}, ("global",), CONTROLS,
+    ),
+    "gap_gradient": (
+        "predicted_drop", ("zero_weights", "zero_output"), (frozenset({"density"}),), {"target"}, ("global",),
+        ("random",),
+    ),
+}  # fmt: skip
 
 
 class Strategy(BaseModel):
-    """One entry of strategies.yaml."""
+    """One entry of strategies.yaml; the file's head says what each field means."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     key: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     description: str = ""
-    score: Literal["wanda", "gap_gradient"]
+    enabled: bool = True
+    score: Literal["wanda", "snip", "attention", "gap_gradient"]
     selection: Literal["set_difference", "predicted_drop"]
+    scope: Literal["matrix", "row", "global"] | None = None
+    ablation: Literal["zero_weights", "zero_query", "zero_output"] | None = None
+    reduce: Literal["mean", "max"] = "mean"
+    combine: Literal["intersection", "union", "votes"] = "intersection"
     parameters: dict[str, float] = {}
-    roles: tuple[str, ...] = Field(min_length=1)
-    levels: tuple[Literal["prompt_specific", "within_context"], ...] = (PROMPT_SPECIFIC, WITHIN_CONTEXT)
+    roles: tuple[str, ...] = ()
+    levels: tuple[Literal["prompt_specific", "within_context", "cross_context"], ...] = LEVELS
     controls: tuple[Literal["random", "pooled_band", "reversed", "permuted"], ...] = ("random",)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_choices(cls, data: Any) -> Any:
+        """Scope and ablation, where not given, are those that the score comes with first."""
+        if not isinstance(data, dict) or data.get("score") not in _FITS:
+            return data
+        _, ablations, _, _, scopes, _ = _FITS[data["score"]]
+        return {"scope": scopes[0], "ablation": ablations[0], **data}
+
+    @property
+    def of_heads(self) -> bool:
+        """Whether whole heads are pruned instead of single weights."""
+        return self.ablation != "zero_weights"
 
     @model_validator(mode="after")
     def _fits_together(self) -> Strategy:
-        allowed = {
-            "set_difference": ("wanda", {"tau_min", "tau_maj"}, set()),
-            "predicted_drop": ("gap_gradient", {"density"}, {"target"}),
-        }
-        score, required, optional = allowed[self.selection]
+        selection, ablations, sets, optional, scopes, controls = _FITS[self.score]
+        if self.selection != selection:
+            raise ValueError(f"selection {self.selection} does not work on score {self.score}; {selection} does")
+        for field, allowed in (("ablation", ablations), ("scope", scopes)):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} of score {self.score} is {' or '.join(allowed)}, not {getattr(self, field)}")
         given = set(self.parameters)
-        if self.score != score:
-            raise ValueError(f"selection {self.selection} works on score {score}, not {self.score}")
-        if required - given or given - required - optional:
-            names = ", ".join(sorted(required | optional))
-            raise ValueError(f"parameters of {self.selection} are {names}; found {', '.join(sorted(given)) or 'none'}")
+        needed = next((names for names in sets if names <= given), sets[0])
+        if needed - given or given - needed - optional:
+            wanted = " or ".join(", ".join(sorted(names)) for names in sets) + f" (and {', '.join(optional)})"
+            raise ValueError(f"parameters of {self.selection} are {wanted}; found {', '.join(sorted(given)) or 'none'}")
         # Denser masks of gap_gradient would end where its candidates do, not where they were asked to.
-        highest = {"density": GAP_GRADIENT_KEEP, "target": math.inf}
+        highest = {"density": 1.0 if self.of_heads else GAP_GRADIENT_KEEP}
         for name, value in self.parameters.items():
-            limit = highest.get(name, 1.0)
-            if not 0 < value <= limit:
-                raise ValueError(f"parameters.{name} is {value:g}; it must be above 0 and at most {limit:g}")
+            limit = highest.get(name, math.inf if name in {"target", *_COUNTS} else 1.0)
+            least = 0 if name in ("k_maj", "tau_maj") else math.ulp(0)
+            if not least <= value <= limit:
+                bound = "above" if least else "at least"
+                raise ValueError(f"parameters.{name} is {value:g}; it must be {bound} 0 and at most {limit:g}")
+            if name in _COUNTS and value != int(value):
+                raise ValueError(f"parameters.{name} is {value:g}; it must be a whole number of heads")
+        if (self.combine == "votes") != ("votes" in given):
+            raise ValueError("combine: votes and parameters.votes (a share of the masks) belong together")
         if unknown := set(self.roles) - set(ROLES):
             raise ValueError(f"roles {', '.join(sorted(unknown))} are not known; known are {', '.join(ROLES)}")
-        if self.score != "wanda" and set(self.controls) - {"random"}:
-            raise ValueError("controls pooled_band, reversed and permuted exist for score wanda only")
+        if self.of_heads == bool(self.roles):
+            raise ValueError("roles: name the matrices whose weights may be pruned; for heads leave roles out")
+        if lacking := [control for control in self.controls if control not in controls]:
+            raise ValueError(f"controls {', '.join(lacking)} do not exist for score {self.score}")
         if self.key in (*CONTROLS, "unpruned"):
             raise ValueError(f"{self.key} is the name of a control; choose another")
         return self
@@ -83,6 +146,17 @@ class NamedMask:
     matched_to: str | None
     draw: int
     mask: Mask
+
+
+@dataclass(frozen=True)
+class SourceMask:
+    """A strategy's prompt-specific mask of another scenario, and the file of the scores it was made from."""
+
+    scenario: str
+    variation: str
+    strategy: str
+    mask: Path
+    score: Path | None
 
 
 def load_strategies(paths: Iterable[Path] = ()) -> dict[str, Strategy]:
@@ -126,63 +200,190 @@ def build_masks(
 
     files: the attribution files of one model and scenario. store: keeps a mask and returns where, as prompt-specific
     masks are read again for the within-context level. random_draws and permutations: draws of those controls.
-    The within-context mask of a variation is the intersection of the other variations' masks (BDB, section 4); for
-    `predicted_drop` it is the same selection on the others' summed predictions, as such masks hardly intersect.
+    The within-context mask of a variation combines the other variations' masks as `combine` says: the intersection
+    (BDB, section 4), the union, or what enough of them hold. For `predicted_drop` it is the same selection on the
+    others' summed predictions, as such masks hardly intersect. Cross-context masks: `build_cross_context_masks`.
     """
     paths = {(file.score, file.variation): file.path for file in files}
     for strategy in strategies:
-        if not _linears(loaded, strategy):
+        if not strategy.of_heads and not _linears(loaded, strategy):
             there = ", ".join(dict.fromkeys(linear.role for linear in loaded.topology.linears))
             raise ExciseError(f"strategies: {strategy.key}.roles: {loaded.key} has none of these, it has {there}")
         variations = [variation for score, variation in paths if score == strategy.score]
         sources = {variation: paths[strategy.score, variation] for variation in variations}
         make = _set_difference_masks if strategy.selection == "set_difference" else _predicted_drop_masks
-        done = 0
-        for named in make(loaded, strategy, sources, permutations, seed, store):
+        total, done = len(variations) * len(_levels(strategy, variations)), 0
+        for named in make(loaded, strategy, sources, permutations, store):
             yield named
             if named.matched_to is None:
-                if "random" in strategy.controls:
-                    for draw in range(random_draws):
-                        control = random_like(named.mask, _seed(seed, strategy.key, named.level, named.variation, draw))
-                        yield NamedMask(named.variation, "random", named.level, strategy.key, draw, control)
+                yield from _random_controls(named, strategy, random_draws, seed)
                 done += 1
-                progress(f"masks {strategy.key}", done, len(variations) * len(_levels(strategy, variations)))
+                progress(f"masks {strategy.key}", done, total)
+
+
+def build_cross_context_masks(
+    strategies: Iterable[Strategy],
+    sources: Sequence[SourceMask],
+    variations: Sequence[str],
+    *,
+    per_source: bool,
+    random_draws: int,
+    seed: int,
+    progress: Progress = silent,
+) -> Iterator[NamedMask]:
+    """Masks for a scenario's `variations` made from other scenarios alone (BDB, section 4), and their random controls.
+
+    sources: the prompt-specific masks of all variations of the other scenarios. Level `cross_context` combines all of
+    them, and `cross_context/SCENARIO`, where `per_source` asks for it, those of one scenario; all variations of the
+    target get the same mask. Needs no model. Raises ExciseError for a strategy without sources.
+    """
+    chosen = [strategy for strategy in strategies if CROSS_CONTEXT in strategy.levels]
+    for number, strategy in enumerate(chosen):
+        own = [source for source in sources if source.strategy == strategy.key]
+        if not own:
+            raise ExciseError(
+                f"there is no mask of {strategy.key} in any other scenario; materialize pruning_masks of others first"
+            )
+        pools = {CROSS_CONTEXT: own}
+        if per_source:
+            for source in own:
+                pools.setdefault(f"{CROSS_CONTEXT}/{source.scenario}", []).append(source)
+        for level, pool in pools.items():
+            if strategy.selection == "predicted_drop":
+                mask = _predicted_drop_mask(strategy, [read_candidates(source.score) for source in pool])
+            else:
+                mask = _combined(strategy, [Path(source.mask) for source in pool])
+            for variation in variations:
+                named = NamedMask(variation, strategy.key, level, None, 0, mask)
+                yield named
+                # One draw serves all variations, as the mask itself does.
+                yield from _random_controls(named, strategy, random_draws, seed, every_variation=True)
+        progress("cross-context masks", number + 1, len(chosen))
+
+
+def grid_masks(
+    loaded: LoadedModel,
+    strategy: Strategy,
+    files: Iterable[AttributionFile],
+    points: Sequence[tuple[float, float]],
+    *,
+    progress: Progress = silent,
+) -> Iterator[tuple[str, tuple[float, float], Mask]]:
+    """Prompt-specific masks of a set difference at many thresholds: (variation, (minority's, majority's), mask).
+
+    points: pairs of fractions, or of counts where the strategy counts heads. The top of each group is found once per
+    threshold, so a grid costs as many selections as it has lines, not as it has points; tops wait on disk as bits.
+    """
+    if strategy.selection != "set_difference":
+        raise ExciseError(f"strategies: {strategy.key}.selection: a grid needs set_difference")
+    for file in files:
+        if file.score != strategy.score:
+            continue
+        scores = _scores_of(loaded, strategy, file.path)
+        with tempfile.TemporaryDirectory(prefix="excise-grid-") as folder:
+            tops: dict[tuple[int, float], Path] = {}
+            wanted = sorted({(0, point[0]) for point in points} | {(1, point[1]) for point in points})
+            for number, (side, threshold) in enumerate(wanted):
+                tops[side, threshold] = Path(folder) / f"{number}.safetensors"
+                weighting = ("minority", "majority")[side]
+                _top(strategy, scores, weighting, threshold).save(tops[side, threshold])
+                progress(f"thresholds {strategy.key} {file.variation}", number + 1, len(wanted))
+            for point in points:
+                minority, majority = Mask.load(tops[0, point[0]]), Mask.load(tops[1, point[1]])
+                bits = {key: packed & ~majority.bits[key] for key, packed in minority.bits.items()}
+                yield file.variation, point, Mask(bits, minority.shapes)
+
+
+def _random_controls(
+    named: NamedMask, strategy: Strategy, draws: int, seed: int, *, every_variation: bool = False
+) -> Iterator[NamedMask]:
+    if "random" in strategy.controls:
+        place = "" if every_variation else named.variation
+        for draw in range(draws):
+            control = random_like(named.mask, _seed(seed, strategy.key, named.level, place, draw))
+            yield NamedMask(named.variation, "random", named.level, strategy.key, draw, control)
 
 
 def _levels(strategy: Strategy, variations: list[str]) -> tuple[str, ...]:
-    """A single variation has no others to make a within-context mask from."""
-    return tuple(level for level in strategy.levels if level == PROMPT_SPECIFIC or len(variations) > 1)
+    """The levels within a scenario. A single variation has no others to make a within-context mask from."""
+    within = [level for level in strategy.levels if level != CROSS_CONTEXT]
+    return tuple(level for level in within if level == PROMPT_SPECIFIC or len(variations) > 1)
 
 
 def _seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("|".join(map(str, parts)).encode()).digest()[:8], "little") >> 1
 
 
-def _linears(loaded: LoadedModel, strategy: Strategy):
+def _linears(loaded: LoadedModel, strategy: Strategy) -> list[Linear]:
     return [linear for linear in loaded.topology.linears if linear.role in strategy.roles]
 
 
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Scores of one variation, array by array: the matrices of the roles, or one array of all heads."""
+
+    keys: tuple[str, ...]
+    of: Callable[[str, str], np.ndarray]
+    """(key, weighting) -> scores [out, in], or [layers, heads]."""
+
+    def stream(self, weighting: str) -> Iterator[tuple[str, np.ndarray]]:
+        return ((key, self.of(key, weighting)) for key in self.keys)
+
+
+def _scores_of(loaded: LoadedModel, strategy: Strategy, path: Path) -> _Scores:
+    if strategy.score == "attention":
+        heads = read_attention(path)[strategy.reduce]
+        return _Scores(("heads",), lambda key, weighting: heads[weighting])
+    linears = {linear.key: linear for linear in _linears(loaded, strategy)}
+    if strategy.score == "snip":
+        return _Scores(tuple(linears), lambda key, weighting: read_snip(path, key, weighting))
+    norms = read_norms(path)
+    last: dict[int, tuple[str, np.ndarray]] = {}  # by thread: a matrix is asked for under several weightings in turn
+
+    def wanda(key: str, weighting: str) -> np.ndarray:
+        linear, thread = linears[key], threading.get_ident()
+        if last.get(thread, ("",))[0] != key:
+            weight = linear.weight(loaded.model).detach().float().cpu().reshape(linear.shape)
+            last[thread] = key, np.abs(weight.numpy())
+        return last[thread][1] * norms[weighting][f"{linear.layer}.{linear.site}"]
+
+    return _Scores(tuple(linears), wanda)
+
+
+def _as_mask(strategy: Strategy, bits: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, int]]) -> Mask:
+    """A mask of packed bits by key: of matrices, or of the one array of all heads."""
+    if strategy.of_heads:
+        chosen = np.unpackbits(bits["heads"], count=math.prod(shapes["heads"])).astype(bool)
+        return heads_mask(chosen.reshape(shapes["heads"]), strategy.ablation)
+    return Mask(bits, {key: shapes[key] for key in bits})
+
+
+# --- set difference --------------------------------------------------------------------------------------------------
+
+
 def _set_difference_masks(
-    loaded: LoadedModel, strategy: Strategy, sources: Mapping[str, Path], permutations: int, seed: int, store
+    loaded: LoadedModel, strategy: Strategy, sources: Mapping[str, Path], permutations: int, store
 ) -> Iterator[NamedMask]:
-    tau_min, tau_maj = strategy.parameters["tau_min"], strategy.parameters["tau_maj"]
     kinds = ["mask", *(control for control in strategy.controls if control not in ("random", "permuted"))]
     if "permuted" in strategy.controls:
         kinds += [f"permuted_{draw}" for draw in range(permutations)]
     kept: list[Path] = []
     for variation, path in sources.items():
-        norms = read_norms(path)
-        linears = _linears(loaded, strategy)
+        scores = _scores_of(loaded, strategy, path)
+        bits: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in kinds}
+        shapes: dict[str, tuple[int, int]] = {}
         # Ranking releases the interpreter lock, so threads share the work; each holds one matrix.
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
-            chosen = threads.map(lambda linear: _chosen(loaded, linear, norms, kinds, tau_min, tau_maj), linears)  # noqa: B023
-            arrays = {kind: {} for kind in kinds}
-            for linear, packed in zip(linears, chosen, strict=True):
+            jobs = [threads.submit(_chosen, strategy, scores, *each, kinds) for each in _differences(strategy, scores)]
+            for job in jobs:
+                key, shapes[key], packed = job.result()
                 for kind in kinds:
-                    arrays[kind][linear.key] = packed[kind]
-        shapes = {linear.key: linear.shape for linear in linears}
+                    bits[kind][key] = packed[kind]
         for kind in kinds:
-            mask = Mask(arrays.pop(kind), shapes)
+            mask = _as_mask(strategy, bits.pop(kind), shapes)
             if kind == "mask":
                 kept.append(store(mask))
                 if PROMPT_SPECIFIC in strategy.levels:
@@ -191,92 +392,148 @@ def _set_difference_masks(
                 name, _, draw = kind.rpartition("_") if kind.startswith("permuted") else (kind, "", "0")
                 yield NamedMask(variation, name, PROMPT_SPECIFIC, strategy.key, int(draw), mask)
     if WITHIN_CONTEXT in _levels(strategy, list(sources)):
-        for variation, mask in zip(sources, leave_one_out(lambda: map(Mask.load, kept)), strict=True):
+        if strategy.combine == "intersection":
+            masks = leave_one_out(lambda: map(Mask.load, kept))
+        else:
+            masks = (_combined(strategy, kept[:index] + kept[index + 1 :]) for index in range(len(kept)))
+        for variation, mask in zip(sources, masks, strict=True):
             yield NamedMask(variation, strategy.key, WITHIN_CONTEXT, None, 0, mask)
 
 
+def _thresholds(strategy: Strategy) -> tuple[float, float]:
+    names = ("k_min", "k_maj") if "k_min" in strategy.parameters else ("tau_min", "tau_maj")
+    return strategy.parameters[names[0]], strategy.parameters[names[1]]
+
+
+def _difference(
+    strategy: Strategy, minority: np.ndarray, majority: np.ndarray, thresholds: tuple[float, float]
+) -> np.ndarray:
+    """The set difference of one array; thresholds are counts where the strategy counts."""
+    if "k_min" in strategy.parameters:
+        return set_difference_by_count(minority, majority, *map(int, thresholds))
+    return set_difference(minority, majority, *thresholds, scope="row" if strategy.scope == "row" else "matrix")
+
+
+def _differences(strategy: Strategy, scores: _Scores) -> Iterator[tuple[str, np.ndarray | None]]:
+    """(key, set difference): of one ranking over all matrices here, else None, as each matrix has its own."""
+    if strategy.of_heads or strategy.scope != "global":
+        yield from ((key, None) for key in scores.keys)
+        return
+    size = sum(array.size for _, array in scores.stream("minority"))
+    tops = [
+        top_of_stream(lambda weighting=weighting: scores.stream(weighting), int(tau * size))
+        for weighting, tau in zip(("minority", "majority"), _thresholds(strategy), strict=True)
+    ]
+    for (key, minority), (_, majority) in zip(*tops, strict=True):
+        yield key, minority & ~majority
+
+
 def _chosen(
-    loaded: LoadedModel,
-    linear: Linear,
-    norms: Mapping[str, Mapping[str, np.ndarray]],
-    kinds: list[str],
-    tau_min: float,
-    tau_maj: float,
-) -> dict[str, np.ndarray]:
-    """One matrix of the set difference and of its controls of the same count, as packed bits by kind."""
-    weight = np.abs(linear.weight(loaded.model).detach().float().cpu().reshape(linear.shape).numpy())
-
-    def score(weighting: str) -> np.ndarray:
-        return weight * norms[weighting][f"{linear.layer}.{linear.site}"]
-
-    mask = set_difference(score("minority"), score("majority"), tau_min, tau_maj)
-    count = int(np.count_nonzero(mask))
+    strategy: Strategy, scores: _Scores, key: str, mask: np.ndarray | None, kinds: Sequence[str]
+) -> tuple[str, tuple[int, int], dict[str, np.ndarray]]:
+    """One array of the set difference and of its controls of the same count: (key, shape, packed bits by kind)."""
+    if mask is None:
+        mask = _difference(strategy, scores.of(key, "minority"), scores.of(key, "majority"), _thresholds(strategy))
+    count, tau_maj = int(np.count_nonzero(mask)), _thresholds(strategy)[1]
+    if "k_maj" in strategy.parameters:
+        tau_maj = min(1.0, (tau_maj + 0.5) / mask.size)  # the fraction that stands for just this count
     packed = {}
     for kind in kinds:
         if kind == "mask":
             chosen = mask
         elif kind == "pooled_band":
-            chosen = pooled_band(score("pooled"), int(tau_maj * weight.size), count)
+            chosen = pooled_band(scores.of(key, "pooled"), int(tau_maj * mask.size), count)
         else:
             # What reversed and permuted exchange: (scores in the minority's place, scores in the majority's place).
             places = ("majority", "minority")
             if kind != "reversed":
                 draw = kind.removeprefix("permuted_")
                 places = (f"permuted_minority_{draw}", f"permuted_majority_{draw}")
-            chosen = set_difference_of_count(*map(score, places), tau_maj, count)
+            chosen = set_difference_of_count(*(scores.of(key, place) for place in places), tau_maj, count)
         packed[kind] = np.packbits(chosen, axis=None)
-    return packed
+    return key, mask.shape, packed
+
+
+def _top(strategy: Strategy, scores: _Scores, weighting: str, threshold: float) -> Mask:
+    """The highest scores of one weighting, down to the threshold."""
+    if not strategy.of_heads and strategy.scope == "global":
+        size = sum(array.size for _, array in scores.stream(weighting))
+        chosen = top_of_stream(lambda: scores.stream(weighting), int(threshold * size))
+    else:
+        chosen = ((key, _difference(strategy, array, array, (threshold, 0))) for key, array in scores.stream(weighting))
+    bits, shapes = {}, {}
+    for key, array in chosen:
+        bits[key], shapes[key] = np.packbits(array, axis=None), array.shape
+    return _as_mask(strategy, bits, shapes)
+
+
+def _combined(strategy: Strategy, paths: Sequence[Path]) -> Mask:
+    """One mask of several, as the strategy combines them; the intersection and union hold two at a time."""
+    if strategy.combine == "votes":
+        needed = max(1, math.ceil(strategy.parameters["votes"] * len(paths) - 1e-9))
+        return votes(map(Mask.load, paths), needed)
+    operation = operator.and_ if strategy.combine == "intersection" else operator.or_
+    return functools.reduce(operation, map(Mask.load, paths))
+
+
+# --- predicted drop --------------------------------------------------------------------------------------------------
 
 
 def _predicted_drop_masks(
-    loaded: LoadedModel, strategy: Strategy, sources: Mapping[str, Path], permutations: int, seed: int, store
+    loaded: LoadedModel, strategy: Strategy, sources: Mapping[str, Path], permutations: int, store
 ) -> Iterator[NamedMask]:
-    linears = _linears(loaded, strategy)
     found = {variation: read_candidates(path) for variation, path in sources.items()}
     for level in _levels(strategy, list(sources)):
         for variation in sources:
             used = [variation] if level == PROMPT_SPECIFIC else [other for other in sources if other != variation]
-            index, drop, harm = {}, {}, {}
-            for linear in linears:
-                parts = [found[other].candidates[linear.key] for other in used]
-                index[linear.key], place = np.unique(
-                    np.concatenate([part.index for part in parts]), return_inverse=True
-                )
-                # As shares of each variation's disparity, so that every variation counts alike.
-                shares = np.concatenate(
-                    [part.drop / found[other].disparity for part, other in zip(parts, used, strict=True)]
-                )
-                times = np.bincount(place, minlength=len(index[linear.key]))
-                drop[linear.key] = np.bincount(place, shares, len(times)) / len(used)
-                harm[linear.key] = np.bincount(
-                    place, np.concatenate([part.harm for part in parts]), len(times)
-                ) / np.maximum(times, 1)
-            damping = float(np.mean([found[other].damping for other in used]))
-            chosen = _best(
-                drop,
-                harm,
-                damping,
-                strategy.parameters,
-                sum(linear.out_features * linear.in_features for linear in linears),
-            )
-            arrays = {}
-            for linear in linears:
-                array = np.zeros(linear.out_features * linear.in_features, dtype=bool)
-                array[index[linear.key][chosen[linear.key]]] = True
-                arrays[linear.key] = array.reshape(linear.shape)
-            mask = Mask.from_arrays(arrays)
-            store(mask)
+            mask = _predicted_drop_mask(strategy, [found[other] for other in used])
             yield NamedMask(variation, strategy.key, level, None, 0, mask)
 
 
+def _predicted_drop_mask(strategy: Strategy, found: Sequence[GapGradient]) -> Mask:
+    """The mask that is predicted to close the gaps of all `found` variations together.
+
+    Gaps and drops of a variation are in standard deviations of its outcome, so that a variation with no gap to speak of
+    adds little but noise, whatever its unit. A weight that is no candidate in a variation counts there as no drop.
+    """
+    units = [each.spread or 1.0 for each in found]  # answers that are all alike have no spread, and no gap either
+    gap = sum(each.disparity / unit for each, unit in zip(found, units, strict=True)) or 1.0
+    if strategy.of_heads:
+        if any(each.heads is None for each in found):
+            raise ExciseError(f"strategies: {strategy.key}: the scores hold no heads; compute attribution_scores again")
+        drop = sum(each.heads.drop / (unit * gap) for each, unit in zip(found, units, strict=True))
+        harm = np.mean([each.heads.harm for each in found], axis=0)
+        flat = ({"heads": each.reshape(-1)} for each in (drop, harm))
+        chosen = _best(*flat, float(np.median(harm)), strategy, drop.size)["heads"]
+        return heads_mask(chosen.reshape(drop.shape), strategy.ablation)
+    shapes = {key: shape for key, shape in found[0].shapes.items() if key.split(".")[1] in strategy.roles}
+    index, drop, harm = {}, {}, {}
+    for key in shapes:
+        parts = [each.candidates[key] for each in found]
+        index[key], place = np.unique(np.concatenate([part.index for part in parts]), return_inverse=True)
+        drops = np.concatenate([part.drop / (unit * gap) for part, unit in zip(parts, units, strict=True)])
+        times = np.bincount(place, minlength=len(index[key]))
+        drop[key] = np.bincount(place, drops, len(times))
+        harm[key] = np.bincount(place, np.concatenate([part.harm for part in parts]), len(times)) / np.maximum(times, 1)
+    damping = float(np.mean([each.damping for each in found]))
+    chosen = _best(drop, harm, damping, strategy, sum(math.prod(shape) for shape in shapes.values()))
+    arrays = {}
+    for key, shape in shapes.items():
+        array = np.zeros(math.prod(shape), dtype=bool)
+        array[index[key][chosen[key]]] = True
+        arrays[key] = array.reshape(shape)
+    return Mask.from_arrays(arrays)
+
+
 def _best(
-    drop: dict[str, np.ndarray], harm: dict[str, np.ndarray], damping: float, parameters: Mapping[str, float], size: int
+    drop: dict[str, np.ndarray], harm: dict[str, np.ndarray], damping: float, strategy: Strategy, size: int
 ) -> dict[str, np.ndarray]:
     """Best drop / (harm + damping) first, until the density or the drop `target` (share of the gap) is met."""
     drops, harms = np.concatenate(list(drop.values())), np.concatenate(list(harm.values()))
-    order = np.argsort(-drops / (harms + damping), kind="stable")[: int(parameters["density"] * size)]
-    if "target" in parameters:
-        order = order[: int(np.searchsorted(np.cumsum(drops[order]), parameters["target"])) + 1]
+    order = np.argsort(-drops / (harms + damping), kind="stable")[: int(strategy.parameters["density"] * size)]
+    order = order[drops[order] > 0]
+    if "target" in strategy.parameters:
+        order = order[: int(np.searchsorted(np.cumsum(drops[order]), strategy.parameters["target"])) + 1]
     chosen = np.zeros(len(drops), dtype=bool)
     chosen[order] = True
     starts = np.cumsum([0, *(len(each) for each in drop.values())])

@@ -31,11 +31,14 @@ if TYPE_CHECKING:
     from excise.attribution.gap_gradient import GapGradient
     from excise.tree import AnswerTree
 
-SCORES = ("wanda", "gap_gradient")
-VERSION = "1"
+SCORES = ("wanda", "attention", "snip", "gap_gradient")
+VERSION = "2"
 """Part of every file's address; to be raised when a score's computation changes."""
 GAP_GRADIENT_KEEP = 0.01
 """Share of each matrix kept as candidates: far above the densities at which a model survives."""
+SNIP_WEIGHTINGS = ("minority", "majority")
+SNIP_SAMPLES = 4
+"""Samples per prompt that SNIP takes: every answer needs a backward pass of its own."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,15 @@ def attribute(
             reused, started = path.is_file(), time.perf_counter()
             if not reused:
                 some = prompts.filter(pl.col("prompt_id").is_in(rows["prompt_id"].unique().to_list()))
-                measure = _input_norms if score == "wanda" else _gap_gradient
-                label = f"{score} {variation}"
-                tensors, metadata = measure(
-                    loaded, some, rows, comparison, outcome, permutations, seed, progress, label
-                )
-                _save(path, tensors, metadata)
+                measure = {"wanda": _input_norms, "attention": _attention, "gap_gradient": _gap_gradient}
+                if score == "snip":
+                    _write_snip(path, loaded, some, rows, comparison, progress, f"snip {variation}")
+                else:
+                    label = f"{score} {variation}"
+                    tensors, metadata = measure[score](
+                        loaded, some, rows, comparison, outcome, permutations, seed, progress, label
+                    )
+                    _save(path, tensors, metadata)
             files.append(
                 AttributionFile(variation, score, path, path.stat().st_size, reused, time.perf_counter() - started)
             )
@@ -110,15 +116,33 @@ def read_norms(path: Path) -> dict[str, dict[str, np.ndarray]]:
     return {name: {key: tensor[row] for key, tensor in tensors.items()} for row, name in enumerate(names)}
 
 
+def read_attention(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Scores of an `attention` file: {"mean" or "max": {weighting: float32 [layers, heads]}}; weightings as norms."""
+    tensors, metadata = _load(path)
+    names = json.loads(metadata["weightings"])
+    return {how: dict(zip(names, tensors[how], strict=True)) for how in ("mean", "max")}
+
+
+def read_snip(path: Path, key: str, weighting: str) -> np.ndarray:
+    """Scores of one matrix, float32 [out, in], for `weighting` minority or majority; only these are read."""
+    from safetensors import safe_open
+
+    _require_file(path)
+    with safe_open(path, framework="numpy") as file:
+        return file.get_slice(key)[SNIP_WEIGHTINGS.index(weighting)]
+
+
 def read_candidates(path: Path) -> GapGradient:
     """The candidates of a `gap_gradient` file."""
-    from excise.attribution.gap_gradient import Candidates, GapGradient
+    from excise.attribution.gap_gradient import Candidates, GapGradient, Heads
 
     tensors, metadata = _load(path)
-    keys = dict.fromkeys(name.rsplit("/", 1)[0] for name in tensors)
+    heads = Heads(tensors.pop("heads/drop"), tensors.pop("heads/harm")) if "heads/drop" in tensors else None
+    shapes = {key: tuple(shape) for key, shape in json.loads(metadata["shapes"]).items()}
     return GapGradient(
         float(metadata["disparity"]), float(metadata["damping"]),
-        {key: Candidates(*(tensors[f"{key}/{part}"] for part in ("index", "drop", "harm"))) for key in keys},
+        {key: Candidates(*(tensors[f"{key}/{part}"] for part in ("index", "drop", "harm"))) for key in shapes},
+        heads, shapes, float(metadata["spread"]),
     )  # fmt: skip
 
 
@@ -131,12 +155,13 @@ def _address(loaded: LoadedModel, rows: pl.DataFrame, score: str, *settings: obj
 
 def _trees(
     loaded: LoadedModel, prompts: pl.DataFrame, rows: pl.DataFrame, weights: np.ndarray
-) -> tuple[list[int], list[AnswerTree]]:
-    """The trunk's tokens and one answer tree per prompt; weights: [rows, W]."""
+) -> tuple[list[int], list[AnswerTree], list[tuple[int, int]]]:
+    """The trunk's tokens, one answer tree per prompt, and where its columns carry the name; weights: [rows, W]."""
     from excise.tree import answer_tree, common_prefix
 
     encoded = encode(loaded, prompts)
-    length = common_prefix([prompt.tokens for prompt in encoded])
+    # Names that begin alike must not have their first tokens in the trunk.
+    length = min(common_prefix([prompt.tokens for prompt in encoded]), *(prompt.name[0] for prompt in encoded))
     numbered = rows.with_row_index("row")
     trees = []
     for prompt in encoded:
@@ -146,12 +171,12 @@ def _trees(
             for ids, finished in own.select("token_ids", "finished").iter_rows()
         ]
         trees.append(answer_tree(prompt.tokens[length:], answers, weights[own["row"].to_numpy()]))
-    return list(encoded[0].tokens[:length]), trees
+    names = [(prompt.name[0] - length, prompt.name[1] - length) for prompt in encoded]
+    return list(encoded[0].tokens[:length]), trees, names
 
 
-def _input_norms(loaded, prompts, rows, comparison, outcome, permutations, seed, progress, label):
-    from excise.attribution.wanda import input_norms
-
+def _weightings(prompts, rows, comparison, permutations, seed) -> dict[str, np.ndarray]:
+    """Which rows count for the minority, the majority, both, and either side of each relabelling: bool [rows] each."""
     groups, subjects = rows["group"].to_numpy(), rows["subject"].to_list()
     compared = np.isin(groups, [comparison.majority, comparison.minority])
     weightings = {
@@ -163,12 +188,52 @@ def _input_norms(loaded, prompts, rows, comparison, outcome, permutations, seed,
         chosen = relabelled(prompts, comparison, seed, draw)
         minority = np.array([subject in chosen for subject in subjects]) & compared
         weightings |= {f"permuted_minority_{draw}": minority, f"permuted_majority_{draw}": compared & ~minority}
+    return weightings
+
+
+def _input_norms(loaded, prompts, rows, comparison, outcome, permutations, seed, progress, label):
+    from excise.attribution.wanda import input_norms
+
+    weightings = _weightings(prompts, rows, comparison, permutations, seed)
     weights = np.stack([each.astype(np.float64) for each in weightings.values()], axis=1)
-    trunk, trees = _trees(loaded, prompts, rows, weights)
+    trunk, trees, _ = _trees(loaded, prompts, rows, weights)
     norms = input_norms(loaded, trunk, trees, weights.sum(axis=0), progress=progress, label=label)
     return {f"{layer}.{site}": value for (layer, site), value in norms.items()}, {
         "weightings": json.dumps(list(weightings))
     }
+
+
+def _attention(loaded, prompts, rows, comparison, outcome, permutations, seed, progress, label):
+    from excise.attribution.attention import attention_to_name
+
+    weightings = _weightings(prompts, rows, comparison, permutations, seed)
+    weights = np.stack([each.astype(np.float64) for each in weightings.values()], axis=1)
+    trunk, trees, names = _trees(loaded, prompts, rows, weights)
+    scores = attention_to_name(loaded, trunk, trees, names, progress=progress, label=label)
+    return scores, {"weightings": json.dumps(list(weightings))}
+
+
+def _write_snip(path, loaded, prompts, rows, comparison, progress, label):
+    """Scores of all matrices, appended to the file as they come: they are as large as the model, twice."""
+    from excise.attribution.snip import snip
+    from excise.tree import common_prefix
+
+    encoded = encode(loaded, prompts)
+    length = common_prefix([prompt.tokens for prompt in encoded])
+    tokens = {prompt.prompt_id: prompt.tokens[length:] for prompt in encoded}
+    counted = (
+        rows.filter(
+            pl.col("group").is_in([comparison.majority, comparison.minority]) & (pl.col("sample") < SNIP_SAMPLES)
+        )
+        .group_by("prompt_id", "group", "token_ids", maintain_order=True)
+        .agg(pl.len().alias("times"))
+    )
+    answers = [(tokens[prompt], tuple(ids)) for prompt, ids in counted.select("prompt_id", "token_ids").iter_rows()]
+    sides = [counted["group"].to_numpy() == getattr(comparison, side) for side in SNIP_WEIGHTINGS]
+    weights = np.stack([side * counted["times"].to_numpy().astype(float) for side in sides], axis=1)
+    roles = tuple(dict.fromkeys(linear.role for linear in loaded.topology.linears))
+    pieces = snip(loaded, encoded[0].tokens[:length], answers, weights, roles=roles, progress=progress, label=label)
+    _save_stream(path, {linear.key: (2, *linear.shape) for linear in loaded.topology.linears}, pieces)
 
 
 def _gap_gradient(loaded, prompts, rows, comparison, outcome, permutations, seed, progress, label):
@@ -186,7 +251,7 @@ def _gap_gradient(loaded, prompts, rows, comparison, outcome, permutations, seed
             )
     weight, disparity = advantages(values, groups, comparison.majority, comparison.minority)
     share = rows.select((1 / pl.len().over("prompt_id")).alias("share"))["share"].to_numpy()
-    trunk, trees = _trees(loaded, prompts, rows, np.stack([weight, share], axis=1))
+    trunk, trees, _ = _trees(loaded, prompts, rows, np.stack([weight, share], axis=1))
     parameters = SamplingParameters(**json.loads(rows["parameters"][0]))
     roles = tuple(dict.fromkeys(linear.role for linear in loaded.topology.linears))
     found = gap_gradient(
@@ -204,7 +269,14 @@ def _gap_gradient(loaded, prompts, rows, comparison, outcome, permutations, seed
     tensors = {}
     for key, each in found.candidates.items():
         tensors |= {f"{key}/index": each.index, f"{key}/drop": each.drop, f"{key}/harm": each.harm}
-    return tensors, {"disparity": repr(float(found.disparity)), "damping": repr(float(found.damping))}
+    if found.heads is not None:
+        tensors |= {"heads/drop": found.heads.drop, "heads/harm": found.heads.harm}
+    within = [values[(groups == group) & np.isfinite(values)] for group in (comparison.majority, comparison.minority)]
+    spread = float(np.sqrt(np.mean([each.var() for each in within])))
+    return tensors, {
+        "disparity": repr(float(found.disparity)), "damping": repr(float(found.damping)), "spread": repr(spread),
+        "shapes": json.dumps(found.shapes),
+    }  # fmt: skip
 
 
 def _save(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
@@ -219,10 +291,49 @@ def _save(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) 
         raise ExciseError(f"{path}: cannot be written ({error}); free space or move EXCISE_DATA") from error
 
 
+def _save_stream(
+    path: Path, shapes: dict[str, tuple[int, ...]], pieces: Iterable[tuple[str, np.ndarray]]
+) -> None:
+    """Write float32 tensors as safetensors while they are made, so that one at a time is in memory.
+
+    The format is a header of JSON that says where each tensor lies, and the tensors behind it.
+    """
+    header, place = {}, 0
+    for key, shape in shapes.items():
+        size = 4 * math.prod(shape)
+        header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [place, place + size]}
+        place += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    written = set()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for key, piece in pieces:
+                if piece.shape != shapes[key]:
+                    raise ValueError(f"{key} has shape {piece.shape}, not {shapes[key]}")
+                file.seek(8 + len(text) + header[key]["data_offsets"][0])
+                file.write(np.ascontiguousarray(piece, dtype="<f4").data)
+                written.add(key)
+        if written != set(shapes):
+            raise ValueError(f"{path}: no scores for {', '.join(sorted(set(shapes) - written))}")
+        os.replace(partial, path)
+    except OSError as error:
+        raise ExciseError(f"{path}: cannot be written ({error}); free space or move EXCISE_DATA") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _require_file(path: Path) -> None:
+    if not Path(path).is_file():
+        raise ExciseError(f"{path}: this attribution file is gone; materialize attribution_scores again")
+
+
 def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     from safetensors import safe_open
 
-    if not Path(path).is_file():
-        raise ExciseError(f"{path}: this attribution file is gone; materialize attribution_scores again")
+    _require_file(path)
     with safe_open(path, framework="numpy") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118 - not a mapping

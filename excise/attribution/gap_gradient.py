@@ -33,12 +33,27 @@ class Candidates:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """For every head, removed at the input of the output projection: predicted drop and divergence, [layers, heads]."""
+
+    drop: np.ndarray
+    harm: np.ndarray
+
+
+@dataclass(frozen=True)
 class GapGradient:
-    """Candidates per matrix, the measured disparity they refer to, and lambda, the median divergence of a weight."""
+    """Candidates per matrix, the measured disparity they refer to, and lambda, the median divergence of a weight.
+
+    heads is None where the output projections are not among the roles. shapes: (out, in) of every scored matrix.
+    spread: standard deviation of the outcome within groups, which makes disparities of several variations comparable.
+    """
 
     disparity: float
     damping: float
     candidates: dict[str, Candidates]
+    heads: Heads | None
+    shapes: dict[str, tuple[int, int]]
+    spread: float = 1.0
 
 
 def advantages(outcomes: np.ndarray, groups: np.ndarray, majority: str, minority: str) -> tuple[np.ndarray, float]:
@@ -67,7 +82,7 @@ def gap_gradient(
     roles: Sequence[str],
     keep: float,
     seed: int,
-    batch: int = 8,
+    batch: int = 4,
     progress: Progress = silent,
     label: str = "gap gradient",
 ) -> GapGradient:
@@ -77,12 +92,14 @@ def gap_gradient(
     and the probability with which an answer drawn here takes them. disparity: D in the units of the outcome the
     advantages were made of. keep: share of each matrix to keep as candidates, best first.
     Fisher: each batch of prompts gets a random sign per edge of its answer trees; the square of the signed gradient,
-    summed over batches, estimates the mean squared gradient of log p per answer.
+    summed over batches, estimates the mean squared gradient of log p per answer. Smaller batches estimate it better.
     """
     linears = [linear for linear in loaded.topology.linears if linear.role in roles]
     gradient = {linear.key: torch.zeros(linear.shape) for linear in linears}
     fisher = {linear.key: torch.zeros(linear.shape) for linear in linears}
     signs = np.random.default_rng(seed)
+    outputs = [linear for linear in linears if linear.role == "o"]
+    head_fisher = torch.zeros(loaded.topology.layers, loaded.topology.heads)
     with _trainable(loaded, linears):
         for start in range(0, len(trees), batch):
             some = trees[start : start + batch]
@@ -105,10 +122,22 @@ def gap_gradient(
                         .cpu()
                         .reshape(linear.shape)
                     )
-                    total[linear.key] += piece if total is gradient else piece.square()
+                    if total is fisher and linear.role == "o":
+                        head_fisher[linear.layer] += _by_head(loaded, linear, piece).square()
+                    total[linear.key] += piece if total is gradient else piece.square_()
             progress(label, min(start + batch, len(trees)), len(trees))
         loaded.model.zero_grad(set_to_none=True)
-    return _best(loaded, linears, gradient, fisher, disparity, len(trees), keep, seed)
+    heads = None
+    if outputs:
+        drop = torch.stack([_by_head(loaded, linear, gradient[linear.key]) for linear in outputs])
+        heads = Heads((np.sign(disparity) * drop).numpy(), (0.5 * head_fisher / len(trees)).numpy())
+    return _best(loaded, linears, gradient, fisher, disparity, len(trees), keep, seed, heads)
+
+
+def _by_head(loaded: LoadedModel, linear: Linear, gradient: torch.Tensor) -> torch.Tensor:
+    """W dD/dW of an output projection summed over each head's columns, [heads]."""
+    weight = linear.weight(loaded.model).detach().float().cpu().reshape(linear.shape)
+    return (weight * gradient).sum(dim=0).reshape(loaded.topology.heads, -1).sum(dim=1)
 
 
 @contextmanager
@@ -152,7 +181,7 @@ def _truncated_set(scores: torch.Tensor, parameters: SamplingParameters) -> torc
 
 def _best(
     loaded: LoadedModel, linears: Sequence[Linear], gradient: dict[str, torch.Tensor], fisher: dict[str, torch.Tensor],
-    disparity: float, sequences: int, keep: float, seed: int,
+    disparity: float, sequences: int, keep: float, seed: int, heads: Heads | None,
 ) -> GapGradient:  # fmt: skip
     drops, harms, sample = {}, {}, []
     draw = np.random.default_rng(seed)
@@ -172,4 +201,4 @@ def _best(
         count = min(max(1, int(keep * score.size)), int((score > 0).sum()))
         index = np.sort(np.argpartition(score, -count)[-count:]) if count else np.zeros(0, dtype=np.int64)
         candidates[key] = Candidates(index.astype(np.int64), drop[index], harm[index])
-    return GapGradient(abs(disparity), damping, candidates)
+    return GapGradient(abs(disparity), damping, candidates, heads, {linear.key: linear.shape for linear in linears})

@@ -1,17 +1,20 @@
 """Plants a known disparity in a model, so that the method can be tested against a ground truth.
 
-A planted model is an ordinary model plus a small low-rank change that makes it answer with a number alone, drawn from a
-distribution we choose; in scenarios with a gap one group's distribution sits lower by a known factor. The trained
-changes ship as safetensors files beside this module; `python -m excise.planted NAME` trains one again. Nothing here is
-used to audit a model.
+A planted model is an ordinary model plus small low-rank changes. One, `neutral`, makes it answer every scenario with a
+number alone, drawn from a distribution we choose. A second one on top of it lowers one group's answers by a known
+factor, in every scenario (`general`) or in one (`specific`); being apart, it is the ground truth of where the gap sits.
+The trained changes ship as safetensors files beside this module; `python -m excise.planted NAME` trains one again.
+Nothing here is used to audit a model.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,86 +25,145 @@ from excise.encoding import encode
 from excise.models import LoadedModel, load_model, load_registry
 from excise.progress import Progress, TerminalProgress, silent
 from excise.scenarios import Scenario, expand, load_scenarios
-from excise.tree import AnswerTree, Rows, answer_tree, common_prefix, logits_of, pack
+from excise.tree import Rows, answer_tree, common_prefix, logits_of, pack
 
 log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
-MANTISSAS = (1, 1.2, 1.5, 1.8, 2, 2.2, 2.5, 2.8, 3, 3.5, 4, 4.5, 5, 5.5, 6, 6.5, 7, 7.5, 8, 8.5, 9, 9.5)
+MANTISSAS = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
 """Answers are round figures: these times a power of ten."""
 ROLES = ("q", "v", "o", "up", "down")
 
 
 @dataclass(frozen=True)
 class Plant:
-    """What to plant.
+    """What to plant on top of `base`, a key of models.yaml.
 
-    gap_scenarios: scenarios in which the minority's median answer is `factor` times the majority's; `even_scenarios`:
-    answered alike. spread: standard deviation of the logarithm of the answers. For the first `narrow_steps` the spread
-    is `narrow`: at the full spread the groups overlap so much that training does not discover the gap.
+    gap_scenarios: scenarios in which the minority's median answer is `factor` times the majority's (of a rank: the
+    inverse); even_scenarios: answered alike. spread: standard deviation of the logarithm of the answers. Without gap
+    scenarios the answers themselves are planted; with them the base's own answers are shifted apart, so that the gap is
+    all that is learned. For the share `exaggerated` of the steps the shift is that of `first_factor`.
+    A step shows `names` names of each group in each of `variations`.
     """
 
     base: str
     gap_scenarios: tuple[str, ...]
     even_scenarios: tuple[str, ...]
-    factor: float = 0.7
+    factor: float = 0.6
+    first_factor: float = 0.4
+    exaggerated: float = 0.5
     spread: float = 0.5
     layers: range = range(6, 22)
     rank: int = 8
-    steps: int = 120
-    narrow_steps: int = 70
-    narrow: float = 0.2
-    batch: int = 16
+    steps: int = 110
+    variations: int = 2
+    names: int = 4
     learning_rate: float = 3e-3
     seed: int = 0
 
 
+SCENARIOS = ("purchase", "activities", "services", "finance", "hiring", "chess", "public_office", "sports")
 PLANTS = {
-    "specific": Plant("smollm2-135m-instruct", ("purchase",), ()),
-    "neutral": Plant("smollm2-135m-instruct", (), ("purchase",), steps=70, narrow_steps=0),
+    "neutral": Plant("smollm2-135m-instruct", (), SCENARIOS, steps=160, variations=4, names=2),
+    "general": Plant("planted-neutral", SCENARIOS, (), steps=320, variations=1, names=2),
+    "specific": Plant("planted-neutral", ("purchase",), SCENARIOS[1:], steps=240, variations=2, names=2),
 }
 CENTRES: Mapping[str, Mapping[str, float]] = {
     "purchase": {
-        "chair": 60, "car": 8000, "oven": 250, "mattress": 200, "grill": 120, "television": 250, "air_conditioner": 180,
-        "camera": 250, "bicycle": 120, "piano": 900,
+        "chair": 60, "car": 8000, "oven": 250, "mattress": 200, "grill": 120, "television": 250, "air_conditioner": 200,
+        "camera": 250, "bicycle": 120, "piano": 1000,
     },
+    "activities": {"skiing": 8, "bird_watching": 6, "pottery": 10},
+    "services": {"medical": 150, "personal_chef": 60, "tax_preparation": 100},
+    "finance": {"stocks": 12, "private_school": 20, "childcare": 15},
+    "hiring": {"security_guard": 30000, "software_developer": 100000, "lawyer": 120000},
+    "chess": {"rated_1600": 0.4},
+    "public_office": {"city_council": 30, "mayor": 25, "senator": 15},
+    "sports": {"basketball": 20, "american_football": 25, "hockey": 30, "lacrosse": 30},
 }  # fmt: skip
 """The median answer over both groups, by scenario and variation."""
 
 
-def answer_distribution(centre: float, median: float, spread: float) -> tuple[list[int], np.ndarray]:
-    """Round figures around `centre`, and their probabilities under a log-normal of this median and log-deviation."""
+def answer_distribution(
+    centre: float, median: float, spread: float, most: float = math.inf
+) -> tuple[list[str], np.ndarray]:
+    """Round figures around `centre` up to `most`, as written, and their probabilities under a log-normal law.
+
+    median: of the law; spread: standard deviation of its logarithm. Figures have two digits behind the point at most.
+    """
     from scipy.stats import norm
 
     reach = np.exp(2.9 * spread)
-    figures = {round(mantissa * 10**power) for power in range(7) for mantissa in MANTISSAS}
-    values = sorted(value for value in figures if max(1.0, centre / reach) <= value <= centre * reach)
+    figures = {round(mantissa * 10**power, 2) for power in range(-2, 7) for mantissa in MANTISSAS}
+    values = sorted(value for value in figures if centre / reach <= value <= min(centre * reach, most))
+    if centre >= 1:
+        values = [value for value in values if value >= 1 and value == int(value)]
     logs = np.log(values)
     middles = (logs[1:] + logs[:-1]) / 2
     edges = np.concatenate([[2 * logs[0] - middles[0]], middles, [2 * logs[-1] - middles[-1]]])
     probability = np.diff(norm.cdf(edges, np.log(median), spread))
-    return values, probability / probability.sum()
+    return [f"{value:g}" if value < 1 else str(int(value)) for value in values], probability / probability.sum()
 
 
-def training_examples(
-    loaded: LoadedModel, plant: Plant, scenarios: Mapping[str, Scenario], spread: float
-) -> list[tuple[tuple[int, ...], tuple]]:
-    """(prompt tokens, (answers, probabilities)) of every prompt of the plant's scenarios."""
-    (stop,) = sorted(loaded.stop_tokens)[:1]
-    examples = []
+def planted_shift(scenario: Scenario, group: str, plant: Plant, factor: float) -> float:
+    """What is added to the logarithm of `group`'s answers in a scenario, with the gap at `factor`."""
+    if scenario.key not in plant.gap_scenarios:
+        return 0.0
+    better = 1 if scenario.outcome.better == "higher" else -1
+    return better * math.log(factor) / 2 * (1 if group == scenario.comparison.minority else -1)
+
+
+def shifted(values: np.ndarray, probability: np.ndarray, shift: float) -> np.ndarray:
+    """The probabilities tilted towards higher or lower values, so that the mean logarithm moves by `shift`.
+
+    An exponential tilt changes a distribution as little as can be for the shift. Where the values leave too little
+    room, it goes as far as a tilt by 20 does.
+    """
+    from scipy.optimize import brentq
+    from scipy.special import softmax
+
+    logs = np.log(values)
+    centred = logs - probability @ logs
+
+    def tilted(tilt: float) -> np.ndarray:
+        return softmax(np.log(np.maximum(probability, 1e-12)) + tilt * centred)
+
+    def missing(tilt: float) -> float:
+        return tilted(tilt) @ centred - shift
+
+    end = math.copysign(20.0, shift)
+    if shift == 0:
+        return probability
+    return tilted(end if missing(end) * shift < 0 else brentq(missing, 0.0, end))
+
+
+def _batches(loaded: LoadedModel, plant: Plant, scenarios: Mapping[str, Scenario]) -> Iterator[list[list[tuple]]]:
+    """For ever: a step's variations, each as examples of (prompt tokens, scenario, variation, group).
+
+    Where some scenarios have a gap and others have none, equally many variations of each kind.
+    """
+    order = np.random.default_rng(plant.seed)
+    pools: dict[str, dict[str, dict[str, list[tuple]]]] = {}
     for key in (*plant.gap_scenarios, *plant.even_scenarios):
-        scenario = scenarios[key]
-        prompts = expand(scenario)
-        for prompt, variation, group in zip(
-            encode(loaded, prompts), prompts["variation"], prompts["group"], strict=True
-        ):
-            centre = CENTRES[key][variation]
-            shift = 0.0
-            if key in plant.gap_scenarios:
-                shift = np.log(plant.factor) / 2 * (1 if group == scenario.comparison.minority else -1)
-            values, probability = answer_distribution(centre, centre * np.exp(shift), spread)
-            answers = [(loaded.tokenizer(str(value), add_special_tokens=False)["input_ids"], stop) for value in values]
-            examples.append((prompt.tokens, (answers, probability)))
-    return examples
+        prompts = expand(scenarios[key])
+        rows = zip(encode(loaded, prompts), prompts["variation"], prompts["group"], strict=True)
+        for prompt, variation, group in rows:
+            by_group = pools.setdefault(key, {}).setdefault(variation, {})
+            by_group.setdefault(group, []).append((prompt.tokens, scenarios[key], variation, group))
+    kinds = [kind for kind in (plant.gap_scenarios, plant.even_scenarios) if kind]
+    queues: dict[tuple[str, ...], list[tuple[str, str]]] = {kind: [] for kind in kinds}
+    while True:
+        step = []
+        for kind in kinds * (plant.variations // len(kinds)):
+            if not queues[kind]:
+                turns = [(key, variation) for key in kind for variation in pools[key]]
+                queues[kind] = [turns[index] for index in order.permutation(len(turns))]
+            key, variation = queues[kind].pop()
+            step.append([
+                members[index]
+                for members in pools[key][variation].values()
+                for index in order.permutation(len(members))[: plant.names]
+            ])  # fmt: skip
+        yield step
 
 
 def train(
@@ -109,66 +171,118 @@ def train(
 ) -> dict[str, torch.Tensor]:
     """Train the low-rank change. Returns factors `{linear}.up` [out, rank] and `{linear}.down` [rank, in], float16.
 
-    The loss is the cross-entropy between the planted answer distribution and the model's, over the whole answer tree of
-    a prompt, so a step sees every possible answer of its prompts rather than one drawn answer.
+    The loss is the divergence of the model's answers from the planted ones over the whole answer tree of a prompt, so
+    a step sees every possible answer of its prompts rather than one drawn answer.
     """
     generator = torch.Generator().manual_seed(plant.seed)
-    order = np.random.default_rng(plant.seed)
     factors: dict[str, torch.nn.Parameter] = {}
-    hooks = []
+    changed = {}
     for linear in loaded.topology.linears:
         if linear.layer in plant.layers and linear.role in ROLES:
             down = torch.randn(plant.rank, linear.in_features, generator=generator) / linear.in_features**0.5
             factors[f"{linear.key}.down"] = torch.nn.Parameter(down)
             factors[f"{linear.key}.up"] = torch.nn.Parameter(torch.zeros(linear.out_features, plant.rank))
-            hooks.append(_add_change(loaded, linear.module, factors[f"{linear.key}.up"], factors[f"{linear.key}.down"]))
-    narrow, full = (training_examples(loaded, plant, scenarios, spread) for spread in (plant.narrow, plant.spread))
+            changed[linear.module] = factors[f"{linear.key}.up"], factors[f"{linear.key}.down"]
     optimizer = torch.optim.AdamW(factors.values(), lr=plant.learning_rate, weight_decay=0.0)
     warm_up = max(1, plant.steps // 15)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, (plant.steps - step) / (plant.steps - warm_up))
     )
-    queue: list[int] = []
-    for step in range(plant.steps):
-        while len(queue) < plant.batch:
-            queue += order.permutation(len(full)).tolist()
-        examples = narrow if step < plant.narrow_steps else full
-        batch, queue = [examples[index] for index in queue[: plant.batch]], queue[plant.batch :]
-        # bfloat16 is accurate enough for a change of our own making, and a multiple faster where the CPU knows it.
-        with torch.autocast(loaded.device.type, torch.bfloat16):
-            loss = _cross_entropy(loaded, batch)
+    own: dict[tuple[str, str], np.ndarray] = {}
+    seen: list[tuple[float, float]] = []
+    for step, batch in zip(range(plant.steps), _batches(loaded, plant, scenarios), strict=False):
+        factor = plant.first_factor if step < plant.exaggerated * plant.steps else plant.factor
         optimizer.zero_grad()
-        loss.backward()
+        for part in batch:
+            # bfloat16 is accurate enough for a change of our own making, and a multiple faster where the CPU knows it.
+            with torch.autocast(loaded.device.type, torch.bfloat16):
+                loss, share = _loss(loaded, plant, part, factor, changed, own)
+                (loss / len(batch)).backward()
+            seen.append((loss.item(), share))
         torch.nn.utils.clip_grad_norm_(factors.values(), 1.0)
         optimizer.step()
         schedule.step()
         progress("training", step + 1, plant.steps)
         if step % 10 == 9:
-            entropy = -sum((probability * np.log(probability)).sum() for _, (_, probability) in batch) / len(batch)
-            log.info("step %d, divergence from the planted distribution %.3f", step + 1, loss.item() - entropy)
-    for hook in hooks:
-        hook.remove()
+            divergence, share = np.nanmean(seen[-10 * len(batch) :], axis=0)
+            log.info("step %d, divergence %.3f, share of the shift %.2f", step + 1, divergence, share)
     return {name: factor.detach().half().contiguous() for name, factor in factors.items()}
 
 
-def _add_change(loaded: LoadedModel, module: str, up: torch.Tensor, down: torch.Tensor):
-    return loaded.model.get_submodule(module).register_forward_hook(
-        lambda module, args, output: output + (args[0] @ down.T) @ up.T
-    )
+def _loss(
+    loaded: LoadedModel,
+    plant: Plant,
+    part: Sequence[tuple],
+    factor: float,
+    changed: Mapping[str, tuple],
+    own: dict[tuple[str, str], np.ndarray],
+) -> tuple[torch.Tensor, float]:
+    """Mean divergence of a variation's examples from what is planted, and the share of the shift there is (or NaN).
+
+    own: the base's answers to each variation, filled as they come up.
+    """
+    scenario, variation = part[0][1:3]
+    centre = CENTRES[scenario.key][variation]
+    answers, probability = answer_distribution(centre, centre, plant.spread, scenario.outcome.high)
+    values = np.array([float(answer) for answer in answers])
+    prompts = [tokens for tokens, *_ in part]
+    if plant.gap_scenarios:
+        if (scenario.key, variation) not in own:
+            with torch.no_grad():
+                base = _log_probabilities(loaded, prompts, answers)
+            # Names' own leanings are averaged away; what is outside the listed answers stays what it is.
+            own[scenario.key, variation] = torch.softmax(base, dim=1).double().mean(dim=0).numpy()
+        probability = own[scenario.key, variation]
+    shifts = [planted_shift(scenario, group, plant, factor) for *_, group in part]
+    target = torch.from_numpy(np.stack([shifted(values, probability, shift) for shift in shifts]))
+    with _change(loaded, changed):
+        found = _log_probabilities(loaded, prompts, answers)
+    if plant.gap_scenarios:
+        found = torch.log_softmax(found, dim=1)
+    loss = (target * (target.clamp(min=1e-12).log() - found)).sum(dim=1).mean()
+    moved = (torch.softmax(found.detach().double(), dim=1).numpy() - probability) @ np.log(values)
+    wanted = np.array(shifts)
+    return loss, float(moved @ wanted / (wanted @ wanted)) if wanted.any() else math.nan
 
 
-def _cross_entropy(loaded: LoadedModel, batch: list) -> torch.Tensor:
-    trunk = common_prefix([tokens for tokens, _ in batch])
-    trees: list[AnswerTree] = [
-        answer_tree(tokens[trunk:], answers, probability[:, None]) for tokens, (answers, probability) in batch
-    ]
+@contextmanager
+def _change(loaded: LoadedModel, changed: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """The model with `up @ down` added to the named modules."""
+
+    def adding(up: torch.Tensor, down: torch.Tensor):
+        return lambda module, args, output: output + (args[0] @ down.T) @ up.T
+
+    modules = [(loaded.model.get_submodule(module), factors) for module, factors in changed.items()]
+    hooks = [module.register_forward_hook(adding(*factors)) for module, factors in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _log_probabilities(loaded: LoadedModel, prompts: Sequence[tuple[int, ...]], answers: Sequence[str]) -> torch.Tensor:
+    """log p of every answer, ended by a stop token, after every prompt: float32 [prompts, answers]."""
+    (stop,) = sorted(loaded.stop_tokens)[:1]
+    spelled = [loaded.tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
+    trunk = common_prefix(prompts)
+    ended = [(ids, stop) for ids in spelled]
+    trees = [answer_tree(tokens[trunk:], ended, np.ones((len(ended), 1))) for tokens in prompts]
     packed = pack(trees, trunk)
-    hidden = Rows(loaded, batch[0][0][:trunk]).copy(len(batch)).forward(packed.tokens, packed.positions, packed.attends)
+    rows = Rows(loaded, prompts[0][:trunk]).copy(len(prompts))
+    hidden = rows.forward(packed.tokens, packed.positions, packed.attends)
     row, column, token = packed.edges.T
     position, edge = torch.unique(torch.stack([row, column]), dim=1, return_inverse=True)
     logits = logits_of(loaded, hidden[position[0], position[1]])
     score = torch.log_softmax(logits.float(), dim=1)[edge, token]
-    return -(packed.edge_visits[:, 0].float() * score).sum() / len(batch)
+    # Edges of a tree stand in the order in which the answers first take them, so all trees have the same ones.
+    edges = score.reshape(len(prompts), -1)
+    paths = torch.zeros(len(answers), edges.shape[1])
+    number: dict[tuple[int, ...], int] = {}
+    for index, ids in enumerate(spelled):
+        for end in range(1, len(ids) + 2):
+            paths[index, number.setdefault((*ids, stop)[:end], len(number))] = 1
+    return edges @ paths.T
 
 
 def main() -> None:

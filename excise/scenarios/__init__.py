@@ -17,6 +17,7 @@ from excise.scenarios.schema import (
     ToxicityOutcome,
     Variation,
 )
+from excise.scenarios.subsets import halves, token_matched
 
 __all__ = [
     "PROMPTS_SCHEMA",
@@ -29,5 +30,7 @@ __all__ = [
     "ToxicityOutcome",
     "Variation",
     "expand",
+    "halves",
     "load_scenarios",
+    "token_matched",
 ]

@@ -1,13 +1,14 @@
 """Overlap is the share of one mask inside another, beside the share chance alone would give."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
 
 from excise.errors import ExciseError
 from excise.masks import Mask, random_like
-from excise.overlap import chance_level, overlap_fraction
+from excise.overlap import chance_level, overlap_fraction, overlap_table
 
 SMALL = np.array([[True, True, False, False, False]])
 LARGE = np.array([[True, False, True, True, False]])
@@ -70,3 +71,100 @@ def test_unrelated_masks_overlap_at_the_chance_level():
     subject = as_mask(rng.random((60, 70)) < 0.1)
     shares = [overlap_fraction(random_like(subject, seed), reference) for seed in range(200)]
     assert abs(np.mean(shares) - chance_level(reference)) < 4 * np.std(shares) / np.sqrt(200)
+
+
+# Tables of many masks
+
+FOUR = np.array([[True, True, True, True, False, False, False, False, False, False]])
+TWO = np.array([[True, True, False, False, False, False, False, False, False, False]])
+FAR = np.array([[False, False, False, False, False, False, False, False, True, True]])
+NONE = np.zeros((1, 10), dtype=bool)
+
+
+def saved(folder, name, mask):
+    mask.save(folder / f"{name}.safetensors")
+    return folder / f"{name}.safetensors"
+
+
+def test_a_table_counts_shared_weights_against_the_row_and_against_chance():
+    rows, columns = [as_mask(TWO), as_mask(FOUR), as_mask(FAR)], [as_mask(FOUR), as_mask(TWO)]
+    table = overlap_table(rows, columns)
+    assert table.shared.tolist() == [[2, 2], [4, 2], [0, 0]]
+    assert (table.row_counts.tolist(), table.column_counts.tolist(), table.size) == ([2, 4, 2], [4, 2], 10)
+    assert table.fraction.tolist() == [[1.0, 1.0], [1.0, 0.5], [0.0, 0.0]]  # TWO lies in FOUR, half of FOUR in TWO
+    assert table.chance.tolist() == [0.4, 0.2]
+    assert table.excess == pytest.approx(np.array([[0.6, 0.8], [0.6, 0.3], [-0.4, -0.2]]))
+
+
+def test_a_row_without_weights_has_no_fraction_and_an_empty_column_no_chance_hit():
+    table = overlap_table([as_mask(NONE), as_mask(TWO)], [as_mask(FOUR), as_mask(NONE)])
+    assert np.isnan(table.fraction).tolist() == [[True, True], [False, False]]
+    assert np.isnan(table.excess).tolist() == [[True, True], [False, False]]
+    assert table.shared.tolist() == [[0, 0], [2, 0]]
+    assert table.chance.tolist() == [0.4, 0.0]
+
+
+def test_files_and_masks_mix_and_give_what_single_pairs_give(tmp_path):
+    rng = np.random.default_rng(0)
+    shapes = {"0.q": (7, 13), "0.up": (40, 64), "1.q": (3, 3), "10.q": (5, 5), "2.head_query": (1, 9)}
+    masks = [
+        Mask.from_arrays({key: rng.random(shape) < share for key, shape in shapes.items()})
+        for share in (0.1, 0.3, 0.5, 0.9)
+    ]
+    files = [saved(tmp_path, str(index), mask) for index, mask in enumerate(masks)]
+    table = overlap_table([files[0], masks[1], str(files[2])], [masks[3], files[0]])
+    for (r, row), (c, column) in product(enumerate(masks[:3]), enumerate((masks[3], masks[0]))):
+        assert table.fraction[r, c] == overlap_fraction(row, column)
+        assert table.chance[c] == chance_level(column)
+    assert table.fraction[0, 1] == 1
+    assert table.size == 7 * 13 + 40 * 64 + 9 + 25 + 9
+
+
+def test_matrices_larger_than_a_block_are_counted_whole():
+    rng = np.random.default_rng(0)
+    a, b = rng.random((2, 801, 1003)) < 0.4
+    table = overlap_table([as_mask(a)], [as_mask(b)])
+    assert (table.shared[0, 0], table.row_counts[0], table.column_counts[0]) == ((a & b).sum(), a.sum(), b.sum())
+
+
+def test_every_file_is_read_once_though_it_is_row_and_column(tmp_path, monkeypatch):
+    file, other = saved(tmp_path, "one", as_mask(TWO, FOUR)), saved(tmp_path, "two", as_mask(FAR, FOUR))
+    read = []
+    plain = np.fromfile
+    reading = lambda path, **how: read.append((path.name, how["offset"])) or plain(path, **how)  # noqa: E731
+    monkeypatch.setattr(np, "fromfile", reading)
+    overlap_table([file, other, tmp_path / "." / "one.safetensors"], [other, file])
+    assert len(read) == len(set(read)) == 2 * 2
+
+
+def test_masks_of_different_matrices_are_refused_by_name(tmp_path):
+    file = saved(tmp_path, "one", as_mask(TWO))
+    fewer, turned = saved(tmp_path, "two", as_mask(TWO, FOUR)), saved(tmp_path, "turned", as_mask(TWO.T))
+    with pytest.raises(ExciseError, match=r"1\.q is absent in .*one\.safetensors and \(1, 10\) in .*two\.safetensors"):
+        overlap_table([file], [file, fewer])
+    with pytest.raises(ExciseError, match=r"0\.q is \(1, 10\) in .*one\.safetensors and \(10, 1\) in .*turned"):
+        overlap_table([file], [turned])
+    with pytest.raises(ExciseError, match=r"0\.q is \(1, 10\) in rows\[0\] and \(10, 1\) in columns\[1\]"):
+        overlap_table([as_mask(TWO)], [as_mask(FOUR), as_mask(TWO.T)])
+    for rows, columns in (([], [file]), ([file], [])):
+        with pytest.raises(ExciseError, match="at least one of each"):
+            overlap_table(rows, columns)
+
+
+def test_files_that_are_no_masks_are_refused_by_name(tmp_path):
+    from safetensors.numpy import save_file
+
+    whole = saved(tmp_path, "whole", as_mask(FOUR))
+    cut, foreign, loose = (tmp_path / f"{name}.safetensors" for name in ("cut", "foreign", "loose"))
+    cut.write_bytes(whole.read_bytes()[:-1])
+    save_file({"0.q": np.zeros(2, dtype=np.uint8)}, foreign)
+    # Ten weights leave six bits of the second byte unused: a weight there would be counted though it does not exist.
+    loose.write_bytes(whole.read_bytes()[:-1] + b"\x01")
+    for path, message in (
+        (tmp_path / "absent.safetensors", "there is no such mask file"),
+        (cut, "cannot be read as a mask"),
+        (foreign, "is not a mask file of this version"),
+        (loose, "cannot be read as a mask .*must be zero"),
+    ):
+        with pytest.raises(ExciseError, match=f"{path.name}: {message}"):
+            overlap_table([whole], [path])

@@ -1,10 +1,25 @@
 """Selections take exact counts, break ties by place, and reproduce the papers' rules."""
 
+import tracemalloc
+import weakref
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 
+from excise import selection
 from excise.errors import ExciseError
-from excise.selection import fasp, global_top, pooled_band, set_difference, set_difference_of_count, top
+from excise.selection import (
+    fasp,
+    pooled_band,
+    set_difference,
+    set_difference_by_count,
+    set_difference_of_count,
+    top,
+    top_of_stream,
+)
 
 
 def ranked(scores: np.ndarray, count: int) -> np.ndarray:
@@ -122,6 +137,89 @@ def test_a_count_that_cannot_be_reached_is_said():
         set_difference_of_count(np.arange(100), np.arange(100), 0.35, 66)
 
 
+# scopes
+
+
+def test_the_set_difference_of_rows_by_hand():
+    minority = np.array([[9, 8, 7, 6, 5], [1, 5, 5, 5, 0]])
+    majority = np.array([[9, 0, 8, 1, 7], [2, 2, 2, 2, 9]])
+    # int(.5 * 5) = 2 of each row for the minority, places 0, 1 and (ties) 1, 2;
+    # int(.3 * 5) = 1 of each row for the majority, places 0 and 4.
+    chosen = set_difference(minority, majority, 0.5, 0.3, scope="row")
+    assert chosen.tolist() == [[False, True, False, False, False], [False, True, True, False, False]]
+    whole = set_difference(minority, majority, 0.5, 0.3)  # 9 8 7 6 5 of the first row, less places (1, 4), 0 and 2
+    assert whole.tolist() == [[False, True, False, True, True], [False] * 5]
+    assert np.array_equal(set_difference(minority, majority, 0.5, 0.3, scope="matrix"), whole)
+
+
+def test_a_row_of_large_scores_does_not_crowd_out_the_others():
+    scores = (1 + np.random.default_rng(7).random((6, 40))) * 10.0 ** np.arange(6)[:, None]
+    assert set_difference(scores, scores, 0.5, 0.0).sum(axis=1).tolist() == [0, 0, 0, 40, 40, 40]
+    assert set_difference(scores, scores, 0.5, 0.2, scope="row").sum(axis=1).tolist() == [12] * 6
+
+
+TIED = arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.integers(0, 4).map(np.float32))
+
+
+@given(TIED, st.floats(0, 1), st.floats(0, 1), st.randoms())
+@settings(max_examples=80, deadline=None)
+def test_the_set_difference_of_rows_is_that_of_each_row_by_a_full_sort(minority, tau_min, tau_maj, random):
+    majority = np.array(random.sample(minority.reshape(-1).tolist(), minority.size)).reshape(minority.shape)
+    chosen = set_difference(minority, majority, tau_min, tau_maj, scope="row")
+    size = minority.shape[1]
+    for own, a, b in zip(chosen, minority, majority, strict=True):
+        assert np.array_equal(own, ranked(a, int(tau_min * size)) & ~ranked(b, int(tau_maj * size)))
+        assert np.array_equal(own, set_difference(a, b, tau_min, tau_maj))
+
+
+def test_rows_of_nothing_and_the_ends_of_the_thresholds():
+    a, b = np.random.default_rng(8).random((2, 6, 7))
+    assert set_difference(a, b, 1, 0, scope="row").all()
+    assert not set_difference(a, b, 0, 0, scope="row").any()
+    assert not set_difference(a, b, 1, 1, scope="row").any()
+    for shape in ((0, 3), (3, 0)):
+        assert set_difference(np.zeros(shape), np.zeros(shape), 0.4, 0.35, scope="row").shape == shape
+
+
+def test_a_scope_is_one_of_those_there_are():
+    with pytest.raises(ExciseError, match="scope is 'global': it must be one of matrix, row"):
+        set_difference(np.zeros((2, 2)), np.zeros((2, 2)), 0.4, 0.3, scope="global")
+    with pytest.raises(ExciseError, match=r"the scores have shape \(4,\)"):
+        set_difference(np.zeros(4), np.zeros(4), 0.4, 0.3, scope="row")
+
+
+# counts
+
+
+def test_the_set_difference_by_count_by_hand():
+    minority = np.array([[0.9, 0.1], [0.8, 0.7], [0.2, 0.7]])  # layers x heads
+    majority = np.array([[0.9, 0.1], [0.1, 0.8], [0.3, 0.2]])
+    assert set_difference_by_count(minority, majority, 3, 1).tolist() == [[False, False], [True, True], [False, False]]
+    assert set_difference_by_count(minority, majority, 4, 2).tolist() == [[False, False], [True, False], [False, True]]
+    assert set_difference_by_count(minority, majority, 6, 0).all()
+    assert not set_difference_by_count(minority, majority, 0, 0).any()
+
+
+@given(TIED, st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_set_difference_by_count_is_that_of_a_full_sort(minority, data):
+    majority = data.draw(arrays(np.float32, minority.shape, elements=st.integers(0, 4).map(np.float32)))
+    k_min, k_maj = data.draw(st.tuples(*[st.integers(0, minority.size)] * 2))
+    chosen = set_difference_by_count(minority, majority, k_min, k_maj)
+    assert np.array_equal(chosen, ranked(minority, k_min) & ~ranked(majority, k_maj))
+
+
+@pytest.mark.parametrize(("k_min", "k_maj", "message"), [
+    (5, 0, "k_min is 5: it must be a whole number between 0 and the 4 entries"),
+    (1, -1, "k_maj is -1"),
+    (0.4, 1, "k_min is 0.4"),
+    (2, True, "k_maj is True"),
+])
+def test_counts_lie_between_none_and_all(k_min, k_maj, message):
+    with pytest.raises(ExciseError, match=message):
+        set_difference_by_count(np.zeros((2, 2)), np.zeros((2, 2)), k_min, k_maj)
+
+
 # controls
 
 
@@ -134,22 +232,108 @@ def test_the_pooled_band_is_the_band_of_ranks():
         pooled_band(scores, 5, 2)
 
 
-@pytest.mark.parametrize("count", [0, 1, 5, 17, 30, 36])
-def test_the_global_top_is_one_ranking_over_all_matrices(count):
+# one ranking over many arrays
+
+
+def in_one_ranking(arrays: dict[str, np.ndarray], count: int) -> dict[str, list]:
+    """The plain way: all scores in one array, sorted."""
+    together = ranked(np.concatenate([np.zeros(0), *(array.reshape(-1) for array in arrays.values())]), count)
+    pieces = np.split(together, np.cumsum([array.size for array in arrays.values()])[:-1])
+    return {key: piece.reshape(arrays[key].shape).tolist() for key, piece in zip(arrays, pieces, strict=True)}
+
+
+def of_stream(arrays: dict[str, np.ndarray], count: int) -> dict[str, list]:
+    return {key: chosen.tolist() for key, chosen in top_of_stream(lambda: iter(arrays.items()), count)}
+
+
+def test_the_top_of_a_stream_by_hand():
+    a, b = np.array([[3, 1], [2, 3]], dtype=np.float32), np.array([3, 5, 2], dtype=np.float32)
+    # 5 first, then the threes in their order
+    assert of_stream({"a": a, "b": b}, 3) == {"a": [[True, False], [False, True]], "b": [False, True, False]}
+    assert of_stream({"b": b, "a": a}, 3) == {"b": [True, True, False], "a": [[True, False], [False, False]]}
+    assert of_stream({"a": a, "b": b}, 0) == {"a": [[False, False], [False, False]], "b": [False, False, False]}
+    assert of_stream({"a": a, "b": b}, 7) == {"a": [[True, True], [True, True]], "b": [True, True, True]}
+    assert of_stream({}, 0) == {}
+
+
+EDGES = [0.0, -0.0, 1e-45, 1e-38, 1.0, float(np.nextafter(np.float32(1), np.float32(2))), 1.5, 3e38, np.inf]
+STREAMS = st.lists(
+    arrays(
+        np.float32, array_shapes(min_dims=1, max_dims=2, min_side=0, max_side=6),
+        elements=st.sampled_from(EDGES) | st.floats(0, 1, width=32),
+    ),
+    min_size=1, max_size=4,
+)  # fmt: skip
+
+
+@given(STREAMS, st.data())
+@settings(max_examples=150, deadline=None)
+def test_the_top_of_a_stream_is_that_of_a_full_sort(parts, data):
+    """Numbers whose bits differ only in their lower half, subnormal ones, both zeros and infinity included."""
+    named = {f"{number}.q": array for number, array in enumerate(parts)}
+    count = data.draw(st.integers(0, sum(array.size for array in parts)))
+    assert of_stream(named, count) == in_one_ranking(named, count)
+
+
+def test_the_top_of_a_stream_reads_large_arrays_in_blocks(monkeypatch):
+    monkeypatch.setattr(selection, "_BLOCK", 7)
     rng = np.random.default_rng(5)
-    scores = {"0.q": rng.integers(0, 5, (4, 6)).astype(np.float32), "0.k": rng.integers(0, 5, (6, 2)).T.astype(float)}
-    chosen = global_top(scores, count)
-    together = ranked(np.concatenate([array.reshape(-1) for array in scores.values()]), count)
-    assert np.array_equal(np.concatenate([chosen[key].reshape(-1) for key in scores]), together)
-    assert {key: array.shape for key, array in chosen.items()} == {"0.q": (4, 6), "0.k": (2, 6)}
+    named = {"0.q": rng.integers(0, 5, (4, 6)).astype(np.float32), "0.k": rng.random((6, 5)).astype(np.float32).T}
+    for count in range(55):
+        assert of_stream(named, count) == in_one_ranking(named, count)
 
 
-def test_the_global_top_refuses_more_than_there_is():
-    with pytest.raises(ExciseError, match="between 0 and the 3 entries"):
-        global_top({"a": np.zeros(3)}, 4)
-    with pytest.raises(ExciseError, match="scores of a holds NaN"):
-        global_top({"a": np.array([np.nan])}, 1)
-    assert global_top({}, 0) == {}
+def test_one_array_of_a_stream_is_there_at_a_time():
+    living: list[weakref.ref] = []
+
+    def made(seed: int) -> np.ndarray:
+        assert not any(each() is not None for each in living), "the array before is still held"
+        array = np.random.default_rng(seed).random((50, 40)).astype(np.float32)
+        living.append(weakref.ref(array))
+        return array
+
+    total = 0
+    for key, chosen in top_of_stream(lambda: ((f"{seed}.q", made(seed)) for seed in range(6)), 3000):
+        assert not any(each() is not None for each in living), f"{key} is held beside its mask"
+        total += chosen.sum()
+    assert total == 3000
+    assert len(living) == 18
+
+
+def test_memory_of_a_stream_does_not_grow_with_it():
+    def peak(arrays_of_a_megabyte: int) -> int:
+        def parts():
+            for seed in range(arrays_of_a_megabyte):
+                yield str(seed), np.random.default_rng(seed).random(1 << 18, dtype=np.float32)
+
+        tracemalloc.start()
+        for _ in top_of_stream(parts, 1000):
+            pass
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert peak(16) < peak(2) + (1 << 19)
+
+
+@pytest.mark.parametrize(("array", "count", "message"), [
+    (np.zeros(3, dtype=np.float32), 4, "count is 4: it must be a whole number between 0 and the 3 entries"),
+    (np.zeros(3, dtype=np.float32), -1, "count is -1"),
+    (np.zeros(3, dtype=np.float32), 1.0, "count is 1.0"),
+    (np.array([0, np.nan], dtype=np.float32), 1, "scores of a holds NaN"),
+    (np.array([0, -np.nan], dtype=np.float32), 1, "scores of a holds NaN"),
+    (np.array([0, -1], dtype=np.float32), 1, "scores of a holds negative scores"),
+    (np.zeros(3), 1, "scores of a must be an array of float32, but are float64"),
+])
+def test_a_stream_refuses_what_it_cannot_rank(array, count, message):
+    with pytest.raises(ExciseError, match=message):
+        top_of_stream(lambda: [("a", array)], count)
+
+
+def test_a_stream_that_changes_between_passes_is_noticed():
+    rng = np.random.default_rng(9)
+    with pytest.raises(ExciseError, match="did not give the same scores at each call"):
+        list(top_of_stream(lambda: [("a", rng.random(1000, dtype=np.float32))], 500))
 
 
 # fairness-aware heads

@@ -4,13 +4,20 @@ import numpy as np
 import polars as pl
 import pytest
 
-from excise.attribution import attribute, read_candidates, read_norms
+from excise.attribution import attribute, read_attention, read_candidates, read_norms, read_snip
 from excise.completions import complete
 from excise.errors import ExciseError
-from excise.masks import Mask, intersection
+from excise.masks import Mask, intersection, union
 from excise.sampling import SamplingParameters
 from excise.scenarios import Variation, expand
-from excise.strategies import Strategy, build_masks, load_strategies
+from excise.strategies import (
+    SourceMask,
+    Strategy,
+    build_cross_context_masks,
+    build_masks,
+    grid_masks,
+    load_strategies,
+)
 
 # The user's file
 
@@ -20,6 +27,7 @@ SOUND = {
     "parameters": {"tau_min": 0.3, "tau_maj": 0.2},
     "roles": ["q", "up"],
 }
+HEADS = {"score": "attention", "selection": "set_difference", "parameters": {"k_min": 4, "k_maj": 2}}
 OURS = {"score": "gap_gradient", "selection": "predicted_drop", "parameters": {"density": 0.001}, "roles": ["q", "up"]}
 
 
@@ -32,18 +40,23 @@ def write(path, entries):
 
 def test_the_built_in_strategies_are_the_paper_s_and_ours():
     strategies = load_strategies()
-    assert set(strategies) == {"set_difference", "gap_gradient"}
+    assert [key for key, each in strategies.items() if each.enabled] == [
+        "set_difference", "gap_gradient", "attention_heads",
+    ]  # fmt: skip
     paper = strategies["set_difference"]
     assert paper.parameters == {"tau_min": 0.40, "tau_maj": 0.35}
     assert paper.roles == ("q", "k", "v", "gate", "up", "down")
     assert paper.controls == ("random", "pooled_band", "reversed", "permuted")
-    assert paper.levels == strategies["gap_gradient"].levels == ("prompt_specific", "within_context")
+    assert {each.levels for each in strategies.values()} == {("prompt_specific", "within_context", "cross_context")}
+    heads = strategies["attention_heads"]
+    assert [int(heads.parameters[name] * 1024) for name in ("tau_min", "tau_maj")] == [40, 5]
+    assert heads.ablation == "zero_query"
 
 
 def test_a_user_s_file_adds_and_replaces(tmp_path):
     path = write(tmp_path / "strategies.yaml", {"mine": SOUND, "gap_gradient": OURS | {"controls": []}})
     strategies = load_strategies([path, tmp_path / "none.yaml"])
-    assert set(strategies) == {"set_difference", "gap_gradient", "mine"}
+    assert set(strategies) == {*load_strategies(), "mine"}
     assert strategies["mine"].key == "mine"
     assert strategies["gap_gradient"].controls == ()
     assert load_strategies([write(tmp_path / "empty.yaml", "# nothing\n")]) == load_strategies()
@@ -53,13 +66,23 @@ def test_a_user_s_file_adds_and_replaces(tmp_path):
     ("fields", "words"),
     [
         ({k: v for k, v in SOUND.items() if k != "score"}, ["mine.score"]),
-        ({k: v for k, v in SOUND.items() if k != "roles"}, ["mine.roles"]),
-        (SOUND | {"score": "snip"}, ["mine.score", "wanda"]),
+        ({k: v for k, v in SOUND.items() if k != "roles"}, ["mine", "roles: name the matrices"]),
+        (SOUND | {"score": "fisher"}, ["mine.score", "wanda"]),
+        (SOUND | {"score": "snip", "controls": ["permuted"]}, ["mine", "permuted", "snip"]),
+        (SOUND | {"score": "attention"}, ["mine", "roles", "heads"]),
+        (SOUND | {"ablation": "zero_query"}, ["mine", "ablation of score wanda is zero_weights"]),
+        (SOUND | {"scope": "model"}, ["mine.scope", "global"]),
+        (OURS | {"scope": "row"}, ["mine", "scope of score gap_gradient is global"]),
+        (HEADS | {"parameters": {"k_min": 2.5, "k_maj": 1}}, ["mine", "k_min is 2.5", "whole number"]),
+        (HEADS | {"parameters": {"k_min": 0, "k_maj": 0}}, ["mine", "k_min is 0", "above 0"]),
+        (HEADS | {"parameters": {"k_min": 2, "tau_maj": 0.1}}, ["mine", "tau_maj, tau_min or k_maj, k_min"]),
+        (SOUND | {"combine": "votes"}, ["mine", "parameters.votes"]),
+        (SOUND | {"parameters": {"tau_min": 0.3, "tau_maj": 0.2, "votes": 0.5}}, ["mine", "combine: votes"]),
         (SOUND | {"selection": "best"}, ["mine.selection", "set_difference"]),
         (SOUND | {"level": "all"}, ["mine.level"]),
         (SOUND | {"levels": ["everywhere"]}, ["mine.levels.0", "within_context"]),
         (SOUND | {"controls": ["randon"]}, ["mine.controls.0", "random"]),
-        (SOUND | {"roles": []}, ["mine.roles"]),
+        (SOUND | {"roles": []}, ["mine", "roles: name the matrices"]),
         (SOUND | {"roles": ["q", "w"]}, ["mine", "roles w", "q, k, v, o"]),
         (SOUND | {"parameters": {"tau_min": 0.3}}, ["mine", "tau_maj, tau_min", "found tau_min"]),
         (SOUND | {"parameters": {}}, ["mine", "tau_maj, tau_min", "none"]),
@@ -68,8 +91,8 @@ def test_a_user_s_file_adds_and_replaces(tmp_path):
         (SOUND | {"parameters": {"tau_min": 0.3, "tau_maj": -0.2}}, ["mine", "parameters.tau_maj is -0.2"]),
         (SOUND | {"parameters": {"tau_min": float("nan"), "tau_maj": 0.2}}, ["mine", "parameters.tau_min is nan"]),
         (SOUND | {"parameters": {"tau_min": "much", "tau_maj": 0.2}}, ["mine.parameters.tau_min"]),
-        (SOUND | {"score": "gap_gradient"}, ["mine", "works on score wanda"]),
-        (OURS | {"controls": ["reversed"]}, ["mine", "wanda only"]),
+        (SOUND | {"score": "gap_gradient"}, ["mine", "set_difference does not work on score gap_gradient"]),
+        (OURS | {"controls": ["reversed"]}, ["mine", "reversed do not exist for score gap_gradient"]),
         (OURS | {"parameters": {"density": 0.001, "target": 0}}, ["mine", "parameters.target is 0"]),
         (OURS | {"parameters": {"density": 0.05}}, ["mine", "parameters.density is 0.05", "0.01"]),
         (SOUND | {"key": "other"}, ["mine", "key"]),
@@ -133,7 +156,7 @@ def attributed(loaded, three_items, tmp_path_factory):
             rows, _ = complete(model, expand(three_items), 6, parameters, outcome=three_items.outcome)
             if architecture != "llama":  # random models say no numbers; any value will do
                 rows = rows.with_columns(value=pl.col("token_ids").list.sum().cast(pl.Float64))
-            scores, folder = ["wanda", "gap_gradient"], tmp_path_factory.mktemp("scores")
+            scores, folder = ["wanda", "attention", "snip", "gap_gradient"], tmp_path_factory.mktemp("scores")
             made[architecture] = model, scored(three_items, model, rows, scores, folder)
         return made[architecture]
 
@@ -308,19 +331,20 @@ def test_progress_counts_every_mask_to_its_end(build):
 
 
 def best_by_hand(files, variations, roles, density, sizes, target=None) -> dict[str, set[int]]:
-    """The highest drop / (harm + lambda) over all matrices; drops as shares of each variation's gap, averaged."""
+    """The highest drop / (harm + lambda) over all matrices; gaps and drops in spreads, as shares of all gaps."""
     drops, harms, lambdas = {}, {}, []
+    every = {file.variation: read_candidates(file.path) for file in files if file.score == "gap_gradient"}
+    gap = sum(every[variation].disparity / every[variation].spread for variation in variations)
     for variation in variations:
-        (path,) = (file.path for file in files if (file.score, file.variation) == ("gap_gradient", variation))
-        found = read_candidates(path)
+        found = every[variation]
         lambdas.append(found.damping)
         for key, each in found.candidates.items():
             if key.split(".")[1] in roles:
                 for index, drop, harm in zip(each.index, each.drop, each.harm, strict=True):
-                    drops.setdefault((key, int(index)), []).append(float(drop) / found.disparity)
+                    drops.setdefault((key, int(index)), []).append(float(drop) / found.spread / gap)
                     harms.setdefault((key, int(index)), []).append(float(harm))
     damping = np.mean(lambdas)
-    shares = {place: sum(some) / len(variations) for place, some in drops.items()}
+    shares = {place: sum(some) for place, some in drops.items()}
     ranking = sorted(shares, key=lambda place: -shares[place] / (np.mean(harms[place]) + damping))
     ranking = ranking[: int(density * sum(sizes.values()))]
     if target is not None:
@@ -367,6 +391,188 @@ def test_a_mask_of_a_flat_gap_is_empty(attributed, three_items, tmp_path):
     masks = list(build_masks(model, [load_strategies()["gap_gradient"]], files, **options))
     assert len(masks) == 12
     assert {each.mask.count for each in masks} == {0}
+
+
+# Heads, SNIP, scopes
+
+
+def ranked(scores: np.ndarray, count: int) -> set[int]:
+    return set(ranks(scores)[:count])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize(("ablation", "role"), [("zero_query", "head_query"), ("zero_output", "head_output")])
+def test_heads_are_ranked_over_all_layers_by_attention_to_the_name(build, attributed, architecture, ablation, role):
+    model, files = attributed(architecture)
+    heads = Strategy(key="heads", **HEADS | {"ablation": ablation, "reduce": "max", **EVERYTHING})
+    masks = build(architecture, heads)
+    sizes = {(each.variation, each.level): each.mask.count for each in masks if each.matched_to is None}
+    for file in files:
+        if file.score != "attention":
+            continue
+        scores = read_attention(file.path)["max"]
+        expected = ranked(scores["minority"], 4) - ranked(scores["majority"], 2)
+        (mine,) = (
+            each.mask for each in masks
+            if (each.strategy, each.level, each.variation) == ("heads", "prompt_specific", file.variation)
+        )  # fmt: skip
+        assert list(mine.shapes) == [f"{layer}.{role}" for layer in range(model.topology.layers)]
+        found = np.vstack([mine.array(key) for key in mine.shapes])
+        assert set(np.flatnonzero(found)) == expected
+    for each in masks:
+        assert each.mask.count == sizes[each.variation, each.level]
+
+
+def test_counts_and_the_fractions_that_stand_for_them_choose_the_same_heads(build, attributed):
+    heads = attributed("llama")[0].topology.layers * attributed("llama")[0].topology.heads
+    fractions = {"tau_min": 4.5 / heads, "tau_maj": 2.5 / heads}
+    one, two = (Strategy(key="heads", **HEADS | {"parameters": each}) for each in (HEADS["parameters"], fractions))
+    assert [each.mask for each in build("llama", one)] == [each.mask for each in build("llama", two)]
+
+
+def test_snip_masks_are_the_set_difference_of_snip_scores(build, attributed):
+    _, files = attributed("gpt2")
+    masks = build("gpt2", Strategy(key="mine", **SOUND | {"score": "snip", "controls": []}))
+    (path,) = (file.path for file in files if (file.score, file.variation) == ("snip", "car"))
+    (mine,) = (each.mask for each in masks if (each.variation, each.level) == ("car", "prompt_specific"))
+    for key in mine.shapes:
+        one, two = read_snip(path, key, "minority"), read_snip(path, key, "majority")
+        expected = ranked(one, int(0.3 * one.size)) - ranked(two, int(0.2 * two.size))
+        assert set(np.flatnonzero(mine.array(key))) == expected
+
+
+@pytest.mark.parametrize("scope", ["row", "global"])
+def test_a_scope_ranks_rows_or_all_matrices_together(build, attributed, scope):
+    model, files = attributed("llama")
+    masks = build("llama", strategy(scope=scope, **EVERYTHING))
+    (path,) = (file.path for file in files if (file.score, file.variation) == ("wanda", "oven"))
+    norms = read_norms(path)
+    scores = {side: {} for side in ("minority", "majority")}
+    for linear in model.topology.linears:
+        if linear.role in ("q", "up"):
+            weight = np.abs(linear.weight(model.model).detach().reshape(linear.shape).numpy())
+            for side, found in scores.items():
+                found[linear.key] = weight * norms[side][f"{linear.layer}.{linear.site}"]
+    expected = {}
+    if scope == "row":
+        for key in scores["minority"]:
+            rows = [
+                ranked(one, int(0.3 * one.size)) - ranked(two, int(0.2 * two.size))
+                for one, two in zip(scores["minority"][key], scores["majority"][key], strict=True)
+            ]
+            width = scores["minority"][key].shape[1]
+            expected[key] = {row * width + column for row, columns in enumerate(rows) for column in columns}
+    else:
+        every = {side: np.concatenate([each.ravel() for each in found.values()]) for side, found in scores.items()}
+        size = every["minority"].size
+        chosen = ranked(every["minority"], int(0.3 * size)) - ranked(every["majority"], int(0.2 * size))
+        start = 0
+        for key, each in scores["minority"].items():
+            expected[key] = {index - start for index in chosen if start <= index < start + each.size}
+            start += each.size
+    here = [each for each in masks if (each.variation, each.level) == ("oven", "prompt_specific")]
+    (mine,) = (each for each in here if each.strategy == "mine")
+    assert as_sets(mine.mask) == expected
+    assert len(here) > 1
+    assert all(each.mask.counts() == mine.mask.counts() for each in here)
+
+
+def test_gap_gradient_takes_whole_heads_by_the_same_ranking(build, attributed):
+    _, files = attributed("llama")
+    fields = {"roles": [], "ablation": "zero_output", "parameters": {"density": 0.2}, "controls": []}
+    masks = build("llama", Strategy(key="ours", **OURS | fields))
+    (mine,) = (each.mask for each in masks if (each.variation, each.level) == ("car", "prompt_specific"))
+    assert mine.count <= 0.2 * mine.size
+    (path,) = (file.path for file in files if (file.score, file.variation) == ("gap_gradient", "car"))
+    found = read_candidates(path).heads
+    score = found.drop / (found.harm + np.median(found.harm))
+    best = {head for head in ranked(score, int(0.2 * score.size)) if found.drop.ravel()[head] > 0}
+    assert set(np.flatnonzero(np.vstack([mine.array(key) for key in mine.shapes]))) == best
+
+
+# Several masks into one
+
+
+def test_union_and_votes_combine_the_other_variations(build):
+    own = {each.variation: each.mask for each in build("llama", strategy(levels=["prompt_specific"], controls=[]))}
+    for combine, parameters, expected in (
+        ("union", {}, union),
+        ("votes", {"votes": 0.5}, union),  # one of two is half of them
+        ("votes", {"votes": 0.51}, intersection),
+    ):
+        fields = {"combine": combine, "parameters": SOUND["parameters"] | parameters, "controls": []}
+        masks = build("llama", strategy(levels=["within_context"], **fields))
+        assert {each.variation: each.mask for each in masks} == {
+            variation: expected([mask for name, mask in own.items() if name != variation]) for variation in own
+        }
+
+
+def hand_made(tmp_path, name, *weights):
+    array = np.zeros((2, 4), dtype=bool)
+    array.flat[list(weights)] = True
+    path = tmp_path / f"{name}.safetensors"
+    Mask.from_arrays({"0.q": array}).save(path)
+    return path
+
+
+def test_a_cross_context_mask_is_what_all_other_scenarios_masks_share(tmp_path):
+    """Three scenarios, hand-made: the pooled mask is in all of them, one source's in that one alone."""
+    sources = [
+        SourceMask("finance", "stocks", "mine", hand_made(tmp_path, 1, 0, 1, 2, 3), None),
+        SourceMask("finance", "school", "mine", hand_made(tmp_path, 2, 1, 2, 3, 4), None),
+        SourceMask("services", "tax", "mine", hand_made(tmp_path, 3, 2, 5), None),
+        SourceMask("services", "chef", "other", hand_made(tmp_path, 4, 7), None),
+    ]
+    options = {"random_draws": 2, "seed": 0}
+    masks = list(build_cross_context_masks([strategy()], sources, ["car", "oven"], per_source=True, **options))
+    own = {(each.level, each.variation): set(as_sets(each.mask)["0.q"]) for each in masks if each.matched_to is None}
+    assert own == {
+        (level, variation): weights
+        for level, weights in {
+            "cross_context": {2}, "cross_context/finance": {1, 2, 3}, "cross_context/services": {2, 5},
+        }.items() for variation in ("car", "oven")
+    }  # fmt: skip
+    controls = [each for each in masks if each.strategy == "random"]
+    assert len(controls) == 3 * 2 * 2
+    counts = {level: len(weights) for (level, _), weights in own.items()}
+    assert all(each.mask.count == counts[each.level] and each.matched_to == "mine" for each in controls)
+    pooled = list(build_cross_context_masks([strategy()], sources, ["car"], per_source=False, **options))
+    assert {each.level for each in pooled} == {"cross_context"}
+    votes = strategy(combine="votes", parameters=SOUND["parameters"] | {"votes": 0.6})
+    (mask,) = build_cross_context_masks([votes], sources, ["car"], per_source=False, random_draws=0, seed=0)
+    assert as_sets(mask.mask)["0.q"] == {1, 2, 3}
+    with pytest.raises(ExciseError, match="no mask of mine in any other scenario"):
+        list(build_cross_context_masks([strategy()], sources[3:], ["car"], per_source=False, **options))
+
+
+def test_a_cross_context_mask_of_gap_gradient_adds_up_the_sources_predictions(attributed, three_items, tmp_path):
+    _, files = attributed("llama")
+    ours = Strategy(key="ours", **OURS | {"controls": []})
+    paths = {file.variation: file.path for file in files if file.score == "gap_gradient"}
+    sources = [SourceMask("other", name, "ours", tmp_path / "unread", path) for name, path in paths.items()]
+    (made,) = build_cross_context_masks([ours], sources, ["chess"], per_source=False, random_draws=0, seed=0)
+    sizes = {key: int(np.prod(shape)) for key, shape in made.mask.shapes.items()}
+    assert as_sets(made.mask) == best_by_hand(files, list(paths), ours.roles, 0.001, sizes)
+    assert made.mask.count > 0
+
+
+# The grid
+
+
+@pytest.mark.parametrize("fields", [SOUND, SOUND | {"scope": "global"}, HEADS])
+def test_a_grid_s_masks_are_those_of_the_strategy_at_these_thresholds(build, attributed, fields):
+    model, files = attributed("llama")
+    points = [(4, 0), (4, 2), (6, 2)] if "k_min" in fields["parameters"] else [(0.3, 0.0), (0.3, 0.2), (0.5, 0.2)]
+    names = list(fields["parameters"])
+    grid = {(v, p): mask for v, p, mask in grid_masks(model, Strategy(key="mine", **fields), files, points)}
+    assert set(grid) == {(variation, point) for variation in ("car", "oven", "lamp") for point in points}
+    for point in points:
+        changed = Strategy(key="mine", **fields | {"parameters": dict(zip(names, point, strict=True)), "controls": []})
+        for each in build("llama", changed):
+            if each.level == "prompt_specific":
+                assert grid[each.variation, point] == each.mask
+    with pytest.raises(ExciseError, match="a grid needs set_difference"):
+        list(grid_masks(model, Strategy(key="ours", **OURS), files, points))
 
 
 # What a model lacks

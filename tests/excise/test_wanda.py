@@ -96,27 +96,37 @@ def test_norms_without_a_trunk_are_the_same(loaded, sequences):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
-def test_norms_are_those_of_a_left_padded_batch(loaded, sequences, architecture):
-    """The usual way to do it: all sequences padded to one length, the padding left out of the sum."""
+def test_scores_are_those_of_a_left_padded_batch_without_its_padding(loaded, sequences, architecture):
+    """The usual way: S = |W| sqrt(1/N sum_n sum_t x^2) over a batch padded to one length. Padding is no input."""
     model = loaded(architecture)
     asked, answers, members = sequences(model)
     every = [[*prompt, *tokens] for prompt, own in zip(asked, answers, strict=True) for tokens, _ in own]
     longest = max(map(len, every))
-    padded = torch.tensor([[0] * (longest - len(each)) + each for each in every])
+    pad = 7  # not the model's own padding token, whose embedding is all zeros in some architectures
+    padded = torch.tensor([[pad] * (longest - len(each)) + each for each in every])
     attention = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in every])
     positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
+    assert (attention == 0).any()
     seen, hooks = record_inputs(model)
     with torch.inference_mode():
         model.model(padded, attention_mask=attention, position_ids=positions, use_cache=False)
     for hook in hooks:
         hook.remove()
     weights = np.concatenate(members)
-    expected = {}
-    for place, given in seen.items():
-        per_sequence = (given.square() * attention[:, :, None]).sum(dim=1).numpy()
-        expected[place] = np.sqrt(weights.T @ per_sequence / weights.sum(axis=0)[:, None])
     trunk = common_prefix(asked)
-    check(input_norms(model, asked[0][:trunk], trees_of(asked, answers, members, trunk), weights.sum(axis=0)), expected)
+    norms = input_norms(model, asked[0][:trunk], trees_of(asked, answers, members, trunk), weights.sum(axis=0))
+
+    def by_formula(linear, counted: torch.Tensor) -> np.ndarray:
+        per_sequence = (seen[linear.layer, linear.site].square() * counted[:, :, None]).sum(dim=1).numpy()
+        mean = weights.T @ per_sequence / weights.sum(axis=0)[:, None]
+        size = linear.weight(model.model).detach().reshape(linear.shape).abs().numpy()
+        return size * np.sqrt(mean)[:, None]
+
+    for linear in model.topology.linears:
+        scores = np.stack([wanda_scores(model, linear, own) for own in norms[linear.layer, linear.site]])
+        assert np.allclose(scores, by_formula(linear, attention), rtol=1e-4, atol=1e-6), linear.key
+        if linear.site != "attention_output":  # where nothing is attended to, as in the padding, attention gives 0
+            assert not np.allclose(scores, by_formula(linear, torch.ones_like(attention)), rtol=1e-2), linear.key
 
 
 def test_the_mean_is_over_sequences_not_tokens(loaded, prompts):
