@@ -256,8 +256,9 @@ def build_cross_context_masks(
             for variation in variations:
                 named = NamedMask(variation, strategy.key, level, None, 0, mask)
                 yield named
-                # One draw serves all variations, as the mask itself does.
-                yield from _random_controls(named, strategy, random_draws, seed, every_variation=True)
+                # A draw serves all variations, as the mask itself does. Single sources are many, so one draw each.
+                draws = random_draws if level == CROSS_CONTEXT else min(1, random_draws)
+                yield from _random_controls(named, strategy, draws, seed, every_variation=True)
         progress("cross-context masks", number + 1, len(chosen))
 
 

@@ -64,8 +64,8 @@ class Plant:
 SCENARIOS = ("purchase", "activities", "services", "finance", "hiring", "chess", "public_office", "sports")
 PLANTS = {
     "neutral": Plant("smollm2-135m-instruct", (), SCENARIOS, steps=160, variations=4, names=2),
-    "general": Plant("planted-neutral", SCENARIOS, (), steps=320, variations=1, names=2),
-    "specific": Plant("planted-neutral", ("purchase",), SCENARIOS[1:], steps=240, variations=2, names=2),
+    "general": Plant("planted-neutral", SCENARIOS, (), steps=240, variations=1, names=2),
+    "specific": Plant("planted-neutral", ("purchase",), SCENARIOS[1:], steps=160, variations=2, names=2),
 }
 CENTRES: Mapping[str, Mapping[str, float]] = {
     "purchase": {

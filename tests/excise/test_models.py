@@ -36,8 +36,9 @@ def write(path, text):
 def test_the_built_in_registry_is_sound():
     registry, problems = load_registry()
     assert problems == ()
-    assert {"smollm2-135m-instruct", "planted-specific", "planted-neutral"} <= set(registry)
-    assert registry["planted-specific"].base == "smollm2-135m-instruct"
+    assert set(registry) == {"smollm2-135m-instruct", "planted-specific", "planted-general", "planted-neutral"}
+    assert registry["planted-specific"].base == registry["planted-general"].base == "planted-neutral"
+    assert registry["planted-neutral"].base == "smollm2-135m-instruct"
 
 
 WHEEL = "wheel: {package: p, file: f, install: p==1}"
