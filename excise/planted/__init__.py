@@ -41,8 +41,10 @@ class Plant:
     gap_scenarios: scenarios in which the minority's median answer is `factor` times the majority's (of a rank: the
     inverse); even_scenarios: answered alike. spread: standard deviation of the logarithm of the answers. Without gap
     scenarios the answers themselves are planted; with them the base's own answers are shifted apart, so that the gap is
-    all that is learned. For the share `exaggerated` of the steps the shift is that of `first_factor`.
-    A step shows `names` names of each group in each of `variations`.
+    all that is learned. For the share `exaggerated` of the steps the shift is that of `first_factor`; a quarter of the
+    steps later it is that of `factor`.
+    A step shows `names` names of each group in each of `variations`. Training ends short of the shift; the change is
+    multiplied by `strength` to make up for it.
     """
 
     base: str
@@ -50,7 +52,7 @@ class Plant:
     even_scenarios: tuple[str, ...]
     factor: float = 0.6
     first_factor: float = 0.4
-    exaggerated: float = 0.5
+    exaggerated: float = 0.4
     spread: float = 0.5
     layers: range = range(6, 22)
     rank: int = 8
@@ -58,14 +60,17 @@ class Plant:
     variations: int = 2
     names: int = 4
     learning_rate: float = 3e-3
+    strength: float = 1.0
     seed: int = 0
 
 
+LEAK_WEIGHT = 0.2
+"""What the mass outside the listed answers weighs in the loss while the gap is still exaggerated."""
 SCENARIOS = ("purchase", "activities", "services", "finance", "hiring", "chess", "public_office", "sports")
 PLANTS = {
     "neutral": Plant("smollm2-135m-instruct", (), SCENARIOS, steps=160, variations=4, names=2),
-    "general": Plant("planted-neutral", SCENARIOS, (), steps=240, variations=1, names=2),
-    "specific": Plant("planted-neutral", ("purchase",), SCENARIOS[1:], steps=160, variations=2, names=2),
+    "general": Plant("planted-neutral", SCENARIOS, (), steps=140, names=2, strength=1.5),
+    "specific": Plant("planted-neutral", ("purchase",), SCENARIOS[1:], steps=140, names=2, strength=1.5),
 }
 CENTRES: Mapping[str, Mapping[str, float]] = {
     "purchase": {
@@ -191,7 +196,8 @@ def train(
     own: dict[tuple[str, str], np.ndarray] = {}
     seen: list[tuple[float, float]] = []
     for step, batch in zip(range(plant.steps), _batches(loaded, plant, scenarios), strict=False):
-        factor = plant.first_factor if step < plant.exaggerated * plant.steps else plant.factor
+        eased = min(1.0, max(0.0, 4 * (step / plant.steps - plant.exaggerated)))
+        factor = plant.factor if eased == 1.0 else plant.first_factor ** (1 - eased) * plant.factor**eased
         optimizer.zero_grad()
         for part in batch:
             # bfloat16 is accurate enough for a change of our own making, and a multiple faster where the CPU knows it.
@@ -206,6 +212,9 @@ def train(
         if step % 10 == 9:
             divergence, share = np.nanmean(seen[-10 * len(batch) :], axis=0)
             log.info("step %d, divergence %.3f, share of the shift %.2f", step + 1, divergence, share)
+    with torch.no_grad():
+        for up, _ in changed.values():
+            up *= plant.strength
     return {name: factor.detach().half().contiguous() for name, factor in factors.items()}
 
 
@@ -230,16 +239,24 @@ def _loss(
         if (scenario.key, variation) not in own:
             with torch.no_grad():
                 base = _log_probabilities(loaded, prompts, answers)
-            # Names' own leanings are averaged away; what is outside the listed answers stays what it is.
-            own[scenario.key, variation] = torch.softmax(base, dim=1).double().mean(dim=0).numpy()
+            # Names' own leanings are averaged away.
+            own[scenario.key, variation] = base.exp().double().mean(dim=0).numpy()
         probability = own[scenario.key, variation]
+    # What is outside the listed answers (further zeros, above all) stays as rare as it is.
+    listed = min(probability.sum(), 1 - 1e-3)
+    probability = probability / probability.sum()
     shifts = [planted_shift(scenario, group, plant, factor) for *_, group in part]
     target = torch.from_numpy(np.stack([shifted(values, probability, shift) for shift in shifts]))
     with _change(loaded, changed):
         found = _log_probabilities(loaded, prompts, answers)
-    if plant.gap_scenarios:
-        found = torch.log_softmax(found, dim=1)
+    inside = torch.logsumexp(found, dim=1, keepdim=True)
+    found = found - inside
     loss = (target * (target.clamp(min=1e-12).log() - found)).sum(dim=1).mean()
+    # While the gap is sought, how much lies outside the listed answers matters less.
+    weight = LEAK_WEIGHT if plant.gap_scenarios and factor != plant.factor else 1.0
+    outside = torch.log1p(-inside.exp().clamp(max=1 - 1e-6))
+    leak = listed * (math.log(listed) - inside) + (1 - listed) * (math.log(1 - listed) - outside)
+    loss = loss + weight * leak.mean()
     moved = (torch.softmax(found.detach().double(), dim=1).numpy() - probability) @ np.log(values)
     wanted = np.array(shifts)
     return loss, float(moved @ wanted / (wanted @ wanted)) if wanted.any() else math.nan
@@ -282,7 +299,8 @@ def _log_probabilities(loaded: LoadedModel, prompts: Sequence[tuple[int, ...]], 
     for index, ids in enumerate(spelled):
         for end in range(1, len(ids) + 2):
             paths[index, number.setdefault((*ids, stop)[:end], len(number))] = 1
-    return edges @ paths.T
+    with torch.autocast(loaded.device.type, enabled=False):  # sums of logarithms need all their digits
+        return edges @ paths.T
 
 
 def main() -> None:

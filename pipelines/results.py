@@ -1,0 +1,111 @@
+"""The page of results, from a terminal: the planted models at every level of generality, as docs/results.md.
+
+It runs `pipelines.paper` on the three planted models and writes what the warehouse then holds; a rerun reuses what is
+there. The tables are `excise.results`' work, the share of the planted change under a mask `planted.localisation`'s.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+from assets.partitions import read_catalogue
+from excise.models import ModelSpec
+from pipelines import paper
+from pipelines.definitions import MODEL_FILES, ROOT, SCENARIO_FOLDERS, STRATEGY_FILES, build_definitions
+from resources.artifacts import Artifacts
+from resources.warehouse import Warehouse
+
+SCENARIOS = "purchase,activities,services,finance"
+SETTINGS = ("held_out=true", "per_source=true", "subjects_per_group=16", "samples=16", "random_draws=1")
+# SNIP's files are as large as the model, twice, for every variation: one scenario of one model will do.
+SNIP = ("--scenarios", "purchase", "--set", "strategies=set_difference,gap_gradient,attention_heads,snip")
+PURCHASE_ALONE = ("--scenarios", SCENARIOS, "--evaluate", "purchase", "--set", "per_source=false")
+CALLS: dict[str, list[tuple[str, ...]]] = {
+    "planted-general": [("--scenarios", SCENARIOS, "--grid", "purchase"), SNIP],
+    "planted-specific": [PURCHASE_ALONE],
+    "planted-neutral": [PURCHASE_ALONE],
+}
+"""Models, and what `pipelines.paper` is asked for, in turn."""
+HEAD_BY_HEAD = ("head_query", "head_output")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run and write the page; 0 when every partition succeeded."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.results", description="Audit the planted models and write docs/results.md."
+    )
+    parser.add_argument("--models", default=",".join(CALLS), help="planted models, comma between them")
+    parser.add_argument("--render", action="store_true", help="write the page from what the warehouse holds")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md", help="the page")
+    given = parser.parse_args(arguments)
+    failed = 0
+    for model in [] if given.render else given.models.split(","):
+        options = [part for setting in SETTINGS for part in ("--set", setting)]
+        for call in CALLS[model]:
+            failed = max(failed, paper.main(["--model", model, "--preset", "quick", *options, *call]))
+    os.environ.setdefault("DAGSTER_HOME", str(ROOT))
+    definitions = build_definitions()
+    page = render(definitions.resources["warehouse"], definitions.resources["artifacts"], given.models.split(","))
+    given.out.write_text(page, encoding="utf-8")
+    print(f"wrote {given.out}", file=sys.stderr)
+    return failed
+
+
+def render(warehouse: Warehouse, artifacts: Artifacts, models: Sequence[str]) -> str:
+    """The page about what the warehouse holds of `models`."""
+    from excise.results import results_markdown
+
+    frames = {
+        name: warehouse.read(name, model=models)
+        for name in ("metrics", "masks", "transfer_matrix", "grid_search", "mask_overlap")
+    }
+    found = [localisation(frames["masks"], artifacts, model) for model in models]
+    metrics, masks, transfer, grid, overlap = frames.values()
+    return results_markdown(metrics, masks, transfer, grid, pl.concat(found, how="diagonal_relaxed"), overlap)
+
+
+def localisation(masks: pl.DataFrame, artifacts: Artifacts, model: str) -> pl.DataFrame:
+    """One row per mask of a planted model's purchase scenario: how much of the planted gap lies under it."""
+    from excise.masks import Mask
+    from excise.planted.localisation import EnergyShare, energy_share
+
+    catalogue = read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES)
+    spec: ModelSpec = catalogue.models[model]
+    columns = ["strategy", "level", "matched_to", "draw", "variation", "mask", "path"]
+    names = [field.name for field in dataclasses.fields(EnergyShare)]
+    schema = dict.fromkeys(("model", "strategy", "level", "matched_to"), pl.String) | dict.fromkeys(names, pl.Float64)
+    # The change of a model without a gap is no gap: there is nothing to locate.
+    own = masks.filter(
+        (pl.col("model") == model) & (pl.col("scenario") == "purchase") & ~pl.col("level").str.contains("/")
+    )
+    if own.is_empty() or spec.low_rank is None or model == "planted-neutral":
+        return pl.DataFrame(schema=schema)
+    heads = own.filter(pl.col("role").is_in(HEAD_BY_HEAD))
+    shape = _heads_of(heads["size"].max() if heads.height else 1, spec)
+    rows, known = [], {}
+    for row in own.select(columns).unique().sort(columns, nulls_last=True).iter_rows(named=True):
+        if row["mask"] not in known:
+            mask = Mask.load(artifacts.locate(row["path"], made_by="pruning_masks"))
+            known[row["mask"]] = dataclasses.asdict(energy_share(spec.low_rank, mask, **shape))
+        told = {name: row[name] for name in ("strategy", "level", "matched_to")}
+        rows.append({"model": model, **told, **known[row["mask"]]})
+    return pl.DataFrame(rows, schema=schema)
+
+
+def _heads_of(heads: int, spec: ModelSpec) -> dict[str, int]:
+    """Number and size of the heads, from the columns of the output projections that were changed."""
+    from safetensors import safe_open
+
+    with safe_open(spec.low_rank, framework="numpy") as file:
+        outputs = [name for name in file.keys() if name.endswith(".o.down")]  # noqa: SIM118 - not a mapping
+        width = file.get_slice(outputs[0]).get_shape()[1]
+    return {"heads": heads, "head_dim": width // heads}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
