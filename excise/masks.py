@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -132,11 +132,7 @@ class Mask:
 
     def check_same_matrices(self, other: "Mask") -> None:
         """Raise ExciseError unless both masks have the same matrices in the same shapes."""
-        if self.shapes.keys() != other.shapes.keys():
-            raise ExciseError(f"the masks are of different matrices; {_differing(self.shapes, other.shapes)}")
-        for key, shape in self.shapes.items():
-            if shape != other.shapes[key]:
-                raise ExciseError(f"the masks are of different models: {key} is {shape} and {other.shapes[key]}")
+        _check_same_shapes(self.shapes, other.shapes)
 
     def save(self, path: Path | str) -> None:
         """Write the mask as safetensors, in full or not at all; folders are made where they lack."""
@@ -158,22 +154,71 @@ class Mask:
 
         Raises ExciseError when the file is absent, is no mask, or does not hold what its fingerprint says.
         """
+        file = MaskFile.open(path)
+        mask = cls({key: file.bits(key) for key in file.shapes}, file.shapes)
+        if mask.fingerprint != file.fingerprint:
+            raise ExciseError(f"{path}: was changed after it had been written; make the mask again")
+        return mask
+
+
+@dataclass(frozen=True)
+class MaskFile:
+    """A mask in the file `Mask.save` has written: its matrices are known, their bits are read one by one.
+
+    `places[key]` is where the packed bits of a matrix begin in the file, in bytes.
+    """
+
+    path: Path
+    shapes: Mapping[str, tuple[int, int]]
+    fingerprint: str
+    places: Mapping[str, int]
+
+    @classmethod
+    def open(cls, path: Path | str) -> Self:
+        """Read what the file says of itself. Raises ExciseError when it is absent, cut off, or no mask."""
         from safetensors import SafetensorError, safe_open
 
+        path = Path(path)
         try:
-            with safe_open(path, framework="numpy") as file:
+            with safe_open(path, framework="numpy") as file:  # checks the header, and the file's length against it
                 metadata = file.metadata() or {}
-                bits = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
         except FileNotFoundError:
             raise ExciseError(f"{path}: there is no such mask file; make the mask again") from None
         except (OSError, SafetensorError) as error:
-            raise ExciseError(f"{path}: cannot be read as a mask ({error}); make the mask again") from None
+            raise _unreadable(path, error) from None
         if metadata.get("format") != _FORMAT:
             raise ExciseError(f"{path}: is not a mask file of this version; make the mask again")
-        mask = cls(bits, {key: tuple(shape) for key, shape in json.loads(metadata["shapes"]).items()})
-        if mask.fingerprint != metadata["fingerprint"]:
-            raise ExciseError(f"{path}: was changed after it had been written; make the mask again")
-        return mask
+        shapes = {key: tuple(shape) for key, shape in json.loads(metadata["shapes"]).items()}
+        for key, shape in shapes.items():
+            bytes_there = header[key]["data_offsets"][1] - header[key]["data_offsets"][0] if key in header else 0
+            if bytes_there != (math.prod(shape) + 7) // 8:
+                raise _unreadable(path, f"{key} of shape {shape} has {bytes_there} bytes")
+        places = {key: 8 + length + header[key]["data_offsets"][0] for key in shapes}
+        return cls(path, shapes, metadata["fingerprint"], places)
+
+    def bits(self, key: str) -> NDArray[np.uint8]:
+        """The packed bits of one matrix, as `Mask.bits` holds them."""
+        bits = np.empty((math.prod(self.shapes[key]) + 7) // 8, dtype=np.uint8)
+        self.read_into(key, bits)
+        return bits
+
+    def read_into(self, key: str, bits: NDArray[np.uint8]) -> None:
+        """Read the packed bits of one matrix into an array of their size. Raises ExciseError when that fails."""
+        # Read, not mapped: pages of mapped files would count as memory of the process.
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.places[key])
+                done, view = 0, memoryview(bits)
+                while done < len(view):
+                    if not (count := file.readinto(view[done:])):
+                        raise OSError(f"it ends within {key}")
+                    done += count
+            _checked_bits(key, bits, math.prod(self.shapes[key]))
+        except (OSError, ExciseError) as error:
+            raise _unreadable(self.path, error) from None
 
 
 def heads_mask(chosen: NDArray[np.bool_], ablation: str) -> Mask:
@@ -190,13 +235,16 @@ def heads_mask(chosen: NDArray[np.bool_], ablation: str) -> Mask:
 
 
 def intersection(masks: Iterable[Mask]) -> Mask:
-    """The weights in every mask (BDB's mask of a context, section 5). Raises ExciseError when there is no mask."""
-    return reduce(Mask.__and__, _some(masks))
+    """The weights in every mask (BDB's mask of a context, section 5). Raises ExciseError when there is no mask.
+
+    Masks are taken one by one, so that an iterator over files holds three at a time.
+    """
+    return _reduced(Mask.__and__, masks)
 
 
 def union(masks: Iterable[Mask]) -> Mask:
-    """The weights in any mask. Raises ExciseError when there is no mask."""
-    return reduce(Mask.__or__, _some(masks))
+    """The weights in any mask, taken one by one. Raises ExciseError when there is no mask."""
+    return _reduced(Mask.__or__, masks)
 
 
 def votes(masks: Iterable[Mask], k: int) -> Mask:
@@ -221,28 +269,37 @@ def votes(masks: Iterable[Mask], k: int) -> Mask:
 def leave_one_out(masks: Callable[[], Iterable[Mask]]) -> Iterator[Mask]:
     """For each mask the intersection of all *other* masks (BDB's within-context level, section 4), in their order.
 
-    `masks` gives the same masks anew at each call, so they can come from files: three masks are held at a time, however
-    many there are. Raises ExciseError for fewer than two masks.
+    `masks` gives the same masks anew at each call, so they can come from files: the memory of four masks is held,
+    however many there are. Raises ExciseError for fewer than two masks.
     """
-    everywhere = missing_once = None
+    everywhere: dict[str, NDArray[np.uint8]] = {}
+    missing_once: dict[str, NDArray[np.uint8]] = {}
+    shapes = None
     count = 0
+    # Both are changed in place, and `del` lets go of a mask before the next one is read: at 8B each is 0.9 GB.
     for mask in masks():
         count += 1
-        if everywhere is None:
-            full = {key: np.packbits(np.ones(math.prod(shape), dtype=bool)) for key, shape in mask.shapes.items()}
-            everywhere, missing_once = mask, Mask({key: full[key] & ~mask.bits[key] for key in full}, mask.shapes)
+        if shapes is None:
+            shapes = mask.shapes
+            for key, bits in mask.bits.items():
+                everywhere[key] = bits.copy()
+                missing_once[key] = np.packbits(~mask.array(key))
         else:
-            mask.check_same_matrices(everywhere)
-            bits = {
-                key: (missing_once.bits[key] & mask.bits[key]) | (everywhere.bits[key] & ~mask.bits[key]) for key in
-                mask.bits
-            }
-            everywhere, missing_once = everywhere & mask, Mask(bits, mask.shapes)
+            _check_same_shapes(mask.shapes, shapes)
+            for key, bits in mask.bits.items():
+                missing_once[key] &= bits
+                missing_once[key] |= everywhere[key] & ~bits
+                everywhere[key] &= bits
+        del mask
     if count < 2:
         raise ExciseError(f"leaving one out of {count} masks leaves none: give at least two")
     for mask in masks():
-        bits = {key: everywhere.bits[key] | (missing_once.bits[key] & ~own) for key, own in mask.bits.items()}
-        yield Mask(bits, mask.shapes)
+        # A mask read for this alone goes as the result grows, while the caller may still have the one before.
+        own = dict(mask.bits)
+        del mask
+        left = Mask({key: everywhere[key] | (missing_once[key] & ~own.pop(key)) for key in everywhere}, shapes)
+        yield left
+        del left
 
 
 def random_like(mask: Mask, seed: int) -> Mask:
@@ -365,6 +422,10 @@ def _ablate(loaded: Any, key: str, chosen: NDArray[np.bool_]) -> Any:
     return module.register_forward_pre_hook(lambda module, given: (given[0].masked_fill(columns, 0), *given[1:]))
 
 
+def _unreadable(path: Path, why: object) -> ExciseError:
+    return ExciseError(f"{path}: cannot be read as a mask ({why}); make the mask again")
+
+
 def _layer_order(key: str) -> list[tuple[bool, int, str]]:
     return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in key.split(".")]
 
@@ -386,9 +447,26 @@ def _checked_bits(key: str, bits: NDArray[np.uint8], size: int) -> NDArray[np.ui
     return bits
 
 
+def _check_same_shapes(first: Mapping[str, tuple[int, int]], second: Mapping[str, tuple[int, int]]) -> None:
+    if first.keys() != second.keys():
+        raise ExciseError(f"the masks are of different matrices; {_differing(first, second)}")
+    for key, shape in first.items():
+        if shape != second[key]:
+            raise ExciseError(f"the masks are of different models: {key} is {shape} and {second[key]}")
+
+
 def _differing(first: Iterable[str], second: Iterable[str]) -> str:
     only = sorted(set(first) ^ set(second), key=_layer_order)
     return "only one has " + ", ".join(only[:5]) + (", ..." if len(only) > 5 else "")
+
+
+def _reduced(operation: Callable[[Mask, Mask], Mask], masks: Iterable[Mask]) -> Mask:
+    total = None
+    for mask in masks:
+        total = mask if total is None else operation(total, mask)
+    if total is None:
+        raise ExciseError("there are no masks to combine: give one at least")
+    return total
 
 
 def _some(masks: Iterable[Mask]) -> list[Mask]:

@@ -1,5 +1,6 @@
 """A mask is a set of weights: it packs, combines, survives a file, and is taken out of a model and put back exactly."""
 
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from excise.errors import ExciseError
-from excise.masks import Mask, intersection, pruned, random_like, union, votes
+from excise.masks import Mask, intersection, leave_one_out, pruned, random_like, union, votes
 
 SHAPES = {"0.q": (3, 5), "0.up": (4, 6), "10.down": (6, 4), "2.q": (3, 5)}
 
@@ -113,6 +114,41 @@ def test_and_or_intersection_union_and_votes_are_those_of_sets():
             assert np.array_equal(votes(masks, k).array(key), stack.sum(axis=0) >= k)
     assert (votes(masks, 5), votes(masks, 1)) == (intersection(masks), union(masks))
     assert intersection(masks[:1]) == masks[0]
+
+
+def test_leaving_one_out_gives_the_intersection_of_the_others_by_hand():
+    # in all, in all but the first, the second, the third, in the third alone
+    rows = ([True, False, True, True, False], [True, True, False, True, False], [True, True, True, False, True])
+    masks = [Mask.from_arrays({"0.q": np.array([row])}) for row in rows]
+    left = [mask.array("0.q")[0].tolist() for mask in leave_one_out(lambda: iter(masks))]
+    assert left == [
+        [True, True, False, False, False], [True, False, True, False, False], [True, False, False, True, False],
+    ]  # fmt: skip
+    assert [mask.array("0.q")[0].tolist() for mask in masks] == list(rows)
+
+
+def test_leaving_one_out_of_many_gives_what_the_plain_intersections_give():
+    masks = [mask(seed) for seed in range(4)]
+    for index, left in enumerate(leave_one_out(lambda: masks)):
+        assert left == intersection(masks[:index] + masks[index + 1 :])
+    with pytest.raises(ExciseError, match="out of 1 masks leaves none"):
+        next(leave_one_out(lambda: masks[:1]))
+
+
+def test_masks_from_files_are_combined_one_by_one():
+    alive, most = weakref.WeakSet(), []
+
+    def reading():
+        for seed in range(6):
+            read = mask(seed)
+            alive.add(read)
+            most.append(len(alive))
+            yield read
+            del read
+
+    for combined in (intersection(reading()), union(reading()), *leave_one_out(reading)):
+        assert combined.shapes == SHAPES
+    assert max(most) <= 2  # what is read and, at the first, what it is combined with
 
 
 def test_votes_of_many_masks_do_not_overflow():

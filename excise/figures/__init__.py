@@ -1,0 +1,29 @@
+"""The pictures of an audit, drawn from the tidy frames and saved as PNG and SVG.
+
+Here: one function for each figure of the method (A9), each giving a `matplotlib.figure.Figure`, and `save`.
+Not here: estimates (see `excise.evaluation`), which every figure only draws, and tables (see `excise.report`).
+One module holds one kind of figure; what all share is `canvas`.
+"""
+
+from excise.figures.answers import answers_by_group
+from excise.figures.canvas import PNG_BYTES, SavedFigure, save
+from excise.figures.disparity import disparity_by_level
+from excise.figures.distribution import mask_density_by_layer, mask_distribution_heat_map
+from excise.figures.grid import grid_heat_maps
+from excise.figures.levels import bias_by_level
+from excise.figures.overlap import overlap_heat_map
+from excise.figures.transfer import transfer_heat_map
+
+__all__ = [
+    "PNG_BYTES",
+    "SavedFigure",
+    "answers_by_group",
+    "bias_by_level",
+    "disparity_by_level",
+    "grid_heat_maps",
+    "mask_density_by_layer",
+    "mask_distribution_heat_map",
+    "overlap_heat_map",
+    "save",
+    "transfer_heat_map",
+]

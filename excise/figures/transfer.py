@@ -1,0 +1,130 @@
+"""The figure of transfer: what masks from one scenario do to the gap of another.
+
+Here: the matrix of sources against evaluated scenarios, for every strategy. Not here: any estimate (they are those of
+`excise.evaluation`). BDB asks this for one evaluated scenario (section 5, method A8); here every scenario is one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import polars
+
+from excise.errors import ExciseError
+from excise.figures.canvas import WIDTH, blank_figure, drawing, require_columns, require_one
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLUMNS = ("model", "strategy", "matched_to", "source", "scenario", "level", "metric", "estimate", "low", "high")
+_METRICS = {"gap_reduction": "gap reduction, %", "reduction_over_random": "beyond the random control, points"}
+_OTHERS = "all others"
+_CROWDED = 320  # cells above which the headline alone is drawn, and then the figures without their intervals
+# Where several masks lead from one scenario to another, the one the matrix shows.
+_PREFERRED = ("within_context", "cross_context", "prompt_specific")
+
+
+def transfer_heat_map(transfer: polars.DataFrame) -> Figure:
+    """The share of the raw gap that masks from each source scenario remove in each evaluated scenario, in percent.
+
+    `transfer` holds rows of the table `transfer_matrix` of one model; each strategy (controls are left out) has a
+    panel of `gap_reduction` and one of `reduction_over_random` where that is known, with the 95 % interval below each
+    figure and a star where it covers 0. Blue removes the gap, red widens it; colours end at 100. Where a source and
+    a scenario meet at several levels the within-context one is drawn, which no evaluated prompt had a part in. A
+    missing source stands for all other scenarios pooled. Where all that is too much for one picture, it shows the
+    reduction over random alone, and if need be without the intervals' ends: draw one strategy then.
+
+    Raises ExciseError on a missing column, no rows, several models, or when there are only controls or no estimates.
+    """
+    require_columns(transfer, "transfer_matrix", _COLUMNS)
+    require_one(transfer, "transfer_matrix", ("model",))
+    own = transfer.filter(
+        polars.col("matched_to").is_null()
+        & polars.col("metric").is_in(list(_METRICS))
+        & polars.col("estimate").is_not_null()
+        & polars.col("estimate").is_not_nan()
+    ).with_columns(polars.col("source").fill_null(_OTHERS))
+    if own.is_empty():
+        raise ExciseError("transfer_matrix: only controls or no known gap_reduction; evaluate the scenarios first")
+    scenarios = own["scenario"].unique(maintain_order=True).to_list()
+    found = own["source"].unique(maintain_order=True).to_list()
+    sources = [
+        *(name for name in scenarios if name in found),
+        *sorted(name for name in found if name not in (*scenarios, _OTHERS)),
+        *([_OTHERS] if _OTHERS in found else []),
+    ]
+    strategies = own["strategy"].unique(maintain_order=True).to_list()
+    metrics = [metric for metric in _METRICS if metric in own["metric"].to_list()]
+    cells = len(strategies) * len(sources) * len(scenarios)
+    if cells * len(metrics) > _CROWDED:
+        metrics = metrics[-1:]
+    panels = [(strategy, metric) for strategy in strategies for metric in metrics]
+    intervals = cells * len(metrics) <= _CROWDED
+    across = min(len(panels), 2)
+    down = math.ceil(len(panels) / across)
+    cell = 0.58 if len(scenarios) > 5 else 0.8
+    with drawing(grid="white"):
+        width = min(max(1.6 + cell * len(scenarios) * across, 5.0 if across == 1 else WIDTH), 11.0)
+        figure = blank_figure((width, 1.1 + (0.35 + (0.42 if intervals else 0.3) * max(len(sources), 2)) * down))
+        axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+        for index, (strategy, metric) in enumerate(panels):
+            panel = axes[index // across][index % across]
+            chosen = own.filter((polars.col("strategy") == strategy) & (polars.col("metric") == metric))
+            _panel(panel, chosen, sources, scenarios, intervals)
+            panel.set_title(f"{strategy}: {_METRICS[metric]}", fontsize=9, loc="left")
+            lowest = index + across >= len(panels)
+            panel.tick_params(labelbottom=lowest)
+            panel.set_xlabel("evaluated on" if lowest else "")
+            panel.set_ylabel("mask from" if index % across == 0 else "")
+        for index in range(len(panels), down * across):
+            axes[index // across][index % across].set_visible(False)
+        told = "[95 % interval], * where it covers 0" if intervals else "* the 95 % interval covers 0"
+        figure.suptitle(
+            f"{own['model'][0]}: transfer of masks between scenarios\n{told}; blue: the gap shrinks, red: it grows",
+            fontsize=9.5,
+        )
+    return figure
+
+
+def _panel(
+    axes: Axes, rows: polars.DataFrame, sources: Sequence[str], scenarios: Sequence[str], intervals: bool
+) -> None:
+    import numpy as np
+    import seaborn
+
+    best: dict[tuple[int, int], dict] = {}
+    for row in rows.iter_rows(named=True):
+        place = sources.index(row["source"]), scenarios.index(row["scenario"])
+        if place not in best or _rank(row["level"]) < _rank(best[place]["level"]):
+            best[place] = row
+    values = np.full((len(sources), len(scenarios)), np.nan)
+    text = np.full(values.shape, "", dtype=object)
+    for place, row in best.items():
+        values[place] = row["estimate"]
+        text[place] = _points(row["estimate"])
+        if row["low"] is not None and row["high"] is not None:
+            text[place] += "*" if row["low"] <= 0 <= row["high"] else ""
+            text[place] += f"\n[{_points(row['low'])}, {_points(row['high'])}]" if intervals else ""
+    seaborn.heatmap(
+        values, ax=axes, vmin=-1, vmax=1, center=0, cmap="RdBu", annot=text, fmt="", cbar=False,
+        annot_kws={"fontsize": 6.8 if len(scenarios) > 5 else 7.5, "linespacing": 1.15},
+        linewidths=0.6, linecolor="white", xticklabels=list(scenarios), yticklabels=list(sources),
+    )  # fmt: skip
+    axes.set_facecolor("#eeeeee")
+    axes.tick_params(length=0, labelsize=8)
+    axes.tick_params(axis="y", labelrotation=0)
+    axes.tick_params(axis="x", labelrotation=30 if len(scenarios) > 3 else 0)
+    for label in axes.get_xticklabels():
+        label.set_horizontalalignment("right" if len(scenarios) > 3 else "center")
+
+
+def _points(share: float) -> str:
+    return f"{round(100 * share):d}"
+
+
+def _rank(level: str) -> int:
+    stem = level.split("/")[0]
+    return _PREFERRED.index(stem) if stem in _PREFERRED else len(_PREFERRED)
