@@ -1,14 +1,18 @@
-# make demo | test | ui | lint | clean. Every target installs what it needs first.
+# make demo | paper | results | test | ui | lint | clean. Every target installs what it needs first.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo test ui lint clean
+.PHONY: help install demo paper results test ui lint clean
 
 PYTHON ?= python3.11
 PORT ?= 3000
 # Options for one's own package index or mirror, for example one with builds of torch for the CPU alone.
 TORCH_INDEX ?=
 ARGS ?=
+# For make paper: a key of models.yaml, keys of scenarios with commas between them (none: all), and the size.
+MODEL ?=
+SCENARIOS ?=
+PRESET ?= paper
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -22,6 +26,8 @@ export TOKENIZERS_PARALLELISM := false
 help:
 	@echo "make install  create .venv with everything in it (PYTHON=python3.11)"
 	@echo "make demo     audit and prune the planted model in the purchase scenario, in a few minutes"
+	@echo "make paper    all scenarios of one model: MODEL=... [SCENARIOS=a,b] [PRESET=quick] [ARGS=...] (docs/reproduce.md)"
+	@echo "make results  audit the planted models again and write docs/results.md (an hour on two cores; ARGS=--render: only write)"
 	@echo "make ui       the Dagster UI on the same results (PORT=3000)"
 	@echo "make test     the test suite (ARGS=... goes to pytest)"
 	@echo "make lint     ruff"
@@ -51,6 +57,13 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pipelines.demo $(ARGS)
+
+paper: $(STAMP)
+	@test -n "$(MODEL)" || { echo "Name a model of models.yaml: make paper MODEL=planted-general PRESET=quick" >&2; exit 1; }
+	$(BIN)/python -m pipelines.paper --model "$(MODEL)" --scenarios "$(SCENARIOS)" --preset "$(PRESET)" $(ARGS)
+
+results: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pipelines.results $(ARGS)
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)

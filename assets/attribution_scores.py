@@ -6,9 +6,10 @@ The scores are files, found again by their content; the table `attribution_files
 import dagster as dg
 import polars as pl
 
-from assets.completions import completions_of, require_same_model
+from assets.completions import completions_of, require_same_model, without
 from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, table_metadata, table_value
+from excise.scenarios.subsets import EVALUATION
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import AuditSettings
@@ -24,10 +25,12 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         catalogue,
         group="pruning",
         kinds={"torch", "safetensors"},
-        description="What every strategy needs to know about the unpruned model: input norms and gradients, per "
-        "variation and group, computed from the completions.",
+        description="What every strategy needs to know about the unpruned model: input norms, gradients, attention to "
+        "the name, per variation and group, computed from the completions (of one half of the names, where names are "
+        "held out).",
         deps=["completions"],
         uses_model=True,
+        code_version="2",
     )
     def attribution_scores(
         context: dg.AssetExecutionContext,
@@ -45,10 +48,11 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         strategies = catalogue.chosen_strategies(audit.strategies, audit.levels)
         with gpu.model(model, catalogue.models, waiting=context.log.info) as loaded:
             require_same_model(completions, loaded.fingerprint, model, scenario.key)
+            learned, asked = without(EVALUATION, completions, prompts)
             files = attribute(
                 loaded,
-                prompts,
-                completions,
+                asked,
+                learned,
                 comparison=scenario.comparison,
                 outcome=scenario.outcome,
                 scores=sorted({strategy.score for strategy in strategies}),

@@ -13,10 +13,11 @@ from assets.partitions import Catalogue
 from assets.prompts import up_to_date_prompts
 from assets.stage import data_version, grid_asset, picture, rows_of, table_metadata
 from excise.errors import ExciseError
-from excise.scenarios import expand
+from excise.scenarios import expand, halves
+from excise.scenarios.subsets import ATTRIBUTION, BOTH, EVALUATION
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
-from resources.settings import AuditSettings
+from resources.settings import Audit, AuditSettings
 from resources.warehouse import Warehouse
 from resources.watch import RunWatch
 
@@ -28,13 +29,15 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         catalogue,
         group="audit",
         kinds={"torch", "duckdb"},
-        description="What the unpruned model answers to every prompt, several times each.",
+        description="What the unpruned model answers to every prompt, several times each; where names are held out, "
+        "which half a name belongs to.",
         deps=["prompts"],
         checks=[
             checks.spec("completions_complete_and_balanced", "completions", catalogue),
             checks.spec("parse_rate", "completions", catalogue),
         ],
         uses_model=True,
+        code_version="2",
     )
     def completions(
         context: dg.AssetExecutionContext,
@@ -45,6 +48,7 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         watch: RunWatch,
     ) -> dg.MaterializeResult:
         from excise.completions import CompletionCache, complete
+        from excise.encoding import encode
         from excise.figures import answers_by_group
         from excise.report import reuse_sentence
         from excise.sampling import SamplingParameters
@@ -69,7 +73,10 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                 cache=CompletionCache(artifacts.completion_cache),
                 progress=watch.progress(context),
             )
+            lengths = {each.prompt_id: each.name[1] - each.name[0] for each in encode(loaded, prompts)}
             device = gpu.report(loaded)
+        rows = rows.join(_splits(prompts, audit), on=["group", "subject"], how="left", maintain_order="left")
+        rows = rows.with_columns(name_tokens=pl.col("prompt_id").replace_strict(lengths, return_dtype=pl.Int64))
         warehouse.replace_partition("completions", rows, {"model": model, "scenario": scenario.key})
         outcomes = [
             checks.completions_complete_and_balanced(rows, prompts, audit.samples),
@@ -79,6 +86,7 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         metadata = table_metadata("completions", rows) | {"reuse": reuse_sentence(work.drawn, work.reused)}
         metadata |= work.metadata() | device
         metadata["parse_rate"] = rows["value"].is_not_null().mean()
+        metadata["names"] = _names_told(rows)
         if rows["value"].is_not_null().any():
             figure = answers_by_group(
                 rows,
@@ -97,6 +105,29 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
     return completions
 
 
+def _splits(prompts: pl.DataFrame, audit: Audit) -> pl.DataFrame:
+    """group, subject and split of every name."""
+    if audit.held_out:
+        return halves(prompts, audit.seed)
+    return prompts.select("group", "subject").unique().with_columns(split=pl.lit(BOTH))
+
+
+def _names_told(rows: pl.DataFrame) -> str:
+    counts = dict(rows.group_by("split").agg(pl.col("subject").n_unique()).rows())
+    if BOTH in counts:
+        return f"masks are made from, and judged on, all {counts[BOTH]} names"
+    return f"masks are made from {counts[ATTRIBUTION]} names and judged on {counts[EVALUATION]} others"
+
+
+def without(split: str, completions: pl.DataFrame, prompts: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The completions, and their prompts, of all names but those of one half.
+
+    Without `EVALUATION` they are what masks are made from, without `ATTRIBUTION` what masks are judged on.
+    """
+    rows = completions.filter(pl.col("split") != split)
+    return rows, prompts.filter(pl.col("prompt_id").is_in(rows["prompt_id"].unique().implode()))
+
+
 def completions_of(warehouse: Warehouse, model: str, scenario: str) -> tuple[pl.DataFrame, pl.DataFrame]:
     """A partition's completions and the prompts they answer.
 
@@ -104,6 +135,11 @@ def completions_of(warehouse: Warehouse, model: str, scenario: str) -> tuple[pl.
     """
     rows = rows_of(warehouse, "completions", model, scenario, made_by="completions")
     prompts = warehouse.read("prompts", scenario=scenario)
+    if rows["split"].null_count() or rows["name_tokens"].null_count():
+        raise ExciseError(
+            f"the completions of {model}|{scenario} were stored by an earlier version; materialize completions of this "
+            "partition again (answers drawn already are reused)"
+        )
     asked = prompts.filter(pl.col("prompt_id").is_in(rows["prompt_id"].unique().implode()))
     if asked.height != rows["prompt_id"].n_unique():
         raise ExciseError(

@@ -32,8 +32,21 @@ class Catalogue:
     @property
     def grid(self) -> dg.MultiPartitionsDefinition:
         """Models x scenarios."""
-        return dg.MultiPartitionsDefinition(
-            {"model": dg.StaticPartitionsDefinition(list(self.models)), "scenario": self.scenario_partitions}
+        return dg.MultiPartitionsDefinition({"model": self.model_partitions, "scenario": self.scenario_partitions})
+
+    @property
+    def model_partitions(self) -> dg.StaticPartitionsDefinition:
+        return dg.StaticPartitionsDefinition(list(self.models))
+
+    @property
+    def other_scenarios(self) -> dg.MultiPartitionMapping:
+        """Of the grid onto itself: a partition depends on all other scenarios of its model."""
+        downstream = {key: [other for other in self.scenarios if other != key] for key in self.scenarios}
+        return dg.MultiPartitionMapping(
+            {
+                "model": dg.DimensionPartitionMapping("model", dg.IdentityPartitionMapping()),
+                "scenario": dg.DimensionPartitionMapping("scenario", dg.StaticPartitionMapping(downstream)),
+            }
         )
 
     def partition(self, context: dg.AssetExecutionContext) -> tuple[str, Scenario]:
@@ -50,7 +63,7 @@ class Catalogue:
         return self.scenarios[key]
 
     def chosen_strategies(self, keys: Sequence[str] | None, levels: Sequence[str]) -> list[Strategy]:
-        """The strategies named, or all, each at those of its levels that are wanted.
+        """The strategies named, or all enabled ones, each at those of its levels that are wanted.
 
         Raises ExciseError for a strategy that does not exist.
         """
@@ -60,7 +73,10 @@ class Catalogue:
                 f"resources.settings.config.strategies: no strategy {', '.join(map(repr, unknown))}; "
                 f"there are {', '.join(self.strategies)}"
             )
-        chosen = [self.strategies[key] for key in (self.strategies if keys is None else keys)]
+        if keys is None:
+            chosen = [strategy for strategy in self.strategies.values() if strategy.enabled]
+        else:
+            chosen = [self.strategies[key] for key in dict.fromkeys(keys)]
         wanted = [tuple(level for level in strategy.levels if level in levels) for strategy in chosen]
         return [
             strategy.model_copy(update={"levels": some}) for strategy, some in zip(chosen, wanted, strict=True) if some

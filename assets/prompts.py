@@ -41,13 +41,14 @@ def up_to_date_prompts(
 ) -> None:
     """Expand the scenario anew if the warehouse lacks its prompts or holds those of an earlier version of its file.
 
-    Where they were those of an earlier version, the step starts again, so that its lineage names the new ones.
+    Where Dagster knew of any prompts before, the step starts again, so that its lineage names the new ones.
     """
     stored, rows = warehouse.read("prompts", scenario=scenario.key), expand(scenario)
     if data_version(stored) == data_version(rows):
         return
     warehouse.replace_partition("prompts", rows, {"scenario": scenario.key})
     context.log.info(f"scenario {scenario.key} was expanded: {rows.height} prompts")
+    known = context.instance.get_latest_materialization_event(dg.AssetKey("prompts")) is not None
     context.log_event(
         dg.AssetMaterialization(
             "prompts",
@@ -56,7 +57,7 @@ def up_to_date_prompts(
             tags={"dagster/data_version": data_version(rows).value, "dagster/code_version": CODE_VERSION},
         )
     )
-    if not stored.is_empty():
+    if known:
         raise dg.RetryRequested(max_retries=1, seconds_to_wait=0)
 
 

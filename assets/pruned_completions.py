@@ -1,16 +1,18 @@
 """The stage `pruned_completions`: what the model answers under every mask.
 
-Prompts, samples, parameters and noise are those of `completions`, so pruned and unpruned answers come in pairs.
+Prompts, samples, parameters and noise are those of `completions`, so pruned and unpruned answers come in pairs. Names
+that masks were made from are not asked, where names are held out.
 """
 
 import dagster as dg
 import polars as pl
 
 from assets import checks
-from assets.completions import completions_of, require_same_model, sampling_of
+from assets.completions import completions_of, require_same_model, sampling_of, without
 from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, rows_of, table_metadata
 from excise.errors import ExciseError
+from excise.scenarios.subsets import ATTRIBUTION
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.tables import TABLES
@@ -28,9 +30,10 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         group="pruning",
         kinds={"torch", "duckdb"},
         description="What the model answers to the same prompts under every mask, with the same noise as unpruned.",
-        deps=["completions", "pruning_masks"],
+        deps=["completions", "pruning_masks", "cross_context_masks"],
         checks=[checks.spec("completions_complete_and_balanced", "pruned_completions", catalogue)],
         uses_model=True,
+        code_version="2",
     )
     def pruned_completions(
         context: dg.AssetExecutionContext,
@@ -45,36 +48,28 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         from excise.sampling import SamplingParameters
 
         model, scenario = catalogue.partition(context)
-        completions, prompts = completions_of(warehouse, model, scenario.key)
+        completions, prompts = without(ATTRIBUTION, *completions_of(warehouse, model, scenario.key))
         samples, parameters = sampling_of(completions)
-        masks = (
-            rows_of(warehouse, "masks", model, scenario.key, made_by="pruning_masks")
-            .select(MASK_COLUMNS)
-            .unique()
-            .sort(MASK_COLUMNS)
-        )
-        if unasked := set(masks["variation"]) - set(prompts["variation"]):
-            raise ExciseError(
-                f"there are masks for {', '.join(sorted(unasked))} of {model}|{scenario.key}, but no completions; "
-                "materialize pruning_masks of this partition again"
-            )
+        masks = _masks_of(warehouse, model, scenario.key, set(prompts["variation"]))
         cache = CompletionCache(artifacts.completion_cache)
         progress = watch.progress(context)
         wanted = {row["variation"]: 0 for row in masks.iter_rows(named=True)}
         for variation in wanted:
             wanted[variation] = prompts.filter(pl.col("variation") == variation).height * samples
         total = sum(wanted[row["variation"]] for row in masks.iter_rows(named=True))
-        frames, work, before = [], Work(), 0
+        frames, work, before, opened = [], Work(), 0, (None, None)
         with gpu.model(model, catalogue.models, waiting=context.log.info) as loaded:
             require_same_model(completions, loaded.fingerprint, model, scenario.key)
             for row in masks.iter_rows(named=True):
+                if opened[0] != row["path"]:
+                    opened = row["path"], Mask.load(artifacts.locate(row["path"], made_by=row["asset"]))
                 frame, done = complete(
                     loaded,
                     prompts.filter(pl.col("variation") == row["variation"]),
                     samples,
                     SamplingParameters(**parameters),
                     outcome=scenario.outcome,
-                    mask=Mask.load(artifacts.locate(row["path"], made_by="pruning_masks")),
+                    mask=opened[1],
                     cache=cache,
                     progress=lambda _, done, __, before=before: progress("pruned completions", before + done, total),
                 )
@@ -100,3 +95,22 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         )
 
     return pruned_completions
+
+
+def _masks_of(warehouse: Warehouse, model: str, scenario: str, variations: set[str]) -> pl.DataFrame:
+    """The masks of a partition, one row each; those that share a file (as cross-context ones do) follow each other.
+
+    There need not be cross-context masks, and those of variations that are not asked any more are left aside. Raises
+    ExciseError when there are no masks of the scenario itself, or some for variations without completions.
+    """
+    rows = rows_of(warehouse, "masks", model, scenario, made_by="pruning_masks")
+    masks = rows.select(*MASK_COLUMNS, "asset").unique().sort("path", *MASK_COLUMNS)
+    own = masks.filter(pl.col("asset") == "pruning_masks")
+    if unasked := set(own["variation"]) - variations:
+        raise ExciseError(
+            f"there are masks for {', '.join(sorted(unasked))} of {model}|{scenario}, but no completions; "
+            "materialize pruning_masks of this partition again"
+        )
+    if own.is_empty():
+        raise ExciseError(f"{model}|{scenario} has no masks of its own; materialize pruning_masks of it first")
+    return masks.filter(pl.col("variation").is_in(list(variations)))

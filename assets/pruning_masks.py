@@ -1,6 +1,7 @@
-"""The stage `pruning_masks`: which weights every strategy and control prunes.
+"""The stage `pruning_masks`: which weights or heads every strategy and control prunes, within its scenario.
 
-A mask is a file named by its fingerprint; the table `masks` counts what it prunes in each matrix.
+A mask is a file named by its fingerprint; the table `masks` counts what it prunes in each matrix. Masks made from other
+scenarios are `cross_context_masks`.
 """
 
 from pathlib import Path
@@ -12,7 +13,10 @@ from assets import checks
 from assets.completions import completions_of, require_same_model
 from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, picture, rows_of, table_metadata
+from excise.attribution import AttributionFile
 from excise.errors import ExciseError
+from excise.masks import Mask
+from excise.strategies import CROSS_CONTEXT, PROMPT_SPECIFIC, NamedMask, Strategy
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import AuditSettings
@@ -28,11 +32,12 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         catalogue,
         group="pruning",
         kinds={"torch", "safetensors"},
-        description="The weights every strategy would prune, prompt-specific and within the context, and the controls "
-        "that prune as many weights without knowing about groups.",
+        description="The weights or heads every strategy would prune, prompt-specific and within the context, and the "
+        "controls that prune as many without knowing about groups.",
         deps=["attribution_scores"],
         checks=[checks.spec("mask_density", "pruning_masks", catalogue)],
         uses_model=True,
+        code_version="2",
     )
     def pruning_masks(
         context: dg.AssetExecutionContext,
@@ -49,8 +54,10 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         audit = settings.audit_of(scenario)
         completions, _ = completions_of(warehouse, model, scenario.key)
         stored = rows_of(warehouse, "attribution_files", model, scenario.key, made_by="attribution_scores")
-        strategies = catalogue.chosen_strategies(audit.strategies, audit.levels)
-        _require_scores(stored, {strategy.score for strategy in strategies}, completions, f"{model}|{scenario.key}")
+        strategies = [
+            _within_the_scenario(each) for each in catalogue.chosen_strategies(audit.strategies, audit.levels)
+        ]
+        require_scores(stored, {strategy.score for strategy in strategies}, completions, f"{model}|{scenario.key}")
         files = MaskFiles(artifacts)
         with gpu.model(model, catalogue.models, waiting=context.log.info) as loaded:
             require_same_model(completions, loaded.fingerprint, model, scenario.key)
@@ -59,17 +66,22 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                 for named in build_masks(
                     loaded,
                     strategies,
-                    _attribution_files(stored, artifacts),
+                    attribution_files_of(stored, artifacts),
                     random_draws=audit.random_draws,
                     permutations=min(audit.relabellings, stored["relabellings"].min()),
                     seed=audit.seed,
                     store=files.store,
                     progress=watch.progress(context),
                 )
-                for row in _counts(named, model, scenario.key, artifacts.relative(files.store(named.mask)))
+                for row in mask_rows(
+                    named, "pruning_masks", model, scenario.key, artifacts.relative(files.store(named.mask))
+                )
             ]
         rows = pl.DataFrame(counted, schema=TABLES["masks"].schema)
-        warehouse.replace_partition("masks", rows, {"model": model, "scenario": scenario.key})
+        partition = {"model": model, "scenario": scenario.key}
+        # Rows of a version that did not note the asset would never be replaced.
+        warehouse.replace_partition("masks", rows.clear(), {"asset": None, **partition})
+        warehouse.replace_partition("masks", rows, {"asset": "pruning_masks", **partition})
         outcome = checks.mask_density(rows, audit.density_floor, audit.density_ceiling)
         checks.record(warehouse, "pruning_masks", model, scenario.key, [outcome])
         masks = rows.select(*checks.MASK, "mask").unique().height
@@ -99,7 +111,7 @@ class MaskFiles:
         self.seen: set[str] = set()
         self.written = 0
 
-    def store(self, mask) -> Path:
+    def store(self, mask: Mask) -> Path:
         """Keep a mask and return its path."""
         path = self.folder / f"{mask.fingerprint}.safetensors"
         self.seen.add(mask.fingerprint)
@@ -109,7 +121,14 @@ class MaskFiles:
         return path
 
 
-def _require_scores(stored: pl.DataFrame, scores: set[str], completions: pl.DataFrame, partition: str) -> None:
+def _within_the_scenario(strategy: Strategy) -> Strategy:
+    """The levels made here. Prompt-specific masks are wanted wherever other scenarios' cross-context ones are."""
+    levels = [PROMPT_SPECIFIC if level == CROSS_CONTEXT else level for level in strategy.levels]
+    return strategy.model_copy(update={"levels": tuple(dict.fromkeys(levels))})
+
+
+def require_scores(stored: pl.DataFrame, scores: set[str], completions: pl.DataFrame, partition: str) -> None:
+    """Raise ExciseError unless the attribution files are of these completions and hold these scores."""
     if set(stored["completions_version"]) != {data_version(completions).value}:
         raise ExciseError(
             f"the attribution scores of {partition} are those of other completions; materialize attribution_scores of "
@@ -122,9 +141,8 @@ def _require_scores(stored: pl.DataFrame, scores: set[str], completions: pl.Data
         )
 
 
-def _attribution_files(stored: pl.DataFrame, artifacts: Artifacts) -> list:
-    from excise.attribution import AttributionFile
-
+def attribution_files_of(stored: pl.DataFrame, artifacts: Artifacts) -> list[AttributionFile]:
+    """Rows of the table `attribution_files` as `excise.strategies` takes them."""
     return [
         AttributionFile(
             variation=row["variation"],
@@ -138,14 +156,15 @@ def _attribution_files(stored: pl.DataFrame, artifacts: Artifacts) -> list:
     ]
 
 
-def _counts(named, model: str, scenario: str, path: str) -> list[dict]:
-    """One row per matrix of a mask."""
+def mask_rows(named: NamedMask, asset: str, model: str, scenario: str, path: str) -> list[dict]:
+    """Rows of the table `masks`: one per matrix (for heads: per layer) of a mask."""
     rows = []
     for key, pruned in named.mask.counts().items():
         layer, role = key.split(".")
         out_features, in_features = named.mask.shapes[key]
         rows.append(
             {
+                "asset": asset,
                 "model": model,
                 "scenario": scenario,
                 "variation": named.variation,

@@ -11,7 +11,7 @@ from assets.partitions import Catalogue
 from assets.stage import clear_failures, data_version, table_metadata, table_value
 from resources.warehouse import Warehouse
 
-CHECKED_ASSETS = ("completions", "pruning_masks", "pruned_completions", "evaluation_metrics")
+CHECKED_ASSETS = ("completions", "pruning_masks", "cross_context_masks", "pruned_completions", "evaluation_metrics")
 
 
 def quality_report_asset(catalogue: Catalogue) -> dg.AssetsDefinition:

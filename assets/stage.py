@@ -45,7 +45,7 @@ def grid_asset(
     group: str,
     kinds: set[str],
     description: str,
-    deps: Sequence[str],
+    deps: Sequence[str | dg.AssetDep],
     checks: Sequence[dg.AssetCheckSpec] = (),
     uses_model: bool = False,
     code_version: str = "1",
@@ -66,6 +66,47 @@ def grid_asset(
         )(clear_failures(function))
 
     return declare
+
+
+def model_asset(
+    catalogue: Catalogue, *, kinds: set[str], description: str, deps: Sequence[str], code_version: str = "1"
+) -> Callable[[Callable], dg.AssetsDefinition]:
+    """Declare an analysis over all scenarios of a model: partitioned by model, its `deps` by model and scenario."""
+
+    def declare(function: Callable) -> dg.AssetsDefinition:
+        return dg.asset(
+            partitions_def=catalogue.model_partitions,
+            backfill_policy=ONE_RUN_PER_PARTITION,
+            group_name="analysis",
+            kinds=kinds,
+            description=description,
+            deps=[
+                dg.AssetDep(name, partition_mapping=dg.MultiToSingleDimensionPartitionMapping("model")) for name in deps
+            ],
+            code_version=code_version,
+        )(clear_failures(function))
+
+    return declare
+
+
+def scenarios_with_results(
+    context: dg.AssetExecutionContext, rows: pl.DataFrame, catalogue: Catalogue, *, made_by: str
+) -> tuple[list[str], dict[str, str]]:
+    """The scenarios that have rows, in the catalogue's order, and as metadata those that have none.
+
+    Scenarios without results are named in the log, too. Raises ExciseError when there are no results at all.
+    """
+    found = set(rows["scenario"])
+    known = [key for key in catalogue.scenarios if key in found]
+    if not known:
+        raise ExciseError(
+            f"no scenario of {context.partition_key} has results yet; materialize {made_by} of its partitions first"
+        )
+    lacking = [key for key in catalogue.scenarios if key not in found]
+    if not lacking:
+        return known, {}
+    context.log.info(f"left out, as {made_by} has no results yet: {', '.join(lacking)}")
+    return known, {"scenarios_left_out": ", ".join(lacking)}
 
 
 def rows_of(warehouse: Warehouse, table: str, model: str, scenario: str, *, made_by: str) -> pl.DataFrame:

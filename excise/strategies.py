@@ -16,7 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -253,12 +253,11 @@ def build_cross_context_masks(
                 mask = _predicted_drop_mask(strategy, [read_candidates(source.score) for source in pool])
             else:
                 mask = _combined(strategy, [Path(source.mask) for source in pool])
-            for variation in variations:
-                named = NamedMask(variation, strategy.key, level, None, 0, mask)
-                yield named
-                # A draw serves all variations, as the mask itself does. Single sources are many, so one draw each.
-                draws = random_draws if level == CROSS_CONTEXT else min(1, random_draws)
-                yield from _random_controls(named, strategy, draws, seed, every_variation=True)
+            # A draw serves all variations, as the mask itself does. Single sources are many, so one draw each.
+            draws = random_draws if level == CROSS_CONTEXT else min(1, random_draws)
+            named = NamedMask("", strategy.key, level, None, 0, mask)
+            made = [named, *_random_controls(named, strategy, draws, seed)]
+            yield from (replace(each, variation=variation) for variation in variations for each in made)
         progress("cross-context masks", number + 1, len(chosen))
 
 
@@ -295,13 +294,10 @@ def grid_masks(
                 yield file.variation, point, Mask(bits, minority.shapes)
 
 
-def _random_controls(
-    named: NamedMask, strategy: Strategy, draws: int, seed: int, *, every_variation: bool = False
-) -> Iterator[NamedMask]:
+def _random_controls(named: NamedMask, strategy: Strategy, draws: int, seed: int) -> Iterator[NamedMask]:
     if "random" in strategy.controls:
-        place = "" if every_variation else named.variation
         for draw in range(draws):
-            control = random_like(named.mask, _seed(seed, strategy.key, named.level, place, draw))
+            control = random_like(named.mask, _seed(seed, strategy.key, named.level, named.variation, draw))
             yield NamedMask(named.variation, "random", named.level, strategy.key, draw, control)
 
 

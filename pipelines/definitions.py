@@ -16,12 +16,17 @@ import dagster as dg
 
 from assets.attribution_scores import attribution_scores_asset
 from assets.completions import completions_asset
+from assets.cross_context_masks import cross_context_masks_asset
 from assets.evaluation_metrics import evaluation_metrics_asset
+from assets.grid_search import grid_search_asset
+from assets.mask_distribution import mask_distribution_asset
+from assets.mask_overlap import mask_overlap_asset
 from assets.partitions import read_catalogue
 from assets.prompts import prompts_asset
 from assets.pruned_completions import pruned_completions_asset
 from assets.pruning_masks import pruning_masks_asset
 from assets.quality_report import quality_report_asset
+from assets.transfer_matrix import transfer_matrix_asset
 from pipelines.jobs import JOBS
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
@@ -38,8 +43,13 @@ FACTORIES = (
     completions_asset,
     attribution_scores_asset,
     pruning_masks_asset,
+    cross_context_masks_asset,
     pruned_completions_asset,
     evaluation_metrics_asset,
+    grid_search_asset,
+    mask_overlap_asset,
+    mask_distribution_asset,
+    transfer_matrix_asset,
     quality_report_asset,
 )
 

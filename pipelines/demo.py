@@ -65,13 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise_on_error=False,
     )
     if not result.success:
-        print(*_failures(result), "Nothing computed so far is lost.", sep="\n", file=sys.stderr)
+        print(*failure_messages(result), "Nothing computed so far is lost.", sep="\n", file=sys.stderr)
         return 1
     print(_closing(result, warehouse, catalogue, chosen.model, chosen.scenario, time.monotonic() - began))
     return 0
 
 
-def _failures(result: dg.ExecuteInProcessResult) -> list[str]:
+def failure_messages(result: dg.ExecuteInProcessResult) -> list[str]:
     """What went wrong: for a mistake the user can mend its message, for anything else Dagster's trace."""
     messages = []
     for event in result.get_step_failure_events():

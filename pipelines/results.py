@@ -20,15 +20,20 @@ from pipelines.definitions import MODEL_FILES, ROOT, SCENARIO_FOLDERS, STRATEGY_
 from resources.artifacts import Artifacts
 from resources.warehouse import Warehouse
 
-SCENARIOS = "purchase,activities,services,finance"
-SETTINGS = ("held_out=true", "per_source=true", "subjects_per_group=16", "samples=16", "random_draws=1")
+OTHERS = "activities,services,finance"
+SETTINGS = ("held_out=true", "subjects_per_group=16", "samples=16", "random_draws=1")
+# Scenarios that only lend their masks need no controls.
+LENDING = ("--scenarios", OTHERS, "--evaluate", "none", "--set", "random_draws=0", "--set", "relabellings=0")
 # SNIP's files are as large as the model, twice, for every variation: one scenario of one model will do.
-SNIP = ("--scenarios", "purchase", "--set", "strategies=set_difference,gap_gradient,attention_heads,snip")
-PURCHASE_ALONE = ("--scenarios", SCENARIOS, "--evaluate", "purchase", "--set", "per_source=false")
+SNIP = "strategies=set_difference,gap_gradient,attention_heads,snip"
 CALLS: dict[str, list[tuple[str, ...]]] = {
-    "planted-general": [("--scenarios", SCENARIOS, "--grid", "purchase"), SNIP],
-    "planted-specific": [PURCHASE_ALONE],
-    "planted-neutral": [PURCHASE_ALONE],
+    "planted-general": [
+        LENDING,
+        ("--scenarios", "purchase", "--set", "per_source=true", "--grid", "purchase"),
+        ("--scenarios", "purchase", "--set", "per_source=true", "--set", SNIP),
+    ],
+    "planted-specific": [LENDING, ("--scenarios", "purchase")],
+    "planted-neutral": [("--scenarios", "purchase", "--set", "levels=prompt_specific,within_context")],
 }
 """Models, and what `pipelines.paper` is asked for, in turn."""
 HEAD_BY_HEAD = ("head_query", "head_output")

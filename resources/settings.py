@@ -30,16 +30,18 @@ class Preset(Enum):
 
 @dataclass(frozen=True)
 class Audit:
-    """The settings of one audit. None in `variations`, `subjects_per_group` and `strategies` means all."""
+    """The settings of one audit. None in `variations`, `subjects_per_group`, `strategies`, `grid_variations`: all."""
 
     variations: tuple[str, ...] | None
     subjects_per_group: int | None
+    held_out: bool
     samples: int
     temperature: float
     top_p: float
     seed: int
     levels: tuple[str, ...]
     strategies: tuple[str, ...] | None
+    per_source: bool
     random_draws: int
     relabellings: int
     resamples: int
@@ -48,18 +50,25 @@ class Audit:
     inlier_floor: float
     density_floor: float
     density_ceiling: float
+    grid_taus: tuple[float, ...]
+    grid_counts: tuple[int, ...]
+    grid_variations: int | None
 
 
-# The paper's sizes (BDB, section 3; method A3-A8): all names, 100 samples at temperature 0.6 and top-p 0.9.
+LEVELS = ("prompt_specific", "within_context", "cross_context")
+
+# The paper's sizes (BDB, section 3; method A3-A9): all names, 100 samples at temperature 0.6 and top-p 0.9.
 _PAPER = Audit(
     variations=None,
     subjects_per_group=None,
+    held_out=True,
     samples=100,
     temperature=0.6,
     top_p=0.9,
     seed=0,
-    levels=("prompt_specific", "within_context"),
+    levels=LEVELS,
     strategies=None,
+    per_source=True,
     random_draws=5,
     relabellings=5,
     resamples=2000,
@@ -68,11 +77,15 @@ _PAPER = Audit(
     inlier_floor=0.8,
     density_floor=0.0,
     density_ceiling=0.2,
+    grid_taus=tuple(step / 20 for step in range(1, 11)),
+    grid_counts=tuple(range(5, 55, 5)),
+    grid_variations=None,
 )
 # A few minutes on two cores.
 _QUICK = replace(
-    _PAPER, subjects_per_group=8, samples=16, random_draws=2, relabellings=1, resamples=1000, permutations=1999
-)
+    _PAPER, subjects_per_group=8, held_out=False, samples=16, per_source=False, random_draws=2, relabellings=1,
+    resamples=1000, permutations=1999, grid_taus=(0.1, 0.2, 0.3, 0.4, 0.5), grid_counts=(10, 20, 40), grid_variations=1,
+)  # fmt: skip
 PRESETS: dict[Preset, Audit] = {Preset.paper: _PAPER, Preset.quick: _QUICK}
 
 # The variations of the quick preset by scenario: prices of different size. Elsewhere the first ones of the file.
@@ -86,12 +99,18 @@ class AuditSettings(dg.ConfigurableResource):
     preset: Preset = Field(default=Preset.quick, description="quick: minutes on two cores; paper: the paper's sizes")
     variations: list[str] | None = Field(default=None, description="variations of the scenario to audit, by key")
     subjects_per_group: int | None = Field(default=None, description="names per group, genders balanced")
+    held_out: bool | None = Field(
+        default=None, description="make masks from one half of the names, evaluate on the other"
+    )
     samples: int | None = Field(default=None, description="completions per prompt")
     temperature: float | None = Field(default=None, description="sampling temperature; 0 takes the likeliest token")
     top_p: float | None = Field(default=None, description="share of probability sampled from")
     seed: int | None = Field(default=None, description="seed of completions, controls and resampling")
-    levels: list[str] | None = Field(default=None, description="generality of masks: prompt_specific, within_context")
+    levels: list[str] | None = Field(default=None, description=f"generality of masks: {', '.join(LEVELS)}")
     strategies: list[str] | None = Field(default=None, description="strategies by key; left out: all enabled ones")
+    per_source: bool | None = Field(
+        default=None, description="cross-context masks of every single other scenario, too (the transfer matrix)"
+    )
     random_draws: int | None = Field(default=None, description="random controls per mask")
     relabellings: int | None = Field(default=None, description="draws of the control permuted: names relabelled")
     resamples: int | None = Field(default=None, description="bootstrap resamples of names per interval")
@@ -100,6 +119,11 @@ class AuditSettings(dg.ConfigurableResource):
     inlier_floor: float | None = Field(default=None, description="check inlier_ratio: least share of usual answers")
     density_floor: float | None = Field(default=None, description="check mask_density: a mask prunes more than this")
     density_ceiling: float | None = Field(default=None, description="check mask_density: a mask prunes at most this")
+    grid_taus: list[float] | None = Field(default=None, description="grid search: thresholds, shares of the weights")
+    grid_counts: list[int] | None = Field(
+        default=None, description="grid search: numbers of heads, of 1,024; scaled to the heads of the model"
+    )
+    grid_variations: int | None = Field(default=None, description="grid search: so many variations, the first ones")
 
     def audit_of(self, scenario: Scenario) -> Audit:
         """The settings for a scenario. Raises ExciseError naming the field that is out of range or unknown."""
@@ -130,6 +154,11 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
     _require(audit.samples >= 2, "samples", audit.samples, "give at least 2, or no spread within a name can be seen")
     if audit.subjects_per_group is not None:
         _require(audit.subjects_per_group >= 2, "subjects_per_group", audit.subjects_per_group, "give at least 2")
+        if audit.held_out and audit.subjects_per_group < 4:
+            raise ExciseError(
+                f"resources.settings.config.held_out: scenario {scenario.key} has {audit.subjects_per_group} names per "
+                "group; holding out half of them takes at least 4. Ask for more names, or set held_out: false"
+            )
     for name in ("random_draws", "relabellings"):
         _require(getattr(audit, name) >= 0, name, getattr(audit, name), "give 0 or more")
     _require(audit.temperature >= 0, "temperature", audit.temperature, "give 0 or more")
@@ -138,7 +167,13 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
         _require(0 <= getattr(audit, name) <= 1, name, getattr(audit, name), "give a share from 0 to 1")
     if audit.variations is not None:
         _require_known("variations", audit.variations, tuple(scenario.variations), f"scenario {scenario.key} has")
-    _require_known("levels", audit.levels, ("prompt_specific", "within_context"), "there are")
+    _require_known("levels", audit.levels, LEVELS, "there are")
+    shares = bool(audit.grid_taus) and all(0 < tau <= 1 for tau in audit.grid_taus)
+    _require(shares, "grid_taus", audit.grid_taus, "give shares above 0, at most 1")
+    counts = bool(audit.grid_counts) and all(1 <= count <= 1024 for count in audit.grid_counts)
+    _require(counts, "grid_counts", audit.grid_counts, "give numbers of heads from 1 to 1,024")
+    if audit.grid_variations is not None:
+        _require(audit.grid_variations >= 1, "grid_variations", audit.grid_variations, "give at least 1")
     return audit
 
 

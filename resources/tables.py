@@ -80,10 +80,38 @@ _COMPLETION = (
 )
 _MASK = (
     ("strategy", "VARCHAR", "strategy that made the mask, or the kind of control; unpruned where there is none"),
-    ("level", "VARCHAR", "generality: prompt_specific, within_context, cross_context; none where nothing is pruned"),
+    (
+        "level",
+        "VARCHAR",
+        "generality: prompt_specific, within_context, cross_context (from all other scenarios) or cross_context/<key> "
+        "(from one other scenario); none where nothing is pruned",
+    ),
     ("matched_to", "VARCHAR", "for a control, the strategy it is a control of; null for strategies"),
     ("draw", "BIGINT", "number of the random draw of a control; 0 for strategies"),
     ("mask", "VARCHAR", "16 hex digits: fingerprint of the mask's bits"),
+)
+
+_ROLE = (
+    "role",
+    "VARCHAR",
+    "which matrix of the layer: q, k, v, o, gate, up or down; for heads head_query (made to attend evenly) or "
+    "head_output (removed)",
+)
+_METRIC = (
+    ("metric", "VARCHAR", "name of the metric, listed above"),
+    ("estimate", "DOUBLE", "the figure"),
+    ("low", "DOUBLE", "lower end of the 95 % interval, subjects resampled; null where there is none"),
+    ("high", "DOUBLE", "upper end of the 95 % interval; null where there is none"),
+    ("p_value", "DOUBLE", "permutation test that the gap is as unpruned (unpruned: that it is 0)"),
+    ("p_holm", "DOUBLE", "the same after Holm's correction over the variations"),
+    ("n", "BIGINT", "number of observations behind the estimate"),
+)
+_EVALUATED = (
+    _MODEL,
+    _SCENARIO,
+    ("variation", "VARCHAR", "variation of the scenario; (all) for a figure over all variations"),
+    *_MASK[:3],
+    *_METRIC,
 )
 
 _ALL = (
@@ -108,7 +136,16 @@ _ALL = (
         "completions",
         "What the unpruned model answered: one row per prompt and sample.",
         ("model", "scenario"),
-        _columns(*_COMPLETION),
+        _columns(
+            *_COMPLETION,
+            (
+                "split",
+                "VARCHAR",
+                "both; or, where names are held out: attribution (masks are made from the answers) or evaluation "
+                "(masks are judged on them)",
+            ),
+            ("name_tokens", "BIGINT", "number of tokens of the subject's name in the prompt"),
+        ),
     ),
     Table(
         "attribution_files",
@@ -118,7 +155,12 @@ _ALL = (
             _MODEL,
             _SCENARIO,
             _VARIATION,
-            ("score", "VARCHAR", "what the file holds: wanda (input norms) or gap_gradient (candidates)"),
+            (
+                "score",
+                "VARCHAR",
+                "what the file holds: wanda (input norms), snip (scores), attention (to the name, by head) or "
+                "gap_gradient (candidates)",
+            ),
             ("relabellings", "BIGINT", "random relabellings of the names whose norms the file holds, for permuted"),
             ("path", "VARCHAR", "path of the safetensors file, relative to the data folder"),
             ("sha256", "VARCHAR", "hash of the file"),
@@ -129,17 +171,19 @@ _ALL = (
     ),
     Table(
         "masks",
-        "What each mask prunes: one row per mask and matrix. The bits lie in the file named by path.",
-        ("model", "scenario"),
+        "What each mask prunes: one row per mask and matrix, or of a mask of heads per layer. The bits lie in the file "
+        "named by path.",
+        ("asset", "model", "scenario"),
         _columns(
+            ("asset", "VARCHAR", "asset that made the mask: pruning_masks or cross_context_masks"),
             _MODEL,
             _SCENARIO,
             _VARIATION,
             *_MASK,
             ("layer", "BIGINT", "decoder layer, from 0"),
-            ("role", "VARCHAR", "which matrix of the layer: q, k, v, o, gate, up or down"),
-            ("pruned", "BIGINT", "number of weights the mask sets to zero in this matrix"),
-            ("size", "BIGINT", "number of weights of this matrix"),
+            _ROLE,
+            ("pruned", "BIGINT", "number of weights the mask sets to zero in this matrix, or of heads in this layer"),
+            ("size", "BIGINT", "number of weights of this matrix, or of heads of this layer"),
             ("path", "VARCHAR", "path of the mask's safetensors file, relative to the data folder"),
         ),
     ),
@@ -154,18 +198,91 @@ _ALL = (
         "metrics",
         "Disparity and usefulness, unpruned and under every mask, in long form: one row per mask and metric.",
         ("model", "scenario"),
+        _columns(*_EVALUATED),
+    ),
+    Table(
+        "comparisons",
+        "The same metrics for other comparisons of the same answers: names of equal length, the genders, the groups "
+        "within a gender.",
+        ("model", "scenario"),
+        _columns(
+            (
+                "comparison",
+                "VARCHAR",
+                "token_matched: the scenario's groups, names with equally many tokens; gender: men (as the majority) "
+                "and women; <majority>-<minority>, men (or women): the groups within a gender",
+            ),
+            *_EVALUATED,
+        ),
+    ),
+    Table(
+        "grid_search",
+        "What a strategy does at every pair of thresholds: one row per pair, variation and metric.",
+        ("model", "scenario"),
         _columns(
             _MODEL,
             _SCENARIO,
-            ("variation", "VARCHAR", "variation of the scenario; (all) for a figure over all variations"),
-            *_MASK[:3],
-            ("metric", "VARCHAR", "name of the metric, listed below"),
-            ("estimate", "DOUBLE", "the figure"),
-            ("low", "DOUBLE", "lower end of the 95 % interval, subjects resampled; null where there is none"),
-            ("high", "DOUBLE", "upper end of the 95 % interval; null where there is none"),
-            ("p_value", "DOUBLE", "permutation test that the gap is as unpruned (unpruned: that it is 0)"),
-            ("p_holm", "DOUBLE", "the same after Holm's correction over the variations"),
-            ("n", "BIGINT", "number of observations behind the estimate"),
+            ("strategy", "VARCHAR", "strategy whose thresholds vary; its masks are prompt-specific"),
+            ("variation", "VARCHAR", "variation of the scenario; (all) for a figure over the variations of the grid"),
+            ("tau_min", "DOUBLE", "threshold of the minority's scores: a share of the weights, or a number of heads"),
+            ("tau_maj", "DOUBLE", "threshold of the majority's scores: a share of the weights, or a number of heads"),
+            ("density", "DOUBLE", "share of the weights (of the heads) the strategy could prune that it prunes"),
+            ("metric", "VARCHAR", "gap_mean, smd, abs_smd, gap_reduction or inlier_ratio"),
+            *_METRIC[1:4],
+            _METRIC[-1],
+            ("pareto", "BOOLEAN", "whether no other pair is better in both the gap and the inlier ratio"),
+            ("chosen", "BOOLEAN", "whether the rule for the best pair picks this one"),
+        ),
+    ),
+    Table(
+        "mask_overlap",
+        "How much of one prompt-specific mask lies in another (BDB, Fig. 3): one row per pair.",
+        ("model",),
+        _columns(
+            _MODEL,
+            _MASK[0],
+            _MASK[1],
+            ("scenario", "VARCHAR", "scenario of the mask"),
+            ("variation", "VARCHAR", "variation of the mask"),
+            ("reference_scenario", "VARCHAR", "scenario of the mask it is laid upon"),
+            ("reference_variation", "VARCHAR", "variation of the mask it is laid upon"),
+            ("shared", "BIGINT", "number of weights (heads) in both masks"),
+            ("count", "BIGINT", "number of weights (heads) in the mask"),
+            ("overlap", "DOUBLE", "shared / count; null for an empty mask"),
+            ("chance", "DOUBLE", "overlap of a mask without any relation: density of the mask it is laid upon"),
+            ("excess", "DOUBLE", "overlap minus chance"),
+        ),
+    ),
+    Table(
+        "mask_distribution",
+        "Where the strategies' masks lie (BDB, Fig. 4): one row per mask and matrix.",
+        ("model",),
+        _columns(
+            _MODEL,
+            _SCENARIO,
+            _VARIATION,
+            *_MASK[:2],
+            ("layer", "BIGINT", "decoder layer, from 0"),
+            _ROLE,
+            ("pruned", "BIGINT", "number of weights the mask sets to zero in this matrix, or of heads in this layer"),
+            ("size", "BIGINT", "number of weights of this matrix, or of heads of this layer"),
+            ("share_of_matrix", "DOUBLE", "pruned / size"),
+            ("share_of_mask", "DOUBLE", "pruned / all that the mask prunes; null for an empty mask"),
+        ),
+    ),
+    Table(
+        "transfer_matrix",
+        "What masks made in one scenario do in another, over all variations: one row per pair, mask and metric.",
+        ("model",),
+        _columns(
+            _MODEL,
+            _MASK[0],
+            _MASK[2],
+            ("source", "VARCHAR", "scenario the masks come from; null for all scenarios but the evaluated one, pooled"),
+            ("scenario", "VARCHAR", "scenario they are evaluated in"),
+            ("level", "VARCHAR", "within_context where source and scenario are the same, else the cross-context level"),
+            *_METRIC[:5],
+            _METRIC[-1],
         ),
     ),
     Table(

@@ -93,6 +93,7 @@ def test_pictures_are_small_and_lie_beside_the_data(audited):
         ("completions", "answers_by_group"),
         ("pruning_masks", "mask_density_by_layer"),
         ("evaluation_metrics", "disparity_by_level"),
+        ("evaluation_metrics", "bias_by_level"),
     ):
         picture = metadata[asset][name]
         start, encoded = picture.rstrip(")").split("base64,")

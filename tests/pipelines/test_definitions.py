@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pipelines.definitions import build_definitions, defs
-from pipelines.jobs import CHAIN
+from pipelines.jobs import ANALYSIS, CHAIN
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,11 +19,21 @@ LINEAGE = {
     "completions": ("audit", {"prompts"}, "gpu", "grid"),
     "attribution_scores": ("pruning", {"completions"}, "gpu", "grid"),
     "pruning_masks": ("pruning", {"attribution_scores"}, "gpu", "grid"),
-    "pruned_completions": ("pruning", {"completions", "pruning_masks"}, "gpu", "grid"),
-    "evaluation_metrics": ("evaluation", {"completions", "pruning_masks", "pruned_completions"}, None, "grid"),
+    "cross_context_masks": ("pruning", {"completions", "attribution_scores", "pruning_masks"}, None, "grid"),
+    "pruned_completions": ("pruning", {"completions", "pruning_masks", "cross_context_masks"}, "gpu", "grid"),
+    "evaluation_metrics": (
+        "evaluation",
+        {"completions", "pruning_masks", "cross_context_masks", "pruned_completions"},
+        None,
+        "grid",
+    ),
+    "grid_search": ("analysis", {"completions", "attribution_scores"}, "gpu", "grid"),
+    "mask_overlap": ("analysis", {"pruning_masks"}, None, "model"),
+    "mask_distribution": ("analysis", {"pruning_masks", "cross_context_masks"}, None, "model"),
+    "transfer_matrix": ("analysis", {"evaluation_metrics"}, None, "model"),
     "quality_report": (
         "quality",
-        {"completions", "pruning_masks", "pruned_completions", "evaluation_metrics"},
+        {"completions", "pruning_masks", "cross_context_masks", "pruned_completions", "evaluation_metrics"},
         None,
         "none",
     ),
@@ -32,6 +42,7 @@ CHECKS = {
     ("completions", "completions_complete_and_balanced", True),
     ("completions", "parse_rate", False),
     ("pruning_masks", "mask_density", False),
+    ("cross_context_masks", "mask_density", False),
     ("pruned_completions", "completions_complete_and_balanced", True),
     ("evaluation_metrics", "metrics_finite", False),
     ("evaluation_metrics", "inlier_ratio", False),
@@ -48,14 +59,21 @@ def test_everything_loads():
     dg.Definitions.validate_loadable(defs)
 
 
+def partitions(definition: dg.PartitionsDefinition | None) -> str:
+    if definition is None:
+        return "none"
+    if isinstance(definition, dg.MultiPartitionsDefinition):
+        return "grid"
+    return "scenario" if "purchase" in definition.get_partition_keys() else "model"
+
+
 def test_the_lineage_is_as_agreed(graph):
-    partitions = {dg.StaticPartitionsDefinition: "scenario", dg.MultiPartitionsDefinition: "grid", type(None): "none"}
     found = {
         key.to_user_string(): (
             graph.get(key).group_name,
             {parent.to_user_string() for parent in graph.get(key).parent_keys},
             next(iter(graph.get(key).pools), None),
-            partitions[type(graph.get(key).partitions_def)],
+            partitions(graph.get(key).partitions_def),
         )
         for key in graph.get_all_asset_keys()
     }
@@ -80,9 +98,24 @@ def test_every_asset_says_what_it_is(graph):
 
 
 def test_assets_of_the_grid_share_partitions_and_backfill_policy(graph):
-    nodes = [graph.get(dg.AssetKey(name)) for name in ("prompts", *CHAIN[:-1])]
-    assert len({node.backfill_policy for node in nodes}) == 1
-    assert len({node.partitions_def for node in nodes[1:]}) == 1
+    nodes = {name: graph.get(dg.AssetKey(name)) for name in LINEAGE if name != "quality_report"}
+    assert len({node.backfill_policy for node in nodes.values()}) == 1
+    for kind in ("grid", "model"):
+        assert len({node.partitions_def for name, node in nodes.items() if LINEAGE[name][3] == kind}) == 1
+
+
+def test_masks_across_contexts_depend_on_all_other_scenarios_of_the_model(graph):
+    of = graph.get(dg.AssetKey("completions")).partitions_def
+    masks = graph.get(dg.AssetKey("cross_context_masks"))
+    scenarios = {key.split("|")[1] for key in of.get_partition_keys()}
+    target = of.empty_subset().with_partition_keys(["planted-general|purchase"])
+    for upstream in ("attribution_scores", "pruning_masks"):
+        found = masks.partition_mappings[dg.AssetKey(upstream)].get_upstream_mapped_partitions_result_for_partitions(
+            target, of, of
+        )
+        keys = {str(key) for key in found.partitions_subset.get_partition_keys()}
+        assert keys == {f"planted-general|{other}" for other in scenarios - {"purchase"}}
+        assert len(keys) > 1
 
 
 def test_the_planted_model_on_purchase_is_a_partition(graph):
@@ -90,15 +123,32 @@ def test_the_planted_model_on_purchase_is_a_partition(graph):
     assert {"planted-specific|purchase", "planted-neutral|purchase", "smollm2-135m-instruct|purchase"} <= set(keys)
 
 
-@pytest.mark.parametrize(("job", "assets"), [("audit_scenario", CHAIN), ("prune_and_evaluate", CHAIN[2:])])
+@pytest.mark.parametrize(
+    ("job", "assets"),
+    [
+        ("audit_scenario", CHAIN),
+        ("prune_and_evaluate", CHAIN[2:]),
+        ("prepare_scenario", CHAIN[:3]),
+        ("evaluate_scenario", ("cross_context_masks", "pruned_completions", "evaluation_metrics")),
+        ("search_grid", ("grid_search",)),
+    ],
+)
 def test_jobs_run_their_part_of_the_chain_for_a_partition(job, assets):
     resolved = defs.resolve_job_def(job)
     assert {key.to_user_string() for key in resolved.asset_layer.executable_asset_keys} == set(assets)
     assert isinstance(resolved.partitions_def, dg.MultiPartitionsDefinition)
 
 
+def test_the_analyses_of_a_model_are_a_job_of_their_own():
+    resolved = defs.resolve_job_def("analyse_model")
+    assert {key.to_user_string() for key in resolved.asset_layer.executable_asset_keys} == set(ANALYSIS)
+    assert "planted-general" in resolved.partitions_def.get_partition_keys()
+
+
 @pytest.mark.parametrize("preset", ["quick", "paper"])
-@pytest.mark.parametrize("job", ["audit_scenario", "prune_and_evaluate"])
+@pytest.mark.parametrize(
+    "job", ["audit_scenario", "prune_and_evaluate", "prepare_scenario", "evaluate_scenario", "search_grid"]
+)
 def test_presets_are_run_config_of_the_jobs(job, preset):
     config = yaml.safe_load((ROOT / "pipelines" / "presets" / f"{preset}.yaml").read_text())
     assert dg.validate_run_config(defs.resolve_job_def(job), config)

@@ -22,12 +22,17 @@ def test_paper_asks_everything(purchase):
     audit = AuditSettings(preset=Preset.paper).audit_of(purchase)
     assert (audit.variations, audit.subjects_per_group, audit.samples) == (None, 32, 100)
     assert (audit.temperature, audit.top_p) == (0.6, 0.9)
+    assert (audit.held_out, audit.per_source) == (True, True)
+    assert audit.levels == ("prompt_specific", "within_context", "cross_context")
+    assert audit.grid_taus == (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
+    assert audit.grid_counts == (5, 10, 15, 20, 25, 30, 35, 40, 45, 50)
 
 
 def test_quick_asks_three_items_and_half_the_names(purchase):
     audit = AuditSettings().audit_of(purchase)
     assert audit.variations == ("bicycle", "television", "chair")
     assert (audit.subjects_per_group, audit.samples, audit.random_draws) == (8, 16, 2)
+    assert (audit.held_out, audit.per_source, audit.grid_variations) == (False, False, 1)
 
 
 def test_quick_takes_the_first_variations_of_another_scenario(purchase):
@@ -62,6 +67,13 @@ def test_any_number_can_be_changed(purchase):
         ({"levels": ["everywhere"]}, "'everywhere'; there are prompt_specific"),
         ({"subjects_per_group": 0}, "subjects_per_group is 0"),
         ({"random_draws": -1}, "random_draws is -1"),
+        (
+            {"held_out": True, "subjects_per_group": 3},
+            "held_out: scenario purchase has 3 names per group; .* at least 4",
+        ),
+        ({"grid_taus": []}, "grid_taus is .*: give shares above 0"),
+        ({"grid_counts": [0]}, "grid_counts is .*: give numbers of heads from 1"),
+        ({"grid_variations": 0}, "grid_variations is 0"),
     ],
 )
 def test_a_wrong_number_is_named(purchase, change, message):

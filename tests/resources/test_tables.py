@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import polars as pl
 import pytest
 
+from excise import grid
+from excise.comparisons import COMPARISONS_SCHEMA
 from excise.completions import COMPLETIONS_SCHEMA
 from excise.evaluation import SCHEMA
 from excise.scenarios import PROMPTS_SCHEMA
@@ -18,7 +21,15 @@ def test_docs_data_md_describes_every_table_and_metric():
 
 
 @pytest.mark.parametrize(
-    ("table", "schema"), [("prompts", PROMPTS_SCHEMA), ("completions", COMPLETIONS_SCHEMA), ("metrics", SCHEMA)]
+    ("table", "schema"),
+    [
+        ("prompts", PROMPTS_SCHEMA),
+        # split and name_tokens are added by the asset
+        ("completions", {**COMPLETIONS_SCHEMA, "split": pl.String, "name_tokens": pl.Int64}),
+        ("metrics", SCHEMA),
+        ("comparisons", COMPARISONS_SCHEMA),
+        ("grid_search", grid.SCHEMA),
+    ],
 )
 def test_tables_are_typed_as_the_science_makes_them(table, schema):
     assert dict(TABLES[table].schema) == {

@@ -1,0 +1,173 @@
+"""The stage `cross_context_masks`: what a scenario's model is pruned of when only other scenarios were looked at.
+
+The masks are made of the prompt-specific masks of all other scenarios of the same model (BDB, section 4), so a
+partition depends on the other partitions, never on its own masks. It needs no model in memory.
+"""
+
+import dagster as dg
+import polars as pl
+
+from assets import checks
+from assets.completions import completions_of
+from assets.partitions import Catalogue
+from assets.pruning_masks import MaskFiles, mask_rows
+from assets.stage import data_version, grid_asset, table_metadata, table_value
+from excise.errors import ExciseError
+from excise.strategies import CROSS_CONTEXT, PROMPT_SPECIFIC, SourceMask, Strategy, build_cross_context_masks
+from resources.artifacts import Artifacts
+from resources.settings import AuditSettings
+from resources.tables import TABLES
+from resources.warehouse import Warehouse
+from resources.watch import RunWatch
+
+NAME = "cross_context_masks"
+
+
+def cross_context_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
+    """Combines the masks of all other scenarios."""
+
+    @grid_asset(
+        catalogue,
+        group="pruning",
+        kinds={"numpy", "safetensors"},
+        description="The weights or heads every strategy would prune knowing only the other scenarios of the model: "
+        "all of them together and, where asked for, each alone; and random controls of the same size.",
+        deps=[
+            "completions",
+            dg.AssetDep("attribution_scores", partition_mapping=catalogue.other_scenarios),
+            dg.AssetDep("pruning_masks", partition_mapping=catalogue.other_scenarios),
+        ],
+        checks=[checks.spec("mask_density", NAME, catalogue)],
+    )
+    def cross_context_masks(
+        context: dg.AssetExecutionContext,
+        warehouse: Warehouse,
+        artifacts: Artifacts,
+        settings: AuditSettings,
+        watch: RunWatch,
+    ) -> dg.MaterializeResult:
+        model, scenario = catalogue.partition(context)
+        audit = settings.audit_of(scenario)
+        completions, _ = completions_of(warehouse, model, scenario.key)
+        strategies = [
+            each for each in catalogue.chosen_strategies(audit.strategies, audit.levels) if CROSS_CONTEXT in each.levels
+        ]
+        found = _source_masks(warehouse, model, scenario.key, catalogue, strategies, completions)
+        lacking = _lacking(found, scenario.key, catalogue, strategies)
+        for line in lacking:
+            context.log.info(f"left out: {line}")
+        files = MaskFiles(artifacts)
+        asked = set(completions["variation"])
+        counted = [
+            row
+            for named in build_cross_context_masks(
+                strategies,
+                _sources(found, artifacts),
+                [variation for variation in scenario.variations if variation in asked],
+                per_source=audit.per_source,
+                random_draws=audit.random_draws,
+                seed=audit.seed,
+                progress=watch.progress(context),
+            )
+            for row in mask_rows(named, NAME, model, scenario.key, artifacts.relative(files.store(named.mask)))
+        ]
+        rows = pl.DataFrame(counted, schema=TABLES["masks"].schema)
+        warehouse.replace_partition("masks", rows, {"asset": NAME, "model": model, "scenario": scenario.key})
+        outcome = checks.mask_density(rows, audit.density_floor, audit.density_ceiling)
+        if not strategies:
+            outcome = checks.Outcome("mask_density", True, checks.WARN, "No strategy is asked for across contexts.")
+        checks.record(warehouse, NAME, model, scenario.key, [outcome])
+        used = found.group_by("scenario", maintain_order=True).agg(
+            variations=pl.col("variation").n_unique(), masks=pl.len()
+        )
+        metadata = table_metadata("masks", rows) | {
+            "masks": rows.select(*checks.MASK, "mask").unique().height,
+            "mask_files_written": files.written,
+            "mask_files_reused": len(files.seen) - files.written,
+            "scenarios_used": ", ".join(used["scenario"]),
+            "sources": table_value(used),
+        }
+        if lacking:
+            metadata["left_out"] = dg.MetadataValue.md("\n".join(f"* {line}" for line in lacking))
+        return dg.MaterializeResult(
+            metadata=metadata,
+            data_version=data_version(rows.select(*checks.MASK, "mask").unique()),
+            check_results=[outcome.result()],
+        )
+
+    return cross_context_masks
+
+
+def _source_masks(
+    warehouse: Warehouse,
+    model: str,
+    scenario: str,
+    catalogue: Catalogue,
+    strategies: list[Strategy],
+    completions: pl.DataFrame,
+) -> pl.DataFrame:
+    """The other scenarios' prompt-specific masks of the strategies, and the scores they come from, in catalogue order.
+
+    Columns: scenario, variation, strategy, path (of the mask), score_path. Raises ExciseError when a strategy has none
+    in any other scenario, and when some are of another model than the completions.
+    """
+    others = [key for key in catalogue.scenarios if key != scenario]
+    schema = dict.fromkeys(("scenario", "variation", "strategy", "path", "score_path"), pl.String)
+    if not strategies:
+        return pl.DataFrame(schema=schema)
+    masks = warehouse.read(
+        "masks", asset="pruning_masks", model=model, scenario=others, level=PROMPT_SPECIFIC, matched_to=None,
+        strategy=[strategy.key for strategy in strategies],
+    ).select("scenario", "variation", "strategy", "path").unique()  # fmt: skip
+    for strategy in strategies:
+        if strategy.key not in set(masks["strategy"]):
+            raise ExciseError(
+                f"no other scenario of {model} has masks of {strategy.key}, of which those across contexts are made; "
+                f"materialize pruning_masks of other scenarios first (there are {', '.join(others) or 'none'}), or "
+                "leave cross_context out of resources.settings.config.levels"
+            )
+    scores = warehouse.read("attribution_files", model=model, scenario=masks["scenario"].unique().to_list())
+    (own,) = completions["model_fingerprint"].unique()
+    if changed := sorted(set(scores.filter(pl.col("model_fingerprint") != own)["scenario"])):
+        raise ExciseError(
+            f"the masks of {', '.join(changed)} are of another version of model {model} than the completions of "
+            f"{model}|{scenario}; materialize completions, attribution_scores and pruning_masks of the older ones again"
+        )
+    by_strategy = pl.DataFrame(
+        [(each.key, each.score) for each in strategies], schema=["strategy", "score"], orient="row"
+    )
+    found = masks.join(by_strategy, on="strategy").join(
+        scores.select("scenario", "variation", "score", score_path="path"),
+        on=["scenario", "variation", "score"],
+        how="left",
+    )
+    places = {key: place for place, key in enumerate(catalogue.scenarios)}
+    ordered = found.sort(pl.col("scenario").replace_strict(places), "strategy", "variation")
+    return ordered.select(schema.keys())
+
+
+def _lacking(found: pl.DataFrame, scenario: str, catalogue: Catalogue, strategies: list[Strategy]) -> list[str]:
+    """Sentences that name, per strategy, the other scenarios that have no mask of it yet."""
+    lines = []
+    for strategy in strategies:
+        there = set(found.filter(pl.col("strategy") == strategy.key)["scenario"])
+        missing = [key for key in catalogue.scenarios if key not in there and key != scenario]
+        if missing:
+            lines.append(f"{', '.join(missing)}: no masks of {strategy.key} yet")
+    return lines
+
+
+def _sources(found: pl.DataFrame, artifacts: Artifacts) -> list[SourceMask]:
+    def file(path: str | None, asset: str):
+        return None if path is None else artifacts.locate(path, made_by=asset)
+
+    return [
+        SourceMask(
+            scenario=row["scenario"],
+            variation=row["variation"],
+            strategy=row["strategy"],
+            mask=file(row["path"], "pruning_masks"),
+            score=file(row["score_path"], "attribution_scores"),
+        )
+        for row in found.iter_rows(named=True)
+    ]

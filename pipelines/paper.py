@@ -1,0 +1,323 @@
+"""The whole first paper for one model, from a terminal: all scenarios, every level of generality, the analyses.
+
+Three rounds on the instance of this folder, so that the UI shows every run: all scenarios are prepared, then all are
+evaluated, then the model is analysed. One process keeps the model in memory. A partition that fails stops no other; a
+rerun reuses what is there. Anything printed is read from the warehouse or the runs; nothing is computed here.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+import time
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import dagster as dg
+from pydantic import TypeAdapter, ValidationError
+
+from assets.partitions import Catalogue, read_catalogue
+from excise.errors import ExciseError
+from excise.report import ALL_VARIATIONS, NO_COMPARISON, UNPRUNED_MASK, MaskName, level_label, read_metrics
+from excise.scenarios import Scenario
+from pipelines.definitions import MODEL_FILES, ROOT, SCENARIO_FOLDERS, STRATEGY_FILES, build_definitions
+from pipelines.demo import failure_messages
+from pipelines.jobs import analyse_model, evaluate_scenario, prepare_scenario, search_grid
+from resources.settings import LEVELS, PRESETS, Audit, AuditSettings, Preset
+from resources.warehouse import Warehouse
+from resources.watch import TerminalWatch
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run: a job for a partition key."""
+
+    job: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the command was asked for."""
+
+    model: str
+    scenarios: tuple[str, ...]
+    preset: str
+    settings: dict[str, Any]
+    overrides: tuple[str, ...]
+    evaluated: tuple[str, ...]
+    grid: tuple[str, ...]
+    failed_only: bool
+
+    def partition(self, scenario: str) -> str:
+        return f"{self.model}|{scenario}"
+
+    def command(self, *, failed_only: bool) -> str:
+        """The same call as one would type it, for all partitions or for those that failed alone."""
+        options = ["--failed"] if failed_only else []
+        options += [f"--set {each}" for each in self.overrides]
+        options += [f"--evaluate {','.join(self.evaluated) or 'none'}"] if self.evaluated != self.scenarios else []
+        options += [f"--grid {','.join(self.grid)}"] if self.grid else []
+        parts = [f"make paper MODEL={self.model} SCENARIOS={','.join(self.scenarios)} PRESET={self.preset}"]
+        return " ".join([*parts, f"ARGS={shlex.quote(' '.join(options))}"] if options else parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the paper; 0 when every partition succeeded, 1 with a message on standard error otherwise."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.paper", description="Run all scenarios of one model at every level of generality."
+    )
+    parser.add_argument("--model", required=True, help="key of a model in models.yaml")
+    parser.add_argument("--scenarios", default="", help="keys of scenarios, comma between them; all without it")
+    parser.add_argument("--preset", default="paper", choices=[preset.value for preset in Preset])
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting; may be given several times"
+    )
+    parser.add_argument("--evaluate", default="", help="scenarios to evaluate, or none; the others lend their masks")
+    parser.add_argument("--grid", default="", help="scenarios, comma between them, to search the grid for, too")
+    parser.add_argument("--failed", action="store_true", help="only partitions whose last run failed or never was")
+    given = parser.parse_args(arguments)
+
+    os.environ.setdefault("DAGSTER_HOME", str(ROOT))
+    catalogue = read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES)
+    try:
+        call = _call(given, catalogue)
+    except ExciseError as error:
+        print(error, *catalogue.problems, sep="\n", file=sys.stderr)
+        return 1
+    definitions = build_definitions(
+        scenario_folders=SCENARIO_FOLDERS,
+        model_files=MODEL_FILES,
+        strategy_files=STRATEGY_FILES,
+        resource_overrides={"watch": TerminalWatch()},
+    )
+    with dg.DagsterInstance.get() as instance:
+        failures = _rounds(call, definitions, instance)
+        print(_closing(call, catalogue, definitions.resources["warehouse"], failures, _outdated(call, instance)))
+    return 1 if failures else 0
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """`samples=16` as the field's name and its value in the field's type; lists have commas between their items.
+
+    Raises ExciseError naming the field, what was given and what it takes.
+    """
+    name, separator, value = text.partition("=")
+    known = [field.name for field in fields(Audit)]
+    if not separator or name not in known:
+        raise ExciseError(f"--set {text}: write NAME=VALUE, with NAME one of {', '.join(known)}")
+    kind = get_type_hints(AuditSettings)[name]
+    if get_origin(kind) in (Union, types.UnionType):
+        (kind,) = (each for each in get_args(kind) if each is not type(None))
+    takes_list = get_origin(kind) is list
+    try:
+        return name, TypeAdapter(kind).validate_python(_items(value) if takes_list else value.strip())
+    except ValidationError as error:
+        inner = get_args(kind)[0] if takes_list else kind
+        expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[inner]
+        many = f"{expected} or several with commas between them" if takes_list else expected
+        raise ExciseError(f"--set {text}: {name} takes {many}") from error
+
+
+def _items(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _call(given: argparse.Namespace, catalogue: Catalogue) -> Call:
+    if given.model not in catalogue.models:
+        raise ExciseError(f"There is no model {given.model!r}; there are {', '.join(catalogue.models)}.")
+    asked = {option: _items(getattr(given, option)) for option in ("scenarios", "evaluate", "grid")}
+    if asked["evaluate"] == ["none"]:
+        asked["evaluate"] = []
+    for keys in asked.values():
+        for key in keys:
+            if key not in catalogue.scenarios:
+                raise ExciseError(f"There is no scenario {key!r}; there are {', '.join(catalogue.scenarios)}.")
+    wanted = asked["scenarios"] or list(catalogue.scenarios)
+    scenarios = tuple(key for key in catalogue.scenarios if key in wanted)  # heaviest first
+    evaluated = asked["evaluate"] if given.evaluate else scenarios
+    if unprepared := [key for key in evaluated if key not in scenarios]:
+        raise ExciseError(f"--evaluate {', '.join(unprepared)}: name it among the scenarios, too")
+    call = Call(
+        model=given.model,
+        scenarios=scenarios,
+        evaluated=tuple(key for key in scenarios if key in evaluated),
+        preset=given.preset,
+        settings=dict(parse_setting(each) for each in given.set),
+        overrides=tuple(given.set),
+        grid=tuple(asked["grid"]),
+        failed_only=given.failed,
+    )
+    settings = AuditSettings(preset=Preset(call.preset), **call.settings)
+    catalogue.chosen_strategies(settings.strategies, settings.levels or LEVELS)
+    _require_some_fit(settings, [catalogue.scenarios[key] for key in call.scenarios])
+    return call
+
+
+def _require_some_fit(settings: AuditSettings, scenarios: Sequence[Scenario]) -> None:
+    """Raise the ExciseError about settings that no scenario can be audited with; one alone fails in its own run."""
+    errors = []
+    for scenario in scenarios:
+        try:
+            settings.audit_of(scenario)
+            return
+        except ExciseError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _rounds(call: Call, definitions: dg.Definitions, instance: dg.DagsterInstance) -> dict[Step, list[str]]:
+    """Run all steps; what failed, and why."""
+    failures: dict[Step, list[str]] = {}
+    ran: set[Step] = set()
+    for title, steps in _steps(call):
+        for step in steps:
+            told = f"{title} {step.key}"
+            preparation = Step(prepare_scenario.name, step.key)
+            if preparation in failures:
+                failures[step] = ["not tried, as the preparation failed"]
+                continue
+            # What rests on a step that ran just now is run again, too.
+            fresh = bool(ran) if step.job == analyse_model.name else preparation in ran
+            if call.failed_only and not fresh and _succeeded(instance, step):
+                print(f"{told}: done before", file=sys.stderr)
+                continue
+            print(told, file=sys.stderr)
+            began = time.monotonic()
+            ran.add(step)
+            result = definitions.resolve_job_def(step.job).execute_in_process(
+                partition_key=step.key, instance=instance, run_config=_config(call, step), raise_on_error=False
+            )
+            if result.success:
+                print(f"{told}: done in {time.monotonic() - began:.0f} s", file=sys.stderr)
+            else:
+                failures[step] = failure_messages(result)
+                print(f"{told} failed:", *failures[step], sep="\n  ", file=sys.stderr)
+    return failures
+
+
+def _config(call: Call, step: Step) -> dict[str, Any]:
+    config: dict[str, Any] = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+    if step.job != analyse_model.name:  # it arranges what is there, and takes no settings
+        config["resources"] = {"settings": {"config": {"preset": call.preset, **call.settings}}}
+    return config
+
+
+def _steps(call: Call) -> Iterator[tuple[str, list[Step]]]:
+    partitions = [call.partition(key) for key in call.scenarios]
+    yield "prepare", [Step(prepare_scenario.name, key) for key in partitions]
+    yield "evaluate", [Step(evaluate_scenario.name, call.partition(key)) for key in call.evaluated]
+    yield "search the grid", [Step(search_grid.name, call.partition(key)) for key in call.grid]
+    yield "analyse", [Step(analyse_model.name, call.model)]
+
+
+def _latest(instance: dg.DagsterInstance, step: Step, *statuses: dg.DagsterRunStatus):
+    wanted = dg.RunsFilter(job_name=step.job, tags={"dagster/partition": step.key}, statuses=list(statuses) or None)
+    return next(iter(instance.get_run_records(wanted, limit=1)), None)
+
+
+def _succeeded(instance: dg.DagsterInstance, step: Step) -> bool:
+    """Whether the step's latest run did what it was to do. A run that was killed has not ended well."""
+    record = _latest(instance, step)
+    return record is not None and record.dagster_run.status == dg.DagsterRunStatus.SUCCESS
+
+
+def _outdated(call: Call, instance: dg.DagsterInstance) -> list[str]:
+    """Scenarios that were evaluated before another one was last prepared, so that they know older masks of it."""
+    good = dg.DagsterRunStatus.SUCCESS
+    prepared = {
+        key: _latest(instance, Step(prepare_scenario.name, call.partition(key)), good) for key in call.scenarios
+    }
+    found = []
+    for key in call.scenarios:
+        evaluated = _latest(instance, Step(evaluate_scenario.name, call.partition(key)), good)
+        others = [record for other, record in prepared.items() if other != key and record is not None]
+        if evaluated is not None and any(evaluated.start_time < record.end_time for record in others):
+            found.append(key)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ closing
+
+
+def _closing(
+    call: Call, catalogue: Catalogue, warehouse: Warehouse, failures: dict[Step, list[str]], outdated: list[str]
+) -> str:
+    floor = call.settings.get("inlier_floor", PRESETS[Preset(call.preset)].inlier_floor)
+    lines = [summary(call.model, call.evaluated, warehouse, floor)]
+    if failures:
+        lines += ["", f"{len(failures)} of the runs failed:"]
+        lines += [
+            f"  {step.job} {step.key}: {' '.join(messages[0].splitlines()[:1])}" for step, messages in failures.items()
+        ]
+        lines += ["Run these again alone (nothing computed so far is lost):", f"  {call.command(failed_only=True)}"]
+    if outdated:
+        lines += [
+            "",
+            f"Evaluated before other scenarios were prepared, so with older masks of theirs: {', '.join(outdated)}.",
+            f"  {call.command(failed_only=False)}",
+        ]
+    lines += ["", "  make ui    the runs, pictures and checks, at http://127.0.0.1:3000"]
+    return "\n".join(lines)
+
+
+def summary(model: str, scenarios: Sequence[str], warehouse: Warehouse, floor: float) -> str:
+    """The short table: a row per scenario and level with the best strategy of the level.
+
+    Best is the largest reduction over random among the strategies whose inlier ratio is at least `floor` (among all,
+    where none is); over all variations, with its 95 % interval.
+    """
+    header = ["model", "scenario", "unpruned |SMD|", "level", "best strategy", "reduction over random", "inlier ratio"]
+    rows, starred = [], False
+    for scenario in scenarios:
+        metrics = warehouse.read("metrics", model=model, scenario=scenario)
+        if metrics.is_empty():
+            rows.append([model, scenario, "no results"])
+            continue
+        table = read_metrics(metrics)
+        smd = _shown(table.get(ALL_VARIATIONS, UNPRUNED_MASK, "abs_smd"), 2)
+        for number, level in enumerate(LEVELS):
+            masks = [mask for mask in table.masks if mask.level == level and not mask.is_control]
+            best = _best(table, masks, floor)
+            first = [model, scenario, smd] if number == 0 else ["", "", ""]
+            if best is None:
+                rows.append([*first, level_label(level), "-" if not masks else "none is defined", "-", "-"])
+                continue
+            mark = "" if table.comparable(ALL_VARIATIONS, best) else NO_COMPARISON
+            starred = starred or bool(mark)
+            beyond = _shown(table.get(ALL_VARIATIONS, best, "reduction_over_random"), 0, 100.0, " points") + mark
+            ratio = _shown(table.get(ALL_VARIATIONS, best, "inlier_ratio"), 2, interval=False)
+            rows.append([*first, level_label(level), best.strategy, beyond, ratio])
+    widths = [max(len(row[i]) for row in [header, *rows] if i < len(row)) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
+        for row in [header, *rows]
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    if starred:
+        lines.append(f"{NO_COMPARISON} random masks of this size leave another inlier ratio: no yardstick")
+    return "\n".join(lines)
+
+
+def _best(table, masks: Sequence[MaskName], floor: float) -> MaskName | None:
+    def figure(mask: MaskName, metric: str) -> float | None:
+        return table.get(ALL_VARIATIONS, mask, metric).value
+
+    known = [mask for mask in masks if figure(mask, "reduction_over_random") is not None]
+    useful = [mask for mask in known if (figure(mask, "inlier_ratio") or 0.0) >= floor]
+    return max(useful or known, key=lambda mask: figure(mask, "reduction_over_random"), default=None)
+
+
+def _shown(estimate, decimals: int, factor: float = 1.0, unit: str = "", *, interval: bool = True) -> str:
+    if estimate.value is None:
+        return "-"
+    text = f"{factor * estimate.value:.{decimals}f}"
+    if interval and estimate.has_interval:
+        text += f" [{factor * estimate.low:.{decimals}f}, {factor * estimate.high:.{decimals}f}]"
+    return text + unit
+
+
+if __name__ == "__main__":
+    sys.exit(main())
