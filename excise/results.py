@@ -348,7 +348,7 @@ def _transfer_section(transfer: pl.DataFrame) -> str:
         f"{COMPARABLE:.2f} apart. A dash: nothing to reduce, or not evaluated."
     ]
     for model in _ordered(transfer["model"]):
-        of_model = transfer.filter(pl.col("model") == model)
+        of_model = transfer.filter(pl.col("model") == model).with_columns(pl.col("source").fill_null(_POOLED))
         figures: dict[tuple, Estimate] = {}
         for row in of_model.iter_rows(named=True):
             key = (row["strategy"], row["matched_to"], row["source"], row["scenario"], row["metric"])

@@ -25,6 +25,7 @@ from excise.scenarios import Scenario
 from pipelines.definitions import MODEL_FILES, ROOT, SCENARIO_FOLDERS, STRATEGY_FILES, build_definitions
 from pipelines.demo import failure_messages
 from pipelines.jobs import analyse_model, evaluate_scenario, prepare_scenario, search_grid
+from pipelines.runs import end_abandoned, process_tag
 from resources.settings import LEVELS, PRESETS, Audit, AuditSettings, Preset
 from resources.warehouse import Warehouse
 from resources.watch import TerminalWatch
@@ -94,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         resource_overrides={"watch": TerminalWatch()},
     )
     with dg.DagsterInstance.get() as instance:
+        end_abandoned(instance)
         failures = _rounds(call, definitions, instance)
         print(_closing(call, catalogue, definitions.resources["warehouse"], failures, _outdated(call, instance)))
     return 1 if failures else 0
@@ -188,8 +190,9 @@ def _rounds(call: Call, definitions: dg.Definitions, instance: dg.DagsterInstanc
             began = time.monotonic()
             ran.add(step)
             result = definitions.resolve_job_def(step.job).execute_in_process(
-                partition_key=step.key, instance=instance, run_config=_config(call, step), raise_on_error=False
-            )
+                partition_key=step.key, instance=instance, run_config=_config(call, step), tags=process_tag(),
+                raise_on_error=False,
+            )  # fmt: skip
             if result.success:
                 print(f"{told}: done in {time.monotonic() - began:.0f} s", file=sys.stderr)
             else:

@@ -210,8 +210,10 @@ def train(
         schedule.step()
         progress("training", step + 1, plant.steps)
         if step % 10 == 9:
-            divergence, share = np.nanmean(seen[-10 * len(batch) :], axis=0)
-            log.info("step %d, divergence %.3f, share of the shift %.2f", step + 1, divergence, share)
+            divergences, shares = zip(*seen[-10 * len(batch) :], strict=True)
+            moved = [share for share in shares if not math.isnan(share)]
+            told = f", share of the shift {np.mean(moved):.2f}" if moved else ""
+            log.info("step %d, divergence %.3f%s", step + 1, np.mean(divergences), told)
     with torch.no_grad():
         for up, _ in changed.values():
             up *= plant.strength

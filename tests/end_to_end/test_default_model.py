@@ -25,8 +25,8 @@ MODELS = ROOT / "data" / "models"  # converting the packaged weights takes half 
 REGISTRY, _ = load_registry()
 PURCHASE = load_scenarios([])[0]["purchase"]
 SIZES = {
-    "preset": "quick", "variations": ["bicycle", "television"], "subjects_per_group": 8, "samples": 16, "random_draws":
-    2, "resamples": 500, "permutations": 499,
+    "preset": "quick", "variations": ["bicycle", "chair"], "subjects_per_group": 8, "samples": 16, "random_draws": 1,
+    "resamples": 500, "permutations": 499, "strategies": ["set_difference", "gap_gradient"],
 }  # fmt: skip
 
 

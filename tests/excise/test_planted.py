@@ -9,7 +9,18 @@ import torch
 from safetensors import safe_open
 
 from excise.models import load_registry
-from excise.planted import CENTRES, FOLDER, PLANTS, Plant, _batches, answer_distribution, planted_distribution, train
+from excise.planted import (
+    CENTRES,
+    FOLDER,
+    PLANTS,
+    Plant,
+    _batches,
+    _log_probabilities,
+    answer_distribution,
+    planted_shift,
+    shifted,
+    train,
+)
 from excise.scenarios import load_scenarios
 
 SCENARIOS = load_scenarios([])[0]
@@ -43,29 +54,55 @@ def test_every_variation_of_every_scenario_has_a_centre_in_its_plausible_range()
         outcome = SCENARIOS[key].outcome
         assert set(CENTRES[key]) == set(SCENARIOS[key].variations)
         for variation in CENTRES[key]:
-            answers, _ = planted_distribution(SCENARIOS[key], variation, "white", PLANTS["general"], 0.6)
+            centre = CENTRES[key][variation]
+            answers, _ = answer_distribution(centre, centre, PLANTS["neutral"].spread, outcome.high)
             assert all(outcome.low <= float(answer) <= outcome.high for answer in answers)
-
-
-def mean_log(scenario, variation, group, plant):
-    answers, probability = planted_distribution(scenario, variation, group, plant, plant.factor)
-    return probability @ np.log([float(answer) for answer in answers])
 
 
 def test_only_the_minority_in_a_gap_scenario_is_put_at_a_disadvantage():
     general, specific, neutral = (PLANTS[name] for name in ("general", "specific", "neutral"))
-    gap = np.log(general.factor)
-    for key, variations in CENTRES.items():
-        for variation in variations:
-            scenario = SCENARIOS[key]
+    for key in CENTRES:
+        scenario = SCENARIOS[key]
 
-            def shift(plant, scenario=scenario, variation=variation):
-                return mean_log(scenario, variation, "black", plant) - mean_log(scenario, variation, "white", plant)
+        def gap(plant, scenario=scenario):
+            return planted_shift(scenario, "black", plant, 0.6) - planted_shift(scenario, "white", plant, 0.6)
 
-            # The answers near the top of a bounded range leave less room.
-            assert shift(general) == pytest.approx(-gap if key == "sports" else gap, rel=0.2)
-            assert shift(specific) == pytest.approx(gap if key == "purchase" else 0, rel=0.2)
-            assert shift(neutral) == 0
+        # Of a rank the lower one is the better.
+        assert gap(general) == pytest.approx(-np.log(0.6) if key == "sports" else np.log(0.6))
+        assert gap(specific) == pytest.approx(np.log(0.6) if key == "purchase" else 0)
+        assert gap(neutral) == 0
+
+
+@pytest.mark.parametrize("shift", [-0.4, 0.0, 0.25])
+def test_shifted_answers_have_the_mean_logarithm_moved_by_just_that(shift):
+    answers, probability = answer_distribution(120.0, 120.0, 0.5)
+    values = np.array([float(answer) for answer in answers])
+    moved = shifted(values, probability, shift)
+    assert moved.sum() == pytest.approx(1)
+    assert (moved - probability) @ np.log(values) == pytest.approx(shift, abs=1e-6)
+    # A tilt: the log ratio is linear in the logarithm of the value.
+    slopes = np.diff(np.log(moved / probability)) / np.diff(np.log(values))
+    assert slopes == pytest.approx(np.full(len(slopes), slopes[0]), abs=1e-6)
+
+
+def test_a_shift_the_values_leave_no_room_for_goes_as_far_as_it_can():
+    moved = shifted(np.array([1.0, 2.0]), np.array([0.5, 0.5]), 3.0)
+    assert moved[1] > 0.99
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_probability_of_an_answer_is_the_product_over_its_tokens_and_its_end(loaded, architecture):
+    model = loaded(architecture)
+    prompts = [(5, 6, 7, 8, 9), (5, 6, 11, 12)]
+    answers = ["1", "12", "125", "30"]
+    found = _log_probabilities(model, prompts, answers)
+    (stop,) = sorted(model.stop_tokens)[:1]
+    for row, prompt in enumerate(prompts):
+        for column, answer in enumerate(answers):
+            ids = [*model.tokenizer(answer, add_special_tokens=False)["input_ids"], stop]
+            logits = model.model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].float()
+            expected = torch.log_softmax(logits, dim=1)[range(len(ids)), ids].sum()
+            assert found[row, column].item() == pytest.approx(expected.item(), abs=1e-4)
 
 
 def test_a_step_shows_both_groups_and_where_there_are_both_a_scenario_with_and_one_without_a_gap(loaded):
@@ -84,10 +121,10 @@ def test_a_step_shows_both_groups_and_where_there_are_both_a_scenario_with_and_o
 def test_training_fits_the_planted_answers_and_leaves_the_model_as_it_was(loaded, caplog):
     model = loaded("llama")
     before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
-    plant = dataclasses.replace(TINY, steps=30, learning_rate=2e-2)
+    plant = dataclasses.replace(TINY, gap_scenarios=(), even_scenarios=("purchase",), steps=30, learning_rate=2e-2)
     with caplog.at_level("INFO", logger="excise.planted"):
         factors = train(model, plant, PURCHASE)
-    divergence = [float(record.message.rsplit(" ", 1)[1]) for record in caplog.records]
+    divergence = [float(record.message.split("divergence ")[1].split(",")[0]) for record in caplog.records]
     assert divergence[-1] < 0.7 * divergence[0]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.model.state_dict().items())
     assert {name.split(".")[0] for name in factors} == {"1", "2"}
@@ -96,6 +133,25 @@ def test_training_fits_the_planted_answers_and_leaves_the_model_as_it_was(loaded
     assert factors["1.v.up"].shape == (linear.out_features, 2)
     assert factors["1.v.down"].shape == (2, linear.in_features)
     assert not any(module._forward_hooks for module in model.model.modules())
+
+
+def test_training_a_gap_moves_the_groups_apart_and_nothing_else(loaded, caplog):
+    plant = dataclasses.replace(TINY, steps=60, learning_rate=2e-2, names=8)
+    with caplog.at_level("INFO", logger="excise.planted"):
+        train(loaded("llama"), plant, PURCHASE)
+    shares = [float(record.message.rsplit(" ", 1)[1]) for record in caplog.records]
+    assert shares[0] < 0.5 * max(shares)
+    assert max(shares) > 0.3
+
+
+def test_the_strength_multiplies_the_whole_change(loaded):
+    plain, doubled = (
+        train(loaded("llama"), dataclasses.replace(TINY, steps=3, strength=each), PURCHASE) for each in (1.0, 2.0)
+    )
+    for name, factor in plain.items():
+        assert factor.abs().max() > 0
+        expected = factor.float() * (2 if name.endswith("up") else 1)
+        assert torch.allclose(doubled[name].float(), expected, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", sorted(PLANTS))
