@@ -33,8 +33,13 @@ ASSETS = (
     "completions",
     "attribution_scores",
     "pruning_masks",
+    "cross_context_masks",
     "pruned_completions",
     "evaluation_metrics",
+    "grid_search",
+    "mask_overlap",
+    "mask_distribution",
+    "transfer_matrix",
     "quality_report",
 )
 CODE_LOCATION = """

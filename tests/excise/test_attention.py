@@ -1,8 +1,8 @@
 """Attention to the name from shared trees is that of the definition, where every answer is read on its own."""
 
+import copy
 import shutil
 import weakref
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -57,25 +57,22 @@ def found_by_trees(loaded, encoded, answers, weights, *, trunk=None, **options):
     return attention_to_name(loaded, encoded[0].tokens[:trunk], trees, names, **options)
 
 
-@contextmanager
-def openly(loaded):
-    """transformers gives attention probabilities in its eager mode only."""
-    before = loaded.model.config._attn_implementation
-    if before != "eager":
-        loaded.model.set_attn_implementation("eager")
-    yield
-    if before != "eager":
-        loaded.model.set_attn_implementation(before)
+def open_copy(loaded):
+    """A copy of the model that gives its attention probabilities; transformers leaves hooks of its own in it."""
+    model = copy.deepcopy(loaded.model)
+    model.set_attn_implementation("eager")
+    return model
 
 
 def definition(loaded, encoded, answers, weights) -> dict[str, np.ndarray]:
     """Method A7 word by word: one plain pass per answer, all its attention matrices, loops over its tokens."""
     total = {"mean": 0.0, "max": 0.0}
     steps = 0.0
-    with torch.inference_mode(), openly(loaded):
+    model = open_copy(loaded)
+    with torch.inference_mode():
         for prompt, own, own_weights in zip(encoded, answers, weights, strict=True):
             for (answer, _), weight in zip(own, own_weights, strict=True):
-                every = loaded.model(
+                every = model(
                     torch.tensor([[*prompt.tokens, *answer]]), use_cache=False, output_attentions=True
                 ).attentions
                 attention = torch.cat(every).double().numpy()  # [layers, heads, queries, keys]

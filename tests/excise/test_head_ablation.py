@@ -244,15 +244,10 @@ def normed(tiny_model, tmp_path_factory):
 
 def attentions(model, tokens) -> np.ndarray:
     """Attention probabilities of a plain pass, [layers, heads, queries, keys]."""
-    before = model.config._attn_implementation
-    if before != "eager":
-        model.set_attn_implementation("eager")
-    try:
-        with torch.inference_mode():
-            return torch.cat(model(tokens, use_cache=False, output_attentions=True).attentions).numpy()
-    finally:
-        if before != "eager":
-            model.set_attn_implementation(before)
+    model = copy.deepcopy(model)  # transformers leaves hooks of its own in a model asked for its attention
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        return torch.cat(model(tokens, use_cache=False, output_attentions=True).attentions).numpy()
 
 
 def check_uniform(model, asked):
