@@ -36,6 +36,10 @@ CALLS: dict[str, list[tuple[str, ...]]] = {
     "planted-neutral": [("--scenarios", "purchase", "--set", "levels=prompt_specific,within_context")],
 }
 """Models, and what `pipelines.paper` is asked for, in turn."""
+ORIGIN = (
+    f"Made by `make results`: preset quick (three variations of each scenario) with {', '.join(SETTINGS)}. Masks come "
+    "from one half of the names, every figure from the other half. What it means is in [findings.md](findings.md)."
+)
 HEAD_BY_HEAD = ("head_query", "head_output")
 
 
@@ -56,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("DAGSTER_HOME", str(ROOT))
     definitions = build_definitions()
     page = render(definitions.resources["warehouse"], definitions.resources["artifacts"], given.models.split(","))
+    page = page.replace("\n\n", f"\n\n{ORIGIN}\n\n", 1)
     given.out.write_text(page, encoding="utf-8")
     print(f"wrote {given.out}", file=sys.stderr)
     return failed
