@@ -33,7 +33,7 @@ ASSETS = (
     "completions",
     "attribution_scores",
     "pruning_masks",
-    "cross_context_masks",
+    "cross_conte",  # the graph shortens long names: cross_conte…_masks
     "pruned_completions",
     "evaluation_metrics",
     "grid_search",
