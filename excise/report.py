@@ -470,8 +470,8 @@ def _variation_cells(table: MetricTable, variation: str, mask: MaskName, *, comp
         _plain(of("inlier_ratio"), 2),
         density_text(of("density")),
         _number(random_gap.value, _decimals([random_gap.value]), compact),
-        percent_text(of("gap_reduction")),
-        _beyond(table, variation, mask, "reduction_over_random"),
+        percent_text(of("gap_reduction"), compact=compact),
+        _beyond(table, variation, mask, "reduction_over_random", compact),
     ]
 
 
@@ -492,16 +492,17 @@ def _aggregate_cells(table: MetricTable, variation: str, mask: MaskName, *, comp
         _plain(of("inlier_ratio"), 2),
         _plain(of("parse_rate"), 2),
         density_text(of("density")),
-        interval_text(scaled(of("gap_reduction"), 100.0), decimals=0),
-        _beyond(table, variation, mask, "reduction_over_random"),
-        _beyond(table, variation, mask, "smd_reduction_over_random"),
+        interval_text(scaled(of("gap_reduction"), 100.0), decimals=0, compact=compact),
+        _beyond(table, variation, mask, "reduction_over_random", compact),
+        _beyond(table, variation, mask, "smd_reduction_over_random", compact),
     ]
 
 
-def _beyond(table: MetricTable, variation: str, mask: MaskName, metric: str) -> str:
+def _beyond(table: MetricTable, variation: str, mask: MaskName, metric: str, compact: bool) -> str:
     estimate = table.get(variation, mask, metric)
     marked = estimate.value is not None and not table.comparable(variation, mask)
-    return interval_text(scaled(estimate, 100.0), decimals=0, signed=True) + (NO_COMPARISON if marked else "")
+    text = interval_text(scaled(estimate, 100.0), decimals=0, signed=True, compact=compact)
+    return text + (NO_COMPARISON if marked else "")
 
 
 @dataclass(frozen=True)
@@ -642,9 +643,9 @@ def _p_value(value: float | None) -> str:
     return f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
-def percent_text(estimate: Estimate) -> str:
+def percent_text(estimate: Estimate, *, compact: bool = False) -> str:
     """A share as whole per cent: `92 %`; `-` where there is no estimate."""
-    return "-" if estimate.value is None else f"{_fixed(100 * estimate.value, 0)} %"
+    return "-" if estimate.value is None else f"{_number(100 * estimate.value, 0, compact)} %"
 
 
 def density_text(estimate: Estimate) -> str:
