@@ -16,7 +16,7 @@ from assets.partitions import Catalogue, read_catalogue
 from excise.report import audit_table, reuse_sentence
 from pipelines.definitions import MODEL_FILES, ROOT, SCENARIO_FOLDERS, STRATEGY_FILES, build_definitions
 from pipelines.jobs import audit_scenario
-from pipelines.runs import end_abandoned, process_tag
+from pipelines.runs import end_abandoned, execute
 from resources.settings import Preset
 from resources.warehouse import Warehouse
 from resources.watch import TerminalWatch
@@ -67,16 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     instance = dg.DagsterInstance.get()
     end_abandoned(instance)
-    result = definitions.resolve_job_def(audit_scenario.name).execute_in_process(
-        partition_key=f"{chosen.model}|{chosen.scenario}",
-        instance=instance,
-        tags=process_tag(),
-        run_config={
-            "resources": {"settings": {"config": settings}},
-            "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
-        },
-        raise_on_error=False,
-    )
+    result = execute(definitions, instance, audit_scenario.name, f"{chosen.model}|{chosen.scenario}", settings)
     if not result.success:
         print(*failure_messages(result), "Nothing computed so far is lost.", sep="\n", file=sys.stderr)
         return 1

@@ -25,7 +25,7 @@ from excise.scenarios import Scenario
 from pipelines.definitions import MODEL_FILES, ROOT, SCENARIO_FOLDERS, STRATEGY_FILES, build_definitions
 from pipelines.demo import failure_messages
 from pipelines.jobs import analyse_model, evaluate_scenario, prepare_scenario, search_grid
-from pipelines.runs import end_abandoned, process_tag
+from pipelines.runs import end_abandoned, execute
 from resources.settings import LEVELS, PRESETS, Audit, AuditSettings, Preset
 from resources.warehouse import Warehouse
 from resources.watch import TerminalWatch
@@ -189,10 +189,7 @@ def _rounds(call: Call, definitions: dg.Definitions, instance: dg.DagsterInstanc
             print(told, file=sys.stderr)
             began = time.monotonic()
             ran.add(step)
-            result = definitions.resolve_job_def(step.job).execute_in_process(
-                partition_key=step.key, instance=instance, run_config=_config(call, step), tags=process_tag(),
-                raise_on_error=False,
-            )  # fmt: skip
+            result = execute(definitions, instance, step.job, step.key, _settings(call, step))
             if result.success:
                 print(f"{told}: done in {time.monotonic() - began:.0f} s", file=sys.stderr)
             else:
@@ -201,11 +198,9 @@ def _rounds(call: Call, definitions: dg.Definitions, instance: dg.DagsterInstanc
     return failures
 
 
-def _config(call: Call, step: Step) -> dict[str, Any]:
-    config: dict[str, Any] = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
-    if step.job != analyse_model.name:  # it arranges what is there, and takes no settings
-        config["resources"] = {"settings": {"config": {"preset": call.preset, **call.settings}}}
-    return config
+def _settings(call: Call, step: Step) -> dict[str, Any] | None:
+    """What a step is run with; the analyses arrange what is there, and take no settings."""
+    return None if step.job == analyse_model.name else {"preset": call.preset, **call.settings}
 
 
 def _steps(call: Call) -> Iterator[tuple[str, list[Step]]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import polars as pl
 
 from assets.partitions import read_catalogue
+from excise.masks import HEAD_ROLES, Mask
 from excise.models import ModelSpec
 from pipelines import paper
 from pipelines.definitions import MODEL_FILES, ROOT, SCENARIO_FOLDERS, STRATEGY_FILES, build_definitions
@@ -40,7 +41,8 @@ ORIGIN = (
     f"Made by `make results`: preset quick (three variations of each scenario) with {', '.join(SETTINGS)}. Masks come "
     "from one half of the names, every figure from the other half. What it means is in [findings.md](findings.md)."
 )
-HEAD_BY_HEAD = ("head_query", "head_output")
+MASKS_AT_ONCE = 16
+"""Masks in memory while the planted change is multiplied out."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,36 +76,40 @@ def render(warehouse: Warehouse, artifacts: Artifacts, models: Sequence[str]) ->
         name: warehouse.read(name, model=models)
         for name in ("metrics", "masks", "transfer_matrix", "grid_search", "mask_overlap")
     }
-    found = [localisation(frames["masks"], artifacts, model) for model in models]
+    specs = read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES).models
+    found = pl.concat(localisation(frames["masks"], artifacts, specs[model]) for model in models)
     metrics, masks, transfer, grid, overlap = frames.values()
-    return results_markdown(metrics, masks, transfer, grid, pl.concat(found, how="diagonal_relaxed"), overlap)
+    return results_markdown(metrics, masks, transfer, grid, found, overlap)
 
 
-def localisation(masks: pl.DataFrame, artifacts: Artifacts, model: str) -> pl.DataFrame:
+def localisation(masks: pl.DataFrame, artifacts: Artifacts, spec: ModelSpec) -> pl.DataFrame:
     """One row per mask of a planted model's purchase scenario: how much of the planted gap lies under it."""
-    from excise.masks import Mask
-    from excise.planted.localisation import EnergyShare, energy_share
+    from excise.planted.localisation import EnergyShare, energy_shares
 
-    catalogue = read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES)
-    spec: ModelSpec = catalogue.models[model]
     columns = ["strategy", "level", "matched_to", "draw", "variation", "mask", "path"]
+    told = ["strategy", "level", "matched_to"]
     names = [field.name for field in dataclasses.fields(EnergyShare)]
-    schema = dict.fromkeys(("model", "strategy", "level", "matched_to"), pl.String) | dict.fromkeys(names, pl.Float64)
-    # The change of a model without a gap is no gap: there is nothing to locate.
+    schema = dict.fromkeys(("model", *told), pl.String) | dict.fromkeys(names, pl.Float64)
     own = masks.filter(
-        (pl.col("model") == model) & (pl.col("scenario") == "purchase") & ~pl.col("level").str.contains("/")
+        (pl.col("model") == spec.key) & (pl.col("scenario") == "purchase") & ~pl.col("level").str.contains("/")
     )
-    if own.is_empty() or spec.low_rank is None or model == "planted-neutral":
+    # The change of a model without a gap is no gap: there is nothing to locate.
+    if own.is_empty() or spec.low_rank is None or spec.key == "planted-neutral":
         return pl.DataFrame(schema=schema)
-    heads = own.filter(pl.col("role").is_in(HEAD_BY_HEAD))
-    shape = _heads_of(heads["size"].max() if heads.height else 1, spec)
-    rows, known = [], {}
-    for row in own.select(columns).unique().sort(columns, nulls_last=True).iter_rows(named=True):
-        if row["mask"] not in known:
-            mask = Mask.load(artifacts.locate(row["path"], made_by="pruning_masks"))
-            known[row["mask"]] = dataclasses.asdict(energy_share(spec.low_rank, mask, **shape))
-        told = {name: row[name] for name in ("strategy", "level", "matched_to")}
-        rows.append({"model": model, **told, **known[row["mask"]]})
+    heads = own.filter(pl.col("role").is_in(list(HEAD_ROLES.values())))
+    shape = _heads_of(heads["size"].max(), spec) if heads.height else {}
+    paths = dict(own.select("mask", "path").unique().sort("mask").iter_rows())
+    shares: dict[str, dict[str, float]] = {}
+    keys = list(paths)
+    for start in range(0, len(keys), MASKS_AT_ONCE):
+        some = keys[start : start + MASKS_AT_ONCE]
+        loaded = [Mask.load(artifacts.locate(paths[key], made_by="pruning_masks")) for key in some]
+        found = energy_shares(spec.low_rank, loaded, **shape)
+        shares |= {key: dataclasses.asdict(share) for key, share in zip(some, found, strict=True)}
+    rows = [
+        {"model": spec.key, **{name: row[name] for name in told}, **shares[row["mask"]]}
+        for row in own.select(columns).unique().sort(columns, nulls_last=True).iter_rows(named=True)
+    ]
     return pl.DataFrame(rows, schema=schema)
 
 

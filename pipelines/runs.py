@@ -6,11 +6,25 @@ command that is killed is known to nobody, so each run carries its process and t
 
 import os
 import platform
+from collections.abc import Mapping
+from typing import Any
 
 import dagster as dg
 
 PROCESS = "excise/process"
 _ACTIVE = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
+
+
+def execute(
+    definitions: dg.Definitions, instance: dg.DagsterInstance, job: str, key: str, settings: Mapping[str, Any] | None
+) -> dg.ExecuteInProcessResult:
+    """Run a job for a partition here, without Dagster's log; None for a job that takes no settings."""
+    config: dict[str, Any] = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+    if settings is not None:
+        config["resources"] = {"settings": {"config": dict(settings)}}
+    return definitions.resolve_job_def(job).execute_in_process(
+        partition_key=key, instance=instance, run_config=config, tags=process_tag(), raise_on_error=False
+    )
 
 
 def process_tag() -> dict[str, str]:
