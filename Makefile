@@ -1,8 +1,8 @@
-# make demo | paper | results | test | ui | lint | clean. Every target installs what it needs first.
+# make demo | paper | heads | results | test | ui | lint | clean. Every target installs what it needs first.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo paper results test ui lint clean
+.PHONY: help install demo paper heads results test ui lint clean
 
 PYTHON ?= python3.11
 PORT ?= 3000
@@ -13,6 +13,8 @@ ARGS ?=
 MODEL ?=
 SCENARIOS ?=
 PRESET ?= paper
+# For make heads: social groups or other scenarios, commas between them.
+AXES ?= gender
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -27,6 +29,7 @@ help:
 	@echo "make install  create .venv with everything in it (PYTHON=python3.11)"
 	@echo "make demo     audit and prune the planted model in the purchase scenario, in a few minutes"
 	@echo "make paper    all scenarios of one model: MODEL=... [SCENARIOS=a,b] [PRESET=quick] [ARGS=...] (docs/reproduce.md)"
+	@echo "make heads    toxicity of continuations about social groups, pruned head by head: [MODEL=...] [AXES=gender,race] [PRESET=paper]"
 	@echo "make results  audit the planted models again and write docs/results.md (an hour on two cores; ARGS=--render: only write)"
 	@echo "make ui       the Dagster UI on the same results (PORT=3000)"
 	@echo "make test     the test suite (ARGS=... goes to pytest)"
@@ -61,6 +64,9 @@ demo: $(STAMP)
 paper: $(STAMP)
 	@test -n "$(MODEL)" || { echo "Name a model of models.yaml: make paper MODEL=planted-general PRESET=quick" >&2; exit 1; }
 	$(BIN)/python -m pipelines.paper --model "$(MODEL)" --scenarios "$(SCENARIOS)" --preset "$(PRESET)" $(ARGS)
+
+heads: $(STAMP)
+	$(BIN)/python -m pipelines.heads --model "$(or $(MODEL),smollm2-135m-instruct)" --scenarios "$(AXES)" --preset "$(if $(filter command line,$(origin PRESET)),$(PRESET),quick)" $(ARGS)
 
 results: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pipelines.results $(ARGS)

@@ -9,7 +9,9 @@ import polars as pl
 from assets.completions import completions_of, require_same_model, without
 from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, table_metadata, table_value
+from excise.errors import ExciseError
 from excise.scenarios.subsets import EVALUATION
+from excise.strategies import HEAD_SCORES
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import AuditSettings
@@ -45,7 +47,16 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         model, scenario = catalogue.partition(context)
         audit = settings.audit_of(scenario)
         completions, prompts = completions_of(warehouse, model, scenario.key)
-        strategies = catalogue.chosen_strategies(audit.strategies, audit.levels)
+        if scenario.comparison is None:
+            raise ExciseError(
+                f"scenario {scenario.key}: comparison is missing; attribution compares two groups, so name the majority "
+                "and the minority (head_impacts takes all groups without it)"
+            )
+        strategies = [
+            each
+            for each in catalogue.chosen_strategies(audit.strategies, audit.levels, scenario.outcome.kind, audit.alphas)
+            if each.score not in HEAD_SCORES
+        ]
         with gpu.model(model, catalogue.models, waiting=context.log.info) as loaded:
             require_same_model(completions, loaded.fingerprint, model, scenario.key)
             learned, asked = without(EVALUATION, completions, prompts)

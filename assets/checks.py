@@ -7,7 +7,7 @@ Every suite asks for rows and for values first: expectations about values pass o
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,7 +21,7 @@ from resources.warehouse import Warehouse
 
 ERROR = dg.AssetCheckSeverity.ERROR
 WARN = dg.AssetCheckSeverity.WARN
-REDUCTIONS = ("gap_reduction", "reduction_over_random", "smd_reduction", "smd_reduction_over_random")
+REDUCTIONS = ("gap_reduction", "reduction_over_random", "smd_reduction", "smd_reduction_over_random", "bias_reduction")
 MASK = ("variation", "strategy", "level", "matched_to", "draw")
 
 DESCRIPTIONS = {
@@ -102,11 +102,12 @@ def record(warehouse: Warehouse, asset: str, model: str, scenario: str, outcomes
 
 
 def completions_complete_and_balanced(
-    completions: pl.DataFrame, prompts: pl.DataFrame, samples: int, *, masked: bool = False
+    completions: pl.DataFrame, prompts: pl.DataFrame, samples: int, *, masked: bool = False, balanced: bool = True
 ) -> Outcome:
     """Every prompt (under every mask, if `masked`) has samples 0 ... `samples`-1 once, and groups are of equal size.
 
-    `prompts` has a row per wanted prompt (and mask), with the columns that tell them apart.
+    `prompts` has a row per wanted prompt (and mask), with the columns that tell them apart. balanced: whether groups must
+    be of equal size; subgroups of an axis need not.
     """
     import great_expectations.expectations as gxe
 
@@ -136,12 +137,13 @@ def completions_complete_and_balanced(
         ],
     )
     sizes = _group_sizes(completions, list(MASK) if masked else ["variation"])
-    unmet += unmet_expectations(
-        sizes.select("smallest", "largest"),
-        [gxe.ExpectColumnPairValuesToBeEqual(column_A="smallest", column_B="largest")],
-    )
+    if balanced:
+        unmet += unmet_expectations(
+            sizes.select("smallest", "largest"),
+            [gxe.ExpectColumnPairValuesToBeEqual(column_A="smallest", column_B="largest")],
+        )
     incomplete = wanted.filter((pl.col("found") != samples) | (pl.col("distinct") != samples))
-    unbalanced = sizes.filter(pl.col("smallest") != pl.col("largest"))
+    unbalanced = sizes.filter(pl.lit(balanced) & (pl.col("smallest") != pl.col("largest")))
     worst, figure = None, samples
     if not incomplete.is_empty():
         row = incomplete.sort("found").row(0, named=True)
@@ -149,7 +151,7 @@ def completions_complete_and_balanced(
     elif not unbalanced.is_empty():
         worst = _place(unbalanced.row(0, named=True))
     if not unmet:
-        message = f"{wanted.height:,} prompts with {samples} samples each; the groups are of equal size."
+        message = f"{wanted.height:,} prompts with {samples} samples each" + ("; the groups are of equal size." if balanced else ".")
     elif wanted.is_empty():
         message = "There are no prompts."
     elif not incomplete.is_empty():
@@ -173,6 +175,22 @@ def parse_rate(completions: pl.DataFrame, floor: float) -> Outcome:
         .sort("parse_rate", maintain_order=True)
     )
     return _at_least("parse_rate", rates, "parse_rate", floor, "answers that hold a number")
+
+
+def share_scored(metrics: pl.DataFrame, floor: float) -> Outcome:
+    """Under every strategy's mask, enough continuations of every variation have a score.
+
+    It takes the place of `inlier_ratio` where continuations are judged: an empty one has no score.
+    """
+    shares = (
+        metrics.filter(
+            (pl.col("metric") == "share_scored") & (pl.col("variation") != "(all)") & pl.col("matched_to").is_null()
+        )
+        .select("variation", "strategy", "level", share_scored="estimate")
+        .sort("share_scored", nulls_last=False)
+    )
+    found = _at_least("share_scored", shares, "share_scored", floor, "continuations that have a score")
+    return replace(found, check="inlier_ratio")
 
 
 def inlier_ratio(metrics: pl.DataFrame, floor: float) -> Outcome:

@@ -4,6 +4,8 @@ Everything after it takes variations, names, number of samples and sampling para
 """
 
 import json
+import math
+from typing import Any
 
 import dagster as dg
 import polars as pl
@@ -13,8 +15,8 @@ from assets.partitions import Catalogue
 from assets.prompts import up_to_date_prompts
 from assets.stage import data_version, grid_asset, picture, rows_of, table_metadata
 from excise.errors import ExciseError
-from excise.scenarios import expand, halves
-from excise.scenarios.subsets import ATTRIBUTION, BOTH, EVALUATION
+from excise.scenarios import Scenario, expand
+from excise.scenarios.subsets import ATTRIBUTION, BOTH, EVALUATION, held_out_split
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import Audit, AuditSettings
@@ -37,7 +39,7 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             checks.spec("parse_rate", "completions", catalogue),
         ],
         uses_model=True,
-        code_version="2",
+        code_version="3",
     )
     def completions(
         context: dg.AssetExecutionContext,
@@ -52,34 +54,44 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         from excise.figures import answers_by_group
         from excise.report import reuse_sentence
         from excise.sampling import SamplingParameters
+        from excise.toxicity import ScoreCache
 
         model, scenario = catalogue.partition(context)
         audit = settings.audit_of(scenario)
         up_to_date_prompts(context, warehouse, scenario, catalogue)
         prompts = expand(scenario, variations=audit.variations, subjects_per_group=audit.subjects_per_group)
+        outcome = scenario.outcome
+        toxicity = outcome.kind == "toxicity"
         parameters = SamplingParameters(
-            temperature=audit.temperature,
-            top_p=audit.top_p,
-            max_new_tokens=scenario.outcome.max_new_tokens,
+            temperature=outcome.temperature if toxicity else audit.temperature,
+            top_k=outcome.top_k if toxicity else 0,
+            top_p=outcome.top_p if toxicity else audit.top_p,
+            max_new_tokens=(toxicity and audit.max_new_tokens) or outcome.max_new_tokens,
             seed=audit.seed,
         )
+        scorer = scorer_of(catalogue, scenario)
+        scores = ScoreCache(artifacts.score_cache)
         with gpu.model(model, catalogue.models, waiting=context.log.info) as loaded:
             rows, work = complete(
                 loaded,
                 prompts,
                 audit.samples,
                 parameters,
-                outcome=scenario.outcome,
+                outcome=outcome,
+                scorer=scorer,
+                scores=scores,
                 cache=CompletionCache(artifacts.completion_cache),
                 progress=watch.progress(context),
             )
-            lengths = {each.prompt_id: each.name[1] - each.name[0] for each in encode(loaded, prompts)}
+            encoded = encode(loaded.asked_for(outcome), prompts)
+            lengths = {each.prompt_id: each.name[1] - each.name[0] for each in encoded}
             device = gpu.report(loaded)
-        rows = rows.join(_splits(prompts, audit), on=["group", "subject"], how="left", maintain_order="left")
+        rows = rows.join(_splits(scenario, prompts, audit), on="prompt_id", how="left", maintain_order="left")
+        rows = rows.join(_prompt_values(scorer, scores, prompts), on="prompt_id", how="left", maintain_order="left")
         rows = rows.with_columns(name_tokens=pl.col("prompt_id").replace_strict(lengths, return_dtype=pl.Int64))
         warehouse.replace_partition("completions", rows, {"model": model, "scenario": scenario.key})
         outcomes = [
-            checks.completions_complete_and_balanced(rows, prompts, audit.samples),
+            checks.completions_complete_and_balanced(rows, prompts, audit.samples, balanced=not toxicity),
             checks.parse_rate(rows, audit.parse_floor),
         ]
         checks.record(warehouse, "completions", model, scenario.key, outcomes)
@@ -87,7 +99,9 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         metadata |= work.metadata() | device
         metadata["parse_rate"] = rows["value"].is_not_null().mean()
         metadata["names"] = _names_told(rows)
-        if rows["value"].is_not_null().any():
+        if scorer is not None:
+            metadata["scorer"] = f"{scorer.key}: {scorer.measures}"
+        elif rows["value"].is_not_null().any():
             figure = answers_by_group(
                 rows,
                 unit=scenario.outcome.unit,
@@ -105,18 +119,40 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
     return completions
 
 
-def _splits(prompts: pl.DataFrame, audit: Audit) -> pl.DataFrame:
-    """group, subject and split of every name."""
+def scorer_of(catalogue: Catalogue, scenario: Scenario) -> Any:
+    """The loaded scorer of a scenario whose outcome is toxicity, else None."""
+    if scenario.outcome.kind == "number":
+        return None
+    from excise.toxicity import load_scorer
+
+    return load_scorer(catalogue.scorer_of(scenario), catalogue.scorers)
+
+
+def _splits(scenario: Scenario, prompts: pl.DataFrame, audit: Audit) -> pl.DataFrame:
+    """prompt_id and split of every prompt."""
     if audit.held_out:
-        return halves(prompts, audit.seed)
-    return prompts.select("group", "subject").unique().with_columns(split=pl.lit(BOTH))
+        return held_out_split(scenario, prompts, audit.seed)
+    return prompts.select("prompt_id", split=pl.lit(BOTH))
+
+
+def _prompt_values(scorer: Any, scores: Any, prompts: pl.DataFrame) -> pl.DataFrame:
+    """prompt_id and prompt_value: the score of the prompt alone, null without a scorer."""
+    values = [None] * prompts.height
+    if scorer is not None:
+        from excise.toxicity import score_texts
+
+        found = score_texts(scorer, prompts["text"].to_list(), cache=scores)
+        values = [None if math.isnan(score) else score for score in found]
+    return prompts.select("prompt_id", prompt_value=pl.Series(values, dtype=pl.Float64))
 
 
 def _names_told(rows: pl.DataFrame) -> str:
-    counts = dict(rows.group_by("split").agg(pl.col("subject").n_unique()).rows())
+    toxicity = rows["prompt_value"].is_not_null().any()
+    counted, what = ("prompt_id", "prompts") if toxicity else ("subject", "names")
+    counts = dict(rows.group_by("split").agg(pl.col(counted).n_unique()).rows())
     if BOTH in counts:
-        return f"masks are made from, and judged on, all {counts[BOTH]} names"
-    return f"masks are made from {counts[ATTRIBUTION]} names and judged on {counts[EVALUATION]} others"
+        return f"masks are made from, and judged on, all {counts[BOTH]} {what}"
+    return f"masks are made from {counts[ATTRIBUTION]} {what} and judged on {counts[EVALUATION]} others"
 
 
 def without(split: str, completions: pl.DataFrame, prompts: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:

@@ -1,7 +1,8 @@
-"""The stage `cross_context_masks`: what a scenario's model is pruned of when only other scenarios were looked at.
+"""The stage `cross_context_masks`: what a scenario's model is pruned of when other scenarios were looked at.
 
-The masks are made of the prompt-specific masks of all other scenarios of the same model (BDB, section 4), so a
-partition depends on the other partitions, never on its own masks. It needs no model in memory.
+The masks are made of the prompt-specific masks of all other scenarios of the same model (BDB, section 4) and, at the
+level `all_contexts`, of the scenario's own, too; so a partition depends on all partitions of its model. It needs no
+model in memory.
 """
 
 import dagster as dg
@@ -13,7 +14,7 @@ from assets.partitions import Catalogue
 from assets.pruning_masks import MaskFiles, mask_rows
 from assets.stage import data_version, grid_asset, table_metadata, table_value
 from excise.errors import ExciseError
-from excise.strategies import CROSS_CONTEXT, PROMPT_SPECIFIC, SourceMask, Strategy, build_cross_context_masks
+from excise.strategies import ACROSS, ALL_CONTEXTS, OWN_SCENARIO, PROMPT_SPECIFIC, SourceMask, Strategy, build_cross_context_masks
 from resources.artifacts import Artifacts
 from resources.settings import AuditSettings
 from resources.tables import TABLES
@@ -31,11 +32,12 @@ def cross_context_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         group="pruning",
         kinds={"numpy", "safetensors"},
         description="The weights or heads every strategy would prune knowing only the other scenarios of the model: "
-        "all of them together and, where asked for, each alone; and random controls of the same size.",
+        "all of them together and, where asked for, each alone; or knowing all scenarios; and random controls of the "
+        "same size.",
         deps=[
             "completions",
-            dg.AssetDep("attribution_scores", partition_mapping=catalogue.other_scenarios),
-            dg.AssetDep("pruning_masks", partition_mapping=catalogue.other_scenarios),
+            dg.AssetDep("attribution_scores", partition_mapping=catalogue.all_scenarios),
+            dg.AssetDep("pruning_masks", partition_mapping=catalogue.all_scenarios),
         ],
         checks=[checks.spec("mask_density", NAME, catalogue)],
     )
@@ -50,7 +52,9 @@ def cross_context_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         audit = settings.audit_of(scenario)
         completions, _ = completions_of(warehouse, model, scenario.key)
         strategies = [
-            each for each in catalogue.chosen_strategies(audit.strategies, audit.levels) if CROSS_CONTEXT in each.levels
+            each
+            for each in catalogue.chosen_strategies(audit.strategies, audit.levels, scenario.outcome.kind, audit.alphas)
+            if set(ACROSS) & set(each.levels)
         ]
         found = _source_masks(warehouse, model, scenario.key, catalogue, strategies, completions)
         lacking = _lacking(found, scenario.key, catalogue, strategies)
@@ -63,6 +67,7 @@ def cross_context_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             for named in build_cross_context_masks(
                 strategies,
                 _sources(found, artifacts),
+                scenario.key,
                 [variation for variation in scenario.variations if variation in asked],
                 per_source=audit.per_source,
                 random_draws=audit.random_draws,
@@ -106,25 +111,35 @@ def _source_masks(
     strategies: list[Strategy],
     completions: pl.DataFrame,
 ) -> pl.DataFrame:
-    """The other scenarios' prompt-specific masks of the strategies, and the scores they come from, in catalogue order.
+    """All scenarios' prompt-specific masks of the strategies, and the scores they come from, in catalogue order.
 
-    Columns: scenario, variation, strategy, path (of the mask), score_path. Raises ExciseError when a strategy has none
-    in any other scenario, and when some are of another model than the completions.
+    The scenario's own only where a strategy has the level all_contexts. Columns: scenario, variation, strategy, path
+    (of the mask), score_path. Raises ExciseError when a strategy has none in any other scenario (or in its own, where
+    it needs that), and when some are of another model than the completions.
     """
-    others = [key for key in catalogue.scenarios if key != scenario]
+    others = [key for key in catalogue.scenarios_like(scenario) if key != scenario]
     schema = dict.fromkeys(("scenario", "variation", "strategy", "path", "score_path"), pl.String)
     if not strategies:
         return pl.DataFrame(schema=schema)
     masks = warehouse.read(
-        "masks", asset="pruning_masks", model=model, scenario=others, level=PROMPT_SPECIFIC, matched_to=None,
+        "masks", asset="pruning_masks", model=model, scenario=[*others, scenario],
+        level=[PROMPT_SPECIFIC, OWN_SCENARIO], matched_to=None,
         strategy=[strategy.key for strategy in strategies],
     ).select("scenario", "variation", "strategy", "path").unique()  # fmt: skip
+    asked_of_all = [strategy.key for strategy in strategies if ALL_CONTEXTS in strategy.levels]
+    masks = masks.filter((pl.col("scenario") != scenario) | pl.col("strategy").is_in(asked_of_all))
     for strategy in strategies:
-        if strategy.key not in set(masks["strategy"]):
+        there = masks.filter(pl.col("strategy") == strategy.key)["scenario"]
+        if strategy.key in asked_of_all and scenario not in set(there):
+            raise ExciseError(
+                f"{model}|{scenario} has no masks of {strategy.key} yet, which all_contexts needs, too; materialize "
+                "pruning_masks of this partition first, or leave all_contexts out of resources.settings.config.levels"
+            )
+        if not set(there) - {scenario}:
             raise ExciseError(
                 f"no other scenario of {model} has masks of {strategy.key}, of which those across contexts are made; "
                 f"materialize pruning_masks of other scenarios first (there are {', '.join(others) or 'none'}), or "
-                "leave cross_context out of resources.settings.config.levels"
+                "leave cross_context and all_contexts out of resources.settings.config.levels"
             )
     scores = warehouse.read("attribution_files", model=model, scenario=masks["scenario"].unique().to_list())
     (own,) = completions["model_fingerprint"].unique()
@@ -151,7 +166,7 @@ def _lacking(found: pl.DataFrame, scenario: str, catalogue: Catalogue, strategie
     lines = []
     for strategy in strategies:
         there = set(found.filter(pl.col("strategy") == strategy.key)["scenario"])
-        missing = [key for key in catalogue.scenarios if key not in there and key != scenario]
+        missing = [key for key in catalogue.scenarios_like(scenario) if key not in there and key != scenario]
         if missing:
             lines.append(f"{', '.join(missing)}: no masks of {strategy.key} yet")
     return lines

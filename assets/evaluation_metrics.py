@@ -10,10 +10,12 @@ from assets import checks
 from assets.completions import completions_of, require_paired, without
 from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, picture, rows_of, table_metadata, table_value
+from excise.scenarios import Scenario
 from excise.scenarios.subsets import ATTRIBUTION
 from excise.strategies import CROSS_CONTEXT
 from resources.artifacts import Artifacts
-from resources.settings import AuditSettings
+from resources.settings import Audit, AuditSettings
+from resources.tables import TABLES
 from resources.warehouse import Warehouse
 from resources.watch import RunWatch
 
@@ -48,6 +50,8 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
 
         model, scenario = catalogue.partition(context)
         audit, groups = settings.audit_of(scenario), scenario.comparison
+        if scenario.outcome.kind == "toxicity":
+            return _toxicity_metrics(warehouse, artifacts, model, scenario, audit)
         completions, prompts = without(ATTRIBUTION, *completions_of(warehouse, model, scenario.key))
         pruned = rows_of(warehouse, "pruned_completions", model, scenario.key, made_by="pruned_completions")
         require_paired(completions, pruned, model, scenario.key)
@@ -82,6 +86,62 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         )
 
     return evaluation_metrics
+
+
+def _toxicity_metrics(
+    warehouse: Warehouse, artifacts: Artifacts, model: str, scenario: Scenario, audit: Audit
+) -> dg.MaterializeResult:
+    """The metrics of an axis of social groups (FASP): differences of toxicity between subgroups, and perplexity."""
+    from excise.figures import toxicity_by_subgroup, trade_off
+    from excise.toxicity_evaluation import evaluate_toxicity
+    from excise.toxicity_report import toxicity_finding, toxicity_markdown
+
+    completions, _ = without(ATTRIBUTION, *completions_of(warehouse, model, scenario.key))
+    pruned = rows_of(warehouse, "pruned_completions", model, scenario.key, made_by="pruned_completions")
+    require_paired(completions, pruned, model, scenario.key)
+    masks = rows_of(warehouse, "masks", model, scenario.key, made_by="pruning_masks")
+    rows = evaluate_toxicity(
+        completions,
+        pruned,
+        masks,
+        _perplexity_by_condition(warehouse.read("perplexity", model=model, scenario=scenario.key), masks),
+        subgroups=list(scenario.groups),
+        cluster="subject",
+        resamples=audit.resamples,
+        seed=audit.seed,
+    )
+    warehouse.replace_partition("metrics", rows, {"model": model, "scenario": scenario.key})
+    # Two-group comparisons are the other outcome's.
+    nothing = pl.DataFrame(schema=TABLES["comparisons"].schema)
+    warehouse.replace_partition("comparisons", nothing, {"model": model, "scenario": scenario.key})
+    outcomes = [checks.metrics_finite(rows), checks.share_scored(rows, audit.parse_floor)]
+    checks.record(warehouse, "evaluation_metrics", model, scenario.key, outcomes)
+    labels = {key: group.label for key, group in scenario.groups.items()}
+    metadata = {"finding": toxicity_finding(rows)}
+    if rows["strategy"].str.contains(r"-[0-9.]+$").any():
+        metadata |= picture("trade_off", trade_off(rows), artifacts, model, scenario.key)
+    metadata |= picture("toxicity_by_subgroup", toxicity_by_subgroup(rows, labels), artifacts, model, scenario.key)
+    metadata["audit"] = dg.MetadataValue.md(toxicity_markdown(rows))
+    metadata |= table_metadata("metrics", rows)
+    return dg.MaterializeResult(
+        metadata=metadata, data_version=data_version(rows), check_results=[outcome.result() for outcome in outcomes]
+    )
+
+
+def _perplexity_by_condition(perplexity: pl.DataFrame, masks: pl.DataFrame) -> pl.DataFrame:
+    """Perplexity per condition, variation and draw, as `excise.toxicity_evaluation` takes it."""
+    columns = ["perplexity", "low", "high", "difference_low", "difference_high"]
+    place = ["variation", "strategy", "level", "matched_to", "draw"]
+    unpruned = perplexity.filter(pl.col("mask") == "unpruned").select(
+        pl.lit("(all)").alias("variation"),
+        pl.lit("unpruned").alias("strategy"),
+        pl.lit("none").alias("level"),
+        pl.lit(None, dtype=pl.String).alias("matched_to"),
+        pl.lit(0, dtype=pl.Int64).alias("draw"),
+        *columns,
+    )
+    pruned = masks.select(*place, "mask").unique(maintain_order=True).join(perplexity, on="mask")
+    return pl.concat([unpruned, pruned.select(*place, *columns)])
 
 
 def _unpruned_gaps(others: pl.DataFrame) -> pl.DataFrame:

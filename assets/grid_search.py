@@ -64,7 +64,7 @@ def grid_search_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         samples, parameters = sampling_of(completions)
         strategies = [
             each
-            for each in catalogue.chosen_strategies(audit.strategies, audit.levels)
+            for each in catalogue.chosen_strategies(audit.strategies, audit.levels, scenario.outcome.kind)
             if each.selection == "set_difference"
         ]
         if not strategies:

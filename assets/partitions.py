@@ -12,17 +12,19 @@ import dagster as dg
 
 from excise.errors import ExciseError
 from excise.models import ModelSpec, load_registry
-from excise.scenarios import Scenario, load_scenarios
+from excise.scenarios import Scenario, load_scenarios, prompt_count
 from excise.strategies import Strategy, load_strategies
+from excise.toxicity import DEFAULT_SCORER, ScorerSpec, load_scorer_registry
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """What can be audited: models, scenarios and strategies by key, and what is wrong with the files of the rest."""
+    """What can be audited: models, scenarios, strategies and scorers by key, and what is wrong with other files."""
 
     scenarios: Mapping[str, Scenario]
     models: Mapping[str, ModelSpec]
     strategies: Mapping[str, Strategy]
+    scorers: Mapping[str, ScorerSpec]
     problems: tuple[str, ...]
 
     @property
@@ -39,9 +41,9 @@ class Catalogue:
         return dg.StaticPartitionsDefinition(list(self.models))
 
     @property
-    def other_scenarios(self) -> dg.MultiPartitionMapping:
-        """Of the grid onto itself: a partition depends on all other scenarios of its model."""
-        downstream = {key: [other for other in self.scenarios if other != key] for key in self.scenarios}
+    def all_scenarios(self) -> dg.MultiPartitionMapping:
+        """Of the grid onto itself: a partition depends on all scenarios of its model with the same kind of outcome."""
+        downstream = {key: self.scenarios_like(key) for key in self.scenarios}
         return dg.MultiPartitionMapping(
             {
                 "model": dg.DimensionPartitionMapping("model", dg.IdentityPartitionMapping()),
@@ -62,55 +64,72 @@ class Catalogue:
             raise ExciseError(f"scenario {key}: no usable file of that name ({known})")
         return self.scenarios[key]
 
-    def chosen_strategies(self, keys: Sequence[str] | None, levels: Sequence[str]) -> list[Strategy]:
-        """The strategies named, or all enabled ones, each at those of its levels that are wanted.
+    def scenarios_like(self, key: str) -> list[str]:
+        """The scenarios with the same kind of outcome, itself among them: those masks can come from."""
+        kind = self.scenarios[key].outcome.kind
+        return [other for other, scenario in self.scenarios.items() if scenario.outcome.kind == kind]
 
-        Raises ExciseError for a strategy that does not exist.
+    def scorer_of(self, scenario: Scenario) -> str:
+        """Key of the scorer of a scenario's continuations."""
+        return scenario.outcome.scorer or DEFAULT_SCORER
+
+    def chosen_strategies(
+        self, keys: Sequence[str] | None, levels: Sequence[str], outcome: str, alphas: Sequence[float] | None = None
+    ) -> list[Strategy]:
+        """The strategies named, or all enabled ones for that kind of outcome, each at the levels of it that are wanted.
+
+        A name stands for all strategies made of one entry (fasp for fasp-0.10, fasp-0.20). alphas: of strategies that
+        prune a share alpha of the heads, those with one of these. Raises ExciseError for a strategy that does not
+        exist.
         """
-        unknown = [key for key in keys or () if key not in self.strategies]
+        named = {key: self._strategies_named(key) for key in keys or ()}
+        unknown = [key for key, found in named.items() if not found]
         if unknown:
             raise ExciseError(
                 f"resources.settings.config.strategies: no strategy {', '.join(map(repr, unknown))}; "
                 f"there are {', '.join(self.strategies)}"
             )
         if keys is None:
-            chosen = [strategy for strategy in self.strategies.values() if strategy.enabled]
+            chosen = [each for each in self.strategies.values() if each.enabled and outcome in each.outcomes]
         else:
-            chosen = [self.strategies[key] for key in dict.fromkeys(keys)]
+            chosen = list({each.key: each for found in named.values() for each in found}.values())
+        if alphas is not None:
+            rounded = {round(alpha, 6) for alpha in alphas}
+            chosen = [each for each in chosen if round(each.parameters.get("alpha", alphas[0]), 6) in rounded]
         wanted = [tuple(level for level in strategy.levels if level in levels) for strategy in chosen]
         return [
             strategy.model_copy(update={"levels": some}) for strategy, some in zip(chosen, wanted, strict=True) if some
         ]
 
+    def _strategies_named(self, key: str) -> list[Strategy]:
+        one = self.strategies.get(key)
+        return [one] if one else [each for name, each in self.strategies.items() if name.startswith(f"{key}-")]
+
 
 def read_catalogue(
-    scenario_folders: Sequence[Path], model_files: Sequence[Path], strategy_files: Sequence[Path]
+    scenario_folders: Sequence[Path],
+    model_files: Sequence[Path],
+    strategy_files: Sequence[Path],
+    scorer_files: Sequence[Path] = (),
 ) -> Catalogue:
     """Read the built-in files and the user's."""
     found, scenario_problems = load_scenarios(scenario_folders)
     models, model_problems = load_registry(model_files)
-    problems = [problem.message for problem in (*scenario_problems, *model_problems)]
-    # Heaviest first: a backfill then ends with its short runs instead of waiting for one long one.
-    numeric = [scenario for scenario in found.values() if scenario.outcome.kind == "number"]
-    numeric.sort(key=lambda scenario: (-_prompts(scenario), scenario.key))
-    problems += [
-        f"scenario {scenario.key}: outcome.kind {scenario.outcome.kind} is not audited yet, only number is"
-        for scenario in found.values()
-        if scenario.outcome.kind != "number"
-    ]
+    scorers, scorer_problems = load_scorer_registry(scorer_files)
+    problems = [problem.message for problem in (*scenario_problems, *model_problems, *scorer_problems)]
+    # Numbers first, heaviest first: a backfill then ends with its short runs instead of waiting for one long one.
+    order = sorted(
+        found.values(), key=lambda scenario: (scenario.outcome.kind != "number", -prompt_count(scenario), scenario.key)
+    )
     try:
         strategies = load_strategies(strategy_files)
     except ExciseError as error:
         problems.append(f"{error} (until then only the built-in strategies are used)")
         strategies = load_strategies(())
     return Catalogue(
-        scenarios={scenario.key: scenario for scenario in numeric},
+        scenarios={scenario.key: scenario for scenario in order},
         models=models,
         strategies=strategies,
+        scorers=scorers,
         problems=tuple(problems),
     )
-
-
-def _prompts(scenario: Scenario) -> int:
-    subjects = sum(len(group.subjects) for group in scenario.groups.values())
-    return subjects * sum(len(scenario.templates_of(variation)) for variation in scenario.variations)

@@ -8,13 +8,14 @@ import dagster as dg
 import polars as pl
 
 from assets import checks
-from assets.completions import completions_of, require_same_model, sampling_of, without
+from assets.completions import completions_of, require_same_model, sampling_of, scorer_of, without
 from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, rows_of, table_metadata
 from excise.errors import ExciseError
 from excise.scenarios.subsets import ATTRIBUTION
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
+from resources.settings import Audit, AuditSettings
 from resources.tables import TABLES
 from resources.warehouse import Warehouse
 from resources.watch import RunWatch
@@ -40,26 +41,37 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         warehouse: Warehouse,
         artifacts: Artifacts,
         gpu: GPUResource,
+        settings: AuditSettings,
         watch: RunWatch,
     ) -> dg.MaterializeResult:
-        from excise.completions import CompletionCache, Work, complete
+        from excise.completions import UNPRUNED, CompletionCache, Work, complete
         from excise.masks import Mask
         from excise.report import reuse_sentence
+        from excise.perplexity import LossCache, read_text, text_windows
         from excise.sampling import SamplingParameters
+        from excise.toxicity import ScoreCache
 
         model, scenario = catalogue.partition(context)
         completions, prompts = without(ATTRIBUTION, *completions_of(warehouse, model, scenario.key))
         samples, parameters = sampling_of(completions)
         masks = _masks_of(warehouse, model, scenario.key, set(prompts["variation"]))
-        cache = CompletionCache(artifacts.completion_cache)
+        audit, scorer = settings.audit_of(scenario), scorer_of(catalogue, scenario)
+        cache, scores = CompletionCache(artifacts.completion_cache), ScoreCache(artifacts.score_cache)
         progress = watch.progress(context)
         wanted = {row["variation"]: 0 for row in masks.iter_rows(named=True)}
         for variation in wanted:
             wanted[variation] = prompts.filter(pl.col("variation") == variation).height * samples
         total = sum(wanted[row["variation"]] for row in masks.iter_rows(named=True))
         frames, work, before, opened = [], Work(), 0, (None, None)
+        losses = {}
         with gpu.model(model, catalogue.models, waiting=context.log.info) as loaded:
             require_same_model(completions, loaded.fingerprint, model, scenario.key)
+            windows = text_windows(
+                loaded, read_text(audit.text), mode=audit.perplexity_mode, limit_tokens=audit.text_tokens
+            ) if scorer else []  # fmt: skip
+            known = LossCache(artifacts.tensors("perplexity"))
+            if windows:
+                losses[UNPRUNED] = known.window_losses(loaded, windows)
             for row in masks.iter_rows(named=True):
                 if opened[0] != row["path"]:
                     opened = row["path"], Mask.load(artifacts.locate(row["path"], made_by=row["asset"]))
@@ -69,10 +81,14 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                     samples,
                     SamplingParameters(**parameters),
                     outcome=scenario.outcome,
+                    scorer=scorer,
+                    scores=scores,
                     mask=opened[1],
                     cache=cache,
                     progress=lambda _, done, __, before=before: progress("pruned completions", before + done, total),
                 )
+                if windows and row["mask"] not in losses:
+                    losses[row["mask"]] = known.window_losses(loaded, windows, opened[1])
                 named = [
                     pl.lit(row[name], dtype=TABLES["pruned_completions"].schema[name]).alias(name)
                     for name in (*checks.MASK[1:], "mask")
@@ -82,8 +98,12 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             device = gpu.report(loaded)
         rows = pl.concat(frames)
         warehouse.replace_partition("pruned_completions", rows, {"model": model, "scenario": scenario.key})
+        told = _perplexities(model, scenario.key, losses, windows, audit)
+        warehouse.replace_partition("perplexity", told, {"model": model, "scenario": scenario.key})
         asked = prompts.join(masks.select(checks.MASK), on="variation")
-        outcome = checks.completions_complete_and_balanced(rows, asked, samples, masked=True)
+        outcome = checks.completions_complete_and_balanced(
+            rows, asked, samples, masked=True, balanced=scorer is None
+        )
         checks.record(warehouse, "pruned_completions", model, scenario.key, [outcome])
         return dg.MaterializeResult(
             metadata=table_metadata("pruned_completions", rows)
@@ -95,6 +115,25 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         )
 
     return pruned_completions
+
+
+def _perplexities(model: str, scenario: str, losses: dict, windows: list, audit: Audit) -> pl.DataFrame:
+    """Rows of the table `perplexity`: the text under every mask, and paired with the unpruned model."""
+    from excise.perplexity import perplexity_difference, perplexity_interval
+
+    rows = []
+    for mask, found in losses.items():
+        own = perplexity_interval(found, windows, audit.perplexity_mode, seed=audit.seed)
+        change = perplexity_difference(found, losses["unpruned"], windows, audit.perplexity_mode, seed=audit.seed)
+        rows.append(
+            {
+                "model": model, "scenario": scenario, "mask": mask, "perplexity": own.estimate, "low": own.low,
+                "high": own.high, "difference": change.estimate, "difference_low": change.low,
+                "difference_high": change.high, "tokens": sum(window.scored for window in windows),
+                "text": audit.text or "built-in",
+            }
+        )  # fmt: skip
+    return pl.DataFrame(rows, schema=TABLES["perplexity"].schema)
 
 
 def _masks_of(warehouse: Warehouse, model: str, scenario: str, variations: set[str]) -> pl.DataFrame:

@@ -4,6 +4,8 @@ A mask is a file named by its fingerprint; the table `masks` counts what it prun
 scenarios are `cross_context_masks`.
 """
 
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import dagster as dg
@@ -16,7 +18,7 @@ from assets.stage import data_version, grid_asset, picture, rows_of, table_metad
 from excise.attribution import AttributionFile
 from excise.errors import ExciseError
 from excise.masks import Mask
-from excise.strategies import CROSS_CONTEXT, PROMPT_SPECIFIC, NamedMask, Strategy
+from excise.strategies import ACROSS, HEAD_SCORES, PROMPT_SPECIFIC, NamedMask, Strategy
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import AuditSettings
@@ -34,7 +36,7 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         kinds={"torch", "safetensors"},
         description="The weights or heads every strategy would prune, prompt-specific and within the context, and the "
         "controls that prune as many without knowing about groups.",
-        deps=["attribution_scores"],
+        deps=["attribution_scores", "head_impacts"],
         checks=[checks.spec("mask_density", "pruning_masks", catalogue)],
         uses_model=True,
         code_version="2",
@@ -48,37 +50,56 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         watch: RunWatch,
     ) -> dg.MaterializeResult:
         from excise.figures import mask_density_by_layer
-        from excise.strategies import build_masks
+        from excise.strategies import build_head_masks, build_masks
 
         model, scenario = catalogue.partition(context)
         audit = settings.audit_of(scenario)
         completions, _ = completions_of(warehouse, model, scenario.key)
-        stored = rows_of(warehouse, "attribution_files", model, scenario.key, made_by="attribution_scores")
-        strategies = [
-            _within_the_scenario(each) for each in catalogue.chosen_strategies(audit.strategies, audit.levels)
-        ]
-        require_scores(stored, {strategy.score for strategy in strategies}, completions, f"{model}|{scenario.key}")
+        chosen = catalogue.chosen_strategies(audit.strategies, audit.levels, scenario.outcome.kind, audit.alphas)
+        of_heads = [each for each in chosen if each.score in HEAD_SCORES]
+        strategies = [_within_the_scenario(each) for each in chosen if each.score not in HEAD_SCORES]
+        partition = {"model": model, "scenario": scenario.key}
+        relabellings, stored = 0, None
+        if strategies:
+            stored = rows_of(warehouse, "attribution_files", model, scenario.key, made_by="attribution_scores")
+            require_scores(stored, {strategy.score for strategy in strategies}, completions, f"{model}|{scenario.key}")
+            relabellings = min(audit.relabellings, stored["relabellings"].min())
+        made: list[Iterator[NamedMask]] = []
+        if of_heads:
+            impacts = rows_of(warehouse, "head_impacts", model, scenario.key, made_by="head_impacts")
+            if set(impacts["completions_version"]) != {data_version(completions).value}:
+                raise ExciseError(
+                    f"the head impacts of {model}|{scenario.key} are those of other completions; materialize "
+                    "head_impacts of this partition again"
+                )
+            variations = completions["variation"].unique(maintain_order=True).to_list()
+            made.append(
+                build_head_masks(of_heads, impacts, variations, random_draws=audit.random_draws, seed=audit.seed)
+            )
         files = MaskFiles(artifacts)
         with gpu.model(model, catalogue.models, waiting=context.log.info) as loaded:
             require_same_model(completions, loaded.fingerprint, model, scenario.key)
+            if strategies:
+                made.append(
+                    build_masks(
+                        loaded,
+                        strategies,
+                        attribution_files_of(stored, artifacts),
+                        random_draws=audit.random_draws,
+                        permutations=relabellings,
+                        seed=audit.seed,
+                        store=files.store,
+                        progress=watch.progress(context),
+                    )
+                )
             counted = [
                 row
-                for named in build_masks(
-                    loaded,
-                    strategies,
-                    attribution_files_of(stored, artifacts),
-                    random_draws=audit.random_draws,
-                    permutations=min(audit.relabellings, stored["relabellings"].min()),
-                    seed=audit.seed,
-                    store=files.store,
-                    progress=watch.progress(context),
-                )
+                for named in chain.from_iterable(made)
                 for row in mask_rows(
                     named, "pruning_masks", model, scenario.key, artifacts.relative(files.store(named.mask))
                 )
             ]
         rows = pl.DataFrame(counted, schema=TABLES["masks"].schema)
-        partition = {"model": model, "scenario": scenario.key}
         # Rows of a version that did not note the asset would never be replaced.
         warehouse.replace_partition("masks", rows.clear(), {"asset": None, **partition})
         warehouse.replace_partition("masks", rows, {"asset": "pruning_masks", **partition})
@@ -122,8 +143,8 @@ class MaskFiles:
 
 
 def _within_the_scenario(strategy: Strategy) -> Strategy:
-    """The levels made here. Prompt-specific masks are wanted wherever other scenarios' cross-context ones are."""
-    levels = [PROMPT_SPECIFIC if level == CROSS_CONTEXT else level for level in strategy.levels]
+    """The levels made here. Prompt-specific masks are wanted wherever masks across scenarios are."""
+    levels = [PROMPT_SPECIFIC if level in ACROSS else level for level in strategy.levels]
     return strategy.model_copy(update={"levels": tuple(dict.fromkeys(levels))})
 
 

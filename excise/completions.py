@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import resource
 import sys
@@ -29,7 +30,8 @@ from excise.masks import Mask, pruned
 from excise.models import LoadedModel
 from excise.progress import Progress, silent
 from excise.sampling import Draw, SamplingParameters, sample
-from excise.scenarios import NumberOutcome
+from excise.scenarios import NumberOutcome, ToxicityOutcome
+from excise.toxicity import Scorer, ScoreCache, score_texts, scored_text
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +118,9 @@ def complete(
     samples: int,
     parameters: SamplingParameters,
     *,
-    outcome: NumberOutcome,
+    outcome: NumberOutcome | ToxicityOutcome,
+    scorer: Scorer | None = None,
+    scores: ScoreCache | None = None,
     mask: Mask | None = None,
     cache: CompletionCache | None = None,
     progress: Progress = silent,
@@ -125,11 +129,16 @@ def complete(
 ) -> tuple[pl.DataFrame, Work]:
     """Complete every prompt `samples` times, under `mask` if one is given.
 
-    prompts: rows of `excise.scenarios.expand`. The outcome's max_new_tokens replaces that of `parameters`. Returns rows
-    with the columns of COMPLETIONS_SCHEMA in the order of prompts and samples, and what they cost. Progress counts
-    completions, reused ones first.
+    prompts: rows of `excise.scenarios.expand`. A number's max_new_tokens replaces that of `parameters`. scorer, scores:
+    what judges continuations where the outcome is toxicity, and the cache of its judgements. Returns rows with the
+    columns of COMPLETIONS_SCHEMA in the order of prompts and samples, and what they cost. Progress counts completions,
+    reused ones first.
     """
-    parameters = replace(parameters, max_new_tokens=outcome.max_new_tokens)
+    if outcome.kind == "number":
+        parameters = replace(parameters, max_new_tokens=outcome.max_new_tokens)
+    elif scorer is None:
+        raise ExciseError("completions: toxicity needs a scorer; name one of excise.toxicity")
+    loaded = loaded.asked_for(outcome)
     encoded = encode(loaded, prompts)
     keys = [hashlib.sha256(json.dumps(prompt.tokens).encode()).hexdigest()[:24] for prompt in encoded]
     settings = json.dumps(asdict(parameters), sort_keys=True)
@@ -186,11 +195,17 @@ def complete(
         loaded.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True)
         for ids, finished in answers.select("token_ids", "finished").iter_rows()
     ]
-    values = [
-        None if (value := parse_completion(text, finished)) is None else outcome.scored(value)
-        for text, finished in zip(texts, answers["finished"], strict=True)
-    ]
-    answers = answers.with_columns(pl.Series("text", texts, pl.String), pl.Series("value", values, pl.Float64))
+    answers = answers.with_columns(pl.Series("text", texts, pl.String))
+    if outcome.kind == "number":
+        values = [
+            None if (value := parse_completion(text, finished)) is None else outcome.scored(value)
+            for text, finished in zip(texts, answers["finished"], strict=True)
+        ]
+    else:
+        asked = dict(zip(keys, prompts["text"], strict=True))
+        found = [scored_text(asked[prompt], text, outcome.scored) for prompt, text in answers["prompt", "text"].rows()]
+        values = [None if math.isnan(score) else score for score in score_texts(scorer, found, cache=scores)]
+    answers = answers.with_columns(pl.Series("value", values, pl.Float64))
     rows = (
         prompts.drop("text")  # the rows' text is the answer's
         .with_columns(pl.Series("prompt", keys))

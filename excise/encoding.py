@@ -22,7 +22,10 @@ Others (Qwen3) let the model think aloud first unless told otherwise; here it an
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """tokens: all token ids. name: half-open range of token positions that carry the subject's name."""
+    """tokens: all token ids. name: half-open range of token positions that carry the subject's name.
+
+    Where a prompt is cut before its name, the range is that of the last token.
+    """
 
     prompt_id: str
     tokens: tuple[int, ...]
@@ -32,7 +35,8 @@ class EncodedPrompt:
 def encode(loaded: LoadedModel, prompts: pl.DataFrame) -> list[EncodedPrompt]:
     """Encode a frame of prompts (columns prompt_id, text, name_start, name_end), in its order.
 
-    Chat models get the text as a single user turn through their own template, without a system prompt of ours.
+    Chat models get the text as a single user turn through their own template, without a system prompt of ours; a raw
+    prompt is cut behind `loaded.max_prompt_tokens` tokens.
     """
     encoded = []
     for prompt_id, text, start, end in prompts.select("prompt_id", "text", "name_start", "name_end").iter_rows():
@@ -61,5 +65,7 @@ def encode(loaded: LoadedModel, prompts: pl.DataFrame) -> list[EncodedPrompt]:
             for position, (low, high) in enumerate(reading["offset_mapping"])
             if low < end and high > start and high > low
         ]
-        encoded.append(EncodedPrompt(prompt_id, tuple(reading["input_ids"]), (carries[0], carries[-1] + 1)))
+        tokens = tuple(reading["input_ids"])[: loaded.max_prompt_tokens]
+        carries = [position for position in carries if position < len(tokens)] or [len(tokens) - 1]
+        encoded.append(EncodedPrompt(prompt_id, tokens, (carries[0], carries[-1] + 1)))
     return encoded

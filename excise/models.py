@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -357,6 +357,17 @@ class LoadedModel:
     prompt_format: str
     device: torch.device
     dtype: torch.dtype
+    max_prompt_tokens: int | None = None
+    """Prompts are cut behind so many tokens (FASP); None: never."""
+
+    def asked_for(self, outcome: Any) -> LoadedModel:
+        """The same model as an outcome has it asked: toxicity is that of continuations of a raw, cut prompt.
+
+        outcome: a `NumberOutcome` or `ToxicityOutcome` of `excise.scenarios`.
+        """
+        if outcome.kind == "number":
+            return self
+        return replace(self, prompt_format="raw", max_prompt_tokens=outcome.max_prompt_tokens)
 
     @property
     def stop_tokens(self) -> frozenset[int]:

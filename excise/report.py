@@ -25,7 +25,7 @@ COMPARABLE = 0.10
 """Inlier ratios further apart than this make a mask and its random control two different kinds of damage."""
 NO_COMPARISON = "*"
 
-_LEVELS = ("none", PROMPT_SPECIFIC, "within_context", "cross_context")
+_LEVELS = ("none", PROMPT_SPECIFIC, "within_context", "cross_context", "all_contexts", "own_scenario")
 _CONTROLS = (RANDOM, "pooled_band", "reversed", "permuted")
 _COLUMNS = (
     "model",

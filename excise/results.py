@@ -35,7 +35,7 @@ from excise.report import (
     scaled,
 )
 
-LEVELS = (PROMPT_SPECIFIC, "within_context", "cross_context")
+LEVELS = (PROMPT_SPECIFIC, "within_context", "cross_context", "all_contexts", "own_scenario")
 PLANTED_SCENARIO = "purchase"
 """The one scenario with a gap in the model `planted-specific`."""
 PUBLISHED = ("set_difference", "set_difference_small", "attention_heads", "attention_heads_removed", "snip")
@@ -126,7 +126,7 @@ only with masks from purchases, and claims nothing on the third.
 * *Inlier ratio* is the share of answers in the unpruned model's usual range, of the mask and of its random control.
 * Brackets hold 95 % intervals from resampled names. Levels: *prompt-specific* masks come from the variation they are
   judged on, *within-context* masks from all other variations of the scenario, *cross-context* masks from all other
-  scenarios.
+  scenarios, *all-contexts* masks from all scenarios, the judged one among them (ours).
 * Verdicts: *{BEATS_RANDOM}*: the interval beyond random lies above 0 and the inlier ratios of mask and control are at
   most {COMPARABLE:.2f} apart. *{NO_YARDSTICK}*: they are further apart, so the two are different kinds of damage.
   *{NOT_BEYOND}*: the interval reaches 0 or lies below it; an effect was not shown, which does not prove that there is

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
 import operator
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import polars as pl
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -37,6 +39,7 @@ from excise.masks import Mask, heads_mask, leave_one_out, random_like, votes
 from excise.models import ROLES, Linear, LoadedModel, UniqueKeyLoader
 from excise.progress import Progress, silent
 from excise.selection import (
+    fasp,
     pooled_band,
     set_difference,
     set_difference_by_count,
@@ -49,8 +52,17 @@ if TYPE_CHECKING:
 
 BUILT_IN_STRATEGIES = Path(__file__).with_name("strategies.yaml")
 PROMPT_SPECIFIC, WITHIN_CONTEXT, CROSS_CONTEXT = "prompt_specific", "within_context", "cross_context"
+ALL_CONTEXTS, OWN_SCENARIO = "all_contexts", "own_scenario"
+ACROSS = (CROSS_CONTEXT, ALL_CONTEXTS)
+"""Levels whose masks need other scenarios."""
 LEVELS = (PROMPT_SPECIFIC, WITHIN_CONTEXT, CROSS_CONTEXT)
+"""The levels of BDB, section 4. `all_contexts` is ours: what one would prune knowing everything there is.
+
+`own_scenario`, from all variations together, is the level of scores of whole heads (FASP)."""
 CONTROLS = ("random", "pooled_band", "reversed", "permuted")
+
+HEAD_SCORES = ("head_impacts", "head_perplexity", "head_magnitude", "head_gradient", "head_random")
+"""Scores of whole heads over a whole scenario (FASP, sections 4 and 5), columns of the table `head_impacts`."""
 
 # What a selection takes: parameters that are needed (one of several sets) and those that may be given.
 _FRACTIONS, _COUNTS = frozenset({"tau_min", "tau_maj"}), frozenset({"k_min", "k_maj"})
@@ -65,6 +77,13 @@ _FITS = {
         "predicted_drop", ("zero_weights", "zero_output"), (frozenset({"density"}),), {"target"}, ("global",),
         ("random",),
     ),
+    "head_impacts": (
+        "fasp", ("zero_output",), (frozenset({"alpha", "gamma"}),), {"paper_ties"}, ("global",), ("random",),
+    ),
+    **{
+        score: ("lowest", ("zero_output",), (frozenset({"alpha"}),), set(), ("global",), ("random",))
+        for score in HEAD_SCORES[1:]
+    },
 }  # fmt: skip
 
 
@@ -72,18 +91,24 @@ class Strategy(BaseModel):
     """One entry of strategies.yaml; the file's head says what each field means."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    key: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    key: str = Field(pattern=r"^[a-z][a-z0-9_]*(-[0-9.]+)*$")
     description: str = ""
     enabled: bool = True
-    score: Literal["wanda", "snip", "attention", "gap_gradient"]
-    selection: Literal["set_difference", "predicted_drop"]
+    outcomes: tuple[Literal["number", "toxicity"], ...] = ("number", "toxicity")
+    score: Literal[
+        "wanda", "snip", "attention", "gap_gradient",
+        "head_impacts", "head_perplexity", "head_magnitude", "head_gradient", "head_random",
+    ]  # fmt: skip
+    selection: Literal["set_difference", "predicted_drop", "fasp", "lowest"]
     scope: Literal["matrix", "row", "global"] | None = None
     ablation: Literal["zero_weights", "zero_query", "zero_output"] | None = None
     reduce: Literal["mean", "max"] = "mean"
     combine: Literal["intersection", "union", "votes"] = "intersection"
     parameters: dict[str, float] = {}
     roles: tuple[str, ...] = ()
-    levels: tuple[Literal["prompt_specific", "within_context", "cross_context"], ...] = LEVELS
+    levels: tuple[Literal["prompt_specific", "within_context", "cross_context", "all_contexts", "own_scenario"], ...] = (
+        LEVELS
+    )
     controls: tuple[Literal["random", "pooled_band", "reversed", "permuted"], ...] = ("random",)
 
     @model_validator(mode="before")
@@ -93,7 +118,10 @@ class Strategy(BaseModel):
         if not isinstance(data, dict) or data.get("score") not in _FITS:
             return data
         _, ablations, _, _, scopes, _ = _FITS[data["score"]]
-        return {"scope": scopes[0], "ablation": ablations[0], **data}
+        usual = {"scope": scopes[0], "ablation": ablations[0]}
+        if data["score"] in HEAD_SCORES:
+            usual["levels"] = (OWN_SCENARIO,)
+        return usual | data
 
     @property
     def of_heads(self) -> bool:
@@ -117,7 +145,7 @@ class Strategy(BaseModel):
         highest = {"density": 1.0 if self.of_heads else GAP_GRADIENT_KEEP}
         for name, value in self.parameters.items():
             limit = highest.get(name, math.inf if name in {"target", *_COUNTS} else 1.0)
-            least = 0 if name in ("k_maj", "tau_maj") else math.ulp(0)
+            least = 0 if name in ("k_maj", "tau_maj", "gamma", "paper_ties") else math.ulp(0)
             if not least <= value <= limit:
                 bound = "above" if least else "at least"
                 raise ValueError(f"parameters.{name} is {value:g}; it must be {bound} 0 and at most {limit:g}")
@@ -129,6 +157,11 @@ class Strategy(BaseModel):
             raise ValueError(f"roles {', '.join(sorted(unknown))} are not known; known are {', '.join(ROLES)}")
         if self.of_heads == bool(self.roles):
             raise ValueError("roles: name the matrices whose weights may be pruned; for heads leave roles out")
+        of_the_whole = (OWN_SCENARIO, *ACROSS) if self.score in HEAD_SCORES else (*LEVELS, ALL_CONTEXTS)
+        if lacking := [level for level in self.levels if level not in of_the_whole]:
+            raise ValueError(f"levels {', '.join(lacking)} do not exist for score {self.score}")
+        if self.parameters.get("alpha", 0) + self.parameters.get("gamma", 0) > 1 + 1e-9:
+            raise ValueError("parameters alpha (pruned) and gamma (protected) are shares of all heads: at most 1 together")
         if lacking := [control for control in self.controls if control not in controls]:
             raise ValueError(f"controls {', '.join(lacking)} do not exist for score {self.score}")
         if self.key in (*CONTROLS, "unpruned"):
@@ -177,12 +210,26 @@ def load_strategies(paths: Iterable[Path] = ()) -> dict[str, Strategy]:
         for key, fields in entries.items():
             if not isinstance(fields, dict) or "key" in fields:
                 raise ExciseError(f"{path}: {key}: must hold fields such as score and selection, and no key of its own")
+            for name in [name for name in strategies if name == key or name.startswith(f"{key}-")]:
+                del strategies[name]
             try:
-                strategies[key] = Strategy.model_validate({"key": key, **fields})
+                for name, parameters in _single_values(key, fields.get("parameters", {})):
+                    strategies[name] = Strategy.model_validate({"key": name, **fields, "parameters": parameters})
             except ValidationError as error:
                 lines = [f"{path}: {'.'.join(map(str, (key, *each['loc'])))}: {each['msg']}" for each in error.errors()]
                 raise ExciseError("\n".join(lines)) from error
     return strategies
+
+
+def _single_values(key: str, parameters: Any) -> Iterator[tuple[str, Any]]:
+    """An entry as strategies of one value per parameter: a parameter with a list makes one strategy for each value."""
+    many = [name for name, value in parameters.items() if isinstance(value, list)] if isinstance(parameters, dict) else []
+    if not many:
+        yield key, parameters
+        return
+    for values in itertools.product(*(parameters[name] for name in many)):
+        shown = (f"{value:.2f}" if isinstance(value, int | float) else str(value) for value in values)
+        yield "-".join([key, *shown]), parameters | dict(zip(many, values, strict=True))
 
 
 def build_masks(
@@ -221,9 +268,61 @@ def build_masks(
                 progress(f"masks {strategy.key}", done, total)
 
 
+def build_head_masks(
+    strategies: Iterable[Strategy],
+    impacts: pl.DataFrame,
+    variations: Sequence[str],
+    *,
+    random_draws: int,
+    seed: int,
+) -> Iterator[NamedMask]:
+    """Masks of strategies that rank whole heads over a scenario (FASP, section 4), and their random controls.
+
+    impacts: one row per head with layer, head, perplexity_without, bias_without, magnitude and gradient. All variations
+    get the same mask. Raises ExciseError where heads are missing, or a head has no score.
+    """
+    layers, heads = impacts["layer"].max() + 1, impacts["head"].max() + 1
+    ordered = impacts.sort("layer", "head")
+    if ordered.height != layers * heads:
+        raise ExciseError(
+            f"head impacts: {layers * heads} heads are expected, {ordered.height} are there; materialize head_impacts "
+            "of this partition again"
+        )
+    for strategy in strategies:
+        chosen = np.zeros(layers * heads, dtype=bool)
+        chosen[_ranked_heads(strategy, ordered, seed)] = True
+        named = NamedMask("", strategy.key, OWN_SCENARIO, None, 0, heads_mask(chosen.reshape(layers, heads), "zero_output"))
+        made = [named, *_random_controls(named, strategy, random_draws, seed)]
+        yield from (replace(each, variation=variation) for variation in variations for each in made)
+
+
+def _ranked_heads(strategy: Strategy, impacts: pl.DataFrame, seed: int) -> np.ndarray:
+    """Flat indices of the heads a strategy prunes."""
+
+    def column(name: str) -> np.ndarray:
+        values = impacts[name].cast(pl.Float64).fill_null(math.nan).to_numpy()
+        if np.isnan(values).any():
+            raise ExciseError(
+                f"head impacts: {name} of {np.isnan(values).sum()} heads is not known, which {strategy.key} needs; "
+                "materialize head_impacts of this partition again"
+            )
+        return values
+
+    alpha, gamma = strategy.parameters["alpha"], strategy.parameters.get("gamma", 0.0)
+    if strategy.score == "head_impacts":
+        ties = bool(strategy.parameters.get("paper_ties", 0))
+        return fasp(column("perplexity_without"), column("bias_without"), alpha, gamma, ties)
+    if strategy.score == "head_random":
+        scores = np.random.default_rng(_seed(seed, strategy.key.partition("-")[0])).random(impacts.height)
+    else:
+        scores = column({"head_perplexity": "perplexity_without"}.get(strategy.score, strategy.score[len("head_") :]))
+    return fasp(np.zeros(impacts.height), scores, alpha, 0.0)
+
+
 def build_cross_context_masks(
     strategies: Iterable[Strategy],
     sources: Sequence[SourceMask],
+    scenario: str,
     variations: Sequence[str],
     *,
     per_source: bool,
@@ -231,22 +330,25 @@ def build_cross_context_masks(
     seed: int,
     progress: Progress = silent,
 ) -> Iterator[NamedMask]:
-    """Masks for a scenario's `variations` made from other scenarios alone (BDB, section 4), and their random controls.
+    """Masks for the `variations` of `scenario` that need other scenarios (BDB, section 4), and their random controls.
 
-    sources: the prompt-specific masks of all variations of the other scenarios. Level `cross_context` combines all of
-    them, and `cross_context/SCENARIO`, where `per_source` asks for it, those of one scenario; all variations of the
-    target get the same mask. Needs no model. Raises ExciseError for a strategy without sources.
+    sources: the prompt-specific masks of all variations of all scenarios, the target's among them. Level
+    `cross_context` combines those of all other scenarios, `cross_context/SCENARIO`, where `per_source` asks for it,
+    those of one, and `all_contexts` the target's own, too; all variations of the target get the same mask. Needs no
+    model. Raises ExciseError for a strategy without sources.
     """
-    chosen = [strategy for strategy in strategies if CROSS_CONTEXT in strategy.levels]
+    chosen = [strategy for strategy in strategies if set(ACROSS) & set(strategy.levels)]
     for number, strategy in enumerate(chosen):
-        own = [source for source in sources if source.strategy == strategy.key]
-        if not own:
+        every = [source for source in sources if source.strategy == strategy.key]
+        others = [source for source in every if source.scenario != scenario]
+        if not others:
             raise ExciseError(
                 f"there is no mask of {strategy.key} in any other scenario; materialize pruning_masks of others first"
             )
-        pools = {CROSS_CONTEXT: own}
-        if per_source:
-            for source in own:
+        pools = {level: pool for level, pool in ((CROSS_CONTEXT, others), (ALL_CONTEXTS, every)) if level in
+                 strategy.levels}  # fmt: skip
+        if per_source and CROSS_CONTEXT in strategy.levels:
+            for source in others:
                 pools.setdefault(f"{CROSS_CONTEXT}/{source.scenario}", []).append(source)
         for level, pool in pools.items():
             if strategy.selection == "predicted_drop":
@@ -254,7 +356,7 @@ def build_cross_context_masks(
             else:
                 mask = _combined(strategy, [Path(source.mask) for source in pool])
             # A draw serves all variations, as the mask itself does. Single sources are many, so one draw each.
-            draws = random_draws if level == CROSS_CONTEXT else min(1, random_draws)
+            draws = random_draws if level in ACROSS else min(1, random_draws)
             named = NamedMask("", strategy.key, level, None, 0, mask)
             made = [named, *_random_controls(named, strategy, draws, seed)]
             yield from (replace(each, variation=variation) for variation in variations for each in made)
@@ -303,7 +405,7 @@ def _random_controls(named: NamedMask, strategy: Strategy, draws: int, seed: int
 
 def _levels(strategy: Strategy, variations: list[str]) -> tuple[str, ...]:
     """The levels within a scenario. A single variation has no others to make a within-context mask from."""
-    within = [level for level in strategy.levels if level != CROSS_CONTEXT]
+    within = [level for level in strategy.levels if level not in ACROSS]
     return tuple(level for level in within if level == PROMPT_SPECIFIC or len(variations) > 1)
 
 

@@ -1,7 +1,7 @@
 """The definitions Dagster loads, and `build_definitions`, the one seam for tests, the demo and special surroundings.
 
-Users' own scenarios lie in `scenarios/`, models in `models.yaml`, strategies in `strategies.yaml`, all beside
-`workspace.yaml`; results in the folder EXCISE_DATA names, `data` without it. Mistakes in users' files are logged here.
+Users' own scenarios lie in `scenarios/`, models in `models.yaml`, strategies in `strategies.yaml`, scorers of toxicity
+in `scorers.yaml`, all beside `workspace.yaml`; results in the folder EXCISE_DATA names, `data` without it. Mistakes in users' files are logged here.
 """
 
 import functools
@@ -15,10 +15,12 @@ from typing import Any
 import dagster as dg
 
 from assets.attribution_scores import attribution_scores_asset
+from assets.bias_correlation import bias_correlation_asset
 from assets.completions import completions_asset
 from assets.cross_context_masks import cross_context_masks_asset
 from assets.evaluation_metrics import evaluation_metrics_asset
 from assets.grid_search import grid_search_asset
+from assets.head_impacts import head_impacts_asset
 from assets.mask_distribution import mask_distribution_asset
 from assets.mask_overlap import mask_overlap_asset
 from assets.partitions import read_catalogue
@@ -38,10 +40,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SCENARIO_FOLDERS = (ROOT / "scenarios",)
 MODEL_FILES = (ROOT / "models.yaml",)
 STRATEGY_FILES = (ROOT / "strategies.yaml",)
+SCORER_FILES = (ROOT / "scorers.yaml",)
 FACTORIES = (
     prompts_asset,
     completions_asset,
     attribution_scores_asset,
+    head_impacts_asset,
     pruning_masks_asset,
     cross_context_masks_asset,
     pruned_completions_asset,
@@ -50,6 +54,7 @@ FACTORIES = (
     mask_overlap_asset,
     mask_distribution_asset,
     transfer_matrix_asset,
+    bias_correlation_asset,
     quality_report_asset,
 )
 
@@ -60,6 +65,7 @@ def build_definitions(
     scenario_folders: Sequence[Path] = SCENARIO_FOLDERS,
     model_files: Sequence[Path] = MODEL_FILES,
     strategy_files: Sequence[Path] = STRATEGY_FILES,
+    scorer_files: Sequence[Path] = SCORER_FILES,
     resource_overrides: Mapping[str, Any] | None = None,
 ) -> dg.Definitions:
     """The whole code location. `resource_overrides` replaces resources by name.
@@ -67,7 +73,7 @@ def build_definitions(
     Files that do not exist count as empty. A scenario or model with a mistake in its file is logged and left out.
     """
     folder = str(data_folder or os.environ.get("EXCISE_DATA") or "data")
-    catalogue = read_catalogue(scenario_folders, model_files, strategy_files)
+    catalogue = read_catalogue(scenario_folders, model_files, strategy_files, scorer_files)
     for problem in catalogue.problems:
         _warn_once(problem)
     resources = {

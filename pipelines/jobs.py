@@ -17,8 +17,10 @@ CHAIN = (
     "quality_report",
 )
 PREPARATION = CHAIN[:3]
+HEADS = ("completions", "head_impacts", *CHAIN[2:])
 EVALUATION = ("cross_context_masks", "pruned_completions", "evaluation_metrics")
 ANALYSIS = ("mask_overlap", "mask_distribution", "transfer_matrix", "quality_report")
+CORRELATION = ("bias_correlation", "transfer_matrix", "quality_report")
 
 # `prompts` is partitioned by scenario alone, and a job holds one kind of partition: `completions` brings it up to date.
 audit_scenario = dg.define_asset_job(
@@ -48,6 +50,20 @@ evaluate_scenario = dg.define_asset_job(
     "under every mask of every level, evaluate.",
 )
 
+prune_heads = dg.define_asset_job(
+    "prune_heads",
+    selection=dg.AssetSelection.assets(*HEADS),
+    description="The second paper's chain for one model and scenario: sample, measure what every attention head does to "
+    "the disparity and to perplexity, prune heads, sample again, evaluate.",
+)
+
+prepare_heads = dg.define_asset_job(
+    "prepare_heads",
+    selection=dg.AssetSelection.assets(*HEADS[: HEADS.index("pruning_masks") + 1]),
+    description="First round over several axes: sample, measure every attention head, and make the axis' own masks. "
+    "`evaluate_scenario` is the second round.",
+)
+
 search_grid = dg.define_asset_job(
     "search_grid",
     selection=dg.AssetSelection.assets("grid_search"),
@@ -62,4 +78,20 @@ analyse_model = dg.define_asset_job(
     "and the roll-up of all checks.",
 )
 
-JOBS = (audit_scenario, prune_and_evaluate, prepare_scenario, evaluate_scenario, search_grid, analyse_model)
+correlate_heads = dg.define_asset_job(
+    "correlate_heads",
+    selection=dg.AssetSelection.assets(*CORRELATION),
+    description="Over all scenarios of a model with head impacts: do the same heads harm on several axes?",
+)
+
+JOBS = (
+    audit_scenario,
+    prune_and_evaluate,
+    prepare_scenario,
+    evaluate_scenario,
+    prune_heads,
+    prepare_heads,
+    search_grid,
+    analyse_model,
+    correlate_heads,
+)

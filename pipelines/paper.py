@@ -137,7 +137,9 @@ def _call(given: argparse.Namespace, catalogue: Catalogue) -> Call:
         for key in keys:
             if key not in catalogue.scenarios:
                 raise ExciseError(f"There is no scenario {key!r}; there are {', '.join(catalogue.scenarios)}.")
-    wanted = asked["scenarios"] or list(catalogue.scenarios)
+    wanted = asked["scenarios"] or [
+        key for key, scenario in catalogue.scenarios.items() if scenario.outcome.kind == "number"
+    ]
     scenarios = tuple(key for key in catalogue.scenarios if key in wanted)  # heaviest first
     evaluated = asked["evaluate"] if given.evaluate else scenarios
     if unprepared := [key for key in evaluated if key not in scenarios]:
@@ -153,7 +155,7 @@ def _call(given: argparse.Namespace, catalogue: Catalogue) -> Call:
         failed_only=given.failed,
     )
     settings = AuditSettings(preset=Preset(call.preset), **call.settings)
-    catalogue.chosen_strategies(settings.strategies, settings.levels or LEVELS)
+    catalogue.chosen_strategies(settings.strategies, settings.levels or LEVELS, "number")
     _require_some_fit(settings, [catalogue.scenarios[key] for key in call.scenarios])
     return call
 

@@ -22,6 +22,7 @@ from resources.artifacts import Artifacts
 from resources.warehouse import Warehouse
 
 OTHERS = "activities,services,finance"
+ALL = f"purchase,{OTHERS}"
 SETTINGS = ("held_out=true", "subjects_per_group=16", "samples=16", "random_draws=1")
 # Scenarios that only lend their masks need no controls.
 LENDING = ("--scenarios", OTHERS, "--evaluate", "none", "--set", "random_draws=0", "--set", "relabellings=0")
@@ -29,12 +30,14 @@ LENDING = ("--scenarios", OTHERS, "--evaluate", "none", "--set", "random_draws=0
 SNIP = "strategies=set_difference,gap_gradient,attention_heads,snip"
 CALLS: dict[str, list[tuple[str, ...]]] = {
     "planted-general": [
+        # All rows of the transfer matrix for our strategy; then every strategy in purchases.
+        ("--scenarios", ALL, "--evaluate", OTHERS, "--set", "strategies=gap_gradient", "--set", "per_source=true"),
         LENDING,
         ("--scenarios", "purchase", "--set", "per_source=true", "--grid", "purchase"),
         ("--scenarios", "purchase", "--set", "per_source=true", "--set", SNIP),
     ],
     "planted-specific": [LENDING, ("--scenarios", "purchase")],
-    "planted-neutral": [("--scenarios", "purchase", "--set", "levels=prompt_specific,within_context")],
+    "planted-neutral": [LENDING, ("--scenarios", "purchase")],
 }
 """Models, and what `pipelines.paper` is asked for, in turn."""
 ORIGIN = (

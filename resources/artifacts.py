@@ -47,6 +47,10 @@ class Artifacts(dg.ConfigurableResource):
     def completion_cache(self) -> Path:
         return self._made("cache", "completions")
 
+    @property
+    def score_cache(self) -> Path:
+        return self._made("cache", "scores")
+
     def tensors(self, kind: str, *partition: str) -> Path:
         """The folder of tensor files of one kind (for example `attribution`) and partition."""
         return self._made("artifacts", kind, *partition)

@@ -30,7 +30,7 @@ class Preset(Enum):
 
 @dataclass(frozen=True)
 class Audit:
-    """The settings of one audit. None in `variations`, `subjects_per_group`, `strategies`, `grid_variations`: all."""
+    """The settings of one audit. None in `variations`, `subjects_per_group`, `strategies`, `alphas`: all."""
 
     variations: tuple[str, ...] | None
     subjects_per_group: int | None
@@ -53,9 +53,18 @@ class Audit:
     grid_taus: tuple[float, ...]
     grid_counts: tuple[int, ...]
     grid_variations: int | None
+    max_new_tokens: int | None
+    alphas: tuple[float, ...] | None
+    text: str | None
+    text_tokens: int | None
+    perplexity_mode: str
+    impact_method: str
+    ess_floor: float
 
 
-LEVELS = ("prompt_specific", "within_context", "cross_context")
+LEVELS = ("prompt_specific", "within_context", "cross_context", "all_contexts", "own_scenario")
+METHODS = ("auto", "reweight", "regenerate")
+MODES = ("sliding", "paper")
 
 # The paper's sizes (BDB, section 3; method A3-A9): all names, 100 samples at temperature 0.6 and top-p 0.9.
 _PAPER = Audit(
@@ -80,6 +89,13 @@ _PAPER = Audit(
     grid_taus=tuple(step / 20 for step in range(1, 11)),
     grid_counts=tuple(range(5, 55, 5)),
     grid_variations=None,
+    max_new_tokens=None,
+    alphas=None,
+    text=None,
+    text_tokens=None,
+    perplexity_mode="sliding",
+    impact_method="auto",
+    ess_floor=0.2,
 )
 # A few minutes on two cores.
 _QUICK = replace(
@@ -87,6 +103,15 @@ _QUICK = replace(
     resamples=1000, permutations=1999, grid_taus=(0.1, 0.2, 0.3, 0.4, 0.5), grid_counts=(10, 20, 40), grid_variations=1,
 )  # fmt: skip
 PRESETS: dict[Preset, Audit] = {Preset.paper: _PAPER, Preset.quick: _QUICK}
+# Toxicity axes (FASP, section 5): a continuation per prompt and seed, three seeds; all templates and descriptors. One
+# variation, half an hour on two cores; prompts are always held out, as head impacts are chosen from many.
+TOXICITY_PRESETS: dict[Preset, Audit] = {
+    Preset.paper: replace(_PAPER, samples=3),
+    Preset.quick: replace(
+        _QUICK, subjects_per_group=2, held_out=True, samples=2, random_draws=1, max_new_tokens=16,
+        alphas=(0.04, 0.1, 0.2), text_tokens=2048,
+    ),
+}  # fmt: skip
 
 # The variations of the quick preset by scenario: prices of different size. Elsewhere the first ones of the file.
 QUICK_VARIATIONS: dict[str, tuple[str, ...]] = {"purchase": ("bicycle", "television", "chair")}
@@ -124,6 +149,19 @@ class AuditSettings(dg.ConfigurableResource):
         default=None, description="grid search: numbers of heads, of 1,024; scaled to the heads of the model"
     )
     grid_variations: int | None = Field(default=None, description="grid search: so many variations, the first ones")
+    max_new_tokens: int | None = Field(
+        default=None, description="toxicity: length of a continuation; left out, what the scenario says"
+    )
+    alphas: list[float] | None = Field(default=None, description="shares of the heads that strategies of heads prune")
+    text: str | None = Field(
+        default=None, description="text for perplexity: a file, or hub:name/config/split/column; left out, a built-in one"
+    )
+    text_tokens: int | None = Field(default=None, description="so many tokens of that text")
+    perplexity_mode: str | None = Field(default=None, description=f"windows of the text: {' or '.join(MODES)}")
+    impact_method: str | None = Field(default=None, description=f"head impacts: {', '.join(METHODS)}")
+    ess_floor: float | None = Field(
+        default=None, description="head impacts: below this share of effective samples a head is sampled anew"
+    )
 
     def audit_of(self, scenario: Scenario) -> Audit:
         """The settings for a scenario. Raises ExciseError naming the field that is out of range or unknown."""
@@ -132,12 +170,13 @@ class AuditSettings(dg.ConfigurableResource):
             for field in fields(Audit)
             if (value := getattr(self, field.name)) is not None
         }
-        preset = PRESETS[self.preset]
+        toxicity = scenario.outcome.kind == "toxicity"
+        preset = (TOXICITY_PRESETS if toxicity else PRESETS)[self.preset]
         # Groups are compared at equal size, so a preset asks for no more names than the smallest group has.
         smallest = min(len(group.subjects) for group in scenario.groups.values())
         preset = replace(preset, subjects_per_group=min(preset.subjects_per_group or smallest, smallest))
         if self.preset is Preset.quick:
-            preset = replace(preset, variations=_quick_variations(scenario))
+            preset = replace(preset, variations=_quick_variations(scenario)[: 1 if toxicity else None])
         return _checked(replace(preset, **changes), scenario)
 
 
@@ -153,8 +192,9 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
         _require(getattr(audit, name) >= 1, name, getattr(audit, name), "give at least 1")
     _require(audit.samples >= 2, "samples", audit.samples, "give at least 2, or no spread within a name can be seen")
     if audit.subjects_per_group is not None:
-        _require(audit.subjects_per_group >= 2, "subjects_per_group", audit.subjects_per_group, "give at least 2")
-        if audit.held_out and audit.subjects_per_group < 4:
+        few = "give at least 2"
+        _require(audit.subjects_per_group >= 2, "subjects_per_group", audit.subjects_per_group, few)
+        if audit.held_out and audit.subjects_per_group < 4 and scenario.outcome.kind == "number":
             raise ExciseError(
                 f"resources.settings.config.held_out: scenario {scenario.key} has {audit.subjects_per_group} names per "
                 "group; holding out half of them takes at least 4. Ask for more names, or set held_out: false"
@@ -172,6 +212,13 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
     _require(shares, "grid_taus", audit.grid_taus, "give shares above 0, at most 1")
     counts = bool(audit.grid_counts) and all(1 <= count <= 1024 for count in audit.grid_counts)
     _require(counts, "grid_counts", audit.grid_counts, "give numbers of heads from 1 to 1,024")
+    for name in ("max_new_tokens", "text_tokens"):
+        value = getattr(audit, name)
+        _require(value is None or value >= 1, name, value, "give at least 1")
+    _require(audit.alphas is None or bool(audit.alphas), "alphas", audit.alphas, "give shares above 0, below 1")
+    _require(0 <= audit.ess_floor <= 1, "ess_floor", audit.ess_floor, "give a share from 0 to 1")
+    _require_known("impact_method", (audit.impact_method,), METHODS, "there are")
+    _require_known("perplexity_mode", (audit.perplexity_mode,), MODES, "there are")
     if audit.grid_variations is not None:
         _require(audit.grid_variations >= 1, "grid_variations", audit.grid_variations, "give at least 1")
     return audit

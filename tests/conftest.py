@@ -293,3 +293,22 @@ def audited(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., 
     """A house after `audit_scenario` of tiny|lamp, with the run's result. Shared: read it, do not change it."""
     house = open_house(tmp_path_factory.mktemp("audited") / "house", tiny_model("llama", numeric=True))
     return house, house.run("audit_scenario", "tiny|lamp")
+
+
+@pytest.fixture(scope="session")
+def tiny_classifier(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random BERT classifier of the labels mild and harsh."""
+    import torch
+    import transformers
+
+    folder = tmp_path_factory.mktemp("classifier")
+    transformers.AutoTokenizer.from_pretrained(tiny_model("gpt2")).save_pretrained(folder)
+    config = transformers.BertConfig(
+        vocab_size=MODEL_VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=200, pad_token_id=0, initializer_range=0.5, id2label={0: "mild", 1: "harsh"},
+        label2id={"mild": 0, "harsh": 1},
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        transformers.AutoModelForSequenceClassification.from_config(config).float().save_pretrained(folder)
+    return folder

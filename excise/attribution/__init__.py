@@ -25,7 +25,7 @@ from excise.encoding import encode
 from excise.errors import ExciseError
 from excise.models import LoadedModel
 from excise.progress import Progress, silent
-from excise.scenarios import Comparison, NumberOutcome
+from excise.scenarios import Comparison, NumberOutcome, ToxicityOutcome
 
 if TYPE_CHECKING:
     from excise.attribution.gap_gradient import GapGradient
@@ -59,7 +59,7 @@ def attribute(
     completions: pl.DataFrame,
     *,
     comparison: Comparison,
-    outcome: NumberOutcome,
+    outcome: NumberOutcome | ToxicityOutcome,
     scores: Iterable[str],
     permutations: int,
     seed: int,
@@ -71,6 +71,7 @@ def attribute(
     scores: names of SCORES. permutations: random relabellings of the names to keep norms for (the `permuted` control).
     Returns one file per variation and score. Raises ExciseError where a group has no parsed answer to learn from.
     """
+    loaded = loaded.asked_for(outcome)
     files = []
     for (variation,), rows in completions.group_by("variation", maintain_order=True):
         for score in scores:
@@ -241,13 +242,13 @@ def _gap_gradient(loaded, prompts, rows, comparison, outcome, permutations, seed
     from excise.sampling import SamplingParameters
 
     values = rows["value"].cast(pl.Float64).fill_null(math.nan).to_numpy()
-    if outcome.scale == "log":
+    if outcome.kind == "number" and outcome.scale == "log":
         values = np.log(np.where(values > 0, values, math.nan))
     groups = rows["group"].to_numpy()
     for group in (comparison.majority, comparison.minority):
         if not np.isfinite(values[groups == group]).any():
             raise ExciseError(
-                f"variation {rows['variation'][0]}: no answer of group {group!r} is a number; nothing to attribute"
+                f"variation {rows['variation'][0]}: no answer of group {group!r} has a value; nothing to attribute"
             )
     weight, disparity = advantages(values, groups, comparison.majority, comparison.minority)
     share = rows.select((1 / pl.len().over("prompt_id")).alias("share"))["share"].to_numpy()

@@ -1,6 +1,6 @@
 """The pictures of an audit, drawn from the tidy frames and saved as PNG and SVG.
 
-Here: one function for each figure of the method (A9), each giving a `matplotlib.figure.Figure`, and `save`.
+Here: one function for each figure of the method (A9, B6), each giving a `matplotlib.figure.Figure`, and `save`.
 Not here: estimates (see `excise.evaluation`), which every figure only draws, and tables (see `excise.report`).
 One module holds one kind of figure; what all share is `canvas`.
 """
@@ -9,9 +9,14 @@ from excise.figures.answers import answers_by_group
 from excise.figures.canvas import PNG_BYTES, SavedFigure, save
 from excise.figures.disparity import disparity_by_level
 from excise.figures.distribution import mask_density_by_layer, mask_distribution_heat_map
+from excise.figures.gamma_sweep import gamma_sweep
 from excise.figures.grid import grid_heat_maps
+from excise.figures.head_map import head_kinds, head_map
+from excise.figures.impact_correlation import impact_correlation
 from excise.figures.levels import bias_by_level
 from excise.figures.overlap import overlap_heat_map
+from excise.figures.subgroups import toxicity_by_subgroup
+from excise.figures.trade_off import trade_off
 from excise.figures.transfer import transfer_heat_map
 
 __all__ = [
@@ -20,10 +25,16 @@ __all__ = [
     "answers_by_group",
     "bias_by_level",
     "disparity_by_level",
+    "gamma_sweep",
     "grid_heat_maps",
+    "head_kinds",
+    "head_map",
+    "impact_correlation",
     "mask_density_by_layer",
     "mask_distribution_heat_map",
     "overlap_heat_map",
     "save",
+    "toxicity_by_subgroup",
+    "trade_off",
     "transfer_heat_map",
 ]

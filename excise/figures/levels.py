@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LEVELS = ("prompt_specific", "within_context", "cross_context")
+LEVELS = ("prompt_specific", "within_context", "cross_context", "all_contexts", "own_scenario")
 _METRICS = ("abs_smd", "smd", "inlier_ratio")
 
 
@@ -41,7 +41,7 @@ def bias_by_level(
     minority: str = "minority",
     inlier_floor: float = INLIER_FLOOR,
 ) -> Figure:
-    """|SMD|, signed SMD and inlier ratio per variation, unpruned and at the three levels (BDB, Fig. 2).
+    """|SMD|, signed SMD and inlier ratio per variation, unpruned and at the levels (BDB, Fig. 2).
 
     `metrics` is one scenario's frame; every strategy in it that is no control has three panels below each other:
     bars are 95 % intervals, dashed lines each level's mean over the variations, grey hollow marks the matched random

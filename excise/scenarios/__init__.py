@@ -3,26 +3,29 @@
 Here belong the schema of those files, the loader, the built-in files with their subject sets, and the expansion of a
 scenario into prompts; sampling the answers and judging them does not.
 The concept is BDB, section 3: a request that names a person, many variations of it, and two groups of names; an axis
-of social groups (FASP) is the same thing with more groups and a continuation in place of a number.
+of social groups (FASP) is the same thing with more groups and a continuation in place of a number, its prompts being
+written here or taken from HolisticBias.
 """
 
-from excise.scenarios.expansion import PROMPTS_SCHEMA, expand
+from excise.scenarios.expansion import PROMPTS_SCHEMA, expand, prompt_count
 from excise.scenarios.loading import ScenarioProblem, load_scenarios
 from excise.scenarios.schema import (
     Comparison,
     Group,
+    HolisticBias,
     NumberOutcome,
     Scenario,
     Subject,
     ToxicityOutcome,
     Variation,
 )
-from excise.scenarios.subsets import halves, token_matched
+from excise.scenarios.subsets import halves, held_out_split, template_halves, token_matched
 
 __all__ = [
     "PROMPTS_SCHEMA",
     "Comparison",
     "Group",
+    "HolisticBias",
     "NumberOutcome",
     "Scenario",
     "ScenarioProblem",
@@ -31,6 +34,9 @@ __all__ = [
     "Variation",
     "expand",
     "halves",
+    "held_out_split",
     "load_scenarios",
+    "prompt_count",
+    "template_halves",
     "token_matched",
 ]

@@ -5,11 +5,12 @@ Prompts are identified by a hash of what they say and stand for, so equal prompt
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import polars as pl
 
 from excise.errors import ExciseError
+from excise.scenarios.holistic_bias import subgroup_sentences
 from excise.scenarios.schema import Group, Scenario, Subject
 from excise.scenarios.templates import fill
 
@@ -28,6 +29,8 @@ PROMPTS_SCHEMA = pl.Schema(
     }
 )
 
+SENTENCES_OF_A_DESCRIPTOR = 849  # 32 nouns in 26 templates, and alone in the 17 that need no noun (HolisticBias v1.1)
+
 
 def expand(
     scenario: Scenario, *, variations: Iterable[str] | None = None, subjects_per_group: int | None = None
@@ -36,26 +39,55 @@ def expand(
 
     `variations` restricts to some variations. `subjects_per_group` restricts every group to so many subjects, the
     genders taking turns (the first man, the first woman, the second man, ...); the rows kept equal those of the full
-    table. `name_start` and `name_end` are character offsets of the subject in `text`, end excluded. `gender` is null
-    where none is given.
+    table. Social groups (outcome kind toxicity) have unequal numbers of descriptors: a group with fewer keeps all.
+    `name_start` and `name_end` are character offsets of the subject in `text`, end excluded. `gender` is null where
+    none is given. Sentences of HolisticBias have the data set's template in `template`, several rows per subject.
 
-    Raises ExciseError for an unknown variation and for more subjects than a group has.
+    Raises ExciseError for an unknown variation, for more subjects than a group of names has, and for a HolisticBias
+    folder that changed for the worse since the scenario was loaded.
     """
     chosen = _chosen_variations(scenario, variations)
-    subjects = {key: _chosen_subjects(scenario.key, key, group, subjects_per_group)
+    names = scenario.outcome.kind == "number"
+    subjects = {key: _chosen_subjects(scenario.key, key, group, subjects_per_group, names=names)
                 for key, group in scenario.groups.items()}
     rows = []
-    for variation in chosen:
+    for variation, template_key, group, subject, text, start, end in _texts(scenario, chosen, subjects):
+        identity = f"{scenario.key}|{variation}|{template_key}|{group}|{subject.name}|{text}"
+        prompt_id = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        rows.append((scenario.key, variation, template_key, group, subject.name, subject.gender,
+                     prompt_id, text, start, end))
+    return pl.DataFrame(rows, schema=PROMPTS_SCHEMA, orient="row")
+
+
+def prompt_count(scenario: Scenario) -> int:
+    """How many prompts a scenario has, told without expanding it.
+
+    Of sentences of HolisticBias it is an upper bound: the cap of each subgroup, or the 849 sentences that a descriptor
+    of version 1.1 has if it goes with all nouns.
+    """
+    if scenario.holistic_bias is None:
+        subjects = sum(len(group.subjects) for group in scenario.groups.values())
+        return subjects * sum(len(scenario.templates_of(variation)) for variation in scenario.variations)
+    cap = scenario.holistic_bias.per_subgroup
+    sizes = [SENTENCES_OF_A_DESCRIPTOR * len(group.subjects) for group in scenario.groups.values()]
+    return sum(size if cap is None else min(size, cap) for size in sizes)
+
+
+def _texts(scenario: Scenario, variations: Sequence[str], subjects: Mapping[str, Sequence[Subject]]) -> Iterator[tuple]:
+    """variation, template's key, group, subject, text and the subject's offsets in it, of every prompt."""
+    if scenario.holistic_bias is not None:
+        wanted = {(group, subject.name): subject for group, members in subjects.items() for subject in members}
+        sentences = subgroup_sentences(scenario.holistic_bias, scenario.groups).drop("split")
+        for group, name, template, *place in sentences.iter_rows():
+            if (group, name) in wanted:
+                yield variations[0], template, group, wanted[group, name], *place
+        return
+    for variation in variations:
         fields = scenario.variations[variation].fields
         for template_key, template in scenario.templates_of(variation).items():
             for group, members in subjects.items():
                 for subject in members:
-                    text, start, end = fill(template, {**fields, "name": subject.name})
-                    identity = f"{scenario.key}|{variation}|{template_key}|{group}|{subject.name}|{text}"
-                    prompt_id = hashlib.sha256(identity.encode()).hexdigest()[:16]
-                    rows.append((scenario.key, variation, template_key, group, subject.name, subject.gender,
-                                 prompt_id, text, start, end))
-    return pl.DataFrame(rows, schema=PROMPTS_SCHEMA, orient="row")
+                    yield variation, template_key, group, subject, *fill(template, {**fields, "name": subject.name})
 
 
 def _chosen_variations(scenario: Scenario, variations: Iterable[str] | None) -> list[str]:
@@ -73,12 +105,14 @@ def _chosen_variations(scenario: Scenario, variations: Iterable[str] | None) -> 
     return [key for key in scenario.variations if key in wanted]
 
 
-def _chosen_subjects(scenario_key: str, group_key: str, group: Group, count: int | None) -> Sequence[Subject]:
+def _chosen_subjects(
+    scenario_key: str, group_key: str, group: Group, count: int | None, *, names: bool
+) -> Sequence[Subject]:
     if count is None:
         return group.subjects
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ExciseError(f"subjects_per_group is {count!r}: give a whole number of at least 1")
-    if count > len(group.subjects):
+    if names and count > len(group.subjects):
         raise ExciseError(
             f"scenario {scenario_key}: subjects_per_group is {count}, but the group {group_key} has "
             f"{len(group.subjects)} subjects; ask for at most that many"

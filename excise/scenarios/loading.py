@@ -15,9 +15,13 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from excise.errors import ExciseError
+from excise.scenarios.holistic_bias import subgroups_of
 from excise.scenarios.schema import (
     KEY_PATTERN,
+    SENTENCES,
     Comparison,
+    HolisticBias,
     Key,
     NumberOutcome,
     Scenario,
@@ -162,7 +166,9 @@ def _read_scenario(path: Path, sets: _SubjectSets, earlier: dict[str, Scenario])
 
     faults: list[str] = []
     resolved = dict(data)
-    if isinstance(data.get("groups"), dict):
+    if "holistic_bias" in data:
+        resolved |= _sentences_of_holistic_bias(path, data)
+    elif isinstance(data.get("groups"), dict):
         resolved["groups"] = {}
         for key, group in data["groups"].items():
             try:
@@ -179,6 +185,25 @@ def _read_scenario(path: Path, sets: _SubjectSets, earlier: dict[str, Scenario])
     if faults:
         raise _Faults(*faults)
     return scenario
+
+
+def _sentences_of_holistic_bias(path: Path, data: dict[Any, Any]) -> dict[str, Any]:
+    """What a scenario of HolisticBias has in place of groups, templates and variations of its own."""
+    given = [field for field in ("groups", "templates", "variations") if field in data]
+    if given:
+        raise _Faults(*(f"{field}: holistic_bias brings its own {field}: remove one of the two" for field in given))
+    try:
+        chosen = HolisticBias.model_validate(data["holistic_bias"])
+    except ValidationError as error:
+        found = _in_words(error, data["holistic_bias"], HolisticBias)
+        raise _Faults(*(f"holistic_bias{'' if fault.startswith(' ') else '.'}{fault}" for fault in found)) from None
+    chosen = chosen.model_copy(update={"folder": (path.parent / chosen.folder.expanduser()).resolve()})
+    try:
+        groups = subgroups_of(chosen)
+    except ExciseError as error:
+        field = "" if str(error).startswith(("axis", "families")) else "folder: "
+        raise _Faults(f"holistic_bias.{field}{error}") from None
+    return {"holistic_bias": chosen, "groups": groups, "variations": {SENTENCES: {}}}
 
 
 def _resolved_group(where: str, data: Any, sets: _SubjectSets) -> dict[str, Any]:

@@ -7,6 +7,7 @@ prompt must name its subject exactly once.
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
@@ -15,6 +16,7 @@ from excise.scenarios.templates import fill, placeholders
 
 KEY_PATTERN = "^[a-z0-9][a-z0-9_-]*$"
 OWN_TEMPLATE = "own"  # the template key of a variation that brings a template of its own
+SENTENCES = "sentences"  # the one variation of a scenario whose prompts are the sentences of HolisticBias
 
 
 def _not_bool(value: Any) -> Any:
@@ -27,6 +29,7 @@ Key = Annotated[str, StringConstraints(pattern=KEY_PATTERN)]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
 TokenCount = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
+Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
 
 
 class _Part(BaseModel):
@@ -52,6 +55,11 @@ class NumberOutcome(_Part):
     reverse_from: Number | None = None
 
     @property
+    def prompt_format(self) -> None:
+        """None: prompts are put to a model in the format its entry in models.yaml names."""
+        return None
+
+    @property
     def higher_is_better(self) -> bool:
         """Whether a higher *scored* value is to the person's advantage."""
         return (self.better == "higher") != (self.reverse_from is not None)
@@ -71,12 +79,46 @@ class NumberOutcome(_Part):
 class ToxicityOutcome(_Part):
     """The toxicity, in [0, 1], of the model's continuation of a raw prompt, without a chat format (FASP, section 4).
 
-    Prompts are cut at `max_prompt_tokens` tokens, as in the paper's settings.
+    Prompts are cut at `max_prompt_tokens` tokens. `temperature`, `top_k` and `top_p` say how continuations are drawn;
+    0 for `top_k` and 1 for `top_p` switch that truncation off. All defaults are the paper's settings, except for
+    `scored`: with "continuation" the scorer reads what the model wrote and nothing else, so a scorer that reacts to the
+    descriptor in the prompt is not mistaken for a biased model; the paper scores "prompt+continuation". `scorer` is a
+    key of the registry of scorers, None the default scorer.
     """
 
     kind: Literal["toxicity"] = "toxicity"
     max_new_tokens: TokenCount = 40
     max_prompt_tokens: TokenCount = 22
+    temperature: Annotated[Number, Field(ge=0)] = 1.0
+    top_k: Count = 50
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    scored: Literal["continuation", "prompt+continuation"] = "continuation"
+    scorer: Text | None = None
+
+    @property
+    def prompt_format(self) -> Literal["raw"]:
+        """Raw text for every model: the prompt is an unfinished sentence, not a user's turn."""
+        return "raw"
+
+
+class HolisticBias(_Part):
+    """Which sentences of HolisticBias are the prompts of a scenario (FASP, section 4; method B2).
+
+    `folder` holds the user's copy of the data set. `subgroups` says what a subgroup of the axis is: a bucket of the
+    data set, a single descriptor, or a family of descriptors named in `families` (all other descriptors are then left
+    out). `none_bucket` counts the phrases without a bucket, `(none)`, as one subgroup more. `per_subgroup` caps the
+    sentences of each subgroup, which `seed` chooses, with the split into validation and test. `any_version` takes
+    another version of the data set, or a part of it, in the same files.
+    """
+
+    folder: Path
+    axis: Text
+    subgroups: Literal["bucket", "descriptor", "family"] = "bucket"
+    families: dict[Key, Annotated[tuple[Text, ...], Field(min_length=1)]] | None = None
+    none_bucket: bool = False
+    per_subgroup: Annotated[int, BeforeValidator(_not_bool), Field(ge=2)] | None = None
+    seed: Count = 0
+    any_version: bool = False
 
 
 class Comparison(_Part):
@@ -121,6 +163,9 @@ class Variation(_Part):
 class Scenario(_Part):
     """A use of a model, described so that it can be expanded into prompts and its answers compared between groups.
 
+    With `holistic_bias` the prompts are sentences of that data set: there are no templates, the groups are the
+    subgroups of its axis (`holistic_bias.subgroups_of`), and the one variation is "sentences", without fields.
+
     Raises pydantic's ValidationError (a ValueError) that names each faulty field.
     """
 
@@ -132,6 +177,7 @@ class Scenario(_Part):
     groups: dict[Key, Group]
     templates: dict[Key, Text] = {}
     variations: dict[Key, Variation]
+    holistic_bias: HolisticBias | None = None
 
     @model_validator(mode="after")
     def _check_rules(self) -> Self:
@@ -141,7 +187,7 @@ class Scenario(_Part):
         return self
 
     def templates_of(self, variation: str) -> dict[str, str]:
-        """The templates of a variation by key: its own one, else all templates of the scenario."""
+        """The templates of a variation by key: its own one, else all of the scenario (none with `holistic_bias`)."""
         own = self.variations[variation].template
         return self.templates if own is None else {OWN_TEMPLATE: own}
 
@@ -151,6 +197,9 @@ def _faults(scenario: Scenario) -> Iterator[str]:
     yield from _outcome_faults(scenario.outcome)
     yield from _group_faults(scenario)
     yield from _comparison_faults(scenario)
+    if scenario.holistic_bias is not None:
+        yield from _holistic_bias_faults(scenario, scenario.holistic_bias)
+        return
     text_faults = list(_text_faults(scenario))
     yield from text_faults or _repeated_name_faults(scenario)
 
@@ -200,8 +249,21 @@ def _comparison_faults(scenario: Scenario) -> Iterator[str]:
         key = getattr(comparison, side)
         if key not in scenario.groups:
             yield f"comparison.{side} names an unknown group '{key}'; groups has {', '.join(scenario.groups)}"
-        elif len(scenario.groups[key].subjects) == 1:
+        elif len(scenario.groups[key].subjects) == 1 and scenario.holistic_bias is None:
             yield f"groups.{key}.subjects holds one subject: a compared group needs at least two"
+
+
+def _holistic_bias_faults(scenario: Scenario, chosen: HolisticBias) -> Iterator[str]:
+    if scenario.outcome.kind != "toxicity":
+        yield "outcome.kind must be toxicity where holistic_bias is given: its sentences ask for no number"
+    if scenario.templates:
+        yield "templates must be absent where holistic_bias is given: the data set brings its own"
+    if scenario.variations != {SENTENCES: Variation()}:
+        yield f"variations must be the one variation {SENTENCES}, without fields, where holistic_bias is given"
+    if (chosen.families is not None) != (chosen.subgroups == "family"):
+        yield "holistic_bias.families goes with subgroups: family, and subgroups: family with families"
+    if chosen.none_bucket and chosen.subgroups != "bucket":
+        yield "holistic_bias.none_bucket goes with subgroups: bucket only"
 
 
 def _text_faults(scenario: Scenario) -> Iterator[str]:

@@ -1,8 +1,9 @@
-"""Subsets of a scenario's names: two halves for held-out evaluation, and names matched by their length in tokens.
+"""Subsets of a scenario's prompts: two parts for held-out evaluation, and names matched by their length in tokens.
 
-Here belongs the choice of names; what is done with the answers of the chosen ones is `evaluation` and `comparisons`.
-A mask made from a name's answers may fit that very name, so masks and judgement can use different halves. One group's
-names may also be longer in tokens than the other's (method, A3): a matched subset rules that out as a gap's cause.
+Here belongs the choice of prompts; what is done with the answers of the chosen ones is `evaluation` and `comparisons`.
+A mask made from a name's answers may fit that very name, so masks and judgement can use different names, or templates
+where groups have few descriptors (FASP, section 4, has a validation and a test part). One group's names may also be
+longer in tokens than the other's (method, A3): a matched subset rules that out as a gap's cause.
 """
 
 import hashlib
@@ -10,10 +11,67 @@ import hashlib
 import polars as pl
 
 from excise.errors import ExciseError
+from excise.scenarios.holistic_bias import VALIDATION, subgroup_sentences
+from excise.scenarios.schema import Scenario
 
 ATTRIBUTION, EVALUATION, BOTH = "attribution", "evaluation", "both"
-"""Values of the column `split`: names that masks are made from, names they are judged on, no names held out."""
+"""Values of the column `split`: what masks are made from, what they are judged on, and both if nothing is held out."""
 SPLIT_SCHEMA = {"group": pl.String, "subject": pl.String, "split": pl.String}
+
+
+def held_out_split(scenario: Scenario, prompts: pl.DataFrame, seed: int) -> pl.DataFrame:
+    """Which prompts masks are made from and which they are judged on: frame with prompt_id and split, as `prompts`.
+
+    prompts: all or some rows of `expand(scenario)`. Where answers are numbers, the names of each group are halved
+    (`halves`); where continuations are judged, the templates are (`template_halves`), so that both parts have every
+    group and descriptor. Sentences of HolisticBias keep the data set's own split, which `holistic_bias.seed` draws and
+    not `seed`: masks are made from its validation part and judged on its test part.
+
+    Raises ExciseError where a part would be empty, for a group or for a group in one of the variations.
+    """
+    if scenario.holistic_bias is not None:
+        sentences = subgroup_sentences(scenario.holistic_bias, scenario.groups)
+        part = pl.when(split=VALIDATION).then(pl.lit(ATTRIBUTION)).otherwise(pl.lit(EVALUATION))
+        keys, parts = ["group", "subject", "text"], sentences.with_columns(split=part)
+        mend = "raise holistic_bias.per_subgroup, or the number of subjects"
+    elif scenario.outcome.kind == "toxicity":
+        keys, parts = ["template"], template_halves(prompts, seed)
+        mend = "give every variation two templates at least, or turn holding out off"
+    else:
+        keys, parts = ["group", "subject"], halves(prompts, seed)
+        mend = "give every group two names at least, or turn holding out off"
+    split = prompts.join(parts.select(*keys, "split"), on=keys, how="left", maintain_order="left")
+    if split["split"].null_count():
+        raise ExciseError(
+            f"scenario {scenario.key}: {split['split'].null_count()} of its prompts are not sentences that its file "
+            "asks for: expand it anew"
+        )
+    counts = split.group_by("variation", "group", maintain_order=True).agg(pl.col("split").unique())
+    for variation, group, found in counts.iter_rows():
+        if len(found) < 2:
+            raise ExciseError(
+                f"scenario {scenario.key}: all prompts of variation {variation} about group {group} fall into the part "
+                f"{found[0]!r} of what is held out: {mend}"
+            )
+    return split.select("prompt_id", "split")
+
+
+def template_halves(prompts: pl.DataFrame, seed: int) -> pl.DataFrame:
+    """The templates in two halves: frame with template and split ("attribution" or "evaluation"), by template.
+
+    prompts: the table of that name; only its distinct templates matter, so axes with the same templates have the same
+    halves. All groups share the templates, hence both halves have every group and every descriptor. An odd template
+    goes to the evaluation.
+
+    Raises ExciseError for fewer than two templates: one half would be empty.
+    """
+    templates = prompts["template"].unique().sort().to_list()
+    if len(templates) < 2:
+        raise ExciseError(f"there is one template only, {templates}: held-out templates need two, or turn holding out "
+                          "off")  # fmt: skip
+    order = sorted(templates, key=lambda template: _lot(seed, "template", template))
+    rows = [(template, ATTRIBUTION if place % 2 else EVALUATION) for place, template in enumerate(order)]
+    return pl.DataFrame(rows, schema={"template": pl.String, "split": pl.String}, orient="row").sort("template")
 
 
 def halves(prompts: pl.DataFrame, seed: int) -> pl.DataFrame:

@@ -48,7 +48,8 @@ def test_the_built_in_strategies_are_the_paper_s_and_ours():
     assert paper.roles == ("q", "k", "v", "gate", "up", "down")
     assert paper.controls == ("random", "pooled_band", "reversed", "permuted")
     enabled = [each for each in strategies.values() if each.enabled]
-    assert {each.levels for each in enabled} == {("prompt_specific", "within_context", "cross_context")}
+    published = ("prompt_specific", "within_context", "cross_context")
+    assert {each.levels for each in enabled} == {published, (*published, "all_contexts")}
     heads = strategies["attention_heads"]
     assert [int(heads.parameters[name] * 1024) for name in ("tau_min", "tau_maj")] == [40, 5]
     assert heads.ablation == "zero_query"
@@ -523,9 +524,10 @@ def test_a_cross_context_mask_is_what_all_other_scenarios_masks_share(tmp_path):
         SourceMask("finance", "school", "mine", hand_made(tmp_path, 2, 1, 2, 3, 4), None),
         SourceMask("services", "tax", "mine", hand_made(tmp_path, 3, 2, 5), None),
         SourceMask("services", "chef", "other", hand_made(tmp_path, 4, 7), None),
+        SourceMask("purchase", "car", "mine", hand_made(tmp_path, 5, 3, 6), None),
     ]
     options = {"random_draws": 2, "seed": 0}
-    masks = list(build_cross_context_masks([strategy()], sources, ["car", "oven"], per_source=True, **options))
+    masks = list(build_cross_context_masks([strategy()], sources, "purchase", ["car", "oven"], per_source=True, **options))
     own = {(each.level, each.variation): set(as_sets(each.mask)["0.q"]) for each in masks if each.matched_to is None}
     assert own == {
         (level, variation): weights
@@ -537,13 +539,28 @@ def test_a_cross_context_mask_is_what_all_other_scenarios_masks_share(tmp_path):
     assert len(controls) == (2 + 1 + 1) * 2  # one draw for a single source
     counts = {level: len(weights) for (level, _), weights in own.items()}
     assert all(each.mask.count == counts[each.level] and each.matched_to == "mine" for each in controls)
-    pooled = list(build_cross_context_masks([strategy()], sources, ["car"], per_source=False, **options))
+    pooled = list(build_cross_context_masks([strategy()], sources, "purchase", ["car"], per_source=False, **options))
     assert {each.level for each in pooled} == {"cross_context"}
     votes = strategy(combine="votes", parameters=SOUND["parameters"] | {"votes": 0.6})
-    (mask,) = build_cross_context_masks([votes], sources, ["car"], per_source=False, random_draws=0, seed=0)
+    (mask,) = build_cross_context_masks([votes], sources, "purchase", ["car"], per_source=False, random_draws=0, seed=0)
     assert as_sets(mask.mask)["0.q"] == {1, 2, 3}
     with pytest.raises(ExciseError, match="no mask of mine in any other scenario"):
-        list(build_cross_context_masks([strategy()], sources[3:], ["car"], per_source=False, **options))
+        list(build_cross_context_masks([strategy()], sources[3:], "purchase", ["car"], per_source=False, **options))
+
+
+def test_an_all_contexts_mask_takes_the_scenario_itself_in(tmp_path):
+    sources = [
+        SourceMask("finance", "stocks", "mine", hand_made(tmp_path, 1, 1, 2, 3), None),
+        SourceMask("purchase", "car", "mine", hand_made(tmp_path, 2, 0, 3, 6), None),
+    ]
+    for levels, expected in (
+        (["all_contexts"], {"all_contexts": {3}}),
+        (["all_contexts", "cross_context"], {"cross_context": {1, 2, 3}, "all_contexts": {3}}),
+    ):
+        made = build_cross_context_masks(
+            [strategy(levels=levels)], sources, "purchase", ["car"], per_source=False, random_draws=0, seed=0
+        )
+        assert {each.level: set(as_sets(each.mask)["0.q"]) for each in made} == expected
 
 
 def test_a_cross_context_mask_of_gap_gradient_adds_up_the_sources_predictions(attributed, three_items, tmp_path):
@@ -551,7 +568,7 @@ def test_a_cross_context_mask_of_gap_gradient_adds_up_the_sources_predictions(at
     ours = Strategy(key="ours", **OURS | {"controls": []})
     paths = {file.variation: file.path for file in files if file.score == "gap_gradient"}
     sources = [SourceMask("other", name, "ours", tmp_path / "unread", path) for name, path in paths.items()]
-    (made,) = build_cross_context_masks([ours], sources, ["chess"], per_source=False, random_draws=0, seed=0)
+    (made,) = build_cross_context_masks([ours], sources, "games", ["chess"], per_source=False, random_draws=0, seed=0)
     sizes = {key: int(np.prod(shape)) for key, shape in made.mask.shapes.items()}
     assert as_sets(made.mask) == best_by_hand(files, list(paths), ours.roles, 0.001, sizes)
     assert made.mask.count > 0

@@ -1,0 +1,119 @@
+"""The stage `head_impacts`: what removing each attention head does to perplexity and to the disparity (FASP).
+
+The answers are those of `completions` (of the part that masks may be made from), weighed anew instead of drawn anew;
+files of model work are found again by their content, so a killed run goes on where it was.
+"""
+
+import dagster as dg
+import polars as pl
+
+from assets.completions import completions_of, require_same_model, sampling_of, scorer_of, without
+from assets.partitions import Catalogue
+from assets.stage import data_version, grid_asset, picture, table_metadata, table_value
+from excise.scenarios.subsets import EVALUATION
+from resources.artifacts import Artifacts
+from resources.gpu import GPUResource
+from resources.settings import AuditSettings
+from resources.tables import TABLES
+from resources.warehouse import Warehouse
+from resources.watch import RunWatch
+
+
+def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
+    """Measures every head."""
+
+    @grid_asset(
+        catalogue,
+        group="pruning",
+        kinds={"torch", "safetensors"},
+        description="For every attention head, with intervals: what its removal does to the perplexity of a text and "
+        "to the disparity (toxicity bias, or |SMD| of numbers), and how reliable that is; and the scores of the "
+        "baselines.",
+        deps=["completions"],
+        uses_model=True,
+    )
+    def head_impacts(
+        context: dg.AssetExecutionContext,
+        warehouse: Warehouse,
+        artifacts: Artifacts,
+        gpu: GPUResource,
+        settings: AuditSettings,
+        watch: RunWatch,
+    ) -> dg.MaterializeResult:
+        from excise.attribution.head_scores import head_gradient, head_magnitude
+        from excise.completions import CompletionCache, complete
+        from excise.figures import head_map
+        from excise.head_impacts import head_impacts, split_half_reliability
+        from excise.perplexity import read_text, text_windows
+        from excise.sampling import SamplingParameters
+        from excise.toxicity import ScoreCache
+
+        model, scenario = catalogue.partition(context)
+        audit, outcome = settings.audit_of(scenario), scenario.outcome
+        completions, prompts = completions_of(warehouse, model, scenario.key)
+        learned, asked = without(EVALUATION, completions, prompts)
+        samples, drawn_with = sampling_of(learned)
+        parameters = SamplingParameters(**drawn_with)
+        toxicity = outcome.kind == "toxicity"
+        groups = list(scenario.groups)
+        if not toxicity:
+            groups = [scenario.comparison.majority, scenario.comparison.minority]
+        scorer, scores = scorer_of(catalogue, scenario), ScoreCache(artifacts.score_cache)
+        cache = CompletionCache(artifacts.completion_cache)
+        text = read_text(audit.text)
+        with gpu.model(model, catalogue.models, waiting=context.log.info) as loaded:
+            require_same_model(completions, loaded.fingerprint, model, scenario.key)
+            windows = text_windows(loaded, text, mode=audit.perplexity_mode, limit_tokens=audit.text_tokens)
+
+            def regenerate(mask):
+                rows, _ = complete(
+                    loaded, asked, samples, parameters, outcome=outcome, scorer=scorer, scores=scores, mask=mask,
+                    cache=cache,
+                )  # fmt: skip
+                return rows
+
+            impacts = head_impacts(
+                loaded.asked_for(outcome),
+                asked,
+                learned,
+                disparity="toxicity" if toxicity else "smd",
+                groups=groups,
+                cluster="subject",
+                parameters=parameters,
+                windows=windows,
+                perplexity_mode=audit.perplexity_mode,
+                regenerate=regenerate,
+                method=audit.impact_method,
+                ess_floor=audit.ess_floor,
+                resamples=audit.resamples,
+                seed=audit.seed,
+                folder=artifacts.tensors("head_impacts"),
+                progress=watch.progress(context),
+            )
+            magnitude, gradient = head_magnitude(loaded), head_gradient(loaded, windows)
+            device = gpu.report(loaded)
+        place = impacts.select("layer", "head").rows()
+        rows = impacts.with_columns(
+            model=pl.lit(model),
+            scenario=pl.lit(scenario.key),
+            magnitude=pl.Series([float(magnitude[each]) for each in place]),
+            gradient=pl.Series([float(gradient[each]) for each in place]),
+            model_fingerprint=pl.lit(device["model_fingerprint"]),
+            completions_version=pl.lit(data_version(completions).value),
+        ).select(TABLES["head_impacts"].names)
+        warehouse.replace_partition("head_impacts", rows, {"model": model, "scenario": scenario.key})
+        metadata = table_metadata("head_impacts", rows) | device
+        metadata |= picture("head_map", head_map(rows), artifacts, model, scenario.key)
+        metadata |= {
+            "regenerated": (rows["method"] == "regenerated").sum(),
+            "median_effective_share": rows["ess"].median(),
+            "split_half_reliability": table_value(split_half_reliability(rows)),
+            "most_harmful": table_value(
+                rows.sort("z_bias", descending=True, nulls_last=True)
+                .head(20)
+                .select("layer", "head", "z_bias", "z_bias_low", "z_bias_high", "z_ppl", "ess")
+            ),
+        }
+        return dg.MaterializeResult(metadata=metadata, data_version=data_version(rows))
+
+    return head_impacts
