@@ -49,8 +49,8 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         completions, prompts = completions_of(warehouse, model, scenario.key)
         if scenario.comparison is None:
             raise ExciseError(
-                f"scenario {scenario.key}: comparison is missing; attribution compares two groups, so name the majority "
-                "and the minority (head_impacts takes all groups without it)"
+                f"scenario {scenario.key}: comparison is missing; attribution compares two groups, so name majority "
+                "and minority (head_impacts takes all groups without it)"
             )
         strategies = [
             each

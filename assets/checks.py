@@ -106,8 +106,8 @@ def completions_complete_and_balanced(
 ) -> Outcome:
     """Every prompt (under every mask, if `masked`) has samples 0 ... `samples`-1 once, and groups are of equal size.
 
-    `prompts` has a row per wanted prompt (and mask), with the columns that tell them apart. balanced: whether groups must
-    be of equal size; subgroups of an axis need not.
+    `prompts` has a row per wanted prompt (and mask), with the columns that tell them apart. balanced: groups must be of
+    equal size, which subgroups of an axis need not be.
     """
     import great_expectations.expectations as gxe
 
@@ -151,7 +151,9 @@ def completions_complete_and_balanced(
     elif not unbalanced.is_empty():
         worst = _place(unbalanced.row(0, named=True))
     if not unmet:
-        message = f"{wanted.height:,} prompts with {samples} samples each" + ("; the groups are of equal size." if balanced else ".")
+        message = f"{wanted.height:,} prompts with {samples} samples each" + (
+            "; the groups are of equal size." if balanced else "."
+        )
     elif wanted.is_empty():
         message = "There are no prompts."
     elif not incomplete.is_empty():

@@ -14,7 +14,15 @@ from assets.partitions import Catalogue
 from assets.pruning_masks import MaskFiles, mask_rows
 from assets.stage import data_version, grid_asset, table_metadata, table_value
 from excise.errors import ExciseError
-from excise.strategies import ACROSS, ALL_CONTEXTS, OWN_SCENARIO, PROMPT_SPECIFIC, SourceMask, Strategy, build_cross_context_masks
+from excise.strategies import (
+    ACROSS,
+    ALL_CONTEXTS,
+    OWN_SCENARIO,
+    PROMPT_SPECIFIC,
+    SourceMask,
+    Strategy,
+    build_cross_context_masks,
+)
 from resources.artifacts import Artifacts
 from resources.settings import AuditSettings
 from resources.tables import TABLES

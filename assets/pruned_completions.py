@@ -46,8 +46,8 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         from excise.completions import UNPRUNED, CompletionCache, Work, complete
         from excise.masks import Mask
-        from excise.report import reuse_sentence
         from excise.perplexity import LossCache, read_text, text_windows
+        from excise.report import reuse_sentence
         from excise.sampling import SamplingParameters
         from excise.toxicity import ScoreCache
 
@@ -101,9 +101,7 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         told = _perplexities(model, scenario.key, losses, windows, audit)
         warehouse.replace_partition("perplexity", told, {"model": model, "scenario": scenario.key})
         asked = prompts.join(masks.select(checks.MASK), on="variation")
-        outcome = checks.completions_complete_and_balanced(
-            rows, asked, samples, masked=True, balanced=scorer is None
-        )
+        outcome = checks.completions_complete_and_balanced(rows, asked, samples, masked=True, balanced=scorer is None)
         checks.record(warehouse, "pruned_completions", model, scenario.key, [outcome])
         return dg.MaterializeResult(
             metadata=table_metadata("pruned_completions", rows)

@@ -31,7 +31,7 @@ from excise.models import LoadedModel
 from excise.progress import Progress, silent
 from excise.sampling import Draw, SamplingParameters, sample
 from excise.scenarios import NumberOutcome, ToxicityOutcome
-from excise.toxicity import Scorer, ScoreCache, score_texts, scored_text
+from excise.toxicity import ScoreCache, Scorer, score_texts, scored_text
 
 if TYPE_CHECKING:
     import torch

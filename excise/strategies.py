@@ -106,9 +106,9 @@ class Strategy(BaseModel):
     combine: Literal["intersection", "union", "votes"] = "intersection"
     parameters: dict[str, float] = {}
     roles: tuple[str, ...] = ()
-    levels: tuple[Literal["prompt_specific", "within_context", "cross_context", "all_contexts", "own_scenario"], ...] = (
-        LEVELS
-    )
+    levels: tuple[
+        Literal["prompt_specific", "within_context", "cross_context", "all_contexts", "own_scenario"], ...
+    ] = LEVELS
     controls: tuple[Literal["random", "pooled_band", "reversed", "permuted"], ...] = ("random",)
 
     @model_validator(mode="before")
@@ -161,7 +161,7 @@ class Strategy(BaseModel):
         if lacking := [level for level in self.levels if level not in of_the_whole]:
             raise ValueError(f"levels {', '.join(lacking)} do not exist for score {self.score}")
         if self.parameters.get("alpha", 0) + self.parameters.get("gamma", 0) > 1 + 1e-9:
-            raise ValueError("parameters alpha (pruned) and gamma (protected) are shares of all heads: at most 1 together")
+            raise ValueError("parameters alpha (pruned) and gamma (protected) are shares of heads: at most 1 together")
         if lacking := [control for control in self.controls if control not in controls]:
             raise ValueError(f"controls {', '.join(lacking)} do not exist for score {self.score}")
         if self.key in (*CONTROLS, "unpruned"):
@@ -223,7 +223,8 @@ def load_strategies(paths: Iterable[Path] = ()) -> dict[str, Strategy]:
 
 def _single_values(key: str, parameters: Any) -> Iterator[tuple[str, Any]]:
     """An entry as strategies of one value per parameter: a parameter with a list makes one strategy for each value."""
-    many = [name for name, value in parameters.items() if isinstance(value, list)] if isinstance(parameters, dict) else []
+    named = parameters if isinstance(parameters, dict) else {}
+    many = [name for name, value in named.items() if isinstance(value, list)]
     if not many:
         yield key, parameters
         return
@@ -291,7 +292,8 @@ def build_head_masks(
     for strategy in strategies:
         chosen = np.zeros(layers * heads, dtype=bool)
         chosen[_ranked_heads(strategy, ordered, seed)] = True
-        named = NamedMask("", strategy.key, OWN_SCENARIO, None, 0, heads_mask(chosen.reshape(layers, heads), "zero_output"))
+        mask = heads_mask(chosen.reshape(layers, heads), "zero_output")
+        named = NamedMask("", strategy.key, OWN_SCENARIO, None, 0, mask)
         made = [named, *_random_controls(named, strategy, random_draws, seed)]
         yield from (replace(each, variation=variation) for variation in variations for each in made)
 

@@ -1,7 +1,8 @@
 """The definitions Dagster loads, and `build_definitions`, the one seam for tests, the demo and special surroundings.
 
 Users' own scenarios lie in `scenarios/`, models in `models.yaml`, strategies in `strategies.yaml`, scorers of toxicity
-in `scorers.yaml`, all beside `workspace.yaml`; results in the folder EXCISE_DATA names, `data` without it. Mistakes in users' files are logged here.
+in `scorers.yaml`, all beside `workspace.yaml`; results in the folder EXCISE_DATA names, `data` without it. Mistakes in
+users' files are logged here.
 """
 
 import functools

@@ -93,7 +93,9 @@ def _checked(given: argparse.Namespace, catalogue: Catalogue, scenarios: Sequenc
         audit = AuditSettings(preset=Preset(given.preset), **settings).audit_of(scenario)
         catalogue.chosen_strategies(audit.strategies, audit.levels, scenario.outcome.kind, audit.alphas)
         if scenario.outcome.kind == "number" and audit.strategies is None:
-            raise ExciseError(f"scenario {key} asks for numbers: name the strategies of heads with --set strategies=fasp")
+            raise ExciseError(
+                f"scenario {key} asks for numbers: name the strategies of heads with --set strategies=fasp"
+            )
     return {"preset": given.preset, **settings}
 
 

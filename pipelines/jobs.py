@@ -53,8 +53,8 @@ evaluate_scenario = dg.define_asset_job(
 prune_heads = dg.define_asset_job(
     "prune_heads",
     selection=dg.AssetSelection.assets(*HEADS),
-    description="The second paper's chain for one model and scenario: sample, measure what every attention head does to "
-    "the disparity and to perplexity, prune heads, sample again, evaluate.",
+    description="The second paper's chain for one model and scenario: sample, measure what every attention head does "
+    "to the disparity and to perplexity, prune heads, sample again, evaluate.",
 )
 
 prepare_heads = dg.define_asset_job(

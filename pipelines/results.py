@@ -1,7 +1,8 @@
-"""The page of results, from a terminal: the planted models at every level of generality, as docs/results.md.
+"""The page of results, from a terminal: both papers on models whose bias is known, as docs/results.md.
 
-It runs `pipelines.paper` on the three planted models and writes what the warehouse then holds; a rerun reuses what is
-there. The tables are `excise.results`' work, the share of the planted change under a mask `planted.localisation`'s.
+It runs `pipelines.paper` on the three planted models, `pipelines.heads` on the default model and on the one with known
+heads, and writes what the warehouse then holds; a rerun reuses what is there. The tables are the work of
+`excise.results` and `excise.head_results`, the share of the planted change under a mask `planted.localisation`'s.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import polars as pl
 from assets.partitions import read_catalogue
 from excise.masks import HEAD_ROLES, Mask
 from excise.models import ModelSpec
-from pipelines import paper
+from pipelines import heads, paper, reweighting
 from pipelines.definitions import MODEL_FILES, ROOT, SCENARIO_FOLDERS, STRATEGY_FILES, build_definitions
 from resources.artifacts import Artifacts
 from resources.warehouse import Warehouse
@@ -44,6 +45,11 @@ ORIGIN = (
     f"Made by `make results`: preset quick (three variations of each scenario) with {', '.join(SETTINGS)}. Masks come "
     "from one half of the names, every figure from the other half. What it means is in [findings.md](findings.md)."
 )
+HEAD_CALLS: dict[str, list[tuple[str, ...]]] = {
+    "smollm2-135m-instruct": [("--scenarios", "gender")],
+    "planted-heads": [("--scenarios", "gender")],
+}
+"""Models, and what `pipelines.heads` is asked for."""
 MASKS_AT_ONCE = 16
 """Masks in memory while the planted change is multiplied out."""
 
@@ -51,9 +57,10 @@ MASKS_AT_ONCE = 16
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run and write the page; 0 when every partition succeeded."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.results", description="Audit the planted models and write docs/results.md."
+        prog="python -m pipelines.results", description="Audit models with a known bias and write docs/results.md."
     )
     parser.add_argument("--models", default=",".join(CALLS), help="planted models, comma between them")
+    parser.add_argument("--heads", default=",".join(HEAD_CALLS), help="models of the second paper, comma between them")
     parser.add_argument("--render", action="store_true", help="write the page from what the warehouse holds")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md", help="the page")
     given = parser.parse_args(arguments)
@@ -62,11 +69,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = [part for setting in SETTINGS for part in ("--set", setting)]
         for call in CALLS[model]:
             failed = max(failed, paper.main(["--model", model, "--preset", "quick", *options, *call]))
+    of_heads = [model for model in given.heads.split(",") if model]
+    for model in [] if given.render else of_heads:
+        for call in HEAD_CALLS[model]:
+            failed = max(failed, heads.main(["--model", model, *call]))
+    if of_heads and not given.render and not failed:
+        failed = reweighting.main(["--model", of_heads[0]])
     os.environ.setdefault("DAGSTER_HOME", str(ROOT))
     definitions = build_definitions()
-    page = render(definitions.resources["warehouse"], definitions.resources["artifacts"], given.models.split(","))
+    warehouse, artifacts = definitions.resources["warehouse"], definitions.resources["artifacts"]
+    page = render(warehouse, artifacts, [model for model in given.models.split(",") if model])
     page = page.replace("\n\n", f"\n\n{ORIGIN}\n\n", 1)
-    given.out.write_text(page, encoding="utf-8")
+    given.out.write_text(f"{page}\n{render_heads(warehouse, of_heads)}", encoding="utf-8")
     print(f"wrote {given.out}", file=sys.stderr)
     return failed
 
@@ -83,6 +97,22 @@ def render(warehouse: Warehouse, artifacts: Artifacts, models: Sequence[str]) ->
     found = pl.concat(localisation(frames["masks"], artifacts, specs[model]) for model in models)
     metrics, masks, transfer, grid, overlap = frames.values()
     return results_markdown(metrics, masks, transfer, grid, found, overlap)
+
+
+def render_heads(warehouse: Warehouse, models: Sequence[str]) -> str:
+    """The part of the page about heads and toxicity."""
+    from excise.head_results import heads_markdown
+    from excise.planted.heads import HEADS
+
+    frames = {
+        name: warehouse.read(name, model=models) for name in ("metrics", "head_impacts", "reweighting", "bias_correlation")
+    }
+    axes = frames["metrics"].filter(pl.col("metric") == "toxicity_bias").select("model", "scenario").unique()
+    metrics = frames["metrics"].join(axes, on=["model", "scenario"], how="semi")
+    impacts = frames["head_impacts"].join(axes, on=["model", "scenario"], how="semi")
+    return heads_markdown(
+        metrics, impacts, frames["reweighting"], frames["bias_correlation"], planted={"planted-heads": HEADS}
+    )
 
 
 def localisation(masks: pl.DataFrame, artifacts: Artifacts, spec: ModelSpec) -> pl.DataFrame:

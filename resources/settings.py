@@ -154,7 +154,7 @@ class AuditSettings(dg.ConfigurableResource):
     )
     alphas: list[float] | None = Field(default=None, description="shares of the heads that strategies of heads prune")
     text: str | None = Field(
-        default=None, description="text for perplexity: a file, or hub:name/config/split/column; left out, a built-in one"
+        default=None, description="text for perplexity: a file, or hub:name/config/split/column; left out, our own"
     )
     text_tokens: int | None = Field(default=None, description="so many tokens of that text")
     perplexity_mode: str | None = Field(default=None, description=f"windows of the text: {' or '.join(MODES)}")

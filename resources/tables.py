@@ -83,9 +83,9 @@ _MASK = (
     (
         "level",
         "VARCHAR",
-        "generality: prompt_specific, within_context, cross_context (from all other scenarios), all_contexts (from those "
-        "and its own), own_scenario (from all variations together) or cross_context/<key> (from one other scenario); "
-        "none where nothing is pruned",
+        "generality: prompt_specific, within_context, cross_context (from all other scenarios), all_contexts (from "
+        "those and its own), own_scenario (from all variations together) or cross_context/<key> (from one other "
+        "scenario); none where nothing is pruned",
     ),
     ("matched_to", "VARCHAR", "for a control, the strategy it is a control of; null for strategies"),
     ("draw", "BIGINT", "number of the random draw of a control; 0 for strategies"),
@@ -151,8 +151,8 @@ _ALL = (
     ),
     Table(
         "head_impacts",
-        "What removing each attention head does to perplexity and to the disparity (FASP, section 3), and the scores of "
-        "the baselines: one row per head.",
+        "What removing each attention head does to perplexity and to the disparity (FASP, section 3), and the scores "
+        "of the baselines: one row per head.",
         ("model", "scenario"),
         _columns(
             _MODEL,
@@ -199,6 +199,28 @@ _ALL = (
             ("difference_high", "DOUBLE", "upper end"),
             ("tokens", "BIGINT", "tokens of the text that count"),
             ("text", "VARCHAR", "the text: a file, a data set, or built-in"),
+        ),
+    ),
+    Table(
+        "reweighting",
+        "Head impacts by weighing the same answers anew and by drawing them anew: one row per head measured both ways.",
+        ("model", "scenario"),
+        _columns(
+            _MODEL,
+            _SCENARIO,
+            ("layer", "BIGINT", "decoder layer, from 0"),
+            ("head", "BIGINT", "head of the layer, from 0"),
+            ("z_reweighted", "DOUBLE", "z_bias from the unpruned model's answers, weighed anew"),
+            ("low_reweighted", "DOUBLE", "lower end of its 95 % interval"),
+            ("high_reweighted", "DOUBLE", "upper end"),
+            ("z_regenerated", "DOUBLE", "z_bias from answers drawn without the head"),
+            ("low_regenerated", "DOUBLE", "lower end of its 95 % interval"),
+            ("high_regenerated", "DOUBLE", "upper end"),
+            ("ess", "DOUBLE", "effective share of the samples after reweighting"),
+            ("perplexity_without", "DOUBLE", "perplexity of the text without the head"),
+            ("catastrophic", "BOOLEAN", "whether that is above 1.3 times the median over all heads"),
+            ("seconds_reweighted", "DOUBLE", "seconds per head of the one way"),
+            ("seconds_regenerated", "DOUBLE", "seconds per head of the other, in the same process"),
         ),
     ),
     Table(

@@ -34,7 +34,10 @@ GAP_LEFT_TOP = 250.0
 """Percent of the unpruned gap up to which the panel of what is left is drawn."""
 _CROWDED = 60  # marks of a panel, controls not counted, above which every level gets its own panel
 FLOOR_RED = "#b00020"
-MARKERS = {"none": "D", "prompt_specific": "o", "within_context": "s", "cross_context": "^", "all_contexts": "v", "own_scenario": "P"}
+MARKERS = {
+    "none": "D", "prompt_specific": "o", "within_context": "s", "cross_context": "^", "all_contexts": "v",
+    "own_scenario": "P",
+}  # fmt: skip
 
 
 def disparity_by_level(

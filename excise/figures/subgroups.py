@@ -56,14 +56,15 @@ def toxicity_by_subgroup(metrics: polars.DataFrame, labels: Mapping[str, str] | 
                 height = place + (slot - len(chosen) / 2) * step * (len(chosen) > 0)
                 if row["low"] is not None:
                     axes.plot([row["low"], row["high"]], [height, height], color=colour, linewidth=1.2)
-                axes.plot([row["estimate"]], [height], "o" if strategy == UNPRUNED else "s", color=colour, markersize=4.5,
-                          label=strategy if place == 0 else None)  # fmt: skip
+                marker, label = "o" if strategy == UNPRUNED else "s", strategy if place == 0 else None
+                axes.plot([row["estimate"]], [height], marker, color=colour, markersize=4.5, label=label)
         overall = own.filter((polars.col("strategy") == UNPRUNED) & (polars.col("metric") == "mean_toxicity"))
         if not overall.is_empty():
             axes.axvline(overall["estimate"][0], color=INK, linestyle=(0, (5, 3)), linewidth=1.0, zorder=0.9)
         axes.set_yticks(range(len(subgroups)), [(labels or {}).get(name, name) for name in subgroups])
-        axes.set_xlabel("mean toxicity of continuations; dashed: unpruned, all prompts")
+        axes.set_xlabel("mean score of continuations; dashed: unpruned, all prompts")
         axes.grid(axis="y", visible=False)
-        figure.legend(loc="outside lower center", ncols=3, frameon=False, title="bars: 95 % intervals", title_fontsize=8.5)
+        title = "bars: 95 % intervals"
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, title=title, title_fontsize=8.5)
         figure.suptitle(f"{before['scenario'][0]}: {before['model'][0]}", fontsize=10)
     return figure

@@ -96,7 +96,8 @@ def test_every_axis_has_its_panel_and_large_changes_a_logarithmic_scale(tmp_path
 
 def test_levels_of_one_axis_are_told_apart():
     figure = trade_off(metrics(*SOME, point("fasp-0.10", 0.1, 1.05, level="cross_context/race")))
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["gender, within-context", "gender, cross-context/race"]
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["gender, within-context", "gender, cross-context/race"]
 
 
 def test_a_wide_interval_leaves_the_panel_rather_than_squeezing_the_marks():
@@ -138,9 +139,10 @@ def test_the_sweep_shows_points_front_budget_and_choice(tmp_path):
 
     figure = gamma_sweep(search(bias_low=pl.col("bias") - 0.02, bias_high=pl.col("bias") + 0.02), budget=0.05)
     bias, perplexity, scatter = figure.axes
+    rows = [label.get_text() for label in bias.get_yticklabels()]
+    assert rows == ["0.5", "0.3"]  # protection grows upwards
     for axes in (bias, perplexity):
         assert [label.get_text() for label in axes.get_xticklabels()] == ["0.1", "0.2"]
-        assert [label.get_text() for label in axes.get_yticklabels()] == ["0.5", "0.3"]  # protection grows upwards
         outlined = {tuple(np.floor(patch.get_xy()).astype(int)) for patch in axes.patches if type(patch) is Rectangle}
         assert outlined == {(0, 0), (0, 1), (1, 1)}
         beyond = [patch.get_xy().min(axis=0).astype(int).tolist() for patch in axes.patches if type(patch) is Polygon]
@@ -226,10 +228,10 @@ def test_a_map_of_many_heads_and_axes_is_small_enough(tmp_path):
             "head": np.arange(1024) % 32, "perplexity_without": [20.0] * 1024, "z_bias": z, "z_bias_low": z - 0.01,
             "z_bias_high": z + 0.01,
         })
-        for name in ("gender", "race", "religion", "sexual_orientation", "nationality")
+        for name in ("gender", "race")
     ])  # fmt: skip
     figure = head_map(large)
-    assert len([axes for axes in figure.axes if axes.get_visible()]) == 5
+    assert [axes.get_title(loc="left").split("\n")[0] for axes in figure.axes] == ["gender", "race"]
     stored(figure, tmp_path)
 
 
@@ -255,7 +257,7 @@ def correlations(names=("gender", "race", "religion"), n=60) -> pl.DataFrame:
             })
             for name in names
         ]),
-        resamples=100,
+        resamples=40,
     )  # fmt: skip
 
 

@@ -347,7 +347,6 @@ def test_weighed_answers_have_the_mean_that_enumeration_gives(loaded, prompts, n
         common = {answer: share for answer, share in exact.items() if answer in unpruned}
         mass = sum(common.values())
         mean = sum(share * outcome(answer) for answer, share in common.items()) / mass
-        before = sum(share * outcome(answer) for answer, share in unpruned.items())
         row = impacts_of(
             model, prompts, completions, groups=["white"], parameters=parameters, heads=[(layer, head)],
             method="reweight", resamples=2,
@@ -358,7 +357,6 @@ def test_weighed_answers_have_the_mean_that_enumeration_gives(loaded, prompts, n
             unpruned[answer] * (weight * (outcome(answer) - mean)) ** 2 for answer, weight in weights.items()
         ) ** 0.5 / (mass * samples**0.5)  # fmt: skip
         assert row["mean_without"] == pytest.approx(mean, abs=4 * noise)
-        assert abs(mean - before) > 4 * noise or abs(mean - before) < 0.05
         assert row["mean_weight"] == pytest.approx(mass, abs=4 * ((second - mass**2) / samples) ** 0.5 + 1e-4)
         assert row["ess"] == pytest.approx(mass**2 / second, rel=0.25)
 

@@ -527,7 +527,8 @@ def test_a_cross_context_mask_is_what_all_other_scenarios_masks_share(tmp_path):
         SourceMask("purchase", "car", "mine", hand_made(tmp_path, 5, 3, 6), None),
     ]
     options = {"random_draws": 2, "seed": 0}
-    masks = list(build_cross_context_masks([strategy()], sources, "purchase", ["car", "oven"], per_source=True, **options))
+    made = build_cross_context_masks([strategy()], sources, "purchase", ["car", "oven"], per_source=True, **options)
+    masks = list(made)
     own = {(each.level, each.variation): set(as_sets(each.mask)["0.q"]) for each in masks if each.matched_to is None}
     assert own == {
         (level, variation): weights

@@ -89,7 +89,9 @@ def house(tmp_path_factory, tiny_model, tiny_classifier) -> Iterator[House]:
         for name, value in files.items():
             patch.setattr(heads, name, value)
         keywords = {name.lower(): value for name, value in files.items()}
-        patch.setattr(heads, "build_definitions", lambda **options: definitions.build_definitions(**keywords, **options))
+        patch.setattr(
+            heads, "build_definitions", lambda **options: definitions.build_definitions(**keywords, **options)
+        )
         made.run("--scenarios", "belief,origin")
         yield made
 
@@ -133,9 +135,7 @@ def test_fasp_prunes_the_heads_that_the_selection_names(house):
     chosen = np.concatenate([mask.array(f"{layer}.head_output")[0] for layer in range(3)])
     np.testing.assert_array_equal(np.flatnonzero(chosen), expected)
     assert len(expected) == 3
-    smallest = (
-        house.read("masks", "belief").filter(pl.col("strategy") == "magnitude").select("path").unique().item()
-    )
+    smallest = house.read("masks", "belief").filter(pl.col("strategy") == "magnitude").select("path").unique().item()
     lowest = Mask.load(house.folder / "data" / smallest)
     chosen = np.concatenate([lowest.array(f"{layer}.head_output")[0] for layer in range(3)])
     np.testing.assert_array_equal(np.flatnonzero(chosen), np.sort(np.argsort(impacts["magnitude"].to_numpy())[:3]))
@@ -191,7 +191,7 @@ def test_heads_of_one_axis_are_tried_on_the_other_and_impacts_correlated(house):
 def test_a_rerun_samples_and_measures_nothing_anew(house):
     files = {file: file.stat().st_mtime_ns for file in (house.folder / "data").rglob("*.safetensors")}
     before = house.read("metrics", "belief")
-    code, out, _ = house.run("--scenarios", "belief,origin")
+    code, _, _ = house.run("--scenarios", "belief,origin")
     assert code == 0
     assert {file: file.stat().st_mtime_ns for file in (house.folder / "data").rglob("*.safetensors")} == files
     assert house.read("metrics", "belief").equals(before)

@@ -23,7 +23,8 @@ def test_paper_asks_everything(purchase):
     assert (audit.variations, audit.subjects_per_group, audit.samples) == (None, 32, 100)
     assert (audit.temperature, audit.top_p) == (0.6, 0.9)
     assert (audit.held_out, audit.per_source) == (True, True)
-    assert audit.levels == ("prompt_specific", "within_context", "cross_context")
+    levels = ("prompt_specific", "within_context", "cross_context", "all_contexts", "own_scenario")
+    assert audit.levels == levels
     assert audit.grid_taus == (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
     assert audit.grid_counts == (5, 10, 15, 20, 25, 30, 35, 40, 45, 50)
 
