@@ -191,7 +191,7 @@ def table_of_checks(*passed: bool) -> pl.DataFrame:
 
 
 def test_the_roll_up_passes_only_if_every_check_does():
-    catalogue = Catalogue({}, {}, {}, ())
+    catalogue = Catalogue({}, {}, {}, {}, ())
     assert judge(table_of_checks(True, True), catalogue).passed
     failing = judge(table_of_checks(True, False, False), catalogue)
     assert not failing.passed
@@ -201,5 +201,5 @@ def test_the_roll_up_passes_only_if_every_check_does():
 
 
 def test_the_roll_up_counts_the_files_with_mistakes():
-    catalogue = Catalogue({}, {}, {}, ("scenarios/loan.yaml: groups is missing",))
+    catalogue = Catalogue({}, {}, {}, {}, ("scenarios/loan.yaml: groups is missing",))
     assert "1 of the user's files" in judge(table_of_checks(True), catalogue).message
