@@ -48,6 +48,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _places(frame: pl.DataFrame) -> list[tuple[tuple[str, str], pl.DataFrame]]:
+    if frame.is_empty():
+        return []
     return list(frame.partition_by("model", "scenario", as_dict=True, maintain_order=True).items())
 
 
@@ -55,9 +57,9 @@ def agreement(rows: pl.DataFrame) -> dict[str, float]:
     """How reweighted head impacts compare with regenerated ones, over heads that are not catastrophic.
 
     rows: of the table `reweighting`, one model and scenario. inside: share of heads whose reweighted z_bias lies in the
-    regenerated one's interval. width: median ratio of the intervals' widths, reweighted over regenerated. speed: seconds
-    of the one over the other. cost: how many times cheaper reweighting is at equal interval width, if width falls with
-    the root of the samples.
+    regenerated one's interval. width: median ratio of the intervals' widths, reweighted over regenerated. speed:
+    seconds of regenerating over those of reweighting. cost: how many times cheaper reweighting is at equal interval
+    width, if width falls with the root of the samples.
     """
     usual = rows.filter(~pl.col("catastrophic")).drop_nulls(["z_reweighted", "z_regenerated", "low_regenerated"])
     inside = usual.select(

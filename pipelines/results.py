@@ -101,8 +101,9 @@ def render(warehouse: Warehouse, artifacts: Artifacts, models: Sequence[str]) ->
 
 def render_heads(warehouse: Warehouse, models: Sequence[str]) -> str:
     """The part of the page about heads and toxicity."""
-    from excise.head_results import heads_markdown
     from excise.planted.heads import HEADS
+
+    from excise.head_results import heads_markdown
 
     frames = {
         name: warehouse.read(name, model=models) for name in ("metrics", "head_impacts", "reweighting", "bias_correlation")

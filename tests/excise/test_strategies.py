@@ -3,6 +3,7 @@
 import numpy as np
 import polars as pl
 import pytest
+import yaml
 
 from excise.attribution import attribute, read_attention, read_candidates, read_norms, read_snip
 from excise.completions import complete
@@ -14,6 +15,7 @@ from excise.strategies import (
     SourceMask,
     Strategy,
     build_cross_context_masks,
+    build_head_masks,
     build_masks,
     grid_masks,
     load_strategies,
@@ -32,22 +34,25 @@ OURS = {"score": "gap_gradient", "selection": "predicted_drop", "parameters": {"
 
 
 def write(path, entries):
-    import yaml
-
     path.write_text(entries if isinstance(entries, str) else yaml.safe_dump(entries))
     return path
 
 
 def test_the_built_in_strategies_are_the_paper_s_and_ours():
     strategies = load_strategies()
-    assert [key for key, each in strategies.items() if each.enabled] == [
-        "set_difference", "gap_gradient", "attention_heads",
-    ]  # fmt: skip
+    usual = {
+        kind: [key for key, each in strategies.items() if each.enabled and kind in each.outcomes]
+        for kind in ("number", "toxicity")
+    }
+    assert usual["number"] == ["set_difference", "gap_gradient", "attention_heads"]
+    methods = ("fasp", "fairness_only", "performance_only", "magnitude", "gradient", "random_heads")
+    alphas = [f"{step / 50:.2f}" for step in range(1, 11)]
+    assert usual["toxicity"] == [f"{method}-{alpha}" for method in methods for alpha in alphas]
     paper = strategies["set_difference"]
     assert paper.parameters == {"tau_min": 0.40, "tau_maj": 0.35}
     assert paper.roles == ("q", "k", "v", "gate", "up", "down")
     assert paper.controls == ("random", "pooled_band", "reversed", "permuted")
-    enabled = [each for each in strategies.values() if each.enabled]
+    enabled = [strategies[key] for key in usual["number"]]
     published = ("prompt_specific", "within_context", "cross_context")
     assert {each.levels for each in enabled} == {published, (*published, "all_contexts")}
     heads = strategies["attention_heads"]
@@ -603,3 +608,100 @@ def test_roles_a_model_does_not_have_are_left_out_or_said(build):
     for lacking in (strategy(roles=["gate"]), Strategy(key="ours", **OURS | {"roles": ["gate"]})):
         with pytest.raises(ExciseError, match=r"\.roles: tiny-gpt2 has none of these, it has q, k, v, o, up, down"):
             build("gpt2", lacking)
+
+
+# Heads over a whole scenario
+
+
+def impacts_of(perplexity, bias, **others):
+    """Head impacts of two layers with three heads, by hand."""
+    places = {"layer": [0, 0, 0, 1, 1, 1], "head": [0, 1, 2, 0, 1, 2]}
+    return pl.DataFrame(places | {"perplexity_without": perplexity, "bias_without": bias, **others})
+
+
+def head_strategy(key, score, selection="lowest", **parameters):
+    return Strategy(key=key, score=score, selection=selection, parameters=parameters)
+
+
+def heads_of(named):
+    chosen = {layer: np.flatnonzero(named.mask.array(f"{layer}.head_output")[0]) for layer in range(2)}
+    return {(layer, int(head)) for layer, heads in chosen.items() for head in heads}
+
+
+def test_heads_are_pruned_as_fasp_and_its_baselines_say():
+    impacts = impacts_of(
+        [10.0, 50.0, 11.0, 12.0, 13.0, 14.0], [0.3, 0.0, 0.1, 0.2, 0.4, 0.05],
+        magnitude=[0.9, 0.1, 0.8, 0.2, 1.0, 0.7], gradient=[0.5, 0.6, 0.1, 0.2, 0.3, 0.4],
+    )  # fmt: skip
+    third = 1 / 3 + 1e-6
+    chosen = {
+        "fasp": head_strategy("fasp", "head_impacts", "fasp", alpha=third, gamma=0.2),  # protects head 0.1
+        "fairness": head_strategy("fairness", "head_impacts", "fasp", alpha=third, gamma=0),
+        "performance": head_strategy("performance", "head_perplexity", alpha=third),
+        "magnitude": head_strategy("magnitude", "head_magnitude", alpha=third),
+        "gradient": head_strategy("gradient", "head_gradient", alpha=third),
+    }
+    made = {
+        each.strategy: each
+        for each in build_head_masks(chosen.values(), impacts, ["person"], random_draws=0, seed=0)
+    }
+    assert {key: heads_of(named) for key, named in made.items()} == {
+        "fasp": {(1, 2), (0, 2)}, "fairness": {(0, 1), (1, 2)}, "performance": {(0, 0), (0, 2)},
+        "magnitude": {(0, 1), (1, 0)}, "gradient": {(0, 2), (1, 0)},
+    }  # fmt: skip
+    assert {named.level for named in made.values()} == {"own_scenario"}
+
+
+def test_masks_of_heads_serve_all_variations_with_their_random_controls():
+    impacts = impacts_of([1.0] * 6, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    strategy = head_strategy("fasp", "head_impacts", "fasp", alpha=0.5, gamma=0)
+    made = list(build_head_masks([strategy], impacts, ["person", "friend"], random_draws=2, seed=3))
+    assert [(each.variation, each.strategy, each.matched_to, each.draw) for each in made] == [
+        (variation, name, matched_to, draw)
+        for variation in ("person", "friend")
+        for name, matched_to, draw in (("fasp", None, 0), ("random", "fasp", 0), ("random", "fasp", 1))
+    ]
+    assert [each.mask.fingerprint for each in made[:3]] == [each.mask.fingerprint for each in made[3:]]
+    assert {tuple(each.mask.counts().values()) for each in made} == {(3, 0)}
+    randomly = head_strategy("any", "head_random", alpha=0.5)
+    drawn = [heads_of(*build_head_masks([randomly], impacts, ["a"], random_draws=0, seed=seed)) for seed in range(8)]
+    assert {len(heads) for heads in drawn} == {3}
+    assert len(set(map(frozenset, drawn))) > 1
+
+
+def test_heads_without_a_score_are_named():
+    strategy = head_strategy("fasp", "head_impacts", "fasp", alpha=0.5, gamma=0)
+    unknown = impacts_of([1.0] * 6, [0.1, None, 0.3, 0.4, 0.5, 0.6])
+    with pytest.raises(ExciseError, match="bias_without of 1 heads is not known, which fasp needs"):
+        list(build_head_masks([strategy], unknown, ["a"], random_draws=0, seed=0))
+    some = impacts_of([1.0] * 6, [0.1] * 6)[[0, 1, 2, 4, 5]]
+    with pytest.raises(ExciseError, match="6 heads are expected, 5 are there"):
+        list(build_head_masks([strategy], some, ["a"], random_draws=0, seed=0))
+
+
+def test_a_list_of_values_makes_a_strategy_of_each(tmp_path):
+    file = tmp_path / "strategies.yaml"
+    entry = {"score": "head_impacts", "selection": "fasp", "parameters": {"alpha": [0.1, 0.25], "gamma": [0, 0.3]}}
+    file.write_text(yaml.safe_dump({"mine": entry, "fasp": entry | {"parameters": {"alpha": 0.1, "gamma": 0.2}}}))
+    strategies = load_strategies([file])
+    assert {key: each.parameters for key, each in strategies.items() if key.startswith("mine")} == {
+        f"mine-{alpha:.2f}-{gamma:.2f}": {"alpha": alpha, "gamma": gamma} for alpha in (0.1, 0.25) for gamma in (0, 0.3)
+    }
+    assert [key for key in strategies if key.startswith("fasp") and "gamma" not in key] == ["fasp"]  # replaced, all ten
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"parameters": {"alpha": 0.8, "gamma": 0.3}}, "at most 1 together"),
+        ({"levels": ["prompt_specific"]}, "levels prompt_specific do not exist for score head_impacts"),
+        ({"parameters": {"alpha": 0.1}}, "parameters of fasp are alpha, gamma"),
+        ({"score": "wanda"}, "selection fasp does not work on score wanda"),
+    ],
+)
+def test_mistakes_in_strategies_of_heads_are_named(fields, named, tmp_path):
+    file = tmp_path / "strategies.yaml"
+    sound = {"score": "head_impacts", "selection": "fasp", "parameters": {"alpha": 0.1, "gamma": 0.3}}
+    file.write_text(yaml.safe_dump({"mine": sound | fields}))
+    with pytest.raises(ExciseError, match=named):
+        load_strategies([file])

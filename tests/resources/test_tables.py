@@ -25,7 +25,10 @@ def test_docs_data_md_describes_every_table_and_metric():
     [
         ("prompts", PROMPTS_SCHEMA),
         # split and name_tokens are added by the asset
-        ("completions", {**COMPLETIONS_SCHEMA, "split": pl.String, "name_tokens": pl.Int64, "prompt_value": pl.Float64}),
+        (
+            "completions",
+            {**COMPLETIONS_SCHEMA, "split": pl.String, "name_tokens": pl.Int64, "prompt_value": pl.Float64},
+        ),
         ("metrics", SCHEMA),
         ("comparisons", COMPARISONS_SCHEMA),
         ("grid_search", grid.SCHEMA),

@@ -1,0 +1,248 @@
+"""A process that does one stage of the work at a time in a child of its own, so that a test may kill it anywhere.
+
+`python -m tests.end_to_end.interrupted HOUSE` imports everything once and then reads orders, one JSON object a line:
+{"stage", "folder", "result", "die_at"}. Each is carried out by a fork, which keeps its work in `folder`, writes its
+tables to `result` at the end, and says so on standard output; with `die_at` it kills itself at the so-manyth file it
+opens for writing, renames or makes. Here are the stages; the test that kills them is `test_kills`.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from excise.attribution import SCORES, attribute
+from excise.completions import CompletionCache, complete
+from excise.head_impacts import head_impacts
+from excise.masks import Mask, heads_mask
+from excise.models import LoadedModel, load_model, load_registry
+from excise.perplexity import LossCache, text_windows
+from excise.sampling import SamplingParameters
+from excise.scenarios import ToxicityOutcome, expand, load_scenarios
+from excise.toxicity import ScoreCache, load_scorer, load_scorer_registry
+from resources.tables import TABLES
+from resources.warehouse import Warehouse
+
+PARAMETERS = SamplingParameters(temperature=1.0, top_p=0.95, seed=3)
+CONTINUED = ToxicityOutcome(max_new_tokens=4)
+TEXT = "The market opens at noon. Bread, apples and old books are sold until the evening, whatever the weather. " * 3
+ROUNDS = 6
+"""How often the warehouse stage replaces each of its partitions."""
+SETTINGS = {
+    "samples": 4, "random_draws": 1, "relabellings": 1, "resamples": 40, "permutations": 40,
+    "strategies": ["set_difference", "gap_gradient"],
+}  # fmt: skip
+
+
+class Work:
+    """The model, the prompts and the folder a stage works on."""
+
+    def __init__(self, house: Path, folder: Path) -> None:
+        self.house, self.folder = house, folder
+        scenarios, _ = load_scenarios([house / "scenarios"])
+        self.scenario = scenarios["lamp"]
+        self.prompts = expand(self.scenario)
+
+    def model(self) -> LoadedModel:
+        registry, _ = load_registry([self.house / "models.yaml"])
+        return load_model(registry["tiny"], registry, device="cpu", home=self.house / "home")
+
+    def answers(self, loaded: LoadedModel, samples: int = 6, **options) -> pl.DataFrame:
+        options = {"outcome": self.scenario.outcome, "batch_prompts": 2} | options
+        return complete(loaded, self.prompts, samples, PARAMETERS, **options)[0]
+
+
+def completions(work: Work) -> dict[str, pl.DataFrame]:
+    """Unpruned and under a mask of heads, batch by batch."""
+    loaded, cache = work.model(), CompletionCache(work.folder / "completions")
+    return {
+        str(number): work.answers(loaded, mask=mask, cache=cache) for number, mask in enumerate([None, _mask(loaded)])
+    }
+
+
+def scored_text(work: Work) -> dict[str, pl.DataFrame]:
+    """Continuations with their scores, and the losses of a text under masks."""
+    scorer = load_scorer("negative-wording", load_scorer_registry()[0])
+    loaded = work.model()
+    rows = work.answers(
+        loaded, outcome=CONTINUED, scorer=scorer, scores=ScoreCache(work.folder / "scores"),
+        cache=CompletionCache(work.folder / "completions"),
+    )  # fmt: skip
+    losses = LossCache(work.folder / "losses")
+    windows = text_windows(loaded, TEXT, limit_tokens=120)
+    masks = [None, *(_mask(loaded, head) for head in range(loaded.topology.heads))]
+    kept = [losses.window_losses(loaded, windows, mask) for mask in masks]
+    return {"rows": rows, "losses": pl.DataFrame({str(number): each for number, each in enumerate(kept)})}
+
+
+def attribution(work: Work) -> dict[str, pl.DataFrame]:
+    """Every score of every variation, as files."""
+    from safetensors.numpy import load_file
+
+    loaded = work.model()
+    files = attribute(
+        loaded, work.prompts, _parsed(work, loaded), comparison=work.scenario.comparison, outcome=work.scenario.outcome,
+        scores=SCORES, permutations=2, seed=0, folder=work.folder / "attribution",
+    )  # fmt: skip
+    rows = [
+        (file.variation, file.score, file.path.name, key, hashlib.sha256(tensor.tobytes()).hexdigest())
+        for file in files
+        for key, tensor in sorted(load_file(file.path).items())
+    ]
+    return {"files": pl.DataFrame(rows, schema=["variation", "score", "file", "tensor", "hash"], orient="row")}
+
+
+def impacts(work: Work) -> dict[str, pl.DataFrame]:
+    """The impact of every head on a gap and on the perplexity of a text."""
+    loaded = work.model()
+    rows = head_impacts(
+        loaded, work.prompts, _parsed(work, loaded), disparity="smd", groups=["white", "black"], parameters=PARAMETERS,
+        windows=text_windows(loaded, TEXT, limit_tokens=120), method="reweight", resamples=50,
+        folder=work.folder / "head_impacts",
+    )  # fmt: skip
+    return {"impacts": rows}
+
+
+def warehouse(work: Work) -> dict[str, pl.DataFrame]:
+    """Partitions replaced over and over: whoever reads meets all rows of one round."""
+    store = Warehouse(folder=str(work.folder))
+    for number in range(ROUNDS):
+        for scenario in ("lamp", "bench"):
+            store.replace_partition("prompts", _numbered(work, scenario, number), {"scenario": scenario})
+            rounds = store.read("prompts", scenario=scenario)["subject"].unique().to_list()
+            if len(rounds) != 1:
+                raise AssertionError(f"rows of {rounds} in one partition")
+    return tables(work.folder)
+
+
+def run(work: Work) -> dict[str, pl.DataFrame]:
+    """The whole chain through Dagster, after tidying up behind a killed run, as every command does."""
+    import dagster as dg
+
+    from pipelines.definitions import build_definitions
+    from pipelines.runs import end_abandoned, execute
+    from resources.gpu import GPUResource
+
+    data, instance_folder = work.folder / "data", work.folder / "instance"
+    instance_folder.mkdir(exist_ok=True)
+    definitions = build_definitions(
+        data_folder=data, scenario_folders=[work.house / "scenarios"], model_files=[work.house / "models.yaml"],
+        strategy_files=[], scorer_files=[],
+        resource_overrides={"gpu": GPUResource(folder=str(data), device="cpu", lock_folder=str(work.folder))},
+    )  # fmt: skip
+    with dg.DagsterInstance.local_temp(str(instance_folder)) as instance:
+        instance.event_log_storage.set_concurrency_slots("gpu", 1)
+        end_abandoned(instance)
+        result = execute(definitions, instance, "audit_scenario", "tiny|lamp", SETTINGS)
+        if not result.success:
+            failed = [event.step_failure_data for event in result.get_step_failure_events()]
+            raise AssertionError("\n".join(each.error.to_string() for each in failed))
+    return tables(data)
+
+
+STAGES: dict[str, Callable[[Work], dict[str, pl.DataFrame]]] = {
+    each.__name__: each for each in (completions, scored_text, attribution, impacts, warehouse, run)
+}
+
+
+def tables(folder: Path) -> dict[str, pl.DataFrame]:
+    """All tables of a warehouse in one order, without the times at which rows were made."""
+    store = Warehouse(folder=str(folder))
+    found = {}
+    for name, table in TABLES.items():
+        kept = [column.name for column in table.columns if column.type != "TIMESTAMP"]
+        found[name] = store.read(name).select(kept).sort(kept, nulls_last=True)
+    return found
+
+
+def _mask(loaded: LoadedModel, head: int = 0) -> Mask:
+    chosen = np.zeros((loaded.topology.layers, loaded.topology.heads), dtype=bool)
+    chosen[1, head] = True
+    return heads_mask(chosen, "zero_output")
+
+
+def _parsed(work: Work, loaded: LoadedModel) -> pl.DataFrame:
+    return work.answers(loaded, cache=CompletionCache(work.house / "answers"))
+
+
+def _numbered(work: Work, scenario: str, number: int) -> pl.DataFrame:
+    """The prompts many times over, all rows marked with the number of a round."""
+    many = pl.concat([work.prompts] * 50)
+    return many.with_columns(scenario=pl.lit(scenario), subject=pl.lit(f"round {number}")).select(
+        pl.col(name).cast(kind) for name, kind in TABLES["prompts"].schema.items()
+    )
+
+
+def _die_at(place: int | None) -> Callable[[], int]:
+    """Count what is opened for writing, renamed or made from now on, and die at the given number; the count so far."""
+    seen = 0
+
+    def watch(event: str, given: tuple) -> None:
+        nonlocal seen
+        writes = event == "open" and isinstance(given[1], str) and given[1][:1] in ("w", "x", "a")
+        if writes or event in ("os.rename", "os.mkdir", "os.remove"):
+            seen += 1
+            if seen == place:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    return lambda: seen
+
+
+def _obey(house: Path, order: dict) -> None:
+    """Carry out one order; what is said goes to standard output, a line each."""
+    folder = Path(order["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    work = Work(house, folder)
+    count = _die_at(order.get("die_at"))
+    _say(began=os.getpid())
+    found = STAGES[order["stage"]](work)
+    writes = count()
+    result = Path(order["result"])
+    result.mkdir(parents=True)
+    for name, table in found.items():
+        table.write_ipc(result / f"{name}.arrow")
+    _say(done=os.getpid(), writes=writes)
+
+
+def _say(**told: object) -> None:
+    os.write(1, (json.dumps(told) + "\n").encode())
+
+
+def main() -> int:
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401 - so that no child has to import it
+
+    import pipelines.definitions  # noqa: F401 - the same
+
+    torch.set_num_threads(1)
+    house = Path(sys.argv[1])
+    _say(ready=True)
+    for line in sys.stdin:
+        children = []
+        for order in json.loads(line):
+            if child := os.fork():
+                children.append(child)
+                continue
+            status = 1
+            try:
+                _obey(house, order)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        _say(ended=[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
