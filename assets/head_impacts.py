@@ -4,6 +4,8 @@ The answers are those of `completions` (of the part that masks may be made from)
 files of model work are found again by their content, so a killed run goes on where it was.
 """
 
+from typing import Any
+
 import dagster as dg
 import polars as pl
 
@@ -13,10 +15,20 @@ from assets.stage import data_version, grid_asset, picture, table_metadata, tabl
 from excise.scenarios.subsets import EVALUATION
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
-from resources.settings import AuditSettings
+from resources.settings import Audit, AuditSettings
 from resources.tables import TABLES
 from resources.warehouse import Warehouse
 from resources.watch import RunWatch
+
+
+def windows_of(loaded: Any, audit: Audit) -> list:
+    """The windows of the text that perplexity is measured on."""
+    from excise.perplexity import read_text, text_windows
+
+    return text_windows(
+        loaded, read_text(audit.text), mode=audit.perplexity_mode, size=audit.text_window, stride=audit.text_stride,
+        limit_tokens=audit.text_tokens,
+    )  # fmt: skip
 
 
 def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
@@ -44,7 +56,6 @@ def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         from excise.completions import CompletionCache, complete
         from excise.figures import head_map
         from excise.head_impacts import head_impacts, split_half_reliability
-        from excise.perplexity import read_text, text_windows
         from excise.sampling import SamplingParameters
         from excise.toxicity import ScoreCache
 
@@ -60,10 +71,9 @@ def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             groups = [scenario.comparison.majority, scenario.comparison.minority]
         scorer, scores = scorer_of(catalogue, scenario), ScoreCache(artifacts.score_cache)
         cache = CompletionCache(artifacts.completion_cache)
-        text = read_text(audit.text)
         with gpu.model(model, catalogue.models, waiting=context.log.info) as loaded:
             require_same_model(completions, loaded.fingerprint, model, scenario.key)
-            windows = text_windows(loaded, text, mode=audit.perplexity_mode, limit_tokens=audit.text_tokens)
+            windows = windows_of(loaded, audit)
 
             def regenerate(mask):
                 rows, _ = complete(

@@ -9,6 +9,7 @@ import polars as pl
 
 from assets import checks
 from assets.completions import completions_of, require_same_model, sampling_of, scorer_of, without
+from assets.head_impacts import windows_of
 from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, rows_of, table_metadata
 from excise.errors import ExciseError
@@ -46,7 +47,7 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         from excise.completions import UNPRUNED, CompletionCache, Work, complete
         from excise.masks import Mask
-        from excise.perplexity import LossCache, read_text, text_windows
+        from excise.perplexity import LossCache
         from excise.report import reuse_sentence
         from excise.sampling import SamplingParameters
         from excise.toxicity import ScoreCache
@@ -66,9 +67,7 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         losses = {}
         with gpu.model(model, catalogue.models, waiting=context.log.info) as loaded:
             require_same_model(completions, loaded.fingerprint, model, scenario.key)
-            windows = text_windows(
-                loaded, read_text(audit.text), mode=audit.perplexity_mode, limit_tokens=audit.text_tokens
-            ) if scorer else []  # fmt: skip
+            windows = windows_of(loaded, audit) if scorer else []
             known = LossCache(artifacts.tensors("perplexity"))
             if windows:
                 losses[UNPRUNED] = known.window_losses(loaded, windows)

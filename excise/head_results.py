@@ -96,7 +96,7 @@ def _reweighting(rows: pl.DataFrame) -> str:
     ]  # fmt: skip
     return (
         _table(header, lines) + "\n\nBoth ways in one process on the same prompts. Width: reweighted over regenerated "
-        "(below 1: narrower). Time: regenerated over reweighted. Cost: time times squared width, as an interval narrows "
+        "(below 1: narrower). Time: regenerated over reweighted. Cost: time over squared width, as an interval narrows "
         "with the root of the samples. The regenerated answers share their random numbers with the unpruned ones."
     )
 

@@ -101,13 +101,11 @@ def render(warehouse: Warehouse, artifacts: Artifacts, models: Sequence[str]) ->
 
 def render_heads(warehouse: Warehouse, models: Sequence[str]) -> str:
     """The part of the page about heads and toxicity."""
+    from excise.head_results import heads_markdown
     from excise.planted.heads import HEADS
 
-    from excise.head_results import heads_markdown
-
-    frames = {
-        name: warehouse.read(name, model=models) for name in ("metrics", "head_impacts", "reweighting", "bias_correlation")
-    }
+    tables = ("metrics", "head_impacts", "reweighting", "bias_correlation")
+    frames = {name: warehouse.read(name, model=models) for name in tables}
     axes = frames["metrics"].filter(pl.col("metric") == "toxicity_bias").select("model", "scenario").unique()
     metrics = frames["metrics"].join(axes, on=["model", "scenario"], how="semi")
     impacts = frames["head_impacts"].join(axes, on=["model", "scenario"], how="semi")

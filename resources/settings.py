@@ -57,6 +57,8 @@ class Audit:
     alphas: tuple[float, ...] | None
     text: str | None
     text_tokens: int | None
+    text_window: int | None
+    text_stride: int | None
     perplexity_mode: str
     impact_method: str
     ess_floor: float
@@ -93,6 +95,8 @@ _PAPER = Audit(
     alphas=None,
     text=None,
     text_tokens=None,
+    text_window=None,
+    text_stride=None,
     perplexity_mode="sliding",
     impact_method="auto",
     ess_floor=0.2,
@@ -108,8 +112,8 @@ PRESETS: dict[Preset, Audit] = {Preset.paper: _PAPER, Preset.quick: _QUICK}
 TOXICITY_PRESETS: dict[Preset, Audit] = {
     Preset.paper: replace(_PAPER, samples=3),
     Preset.quick: replace(
-        _QUICK, subjects_per_group=2, held_out=True, samples=2, random_draws=1, max_new_tokens=16,
-        alphas=(0.04, 0.1, 0.2), text_tokens=2048,
+        _QUICK, subjects_per_group=2, held_out=True, samples=2, random_draws=1, max_new_tokens=10,
+        alphas=(0.04, 0.1, 0.2), text_tokens=1537, text_window=129, text_stride=128,
     ),
 }  # fmt: skip
 
@@ -157,6 +161,8 @@ class AuditSettings(dg.ConfigurableResource):
         default=None, description="text for perplexity: a file, or hub:name/config/split/column; left out, our own"
     )
     text_tokens: int | None = Field(default=None, description="so many tokens of that text")
+    text_window: int | None = Field(default=None, description="tokens of a sliding window; left out, 256")
+    text_stride: int | None = Field(default=None, description="tokens between windows; left out, half a window")
     perplexity_mode: str | None = Field(default=None, description=f"windows of the text: {' or '.join(MODES)}")
     impact_method: str | None = Field(default=None, description=f"head impacts: {', '.join(METHODS)}")
     ess_floor: float | None = Field(
@@ -212,7 +218,7 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
     _require(shares, "grid_taus", audit.grid_taus, "give shares above 0, at most 1")
     counts = bool(audit.grid_counts) and all(1 <= count <= 1024 for count in audit.grid_counts)
     _require(counts, "grid_counts", audit.grid_counts, "give numbers of heads from 1 to 1,024")
-    for name in ("max_new_tokens", "text_tokens"):
+    for name in ("max_new_tokens", "text_tokens", "text_window", "text_stride"):
         value = getattr(audit, name)
         _require(value is None or value >= 1, name, value, "give at least 1")
     _require(audit.alphas is None or bool(audit.alphas), "alphas", audit.alphas, "give shares above 0, below 1")

@@ -1,5 +1,10 @@
-"""`python -m excise.planted NAME`: trains a planted model's low-rank change again."""
+"""`python -m excise.planted NAME`: trains a planted model's low-rank change again, `heads` among them."""
 
-from excise.planted import main
+import sys
 
-main()
+from excise.planted import heads, main
+
+if sys.argv[1:2] == ["heads"]:
+    heads.main(sys.argv[2:])
+else:
+    main()

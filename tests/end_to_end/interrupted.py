@@ -208,7 +208,7 @@ def _obey(house: Path, order: dict) -> None:
     result = Path(order["result"])
     result.mkdir(parents=True)
     for name, table in found.items():
-        table.write_ipc(result / f"{name}.arrow")
+        table.write_parquet(result / f"{name}.parquet")
     _say(done=os.getpid(), writes=writes)
 
 

@@ -101,7 +101,7 @@ def _place(host: Host, stage: str, name: str) -> dict[str, str]:
 
 def _result(host: Host, stage: str, name: str) -> dict[str, pl.DataFrame]:
     folder = host.folder / "results" / name / stage
-    return {file.stem: pl.read_ipc(file, memory_map=False) for file in sorted(folder.glob("*.arrow"))}
+    return {file.stem: pl.read_parquet(file) for file in sorted(folder.glob("*.parquet"))}
 
 
 def _finished(host: Host, stage: str, name: str) -> tuple[float, int]:
