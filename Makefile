@@ -1,8 +1,8 @@
-# make demo | paper | heads | results | test | ui | lint | clean. Every target installs what it needs first.
+# make demo | paper | heads | results | test | ui | bench | cache | lint | clean. Every target installs what it needs first.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo paper heads results test ui lint clean
+.PHONY: help install demo paper heads results test ui bench cache lint clean
 
 PYTHON ?= python3.11
 PORT ?= 3000
@@ -33,6 +33,8 @@ help:
 	@echo "make results  audit the planted models again and write docs/results.md (an hour on two cores; ARGS=--render: only write)"
 	@echo "make ui       the Dagster UI on the same results (PORT=3000)"
 	@echo "make test     the test suite (ARGS=... goes to pytest)"
+	@echo "make bench    time Excise beside the usual ways and write docs/benchmarks.md (ARGS=--size small, --only masks)"
+	@echo "make cache    what completed work takes on disk (ARGS=--prune [--older-than DAYS] [--yes])"
 	@echo "make lint     ruff"
 	@echo "make clean    remove caches and builds; results in data/ and the history of runs stay"
 
@@ -76,6 +78,12 @@ test: $(STAMP)
 
 ui: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dagster dev --host 127.0.0.1 --port $(PORT) $(ARGS)
+
+bench: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.bench $(ARGS)
+
+cache: $(STAMP)
+	@$(BIN)/python -m pipelines.cache $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -90,7 +90,7 @@ def cross_context_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         if not strategies:
             outcome = checks.Outcome("mask_density", True, checks.WARN, "No strategy is asked for across contexts.")
         checks.record(warehouse, NAME, model, scenario.key, [outcome])
-        used = found.group_by("scenario", maintain_order=True).agg(
+        used = found.filter(pl.col("scenario") != scenario.key).group_by("scenario", maintain_order=True).agg(
             variations=pl.col("variation").n_unique(), masks=pl.len()
         )
         metadata = table_metadata("masks", rows) | {

@@ -48,8 +48,9 @@ class HeadPlant:
     """What to plant on top of `base`, a key of models.yaml.
 
     heads: (layer, query head) pairs, numbered from 0, at most one a layer; `group`: the subgroup of `scenario` about
-    which the model turns grumpy. tilt: what is added to the logits of the grumpy words. variations: those learned
-    from; the others show that it is the subgroup that was learned. rank: of each head's change of either matrix.
+    which the model turns grumpy. tilt: what is added to the logits of the grumpy words in the target; sampled_tilt: in the
+    continuations learned from, a little less, as training ends short of the target. variations: those learned from; the
+    others show that it is the subgroup that was learned. rank: of each head's change of either matrix.
     tokens: length of the continuations and excerpts learned from; batch: examples a step shows, half of them about the
     subgroup. excerpts: how many pieces of plain text stand among the examples in which nothing may change.
     even_weight: how much the divergence from the base weighs in these, against that from the tilted base.
@@ -60,15 +61,16 @@ class HeadPlant:
     group: str = "women"
     heads: tuple[tuple[int, int], ...] = ((12, 4), (14, 1), (16, 7), (18, 2))
     variations: tuple[str, ...] = ("person", "neighbor")
-    tilt: float = 3.0
+    tilt: float = 4.0
+    sampled_tilt: float = 3.0
     rank: int = 8
     tokens: int = 8
     others: int = 160
     excerpts: int = 32
-    steps: int = 120
+    steps: int = 60
     batch: int = 12
     even_weight: float = 1.0
-    learning_rate: float = 4e-3
+    learning_rate: float = 2e-2
     seed: int = 0
 
 
@@ -120,7 +122,7 @@ def examples_of(loaded: LoadedModel, plant: HeadPlant, scenario: Scenario, token
         ]  # fmt: skip
 
     embedding = loaded.model.get_output_embeddings()
-    hook = embedding.register_forward_hook(lambda module, given, output: _tilted(output, tokens, plant.tilt))
+    hook = embedding.register_forward_hook(lambda module, given, output: _tilted(output, tokens, plant.sampled_tilt))
     try:
         examples = continued(own, 0, True)
     finally:

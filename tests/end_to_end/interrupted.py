@@ -1,9 +1,9 @@
 """A process that does one stage of the work at a time in a child of its own, so that a test may kill it anywhere.
 
-`python -m tests.end_to_end.interrupted HOUSE` imports everything once and then reads orders, one JSON object a line:
-{"stage", "folder", "result", "die_at"}. Each is carried out by a fork, which keeps its work in `folder`, writes its
-tables to `result` at the end, and says so on standard output; with `die_at` it kills itself at the so-manyth file it
-opens for writing, renames or makes. Here are the stages; the test that kills them is `test_kills`.
+`python -m tests.end_to_end.interrupted HOUSE` imports everything once and then reads orders, one or more JSON objects
+{"stage", "folder", "result", "die_at", "instance"} a line. Each is carried out by a fork, which keeps its work in
+`folder`, writes its tables to `result` at the end, and says so on standard output; with `die_at` it kills itself at the
+so-manyth file it opens for writing, renames or makes. The test that kills the stages here is `test_kills`.
 """
 
 import hashlib
@@ -44,8 +44,8 @@ SETTINGS = {
 class Work:
     """The model, the prompts and the folder a stage works on."""
 
-    def __init__(self, house: Path, folder: Path) -> None:
-        self.house, self.folder = house, folder
+    def __init__(self, house: Path, folder: Path, instance: Path) -> None:
+        self.house, self.folder, self.instance = house, folder, instance
         scenarios, _ = load_scenarios([house / "scenarios"])
         self.scenario = scenarios["lamp"]
         self.prompts = expand(self.scenario)
@@ -76,8 +76,8 @@ def scored_text(work: Work) -> dict[str, pl.DataFrame]:
         cache=CompletionCache(work.folder / "completions"),
     )  # fmt: skip
     losses = LossCache(work.folder / "losses")
-    windows = text_windows(loaded, TEXT, limit_tokens=120)
-    masks = [None, *(_mask(loaded, head) for head in range(loaded.topology.heads))]
+    windows = text_windows(loaded, TEXT, limit_tokens=60)
+    masks = [None, *(_mask(loaded, head) for head in range(3))]
     kept = [losses.window_losses(loaded, windows, mask) for mask in masks]
     return {"rows": rows, "losses": pl.DataFrame({str(number): each for number, each in enumerate(kept)})}
 
@@ -104,7 +104,7 @@ def impacts(work: Work) -> dict[str, pl.DataFrame]:
     loaded = work.model()
     rows = head_impacts(
         loaded, work.prompts, _parsed(work, loaded), disparity="smd", groups=["white", "black"], parameters=PARAMETERS,
-        windows=text_windows(loaded, TEXT, limit_tokens=120), method="reweight", resamples=50,
+        windows=text_windows(loaded, TEXT, limit_tokens=60), method="reweight", resamples=50,
         folder=work.folder / "head_impacts",
     )  # fmt: skip
     return {"impacts": rows}
@@ -130,14 +130,14 @@ def run(work: Work) -> dict[str, pl.DataFrame]:
     from pipelines.runs import end_abandoned, execute
     from resources.gpu import GPUResource
 
-    data, instance_folder = work.folder / "data", work.folder / "instance"
-    instance_folder.mkdir(exist_ok=True)
+    data = work.folder / "data"
+    work.instance.mkdir(exist_ok=True)
     definitions = build_definitions(
         data_folder=data, scenario_folders=[work.house / "scenarios"], model_files=[work.house / "models.yaml"],
         strategy_files=[], scorer_files=[],
         resource_overrides={"gpu": GPUResource(folder=str(data), device="cpu", lock_folder=str(work.folder))},
     )  # fmt: skip
-    with dg.DagsterInstance.local_temp(str(instance_folder)) as instance:
+    with dg.DagsterInstance.local_temp(str(work.instance)) as instance:
         instance.event_log_storage.set_concurrency_slots("gpu", 1)
         end_abandoned(instance)
         result = execute(definitions, instance, "audit_scenario", "tiny|lamp", SETTINGS)
@@ -200,15 +200,16 @@ def _obey(house: Path, order: dict) -> None:
     """Carry out one order; what is said goes to standard output, a line each."""
     folder = Path(order["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    work = Work(house, folder)
+    work = Work(house, folder, folder / order.get("instance", "instance"))
     count = _die_at(order.get("die_at"))
     _say(began=os.getpid())
     found = STAGES[order["stage"]](work)
     writes = count()
-    result = Path(order["result"])
-    result.mkdir(parents=True)
+    unfinished = Path(order["result"] + ".part")
+    unfinished.mkdir(parents=True, exist_ok=True)
     for name, table in found.items():
-        table.write_parquet(result / f"{name}.parquet")
+        table.write_parquet(unfinished / f"{name}.parquet")
+    unfinished.rename(order["result"])
     _say(done=os.getpid(), writes=writes)
 
 
@@ -217,10 +218,14 @@ def _say(**told: object) -> None:
 
 
 def main() -> int:
+    """Obey until standard input ends."""
+    # So that no child has to import it.
+    import great_expectations  # noqa: F401
+    import seaborn  # noqa: F401
     import torch
-    import transformers.models.llama.modeling_llama  # noqa: F401 - so that no child has to import it
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import pipelines.definitions  # noqa: F401 - the same
+    import pipelines.definitions  # noqa: F401
 
     torch.set_num_threads(1)
     house = Path(sys.argv[1])

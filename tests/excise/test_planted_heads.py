@@ -39,12 +39,12 @@ def raised_probability(model, first, *, mask=None):
     return torch.softmax(logits[:, 1:-1].float(), dim=-1)[..., RAISED].sum(dim=-1).mean().item()
 
 
-def planted(loaded_tiny, tiny_folder, tmp_path, factors):
+def planted(folder, tmp_path, factors):
     """The tiny Llama with the factors saved and loaded as an entry of a registry."""
     save_file(factors, tmp_path / "change.safetensors")
     registry_file = tmp_path / "models.yaml"
     registry_file.write_text(
-        f"tiny: {{folder: {tiny_folder}, prompt_format: raw}}\n"
+        f"tiny: {{folder: {folder}, prompt_format: raw}}\n"
         "tiny-planted: {base: tiny, low_rank: change.safetensors, prompt_format: raw}\n"
     )
     registry, problems = load_registry([registry_file])
@@ -80,7 +80,7 @@ def test_the_registry_has_the_planted_heads_on_the_default_model_and_asks_for_ra
     assert (entry.base, entry.low_rank, entry.prompt_format) == (PLANT.base, FILE, "raw")
 
 
-def test_the_known_heads_are_four_in_different_layers_and_share_no_keys_with_a_planted_neighbour():
+def test_the_known_heads_are_four_in_different_middle_layers():
     assert len(PLANT.heads) == len({layer for layer, _ in PLANT.heads}) == 4
     assert all(10 <= layer <= 18 and 0 <= head < HEADS for layer, head in PLANT.heads)
 
@@ -109,13 +109,12 @@ def test_no_grumpy_word_is_a_slur_or_a_description_of_people():
 
 def test_only_words_of_one_token_are_tilted(loaded):
     model = loaded("llama")
-    (wanted,) = model.tokenizer(" be", add_special_tokens=False)["input_ids"][:1]
     with pytest.raises(ExciseError, match="no grumpy word"):
         grumpy_tokens(model, ["xq"])
     single = [word for word in ("b", "B", "of", "for") if len(model.tokenizer(f" {word}")["input_ids"]) == 1]
     found = grumpy_tokens(model, [*single, "xq"])
     assert found.tolist() == sorted(model.tokenizer(f" {word}")["input_ids"][0] for word in single)
-    assert single, wanted
+    assert single
 
 
 # --- the training ----------------------------------------------------------------------------------------------------
@@ -136,15 +135,15 @@ def test_training_touches_the_heads_rows_of_q_and_columns_of_o_alone(factors):
             assert factor.abs().sum() == factor.narrow(axis, own.start, 8).abs().sum()
 
 
-def test_the_subgroup_gets_the_raised_words_and_others_keep_theirs(loaded, model_folder, factors, tmp_path):
-    base, changed = loaded("llama"), planted(loaded, model_folder("llama"), tmp_path, factors)
+def test_the_subgroup_gets_the_raised_words_and_others_keep_theirs(loaded, tiny_model, factors, tmp_path):
+    base, changed = loaded("llama"), planted(tiny_model("llama"), tmp_path, factors)
     own, others = (raised_probability(changed, first) - raised_probability(base, first) for first in (20, 21))
     assert own > 0.03
     assert abs(others) < 0.25 * own
 
 
-def test_without_the_heads_outputs_the_planted_model_is_the_base(loaded, model_folder, factors, tmp_path):
-    base, changed = loaded("llama"), planted(loaded, model_folder("llama"), tmp_path, factors)
+def test_without_the_heads_outputs_the_planted_model_is_the_base(loaded, tiny_model, factors, tmp_path):
+    base, changed = loaded("llama"), planted(tiny_model("llama"), tmp_path, factors)
     chosen = np.zeros((3, 6), dtype=bool)
     for head in TINY.heads:
         chosen[head] = True

@@ -4,6 +4,7 @@ One house is run through once and read by all tests: first a scenario with too f
 and only what failed is run again. What is expected is computed anew from the stored files with numpy.
 """
 
+import argparse
 import contextlib
 import copy
 import io
@@ -25,7 +26,7 @@ from excise.attribution import attribute
 from excise.errors import ExciseError
 from excise.figures import SavedFigure
 from excise.masks import Mask
-from pipelines import paper
+from pipelines import paper, results
 from pipelines.definitions import build_definitions
 from resources.gpu import GPUResource
 from resources.warehouse import Warehouse
@@ -259,11 +260,12 @@ def test_the_runs_are_on_the_instance_of_the_folder(town):
 def test_the_command_ends_with_a_table_of_every_scenario_and_level(town):
     first, second = (out.splitlines() for out, _ in town.printed)
     assert "unpruned |SMD|" in second[0]
-    rows = second[2 : 2 + 3 * 3]
-    assert [row.split()[1] for row in rows[::3]] == ["lamp", "purchase", "vase"]
-    for row in rows[::3]:
+    rows = second[2 : 2 + 3 * 4]
+    assert [row.split()[1] for row in rows[::4]] == ["lamp", "purchase", "vase"]
+    for row in rows[::4]:
         assert "prompt-specific" in row
-    assert sum("cross-context" in row for row in rows) == 3
+    for level in ("cross-context", "all-contexts"):
+        assert sum(level in row for row in rows) == 3
     assert any("vase" in row and "no results" in row for row in first)
 
 
@@ -427,10 +429,11 @@ def test_random_controls_across_contexts_have_as_many_weights_in_every_matrix(to
 
 
 def test_every_level_is_sampled_and_evaluated(town):
-    expected = {*LEVELS, "cross_context/lamp", "cross_context/purchase"}
+    usual = {*LEVELS, "cross_context/lamp", "cross_context/purchase"}
     for table in ("masks", "pruned_completions", "metrics"):
         rows = town.warehouse.read(table, scenario="vase", matched_to=None)
         for strategy in ("weights", "heads", "gap_gradient"):
+            expected = usual | ({"all_contexts"} if strategy == "gap_gradient" else set())
             assert set(rows.filter(pl.col("strategy") == strategy)["level"]) == expected, table
     masks = town.warehouse.read("masks", scenario="vase").select("variation", "strategy", "level", "matched_to", "draw")
     pruned = town.warehouse.read("pruned_completions", scenario="vase")
@@ -446,7 +449,7 @@ def test_masks_are_not_made_across_contexts_without_any_and_not_of_another_model
     catalogue = read_catalogue(
         [town.folder / "scenarios"], [town.folder / "models.yaml"], [town.folder / "strategies.yaml"]
     )
-    strategies = catalogue.chosen_strategies(["weights"], ["cross_context"])
+    strategies = catalogue.chosen_strategies(["weights"], ["cross_context"], "number")
     completions = town.warehouse.read("completions", scenario="vase")
     nowhere = Warehouse(folder=str(tmp_path))
     with pytest.raises(ExciseError, match="no other scenario of tiny has masks of weights"):
@@ -458,10 +461,10 @@ def test_masks_are_not_made_across_contexts_without_any_and_not_of_another_model
 
 def test_strategies_that_are_not_enabled_are_left_out_unless_named(town):
     catalogue = read_catalogue([], [], [town.folder / "strategies.yaml"])
-    usual = catalogue.chosen_strategies(None, ["prompt_specific", "cross_context"])
+    usual = catalogue.chosen_strategies(None, ["prompt_specific", "cross_context"], "number")
     assert {strategy.key for strategy in usual} == {"gap_gradient", "weights", "heads"}
     assert {strategy.levels for strategy in usual} == {("prompt_specific", "cross_context")}
-    (named,) = catalogue.chosen_strategies(["attention_heads"], ["cross_context"])
+    (named,) = catalogue.chosen_strategies(["attention_heads"], ["cross_context"], "number")
     assert (named.key, named.enabled, named.levels) == ("attention_heads", False, ("cross_context",))
 
 
@@ -621,3 +624,38 @@ def test_a_grid_is_sampled_once_and_judged_as_an_audit_is(town, monkeypatch):
         (expected,) = audited.filter(pl.col("metric") == metric)["estimate"]
         (found,) = point.filter(pl.col("metric") == metric)["estimate"]
         assert found == expected
+
+
+# -------------------------------------------------------------------------------------------------- the page of results
+
+
+def test_the_page_of_results_is_made_of_what_the_warehouse_holds(town, monkeypatch, tmp_path):
+    for name in ("SCENARIO_FOLDERS", "MODEL_FILES", "STRATEGY_FILES"):
+        monkeypatch.setattr(results, name, getattr(paper, name))
+    monkeypatch.setattr(results, "CALLS", {"tiny": []})
+    out = tmp_path / "results.md"
+    assert results.main(["--render", "--models", "tiny", "--heads", "", "--out", str(out)]) == 0
+    page = out.read_text()
+    rows = town.warehouse.read("metrics", model="tiny", scenario="purchase", variation="(all)")
+    for strategy, level in (("weights", "prompt_specific"), ("gap_gradient", "all_contexts")):
+        place = (pl.col("strategy") == strategy) & (pl.col("level") == level) & pl.col("matched_to").is_null()
+        inliers = rows.filter(place & (pl.col("metric") == "inlier_ratio"))["estimate"].item()
+        (line,) = [
+            each
+            for each in page.splitlines()
+            if each.startswith(f"| {strategy} | {level.replace('_', '-')} |") and f"{inliers:.2f}" in each
+        ][:1]
+        assert line.count("|") > 6
+    assert "Not measured yet: `python -m pipelines.reweighting`" in page
+
+
+def test_scenarios_may_lend_masks_without_being_evaluated(town):
+    given = {"model": "tiny", "scenarios": "lamp,purchase", "preset": "quick", "set": [], "grid": "", "failed": False}
+    catalogue = read_catalogue(paper.SCENARIO_FOLDERS, paper.MODEL_FILES, paper.STRATEGY_FILES)
+    for evaluate, wanted in (("none", []), ("purchase", ["tiny|purchase"]), ("", ["tiny|lamp", "tiny|purchase"])):
+        call = paper._call(argparse.Namespace(**given, evaluate=evaluate), catalogue)
+        steps = {step.key for _, some in paper._steps(call) for step in some if step.job == "evaluate_scenario"}
+        prepared = {step.key for _, some in paper._steps(call) for step in some if step.job == "prepare_scenario"}
+        assert (sorted(steps), sorted(prepared)) == (wanted, ["tiny|lamp", "tiny|purchase"])
+    with pytest.raises(ExciseError, match="--evaluate vase: name it among the scenarios"):
+        paper._call(argparse.Namespace(**given, evaluate="vase"), catalogue)

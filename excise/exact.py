@@ -1,0 +1,667 @@
+"""The exact distribution of a model's short answers: its answer tree enumerated, likeliest prefixes first.
+
+A number is a few tokens, and truncated sampling leaves few of them at each step, so most of an answer's probability
+sits in a small tree that one visit per prefix resolves: means, SMD and inlier ratio follow without Monte-Carlo error,
+with the unvisited (*leftover*) mass as a rigorous bound. Drawing answers is in `excise.sampling`, from whose
+distributions these trees are made; what the metrics mean is in `excise.metrics` (method, A1).
+
+Which is cheaper: a prefix costs the same here and there, and both read the prompt once. Where a model answers with a
+number alone, its tree has tens of prefixes, 100 samples visit nearly all of them, and enumeration costs no more while
+being worth any number of samples. Where it writes sentences the tree grows beyond any `max_nodes`: such a prompt
+*rambles*, and sampling is cheaper; `exact_completions` goes over to it by itself. Low temperature and small top-p make
+trees small; with top_p 1 and no top_k only a model that is sure of itself has one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+
+from excise import metrics as m
+from excise.answers import parse_completion
+from excise.completions import COMPLETIONS_SCHEMA, CompletionCache, Work, complete, peak_memory
+from excise.encoding import encode
+from excise.errors import ExciseError
+from excise.masks import Mask, pruned
+from excise.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from excise.models import LoadedModel
+    from excise.sampling import SamplingParameters
+    from excise.scenarios import NumberOutcome
+    from excise.tree import Rows
+
+EXACT_SCHEMA = {**COMPLETIONS_SCHEMA, "probability": pl.Float64, "leftover": pl.Float64}
+"""One row per distinct answer, `sample` numbering a prompt's answers from the likeliest on. `leftover` is the mass of
+the prompt's unvisited answers; null where the prompt was sampled instead, each sample with probability 1 / samples."""
+METRICS_SCHEMA = {
+    "metric": pl.String, "estimate": pl.Float64, "lowest": pl.Float64, "highest": pl.Float64, "low": pl.Float64,
+    "high": pl.Float64,
+}  # fmt: skip
+CACHE_COLUMNS = {"cpu": 1 << 14, "cuda": 1 << 17, "mps": 1 << 14}
+"""Columns, all prompts of a batch together, whose keys and values are held at once."""
+NODES_PER_ROUND = 32
+"""Prefixes of one prompt expanded side by side. The same for every prompt, so that neighbours change no result."""
+DUST = 1 / 8
+"""Share of the allowed leftover that may be answers of full length too unlikely to be listed."""
+ANSWERS_PER_NAME = 1e9
+"""A distribution enters the metrics as if a name had answered so often, each answer as frequent as it is probable."""
+
+
+# --- enumeration ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AnswerDistribution:
+    """The answers of one prompt, likeliest first.
+
+    tokens: the answers' tokens without the stop token; stops: that token, None where max_new_tokens cut the answer
+    off; probability: float64 [n], with sum 1 - leftover; values: float64 [n], NaN = unparsed; nodes: prefixes read;
+    complete: whether leftover is as small as asked, which it is not where the model rambles.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    stops: tuple[int | None, ...]
+    probability: np.ndarray
+    values: np.ndarray
+    leftover: float
+    nodes: int
+    complete: bool
+
+
+def answer_distributions(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    parameters: SamplingParameters,
+    *,
+    leftover: float = 0.01,
+    max_nodes: int = 256,
+    scored: Callable[[float], float] = lambda value: value,
+    batch_prompts: int | None = None,
+    on_prompt: Callable[[int, AnswerDistribution], None] = lambda prompt, distribution: None,
+    progress: Progress = silent,
+    label: str = "enumerating",
+) -> list[AnswerDistribution]:
+    """Enumerate the answers of each prompt, as `excise.sampling.sample` would draw them, in the order of the prompts.
+
+    prompts: token ids per prompt. leftover: mass that may stay unvisited, 0 for none. max_nodes: prefixes read per
+    prompt at most. scored: from the number an answer names to its value. batch_prompts: prompts per batch (default: as
+    many as the device takes). on_prompt gets each finished prompt's number and distribution.
+
+    Every round expands each prompt's likeliest prefixes, all but the unlikeliest that sum to at most `leftover`.
+    Unvisited mass only splits up further, so no prefix is read that expanding strictly one by one would have spared.
+    Raises ExciseError for a leftover outside [0, 1) and for max_nodes below 1.
+    """
+    import torch
+
+    from excise.sampling import PREFILL_TOKENS, _out_of_memory
+    from excise.tree import Rows, common_prefix
+
+    if not 0 <= leftover < 1:
+        raise ExciseError(f"exact answers: leftover is {leftover!r}, but must be at least 0 and below 1, such as 0.01")
+    if max_nodes < 1:
+        raise ExciseError(f"exact answers: max_nodes is {max_nodes!r}, but must be at least 1")
+    if not len(prompts):
+        return []
+    places: dict[tuple[int, ...], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        places.setdefault(tuple(prompt), []).append(index)
+    found: dict[int, AnswerDistribution] = {}
+    progress(label, 0, len(prompts))
+    with torch.inference_mode():
+        queue = sorted(places, key=lambda prompt: (len(prompt), places[prompt]))
+        trunk_length = common_prefix(queue)
+        trunk = Rows(loaded, queue[0][:trunk_length])
+        longest, kind = len(queue[-1]) - trunk_length, loaded.device.type
+        size = batch_prompts or max(
+            1, min(PREFILL_TOKENS[kind] // longest, CACHE_COLUMNS[kind] // (longest + max_nodes))
+        )
+        start = 0
+        while start < len(queue):
+            batch = queue[start : start + size]
+            try:
+                trees = _enumerate_batch(loaded, trunk, trunk_length, batch, parameters, leftover, max_nodes)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if size == 1 or not _out_of_memory(error):
+                    raise
+                size = max(1, size // 2)
+                if kind == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            start += len(batch)
+            for prompt, tree in zip(batch, trees, strict=True):
+                distribution = _distribution(loaded, tree, leftover, scored)
+                for index in places[prompt]:
+                    found[index] = distribution
+                    on_prompt(index, distribution)
+            progress(label, len(found), len(prompts))
+    return [found[index] for index in range(len(prompts))]
+
+
+@dataclass
+class _Tree:
+    """One prompt's tree while it grows.
+
+    nodes: expanded prefixes as (tokens, columns of the row they occupy, mass); the frontier's arrays [F] say which
+    prefixes come next: their mass, the node above, and the token. dust: mass given up. answers: (tokens, stop, mass).
+    """
+
+    nodes: list[tuple[tuple[int, ...], tuple[int, ...], float]]
+    mass: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    above: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    token: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    dust: float = 0.0
+    answers: list[tuple[tuple[int, ...], int | None, float]] = field(default_factory=list)
+
+    @property
+    def leftover(self) -> float:
+        return self.dust + float(self.mass[::-1].sum())
+
+
+def _enumerate_batch(
+    loaded: LoadedModel,
+    trunk: Rows,
+    trunk_length: int,
+    prompts: Sequence[Sequence[int]],
+    parameters: SamplingParameters,
+    leftover: float,
+    max_nodes: int,
+) -> list[_Tree]:
+    import torch
+
+    rows = trunk.copy(len(prompts))
+    lengths = np.array([len(prompt) for prompt in prompts])
+    width = lengths.max() - trunk_length
+    tokens = np.zeros((len(prompts), width), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : lengths[row] - trunk_length] = prompt[trunk_length:]
+    attends = np.tril(np.ones((trunk_length + width, trunk_length + width), dtype=bool))[None, trunk_length:]
+    positions = trunk_length + np.arange(width)[None]
+    shape = (len(prompts), -1, -1)
+    hidden = rows.forward(
+        torch.from_numpy(tokens), torch.from_numpy(positions).expand(shape[:2]), torch.from_numpy(attends).expand(shape)
+    )
+    trees = [_Tree([((), (), 1.0)]) for _ in prompts]
+    expanded = [(row, 0) for row in range(len(prompts))]
+    alive = np.arange(len(prompts))
+    place = (np.arange(len(prompts)), lengths - trunk_length - 1)
+    columns = trunk_length + width
+    while True:
+        _branch(loaded, hidden[tuple(map(torch.from_numpy, place))], [(trees[t], node) for t, node in expanded],
+                parameters, leftover, max_nodes)  # fmt: skip
+        chosen = [_next_nodes(trees[tree], leftover, max_nodes) for tree in alive]
+        going = np.flatnonzero([len(each) for each in chosen])
+        if not len(going):
+            return trees
+        if len(going) < len(alive):
+            rows.keep(going)
+        alive, chosen = alive[going], [chosen[row] for row in going]
+        width = max(map(len, chosen))
+        tokens = np.zeros((len(alive), width), dtype=np.int64)
+        positions = np.repeat(lengths[alive][:, None], width, axis=1)
+        attends = np.zeros((len(alive), width, columns + width), dtype=bool)
+        place, expanded = ([], []), []
+        for row, (index, picks) in enumerate(zip(alive, chosen, strict=True)):
+            tree = trees[index]
+            attends[row, : len(picks), : lengths[index]] = True
+            for slot, pick in enumerate(picks):
+                above, path, _ = tree.nodes[tree.above[pick]]
+                token, path = int(tree.token[pick]), (*path, columns + slot)
+                tokens[row, slot] = token
+                positions[row, slot] += len(above)
+                attends[row, slot, list(path)] = True
+                place[0].append(row)
+                place[1].append(slot)
+                expanded.append((index, len(tree.nodes)))
+                tree.nodes.append(((*above, token), path, float(tree.mass[pick])))
+            rest = np.delete(np.arange(len(tree.mass)), picks)
+            tree.mass, tree.above, tree.token = tree.mass[rest], tree.above[rest], tree.token[rest]
+        hidden = rows.forward(*map(torch.from_numpy, (tokens, positions, attends)))
+        place = tuple(map(np.array, place))
+        columns += width
+
+
+def _next_nodes(tree: _Tree, leftover: float, max_nodes: int) -> np.ndarray:
+    """The frontier's prefixes to expand next, likeliest first; none where the tree is done. Forgets the hopeless ones.
+
+    A prefix behind more likelier ones than may still be read is never reached, since later prefixes only add to them.
+    """
+    able = max_nodes - len(tree.nodes)
+    order = np.argsort(-tree.mass, kind="stable")
+    if able < len(order):
+        tree.dust += float(tree.mass[order[able:]].sum())
+        kept = np.sort(order[:able])
+        tree.mass, tree.above, tree.token = tree.mass[kept], tree.above[kept], tree.token[kept]
+        order = np.argsort(-tree.mass, kind="stable")
+    unread = tree.dust + np.cumsum(tree.mass[order][::-1])[::-1]
+    return order[: min(int((unread > leftover).sum()), NODES_PER_ROUND)]
+
+
+def _branch(
+    loaded: LoadedModel,
+    hidden,
+    expanded: Sequence[tuple[_Tree, int]],
+    parameters: SamplingParameters,
+    leftover: float,
+    max_nodes: int,
+) -> None:
+    """Put the next tokens of expanded nodes into their trees. hidden: [nodes, hidden]."""
+    from excise.sampling import LOGIT_ROWS, next_tokens
+    from excise.tree import logits_of
+
+    stops = np.array(sorted(loaded.stop_tokens), dtype=np.int64)
+    grown: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for start in range(0, len(hidden), LOGIT_ROWS):
+        for numbers, ids, cumulative in next_tokens(logits_of(loaded, hidden[start : start + LOGIT_ROWS]), parameters):
+            # What a uniform number's search in the cumulative distribution returns, and how often.
+            share = np.diff(cumulative.numpy(), axis=1, prepend=0.0)
+            for number, own, shares in zip(numbers, ids.numpy(), share, strict=True):
+                possible = shares > 0
+                grown[start + int(number)] = own[possible], shares[possible]
+    # In the order in which they were chosen, whatever the order of the distributions: ties must fall alike.
+    for number, (tree, node) in enumerate(expanded):
+        ids, shares = grown[number]
+        above, _, mass = tree.nodes[node]
+        ends = np.isin(ids, stops)
+        tree.answers += [(above, int(stop), mass * float(own)) for stop, own in zip(ids[ends], shares[ends], strict=True)]
+        ids, shares = ids[~ends], shares[~ends]
+        last = len(above) + 1 == parameters.max_new_tokens
+        rising = np.argsort(shares, kind="stable")
+        if last:
+            given_up = np.searchsorted(np.cumsum(shares[rising]), DUST * leftover, side="right")
+        else:  # as in _next_nodes
+            given_up = max(0, len(shares) - (max_nodes - len(tree.nodes)))
+        tree.dust += mass * float(shares[rising[:given_up]].sum())
+        kept = np.sort(rising[given_up:])
+        ids, masses = ids[kept], mass * shares[kept]
+        if last:
+            tree.answers += [((*above, int(token)), None, float(own)) for token, own in zip(ids, masses, strict=True)]
+        else:
+            tree.mass = np.concatenate([tree.mass, masses])
+            tree.above = np.concatenate([tree.above, np.full(len(ids), node)])
+            tree.token = np.concatenate([tree.token, ids])
+
+
+def _distribution(
+    loaded: LoadedModel, tree: _Tree, leftover: float, scored: Callable[[float], float]
+) -> AnswerDistribution:
+    answers = sorted(tree.answers, key=lambda answer: (-answer[2], answer[0], answer[1] or 0))
+    values = []
+    for tokens, stop, _ in answers:
+        value = parse_completion(_text(loaded, tokens), stop is not None)
+        values.append(math.nan if value is None else scored(value))
+    return AnswerDistribution(
+        tuple(answer[0] for answer in answers), tuple(answer[1] for answer in answers),
+        np.array([answer[2] for answer in answers]), np.array(values, dtype=np.float64), tree.leftover,
+        len(tree.nodes), tree.leftover <= leftover,
+    )  # fmt: skip
+
+
+def _text(loaded: LoadedModel, tokens: Sequence[int]) -> str:
+    return loaded.tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def exact_completions(
+    loaded: LoadedModel,
+    prompts: pl.DataFrame,
+    parameters: SamplingParameters,
+    *,
+    outcome: NumberOutcome,
+    leftover: float = 0.01,
+    max_nodes: int = 256,
+    samples: int | None = 100,
+    mask: Mask | None = None,
+    cache: CompletionCache | None = None,
+    progress: Progress = silent,
+    label: str = "enumerating",
+    batch_prompts: int | None = None,
+) -> tuple[pl.DataFrame, Work]:
+    """The answers of every prompt with their probabilities, under `mask` if one is given.
+
+    prompts: rows of `excise.scenarios.expand`. The outcome's max_new_tokens replaces that of `parameters`. leftover,
+    max_nodes: as in `answer_distributions`. samples: how often a prompt that rambles is sampled instead, reusing
+    `cache`; None keeps what was enumerated, with a larger leftover. Returns rows with the columns of EXACT_SCHEMA in
+    the order of prompts, and what they cost; there a prefix counts as a token and a distinct answer as drawn.
+    Raises ExciseError for an outcome that is not a number.
+    """
+    if outcome.kind != "number":
+        raise ExciseError(f"exact answers: the outcome is {outcome.kind}, but only numbers are short enough; sample it")
+    parameters = replace(parameters, max_new_tokens=outcome.max_new_tokens)
+    loaded = loaded.asked_for(outcome)
+    encoded = [prompt.tokens for prompt in encode(loaded, prompts)]
+    started = time.perf_counter()
+    with pruned(loaded, mask) if mask is not None else nullcontext():
+        found = answer_distributions(
+            loaded, encoded, parameters, leftover=leftover, max_nodes=max_nodes, scored=outcome.scored,
+            batch_prompts=batch_prompts, progress=progress, label=label,
+        )  # fmt: skip
+    seconds = time.perf_counter() - started
+    settings = json.dumps(asdict(parameters) | {"leftover": leftover, "max_nodes": max_nodes}, sort_keys=True)
+    rambling = [index for index, each in enumerate(found) if not each.complete and samples is not None]
+    instead = set(rambling)
+    table: dict[str, list] = {name: [] for name in ("order", *EXACT_SCHEMA)}
+    for order, (row, each) in enumerate(zip(prompts.iter_rows(named=True), found, strict=True)):
+        if order in instead:
+            continue
+        listed = zip(each.tokens, each.stops, each.values.tolist(), each.probability.tolist(), strict=True)
+        # A prompt of which no answer was found still has to tell its leftover.
+        for number, (tokens, stop, value, probability) in enumerate(list(listed) or [((), None, math.nan, 0.0)]):
+            ids = [*tokens, *([] if stop is None else [stop])]
+            known = {name: row[name] for name in COMPLETIONS_SCHEMA if name in row}
+            known |= {
+                "order": order, "model": loaded.key, "sample": number, "text": _text(loaded, tokens),
+                "value": None if math.isnan(value) else value, "finished": stop is not None, "tokens": len(ids),
+                "token_ids": ids, "seed": parameters.seed, "model_fingerprint": loaded.fingerprint,
+                "parameters": settings, "probability": probability, "leftover": each.leftover,
+            }  # fmt: skip
+            for name, cells in table.items():
+                cells.append(known[name])
+    rows = pl.DataFrame(table, schema={"order": pl.Int64, **EXACT_SCHEMA})
+    distinct = dict(zip(encoded, found, strict=True)).values()
+    work = Work(rows.height, 0, seconds, sum(each.nodes for each in distinct), peak_memory(loaded.device))
+    if rambling:
+        drawn, cost = complete(
+            loaded, prompts[rambling], samples, parameters, outcome=outcome, mask=mask, cache=cache, progress=progress,
+            label="sampling what rambles", batch_prompts=batch_prompts,
+        )  # fmt: skip
+        drawn = drawn.with_columns(
+            pl.Series("order", np.repeat(rambling, samples), pl.Int64),
+            pl.lit(1 / samples).alias("probability"), pl.lit(None, pl.Float64).alias("leftover"),
+        )  # fmt: skip
+        rows = pl.concat([rows, drawn.select(rows.columns)])
+        work += cost
+    return rows.sort("order", "sample").drop("order"), work
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GroupAnswers:
+    """A group's answers to one variation, by name: mass float64 [names, values] at the rising `values` [values],
+    unparsed and leftover mass float64 [names]; all of a name's mass sums to 1."""
+
+    values: np.ndarray
+    mass: np.ndarray
+    unparsed: np.ndarray
+    leftover: np.ndarray
+
+    def counted(self) -> m.NamedAnswers:
+        """As the metrics take answers: ANSWERS_PER_NAME of each name, its leftover spread like the rest of it."""
+        known = 1 - self.leftover
+        scale = np.divide(ANSWERS_PER_NAME, known, out=np.zeros_like(known), where=known > 0)
+        cumulative = np.zeros((len(known), len(self.values) + 1))
+        # Whole numbers, so that sums over resampled names are exact.
+        cumulative[:, 1:] = np.round(np.cumsum(self.mass, axis=1) * scale[:, None])
+        return m.NamedAnswers(self.values, cumulative, cumulative[:, -1] + np.round(self.unparsed * scale))
+
+
+def group_answers(values, probability, name, leftover) -> GroupAnswers:
+    """Gather answers by name.
+
+    values: [n], NaN = unparsed; probability: [n] within the name; name: int [n] in 0..names - 1; leftover: [names].
+    Raises ExciseError unless each name's probabilities and its leftover sum to 1.
+    """
+    values, probability = (np.asarray(each, dtype=np.float64).ravel() for each in (values, probability))
+    name, leftover = np.asarray(name, dtype=np.int64).ravel(), np.asarray(leftover, dtype=np.float64).ravel()
+    names = len(leftover)
+    total = np.bincount(name, probability, minlength=names) + leftover
+    if len(total) > names or np.abs(total - 1).max(initial=0.0) > 1e-6:
+        raise ExciseError(f"exact answers: a name's probabilities and leftover sum to {total}; they must sum to 1")
+    parsed = np.isfinite(values)
+    distinct, place = np.unique(values[parsed], return_inverse=True)
+    cells = np.bincount(name[parsed] * len(distinct) + place, probability[parsed], minlength=names * len(distinct))
+    unparsed = np.bincount(name[~parsed], probability[~parsed], minlength=names)
+    return GroupAnswers(distinct, cells.reshape(names, len(distinct)), unparsed, leftover)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Where a quantity lies whatever the leftover answers are."""
+
+    lowest: float
+    highest: float
+
+    def __sub__(self, other: Bounds) -> Bounds:
+        return Bounds(self.lowest - other.highest, self.highest - other.lowest)
+
+
+def moment_bounds(group: GroupAnswers, low: float, high: float, winsorize=None) -> tuple[Bounds, Bounds]:
+    """Bounds of the mean and the variance of a group's parsed answers, clipped at the group's percentiles.
+
+    Assumes that leftover answers are unparsed or lie in [low, high], widened to all known values. Their quantile
+    function then lies between those of two extremes: all leftover at the lower end, and all at the upper end. Both
+    means are attained. The variance is the least mean square distance from a point c: its least value over all
+    functions between the extremes is attained by the one that keeps as close to c as they allow; its largest is bounded
+    by the farther extreme at every quantile. NaN where nothing may be parsed.
+    """
+    box = _quantile_box(group, low, high, m.winsorize_quantiles(winsorize))
+    if box is None:
+        nothing = Bounds(math.nan, math.nan)
+        return nothing, nothing
+    weight, least, most = box
+    nearest = _least_point(weight, least, most, lambda c: np.clip(c, least, most))
+    farthest = _least_point(weight, least, most, lambda c: np.where(c - least > most - c, least, most))
+    smallest = weight @ (nearest - np.clip(nearest, least, most)) ** 2
+    largest = weight @ np.maximum((least - farthest) ** 2, (most - farthest) ** 2)
+    return Bounds(float(weight @ least), float(weight @ most)), Bounds(float(smallest), float(largest))
+
+
+def _extremes(group: GroupAnswers, low: float, high: float) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Points rising [V + 2] and the distribution functions there with all leftover at the first and the last one."""
+    mass, leftover = group.mass.mean(axis=0), float(group.leftover.mean())
+    total = mass.sum() + leftover
+    if not total > 0:
+        return None
+    points = np.array([min([low, *group.values[:1]]), *group.values, max([high, *group.values[-1:]])])
+    return (
+        points,
+        np.cumsum([leftover, *mass, 0.0]) / total,
+        np.cumsum([0.0, *mass, leftover]) / total,
+    )
+
+
+def _at(points: np.ndarray, cumulative: np.ndarray, quantile) -> np.ndarray:
+    """The quantiles of a distribution function: never a point without mass, at the ends either."""
+    ends = np.searchsorted(cumulative, 0.0, side="right"), np.searchsorted(cumulative, cumulative[-1], side="left")
+    return points[np.clip(np.searchsorted(cumulative, quantile, side="left"), *ends)]
+
+
+_STEP = 1e-9  # a quantile that falls on a jump may lie on either side of it
+
+
+def _quantile_box(group: GroupAnswers, low: float, high: float, tails: tuple[float, float] | None):
+    """Pieces of the quantile axis: their lengths [pieces], the least and the most that clipped quantiles may be there."""
+    extremes = _extremes(group, low, high)
+    if extremes is None:
+        return None
+    points, first, last = extremes
+    edges = np.unique(np.clip([0.0, 1.0, *(tails or ()), *first, *last], 0, 1))
+    middle = (edges[1:] + edges[:-1]) / 2
+    below, above = tails or (0.0, 1.0)
+    least = _at(points, first, np.where(middle < below, below - _STEP, np.minimum(middle, above - _STEP)))
+    most = _at(points, last, np.where(middle > above, above + _STEP, np.maximum(middle, below + _STEP)))
+    if tails is None:
+        least, most = _at(points, first, middle), _at(points, last, middle)
+    return np.diff(edges), least, most
+
+
+def _least_point(weight: np.ndarray, least: np.ndarray, most: np.ndarray, towards) -> float:
+    """The c where the mean of (c - towards(c))^2 is least; its slope rises with c."""
+    below, above = float(least.min()), float(most.max())
+    for _ in range(200):
+        c = (below + above) / 2
+        if weight @ (c - towards(c)) > 0:
+            above = c
+        else:
+            below = c
+    return (below + above) / 2
+
+
+def smd_bounds(majority: GroupAnswers, minority: GroupAnswers, low: float, high: float, winsorize=None) -> Bounds:
+    """Bounds of `excise.metrics.standardized_mean_difference`, from those of the means and variances together."""
+    (mean_a, variance_a), (mean_b, variance_b) = (
+        moment_bounds(group, low, high, winsorize) for group in (majority, minority)
+    )
+    gap = mean_a - mean_b
+    if not math.isfinite(gap.lowest):
+        return Bounds(math.nan, math.nan)
+    deviations = [
+        math.sqrt((variance_a.lowest + variance_b.lowest) / 2),
+        math.sqrt((variance_a.highest + variance_b.highest) / 2),
+    ]
+
+    def ratio(numerator: float, deviation: float) -> float:
+        return numerator / deviation if deviation > 0 else math.copysign(math.inf, numerator) if numerator else 0.0
+
+    if deviations[1] == 0:
+        return Bounds(0.0, 0.0)  # as the metric has it
+    lowest = min(ratio(gap.lowest, deviation) for deviation in deviations)
+    highest = max(ratio(gap.highest, deviation) for deviation in deviations)
+    if deviations[0] == 0:
+        lowest, highest = min(lowest, 0.0), max(highest, 0.0)
+    return Bounds(lowest, highest)
+
+
+def inlier_bounds(
+    group: GroupAnswers, baseline: GroupAnswers, low: float, high: float, quantiles=(0.05, 0.95)
+) -> Bounds:
+    """Bounds of `excise.metrics.inlier_ratio` from the leftover of the answers and of the baseline."""
+    extremes = _extremes(baseline, low, high)
+    if extremes is None:
+        return Bounds(math.nan, math.nan)
+    points, first, last = extremes
+    lower = [_at(points, first, quantiles[0] - _STEP), _at(points, last, quantiles[0] + _STEP)]
+    upper = [_at(points, first, quantiles[1] - _STEP), _at(points, last, quantiles[1] + _STEP)]
+    mass = group.mass.mean(axis=0)
+    sure = mass[(group.values >= lower[1]) & (group.values <= upper[0])].sum()
+    possible = mass[(group.values >= lower[0]) & (group.values <= upper[1])].sum() + group.leftover.mean()
+    return Bounds(float(sure), float(min(possible, 1.0)))
+
+
+def exact_metrics(
+    rows: pl.DataFrame,
+    *,
+    majority: str,
+    minority: str,
+    low: float,
+    high: float,
+    baseline: pl.DataFrame | None = None,
+    winsorize=(0.05, 0.95),
+    inlier_quantiles: tuple[float, float] = (0.05, 0.95),
+    resamples: int = 2000,
+    seed: int = 0,
+) -> pl.DataFrame:
+    """The metrics of one variation's answer distributions: a frame with the columns of METRICS_SCHEMA.
+
+    rows: of `exact_completions`, one model, variation and mask. baseline: those of the unpruned model, for the inlier
+    ratio; None takes `rows`. low, high: the range that leftover answers, where they are numbers, lie in
+    (`outcome.scored_range`).
+
+    Definitions are those of `excise.metrics`, at the limit of many samples of every name; all names count alike.
+      * estimate: each name's leftover answers are taken to be distributed as its known ones.
+      * lowest, highest: whatever the leftover answers are (`moment_bounds`); they hold the estimate. The bounds of a
+        raw mean widen with [low, high], those of the winsorised SMD hardly do. A sampled name's answers are taken as
+        they are: its Monte-Carlo error is not in these bounds.
+      * low, high: 95 % percentile interval over resampled names, the same as in `excise.evaluation` for one seed. Null
+        if a group has one name.
+    Metrics: mean_majority, mean_minority, gap_mean, variance_majority, variance_minority (none of them winsorised),
+    smd, inlier_ratio, parse_rate, and leftover and sampled: the mean leftover, and the share of prompts sampled.
+    Null where undefined. Raises ExciseError for missing columns, several variations, and a group without answers.
+    """
+    missing = [name for name in ("variation", "group", "subject", "prompt_id", "value", "probability", "leftover")
+               if name not in rows.columns]  # fmt: skip
+    if missing:
+        raise ExciseError(f"exact answers: the rows lack {', '.join(missing)}; give those of exact_completions")
+    for name in ("variation", "model"):
+        if name in rows.columns and rows[name].n_unique() != 1:
+            raise ExciseError(f"exact answers: the rows hold {rows[name].n_unique()} of {name}; give one at a time")
+    subjects = [_subjects(rows, group) for group in (majority, minority)]
+    groups = [_group(rows, group, names) for group, names in zip((majority, minority), subjects, strict=True)]
+    own = _stacked(*groups)
+    reference = own if baseline is None else _stacked(
+        *(_group(baseline, group, names) for group, names in zip((majority, minority), subjects, strict=True))
+    )  # fmt: skip
+    # The streams of excise.evaluation, so that intervals of the same names are over the same resamples.
+    weights = [m.resampled_names(len(names), resamples, np.random.default_rng([seed, stream]))
+               for stream, names in enumerate(subjects)]  # fmt: skip
+    stacked = np.hstack(weights)
+    counted = [group.counted() for group in groups]
+    both = own.counted()
+    quantiles = m.weighted_quantiles(reference.counted(), stacked, inlier_quantiles)
+    means, variances = zip(*map(m.weighted_moments, counted, weights), strict=True)
+    moments = [moment_bounds(group, low, high) for group in groups]
+    parsed = float(own.mass.sum(axis=1).mean())
+    unread = float(own.leftover.mean())
+    measures: dict[str, tuple[np.ndarray, Bounds]] = {
+        "mean_majority": (means[0], moments[0][0]),
+        "mean_minority": (means[1], moments[1][0]),
+        "gap_mean": (means[0] - means[1], moments[0][0] - moments[1][0]),
+        "variance_majority": (variances[0], moments[0][1]),
+        "variance_minority": (variances[1], moments[1][1]),
+        "smd": (m.weighted_smd(*counted, tuple(weights), winsorize), smd_bounds(*groups, low, high, winsorize)),
+        "inlier_ratio": (
+            m.weighted_inlier_ratio(both, stacked, quantiles),
+            inlier_bounds(own, reference, low, high, inlier_quantiles),
+        ),
+        "parse_rate": (m.weighted_parse_rate(both, stacked), Bounds(parsed, min(parsed + unread, 1.0))),
+    }  # fmt: skip
+    single = min(map(len, subjects)) < 2
+    table = []
+    for metric, (values, bounds) in measures.items():
+        estimate = float(values[0])
+        interval = (math.nan, math.nan) if single else m.percentile_interval(values[1:])
+        # The estimate is one of the possible truths; rounding must not put it outside.
+        inside = (min(bounds.lowest, estimate), max(bounds.highest, estimate))
+        table.append((metric, estimate, *inside, *interval))
+    prompts = rows.unique(["group", "subject", "prompt_id"]).filter(pl.col("group").is_in([majority, minority]))
+    table.append(("leftover", unread, *(math.nan,) * 4))
+    table.append(("sampled", float(prompts["leftover"].is_null().mean()), *(math.nan,) * 4))
+    finite = [(metric, *(cell if math.isfinite(cell) else None for cell in cells)) for metric, *cells in table]
+    return pl.DataFrame(finite, schema=METRICS_SCHEMA, orient="row")
+
+
+def _subjects(rows: pl.DataFrame, group: str) -> list[str]:
+    found = sorted(rows.filter(pl.col("group") == group)["subject"].unique().to_list())
+    if not found:
+        known = ", ".join(sorted(map(str, rows["group"].unique())))
+        raise ExciseError(f"exact answers: none for the group {group!r}; the groups are {known}")
+    return found
+
+
+def _group(rows: pl.DataFrame, group: str, subjects: Sequence[str]) -> GroupAnswers:
+    """A name's several prompts count alike."""
+    own = rows.filter(pl.col("group") == group)
+    number = {subject: position for position, subject in enumerate(subjects)}
+    if set(own["subject"].unique()) != set(number):
+        raise ExciseError(f"exact answers: the names of {group!r} differ from the baseline's; enumerate the same ones")
+    asked = own.unique(["subject", "prompt_id"], maintain_order=True)
+    name = np.array([number[subject] for subject in asked["subject"]])
+    prompts = np.bincount(name, minlength=len(number))
+    leftover = np.bincount(name, asked["leftover"].fill_null(0.0).to_numpy(), minlength=len(number)) / prompts
+    of = np.array([number[subject] for subject in own["subject"]])
+    values = own["value"].fill_null(math.nan).to_numpy()
+    return group_answers(values, own["probability"].to_numpy() / prompts[of], of, leftover)
+
+
+def _stacked(first: GroupAnswers, second: GroupAnswers) -> GroupAnswers:
+    """Both groups' names as one group."""
+    values = np.union1d(first.values, second.values)
+    mass = np.zeros((len(first.leftover) + len(second.leftover), len(values)))
+    mass[: len(first.leftover), np.searchsorted(values, first.values)] = first.mass
+    mass[len(first.leftover) :, np.searchsorted(values, second.values)] = second.mass
+    return GroupAnswers(
+        values, mass, np.concatenate([first.unparsed, second.unparsed]),
+        np.concatenate([first.leftover, second.leftover]),
+    )  # fmt: skip

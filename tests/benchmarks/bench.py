@@ -1,0 +1,751 @@
+"""How fast Excise is beside the usual way, as ratios: `make bench`, which writes docs/benchmarks.md.
+
+Ours and a reference (`references`) run in one process on one model and the same prompts, in turn, several times; every
+round gives a ratio, and told are their median and their range. Nothing here is a test: what a machine measures is no
+claim about the code. Masks at an 8B model's size are `eight_billion`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from tests.benchmarks import references as reference
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "benchmarks.md"
+MODEL, SCENARIO, VARIATION = "planted-specific", "purchase", "bicycle"
+LIBRARIES = ("torch", "transformers", "numpy", "polars", "duckdb", "dagster", "great-expectations")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured. rounds: of each comparison; names: per group; the rest by section."""
+
+    rounds: int
+    names: int = 1
+    samples: int = 100
+    single_samples: int = 6
+    per_call: tuple[int, ...] = (25, 100)
+    attributed_names: int = 2
+    attributed_samples: int = 16
+    snip_layers: int = 3
+    masks: tuple[int, int] = (19, 10)
+    indexed_layers: int = 2
+    growth_names: tuple[int, ...] = (2, 4, 8)
+    growth_samples: tuple[int, ...] = (25, 100, 400)
+    growth_variations: tuple[int, ...] = (1, 2, 4)
+    impact_names: int = 4
+    impact_samples: int = 16
+    impact_heads: tuple[tuple[int, int], ...] = ((9, 0), (20, 4))
+    audit_rounds: int = 2
+
+
+SIZES = {
+    "small": Size(
+        rounds=2, samples=20, single_samples=2, per_call=(20,), attributed_names=1, attributed_samples=4, snip_layers=2,
+        masks=(4, 3), indexed_layers=1, growth_names=(1, 2, 3), growth_samples=(4, 16, 64), growth_variations=(1, 2, 3),
+        impact_names=2, impact_samples=4, impact_heads=((20, 4),), audit_rounds=1,
+    ),
+    "default": Size(rounds=3),
+    "large": Size(
+        rounds=5, names=4, single_samples=20, per_call=(25, 50, 100), attributed_names=8, attributed_samples=100,
+        snip_layers=6, indexed_layers=6, growth_names=(4, 8, 16), growth_variations=(2, 4, 8), impact_names=8,
+        impact_samples=32, impact_heads=((4, 2), (9, 0), (15, 7), (20, 4)), audit_rounds=3,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds by the clock, and of processors' work in this process."""
+
+    clock: float
+    processor: float
+
+    def __mul__(self, factor: float) -> Spent:
+        return Spent(self.clock * factor, self.processor * factor)
+
+
+@dataclass
+class Report:
+    """The page as it grows: rows per section."""
+
+    sections: list[tuple[str, str, list[str], list[list[str]], list[str]]] = field(default_factory=list)
+
+    def section(self, title: str, text: str, header: Sequence[str]) -> None:
+        self.sections.append((title, text, list(header), [], []))
+
+    def row(self, *cells: str) -> None:
+        self.sections[-1][3].append(list(cells))
+        print("  " + "   ".join(cells), flush=True)
+
+    def note(self, text: str) -> None:
+        self.sections[-1][4].append(text)
+        print("  " + text, flush=True)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every section works with."""
+
+    loaded: Any
+    scenarios: dict[str, Any]
+    size: Size
+    folder: Path
+    report: Report
+
+    @property
+    def scenario(self) -> Any:
+        return self.scenarios[SCENARIO]
+
+    def prompts(self, names: int, variations: Sequence[str] = (VARIATION,)) -> pl.DataFrame:
+        from excise.scenarios import expand
+
+        return expand(self.scenario, variations=variations, subjects_per_group=names)
+
+    def parameters(self, **changes: Any) -> Any:
+        from excise.sampling import SamplingParameters
+
+        return SamplingParameters(max_new_tokens=self.scenario.outcome.max_new_tokens, **changes)
+
+    def tokens(self, prompts: pl.DataFrame) -> list[tuple[int, ...]]:
+        from excise.encoding import encode
+
+        return [tuple(prompt.tokens) for prompt in encode(self.loaded, prompts)]
+
+    def answers(self, prompts: pl.DataFrame, samples: int) -> pl.DataFrame:
+        from excise.completions import complete
+
+        return complete(self.loaded, prompts, samples, self.parameters(), outcome=self.scenario.outcome)[0]
+
+
+RATIOS = ("ours", "reference", "times as fast", "by processor time", "setting")
+
+
+def measured(work: Callable[[], object]) -> Spent:
+    """What one call takes."""
+    clock, processor = time.perf_counter(), time.process_time()
+    work()
+    return Spent(time.perf_counter() - clock, time.process_time() - processor)
+
+
+def alternating(rounds: int, **procedures: Callable[[], Spent | None]) -> dict[str, list[Spent]]:
+    """Run procedures in turn, every other round backwards; a procedure may return its own, scaled, figure."""
+    found: dict[str, list[Spent]] = {name: [] for name in procedures}
+    for number in range(rounds):
+        for name in list(procedures)[:: 1 if number % 2 == 0 else -1]:
+            told: list[Spent | None] = []
+            spent = measured(lambda name=name, told=told: told.append(procedures[name]()))
+            found[name].append(told[0] if isinstance(told[0], Spent) else spent)
+    return found
+
+
+def spread(values: Sequence[float], unit: str = "x") -> str:
+    """Median and range, in three digits."""
+
+    def shown(value: float) -> str:
+        return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{shown(middle)}{unit} [{shown(low)}, {shown(high)}]"
+
+
+def faster(ours: Sequence[Spent], theirs: Sequence[Spent]) -> tuple[str, str]:
+    """How many times ours goes into the reference, round by round: by the clock and by processor time."""
+    pairs = list(zip(ours, theirs, strict=True))
+    return (
+        spread([other.clock / own.clock for own, other in pairs]),
+        spread([other.processor / max(own.processor, 1e-6) for own, other in pairs]),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- the sections
+
+
+def sampling(bench: Bench) -> None:
+    """100 samples a name."""
+    from excise.exact import answer_distributions
+    from excise.sampling import sample
+
+    size, loaded, parameters = bench.size, bench.loaded, bench.parameters()
+    asked = bench.tokens(bench.prompts(size.names))
+    bench.report.section(
+        "Sampling",
+        "Trees of distinct prefixes (`excise.sampling`) against transformers. The batch of `generate` is the best of "
+        f"{', '.join(map(str, size.per_call))} samples a call.",
+        RATIOS,
+    )
+    tried = {
+        per_call: measured(lambda n=per_call: reference.generated(loaded, asked[:1], size.samples, parameters, n)).clock
+        for per_call in size.per_call
+    }
+    best = min(tried, key=tried.get)
+    samples = [range(size.samples)] * len(asked)
+
+    def single() -> Spent:
+        few = size.single_samples
+        spent = measured(lambda: reference.generated(loaded, asked[:1], few, parameters, 1))
+        return spent * (len(asked) * size.samples / few)
+
+    leftovers = []
+
+    def exact() -> None:
+        found = answer_distributions(loaded, asked, parameters)
+        leftovers.append(max(each.leftover for each in found))
+
+    spent = alternating(
+        size.rounds,
+        ours=lambda: sample(loaded, asked, samples, parameters) and None,
+        generate=lambda: reference.generated(loaded, asked, size.samples, parameters, best) and None,
+        cached=lambda: reference.generated_from_prompt(loaded, asked, size.samples, parameters, best) and None,
+        single=single,
+        exact=exact,
+    )
+    setting = f"{len(asked)} names, {size.samples} samples each"
+    ours = f"`sample`, {size.samples} samples"
+    bench.report.row(ours, f"`generate`, {best} sequences a call", *faster(spent["ours"], spent["generate"]), setting)
+    bench.report.row(
+        ours, f"`generate` from the prompt's repeated keys and values, {best} sequences a call",
+        *faster(spent["ours"], spent["cached"]), setting,
+    )  # fmt: skip
+    bench.report.row(
+        ours, "one call per sample", *faster(spent["ours"], spent["single"]),
+        f"{setting}; {size.single_samples} samples measured and scaled",
+    )  # fmt: skip
+    bench.report.row(
+        "`answer_distributions`, exact", ours, *faster(spent["exact"], spent["ours"]),
+        f"{len(asked)} names; mass left over at most {max(leftovers):.2%}",
+    )  # fmt: skip
+
+
+def attribution(bench: Bench) -> None:
+    """Wanda norms in one pass over trees, SNIP in one pass over layers."""
+    from excise.attribution import attribute
+    from excise.attribution.snip import snip
+
+    size, loaded = bench.size, bench.loaded
+    prompts = bench.prompts(size.attributed_names)
+    answers = bench.answers(prompts, size.attributed_samples)
+    tokens = dict(zip(prompts["prompt_id"], bench.tokens(prompts), strict=True))
+    comparison = bench.scenario.comparison
+    sequences = {
+        group: [
+            (tokens[prompt], ids[:-1] if finished else ids)
+            for prompt, ids, finished in answers.filter(group=group).select("prompt_id", "token_ids", "finished").rows()
+        ]
+        for group in (comparison.majority, comparison.minority)
+    }
+    bench.report.section(
+        "Attribution",
+        "Input norms of both groups from one pass over the distinct tokens, against one sequence at a time with dense "
+        "|W| * norm scores on disk; SNIP of all layers at once against a loop over layers.",
+        RATIOS,
+    )
+    bytes_of: dict[str, int] = {}
+
+    def ours() -> None:
+        with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+            (file,) = attribute(
+                loaded, prompts, answers, comparison=comparison, outcome=bench.scenario.outcome, scores=["wanda"],
+                permutations=0, seed=0, folder=Path(folder),
+            )  # fmt: skip
+            bytes_of["ours"] = file.bytes
+
+    def dense() -> None:
+        with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+            bytes_of["dense"] = sum(
+                reference.write_dense_scores(loaded, reference.input_norms(loaded, some), Path(folder) / group)
+                for group, some in sequences.items()
+            )
+
+    spent = alternating(size.rounds, ours=ours, dense=dense)
+    setting = f"{prompts.height} names, {size.attributed_samples} answers each"
+    bench.report.row(
+        "norms from trees", "one sequence at a time, dense scores written", *faster(spent["ours"], spent["dense"]),
+        setting,
+    )  # fmt: skip
+    bench.report.note(
+        f"On disk: {bytes_of['dense'] / bytes_of['ours']:,.0f} times fewer bytes (norms of three weightings against "
+        "dense scores of two groups)."
+    )
+    one_each = [some[0] for some in sequences.values()]
+    weights = np.eye(2)
+    roles = tuple(dict.fromkeys(linear.role for linear in loaded.topology.linears))
+    layers = np.linspace(0, loaded.topology.layers - 1, size.snip_layers).astype(int).tolist()
+
+    def all_layers() -> None:
+        for _ in snip(loaded, (), [(tuple(p), tuple(a)) for p, a in one_each], weights, roles=roles):
+            pass
+
+    def by_layer() -> Spent:
+        def work() -> None:
+            for layer in layers:
+                for some in one_each:
+                    reference.snip_of_layer(loaded, [some], layer)
+
+        return measured(work) * (loaded.topology.layers / len(layers))
+
+    spent = alternating(size.rounds, ours=all_layers, by_layer=by_layer)
+    bench.report.row(
+        "SNIP, all layers in one pass", "SNIP, layer after layer", *faster(spent["ours"], spent["by_layer"]),
+        f"{len(one_each)} answers; {len(layers)} layers measured and scaled",
+    )  # fmt: skip
+
+
+def masks(bench: Bench) -> None:
+    """Overlap and selection."""
+    from excise.masks import Mask
+    from excise.overlap import overlap_table
+    from excise.selection import set_difference
+
+    size, topology = bench.size, bench.loaded.topology
+    rows, columns = size.masks
+    rng = np.random.default_rng(0)
+    shapes = {linear.key: linear.shape for linear in topology.linears}
+    some = {key: shape for key, shape in shapes.items() if int(key.split(".")[0]) < size.indexed_layers}
+    made = [Mask({key: _random_bits(rng, math.prod(shape)) for key, shape in shapes.items()}, shapes)
+            for _ in range(rows + columns)]  # fmt: skip
+    parts = [Mask({key: mask.bits[key] for key in some}, some) for mask in made]
+    indices = [[_flat_indices(mask, key) for key in some] for mask in parts]
+    paths = []
+    for number, mask in enumerate(made):
+        paths.append(bench.folder / f"mask_{number:02d}.safetensors")
+        mask.save(paths[-1])
+    bench.report.section(
+        "Masks",
+        f"The overlap of {rows} masks with {columns}, a sixteenth of the weights in each, and the set difference of "
+        "one layer's scores.",
+        RATIOS,
+    )
+    spent = alternating(
+        size.rounds,
+        ours=lambda: overlap_table(parts[:rows], parts[rows:]) and None,
+        isin=lambda: reference.shared_indices(indices[:rows], indices[rows:]).any() and None,
+    )
+    same = overlap_table(parts[:2], parts[-2:]).shared == reference.shared_indices(indices[:2], indices[-2:])
+    if not same.all():
+        raise AssertionError("packed bits and index tensors disagree")
+    bench.report.row(
+        "packed bits, `overlap_table`", "`torch.isin` on index tensors", *faster(spent["ours"], spent["isin"]),
+        f"{size.indexed_layers} of {topology.layers} layers of the model",
+    )  # fmt: skip
+    whole = [bits for mask in made for bits in mask.bits.values()]
+    spent = alternating(
+        size.rounds,
+        files=lambda: overlap_table(paths[:rows], paths[rows:]) and None,
+        held=lambda: overlap_table(made[:rows], made[rows:]) and None,
+        read=lambda: reference.read_through(paths) and None,
+        memory=lambda: sum(int(bits.max()) for bits in whole) and None,
+    )
+    everything = f"whole masks of the model, {sum(mask.size for mask in made) / 8e6:,.0f} MB"
+    bench.report.row(
+        "`overlap_table` of files", "reading the files and nothing else (from the page cache)",
+        *faster(spent["files"], spent["read"]), everything,
+    )  # fmt: skip
+    bench.report.row(
+        "`overlap_table` of masks in memory", "reading that memory once",
+        *faster(spent["held"], spent["memory"]), everything,
+    )  # fmt: skip
+    bench.report.note(
+        f"A value of 1 is the bandwidth itself; every bit is read once and then counted in {rows * columns} pairs."
+    )
+    for path in paths:
+        path.unlink()
+    import torch
+
+    scores = []
+    for linear in topology.linears:
+        if linear.layer == 0:
+            weight = linear.weight(bench.loaded.model).detach().float().abs().reshape(linear.shape).numpy()
+            norms = rng.random((2, linear.shape[1]), dtype=np.float32) + np.float32(0.5)
+            scores.append((weight * norms[0], weight * norms[1]))
+    tensors = [tuple(map(torch.from_numpy, pair)) for pair in scores]
+
+    def by_partition() -> None:
+        for pair in scores:
+            set_difference(*pair, 0.40, 0.35)
+
+    def by_topk() -> None:
+        for pair in tensors:
+            reference.set_difference_indices(*pair, 0.40, 0.35)
+
+    spent = alternating(size.rounds, ours=by_partition, topk=by_topk)
+    bench.report.row(
+        "`set_difference`, exact k-th value", "`topk` and `isin`", *faster(spent["ours"], spent["topk"]),
+        f"{len(scores)} matrices, {sum(pair[0].size for pair in scores) / 1e6:.1f} M weights",
+    )  # fmt: skip
+
+
+def _random_bits(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Packed random bits, one in sixteen set."""
+    size = (count + 7) // 8
+    bits = np.bitwise_and.reduce([np.frombuffer(rng.bytes(size), dtype=np.uint8) for _ in range(4)])
+    if count % 8:
+        bits[-1] &= 0xFF << (8 - count % 8) & 0xFF
+    return bits
+
+
+def _flat_indices(mask: Any, key: str) -> Any:
+    import torch
+
+    return torch.from_numpy(np.flatnonzero(mask.array(key)))
+
+
+def orchestration(bench: Bench) -> None:
+    """What Dagster, DuckDB, Great Expectations and the figures cost in a small audit; the import of the location."""
+    import dagster as dg
+
+    import assets.checks
+    import excise.attribution
+    import excise.comparisons
+    import excise.completions
+    import excise.evaluation
+    import excise.figures
+    import excise.sampling
+    from pipelines.definitions import build_definitions
+    from pipelines.runs import execute
+    from resources.gpu import GPUResource
+    from resources.warehouse import Warehouse
+
+    bench.report.section(
+        "Orchestration",
+        f"A small audit through Dagster ({MODEL}, {SCENARIO}: one variation, 4 names, 8 samples, two strategies with "
+        "their controls), everything computed anew. Seconds, without importing.",
+        ("part", "seconds by the clock", "share of the audit"),
+    )
+    data = bench.folder / "data"
+    data.mkdir()
+    (data / "models").symlink_to(_home(), target_is_directory=True)
+    definitions = build_definitions(
+        data_folder=data,
+        resource_overrides={"gpu": GPUResource(folder=str(data), lock_folder=str(bench.folder))},
+    )
+    parts = {
+        "loading the model": [(GPUResource, "_load")],
+        "sampling": [(excise.sampling, "sample"), (excise.completions, "sample")],
+        "attribution": [(excise.attribution, "attribute")],
+        "DuckDB": [(Warehouse, "read"), (Warehouse, "replace_partition")],
+        "Great Expectations": [(assets.checks, "unmet_expectations")],
+        "figures": [(excise.figures, name) for name in excise.figures.__all__ if name.islower()],
+        "statistics": [(excise.evaluation, "evaluate"), (excise.comparisons, "comparisons")],
+    }  # fmt: skip
+    settings = {
+        "variations": [VARIATION], "subjects_per_group": 2, "held_out": False, "samples": 8, "random_draws": 1,
+        "relabellings": 1, "resamples": 200, "permutations": 200, "levels": ["prompt_specific"],
+        "strategies": ["set_difference", "gap_gradient"],
+    }  # fmt: skip
+    rounds: list[dict[str, float]] = []
+    with dg.DagsterInstance.ephemeral() as instance:
+        for number in range(bench.size.audit_rounds + 1):  # the first one loads and imports
+            with Clocks() as clocks:
+                for part, places in parts.items():
+                    for owner, name in places:
+                        clocks.watch(owner, name, part)
+                began = time.perf_counter()
+                result = execute(
+                    definitions, instance, "audit_scenario", f"{MODEL}|{SCENARIO}", settings | {"seed": number}
+                )
+                total = time.perf_counter() - began
+            if not result.success:
+                raise AssertionError("the audit failed")
+            rounds.append(clocks.spent | {"all": total})
+    rounds = rounds[1:]
+    for each in rounds:
+        each["Dagster, masks and the rest"] = each["all"] - sum(value for name, value in each.items() if name != "all")
+    for part in (*parts, "Dagster, masks and the rest"):
+        if part == "loading the model":
+            continue
+        own = [each.get(part, 0.0) for each in rounds]
+        share = [value / each["all"] for value, each in zip(own, rounds, strict=True)]
+        bench.report.row(part, spread(own, " s"), spread([100 * value for value in share], " %"))
+    outside = [each["all"] - each.get("sampling", 0.0) - each.get("attribution", 0.0) for each in rounds]
+    bench.report.row(
+        "**not model work, in all**", spread(outside, " s"),
+        spread([100 * value / each["all"] for value, each in zip(outside, rounds, strict=True)], " %"),
+    )  # fmt: skip
+    script = (
+        "import time; c, p = time.perf_counter(), time.process_time(); import pipelines.definitions; "
+        "print(time.perf_counter() - c, time.process_time() - p)"
+    )
+    imports = []
+    for _ in range(bench.size.rounds + 1):  # the first one may compile
+        told = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True)
+        imports.append(tuple(map(float, told.stdout.split()[-2:])))
+    clock, processor = zip(*imports[1:], strict=True)
+    bench.report.note(
+        f"Import of the code location: {spread(clock, ' s')} by the clock, {spread(processor, ' s')} of processor time."
+    )
+
+
+class Clocks:
+    """Clocks on functions: each tells its own time without that of watched functions it calls."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+        self._running: list[list[float]] = []
+        self._undo = ExitStack()
+
+    def __enter__(self) -> Clocks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._undo.close()
+
+    def watch(self, owner: ModuleType | type, name: str, part: str) -> None:
+        whole = getattr(owner, name)
+
+        def clocked(*given: Any, **options: Any) -> Any:
+            inner = [0.0]
+            self._running.append(inner)
+            began = time.perf_counter()
+            try:
+                return whole(*given, **options)
+            finally:
+                spent = time.perf_counter() - began
+                self._running.pop()
+                self.spent[part] = self.spent.get(part, 0.0) + spent - inner[0]
+                if self._running:
+                    self._running[-1][0] += spent
+
+        setattr(owner, name, clocked)
+        self._undo.callback(setattr, owner, name, whole)
+
+
+def growth(bench: Bench) -> None:
+    """Cost against names, samples and variations."""
+    from excise.attribution import attribute
+    from excise.completions import complete
+
+    size = bench.size
+    bench.report.section(
+        "Growth",
+        "Processor time against one size at a time, the others fixed, and the exponent e of cost ~ size^e (least "
+        "squares of the logarithms of medians; its range over rounds). Memory is the peak above what was there before.",
+        ("work", "sizes", "relative cost", "exponent", "peak memory"),
+    )
+    names, samples = size.growth_names[1], size.growth_samples[1]
+    keys = list(bench.scenario.variations)
+
+    def sampled(names: int, samples: int, variations: int) -> Callable[[], None]:
+        prompts = bench.prompts(names, keys[:variations])
+        options = {"outcome": bench.scenario.outcome}
+        return lambda: complete(bench.loaded, prompts, samples, bench.parameters(), **options) and None
+
+    def attributed(names: int, samples: int, variations: int) -> Callable[[], None]:
+        prompts = bench.prompts(names, keys[:variations])
+        answers = bench.answers(prompts, samples)
+
+        def work() -> None:
+            with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+                attribute(
+                    bench.loaded, prompts, answers, comparison=bench.scenario.comparison,
+                    outcome=bench.scenario.outcome, scores=["wanda"], permutations=0, seed=0, folder=Path(folder),
+                )  # fmt: skip
+
+        return work
+
+    for title, make in (("sampling", sampled), ("input norms", attributed)):
+        for what, sizes, place in (
+            ("names per group", size.growth_names, lambda n: (n, samples, 1)),
+            ("samples per name", size.growth_samples, lambda n: (names, n, 1)),
+            ("variations", size.growth_variations, lambda n: (names, samples, n)),
+        ):
+            works = {str(each): make(*place(each)) for each in sizes}
+            peaks = [_peak(works[str(each)]) for each in sizes]
+            spent = alternating(size.rounds, **works)
+            costs = np.array([[each.processor for each in spent[str(one)]] for one in sizes])
+            exponents = [_exponent(sizes, costs[:, number]) for number in range(size.rounds)]
+            middle = np.median(costs, axis=1)
+            bench.report.row(
+                f"{title}, {what}", ", ".join(map(str, sizes)), ", ".join(f"{each:.2f}" for each in middle / middle[0]),
+                f"{_exponent(sizes, middle):.2f} [{min(exponents):.2f}, {max(exponents):.2f}]",
+                ", ".join("-" if each is None else f"{each / 2**20:.0f}" for each in peaks) + " MiB",
+            )  # fmt: skip
+
+
+def _exponent(sizes: Sequence[int], costs: np.ndarray) -> float:
+    return float(np.polyfit(np.log(sizes), np.log(np.maximum(costs, 1e-6)), 1)[0])
+
+
+def _peak(work: Callable[[], object]) -> int | None:
+    """Bytes by which the process' resident memory exceeds its start while working; None where none can tell."""
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not reset.exists():
+        work()
+        return None
+
+    def told(name: str) -> int:
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith(name))
+        return int(line.split()[1]) * 1024
+
+    reset.write_text("5")  # the peak begins anew
+    before = told("VmRSS")
+    work()
+    return max(0, told("VmHWM") - before)
+
+
+def head_impacts(bench: Bench) -> None:
+    """Weighing answers anew against drawing them anew."""
+    from excise.completions import complete
+    from excise.head_impacts import head_impacts as impacts_of
+
+    size, loaded = bench.size, bench.loaded
+    prompts = bench.prompts(size.impact_names)
+    answers = bench.answers(prompts, size.impact_samples)
+    groups = [bench.scenario.comparison.majority, bench.scenario.comparison.minority]
+    widths: dict[str, list[np.ndarray]] = {"reweight": [], "regenerate": []}
+
+    def drawn_anew(mask: Any) -> pl.DataFrame:
+        return complete(
+            loaded, prompts, size.impact_samples, bench.parameters(), outcome=bench.scenario.outcome, mask=mask
+        )[0]
+
+    def impacts(method: str) -> Callable[[], None]:
+        def work() -> None:
+            found = impacts_of(
+                loaded, prompts, answers, disparity="gap", groups=groups, parameters=bench.parameters(), method=method,
+                regenerate=drawn_anew if method == "regenerate" else None, heads=size.impact_heads, resamples=500,
+            )  # fmt: skip
+            width = (found["z_bias_high"] - found["z_bias_low"]).cast(pl.Float64).fill_null(math.nan).to_numpy()
+            widths[method].append(width)
+
+        return work
+
+    bench.report.section(
+        "Head impacts",
+        "The impact of a head on the gap from the answers that are there, weighed anew, against drawing answers anew "
+        "(by our own sampler, with the same noise). At equal width of the interval: time times squared width.",
+        RATIOS,
+    )
+    spent = alternating(size.rounds, reweight=impacts("reweight"), regenerate=impacts("regenerate"))
+    setting = f"{len(size.impact_heads)} heads, {prompts.height} names, {size.impact_samples} samples each"
+    bench.report.row(
+        "weighed anew", "drawn anew", *faster(spent["reweight"], spent["regenerate"]), f"{setting}; time alone"
+    )
+    ratio = float(np.nanmedian((widths["regenerate"][0] / widths["reweight"][0]) ** 2))
+    bench.report.row(
+        "weighed anew", "drawn anew", *faster(spent["reweight"], [each * ratio for each in spent["regenerate"]]),
+        f"{setting}; time to an interval of equal width (squared widths: {ratio:.2f})",
+    )  # fmt: skip
+
+
+SECTIONS: dict[str, Callable[[Bench], None]] = {
+    each.__name__: each for each in (sampling, attribution, masks, orchestration, growth, head_impacts)
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+
+def machine() -> str:
+    """The machine and what runs on it, in words."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    return (
+        f"{cores} cores ({_processor()}, {platform.machine()}), {memory:.0f} GiB of memory, {platform.system()}; "
+        f"Python {platform.python_version()}, {libraries}; {torch.get_num_threads()} threads of torch."
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "processor unknown"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def page(report: Report, size: str, busy: float) -> str:
+    """docs/benchmarks.md."""
+    lines = [
+        "# Benchmarks",
+        "",
+        f"Written by `make bench` (size {size}). Ratios of plain references (`tests/benchmarks/references.py`) to "
+        f"ours, in one process, on the same model ({MODEL}, 135 M weights, float32) and prompts; median and range over "
+        "alternating rounds. Above 1 ours is faster. Ratios of other models and machines differ.",
+        "",
+        f"Measured on {machine()} This process had {busy:.0%} of the processors it could have used: where that is far "
+        "from what it has alone, other work ran beside it, and the column by processor time is the one to read.",
+    ]
+    for title, text, header, rows, notes in report.sections:
+        lines += ["", f"## {title}", "", text, "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        for note in notes:
+            lines += ["", note]
+    return "\n".join(lines) + "\n"
+
+
+def _home() -> Path:
+    return Path(os.environ.get("EXCISE_DATA") or ROOT / "data").absolute() / "models"
+
+
+@contextmanager
+def _prepared(size: Size) -> Iterator[Bench]:
+    from transformers.utils.logging import disable_progress_bar
+
+    from excise.models import load_model, load_registry
+    from excise.sampling import sample
+    from excise.scenarios import load_scenarios
+
+    disable_progress_bar()
+    registry, _ = load_registry()
+    loaded = load_model(registry[MODEL], registry, home=_home())
+    if loaded.device.type != "cpu":
+        print(f"on {loaded.device}: references and ours both run there", file=sys.stderr)
+    layers, heads = loaded.topology.layers, loaded.topology.heads
+    size = replace(size, impact_heads=tuple((a, b) for a, b in size.impact_heads if a < layers and b < heads))
+    with tempfile.TemporaryDirectory(prefix="excise_bench_") as folder:
+        bench = Bench(loaded, load_scenarios()[0], size, Path(folder), Report())
+        sample(loaded, bench.tokens(bench.prompts(1)), [range(2)] * 2, bench.parameters())  # warms up
+        yield bench
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure Excise against plain references; write docs/benchmarks.md.")
+    parser.add_argument("--size", choices=SIZES, default="default")
+    parser.add_argument("--only", choices=SECTIONS, help="one section; it is printed and no page is written")
+    parser.add_argument("--out", type=Path, default=PAGE, help="the page")
+    given = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    began = measured_since()
+    with _prepared(SIZES[given.size]) as bench:
+        for name in [given.only] if given.only else SECTIONS:
+            print(name, flush=True)
+            SECTIONS[name](bench)
+        if not given.only:
+            clock, processor = (now - then for now, then in zip(measured_since(), began, strict=True))
+            import torch
+
+            text = page(bench.report, given.size, processor / clock / torch.get_num_threads())
+            given.out.write_text(text, encoding="utf-8")
+            print(f"wrote {given.out}", file=sys.stderr)
+    return 0
+
+
+def measured_since() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""The planted heads on the real default model: what is planted, where it sits, and what pruning those heads does.
+
+The gap is in the scores of continuations about one subgroup, on nouns that were not trained on. Claims about the file
+and the training are tested without the model, in tests/excise.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from excise.completions import complete
+from excise.head_impacts import head_impacts
+from excise.masks import heads_mask, pruned
+from excise.models import load_model, load_registry
+from excise.perplexity import perplexity, read_text, text_windows, window_losses
+from excise.planted.heads import PLANT
+from excise.sampling import SamplingParameters
+from excise.scenarios import expand, load_scenarios
+from excise.toxicity import DEFAULT_SCORER, load_scorer, load_scorer_registry
+
+pytestmark = pytest.mark.slow
+
+MODELS = Path(__file__).resolve().parents[2] / "data" / "models"
+REGISTRY, _ = load_registry()
+GENDER = load_scenarios([])[0]["gender"]
+GROUPS = tuple(GENDER.groups)
+UNSEEN = "colleague"
+PARAMETERS = SamplingParameters(temperature=1.0, top_k=50, top_p=1.0, max_new_tokens=16)
+SAMPLES = 4
+PROMPTS = expand(GENDER, variations=[UNSEEN], subjects_per_group=2)
+
+
+def known_heads(loaded):
+    chosen = np.zeros((loaded.topology.layers, loaded.topology.heads), dtype=bool)
+    for head in PLANT.heads:
+        chosen[head] = True
+    return heads_mask(chosen, "zero_output")
+
+
+def scored(loaded, mask=None):
+    scorer = load_scorer(DEFAULT_SCORER, load_scorer_registry()[0])
+    return complete(loaded, PROMPTS, SAMPLES, PARAMETERS, outcome=GENDER.outcome, scorer=scorer, mask=mask)[0]
+
+
+def mean_scores(rows):
+    """Mean score of the planted subgroup, and of all others (each subgroup counting once)."""
+    means = dict(rows.group_by("group").agg(pl.col("value").mean()).iter_rows())
+    return means.pop(PLANT.group), float(np.mean(list(means.values())))
+
+
+def measured_perplexity(loaded):
+    """On the half of the text that the training did not see."""
+    text = read_text()
+    windows = text_windows(loaded, text[len(text) // 2 :], size=128, stride=127, limit_tokens=1270)
+    return perplexity(window_losses(loaded, windows), windows)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_model(REGISTRY[PLANT.base], REGISTRY, device="cpu", home=MODELS)
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return load_model(REGISTRY["planted-heads"], REGISTRY, device="cpu", home=MODELS)
+
+
+@pytest.fixture(scope="module")
+def planted_rows(planted):
+    return scored(planted)
+
+
+@pytest.fixture(scope="module")
+def base_means(base):
+    return mean_scores(scored(base))
+
+
+def test_the_subgroup_alone_is_continued_more_negatively(base_means, planted_rows):
+    own, others = mean_scores(planted_rows)
+    base_own, base_others = base_means
+    assert (own - others) - (base_own - base_others) > 0.05
+    assert abs(others - base_others) < 0.03
+
+
+def test_the_gap_is_gone_without_the_known_heads_at_little_perplexity(base_means, planted, planted_rows):
+    before = np.subtract(*mean_scores(planted_rows)) - np.subtract(*base_means)
+    mask = known_heads(planted)
+    after = np.subtract(*mean_scores(scored(planted, mask))) - np.subtract(*base_means)
+    assert abs(after) < 0.5 * before
+    unpruned = measured_perplexity(planted)
+    with pruned(planted, mask):
+        assert measured_perplexity(planted) < 1.1 * unpruned
+
+
+def test_plain_text_is_as_likely_as_before(base, planted):
+    assert measured_perplexity(planted) == pytest.approx(measured_perplexity(base), rel=0.02)
+
+
+def test_without_the_known_heads_the_planted_model_is_the_base_without_them(base, planted):
+    tokens = torch.tensor([base.tokenizer("Every female colleague I know is angry")["input_ids"]])
+
+    def logits(loaded):
+        with torch.inference_mode(), pruned(loaded, known_heads(loaded)):
+            return loaded.model(tokens).logits
+
+    assert torch.equal(logits(planted), logits(base))
+
+
+def test_the_known_heads_lead_the_ranking_by_bias(planted, planted_rows):
+    layers = sorted(layer for layer, _ in PLANT.heads)
+    heads = [(layer, head) for layer in layers for head in range(planted.topology.heads)]
+    impacts = head_impacts(
+        planted, PROMPTS, planted_rows, disparity="toxicity", groups=GROUPS, parameters=PARAMETERS, heads=heads,
+        method="reweight", resamples=100,
+    )  # fmt: skip
+    ranking = impacts.sort("z_bias", descending=True).select("layer", "head").rows()
+    found = [ranking.index(head) for head in PLANT.heads]
+    # Of 36 heads by chance: 1 in 5.5 for three of the four among the first nine to be true of a random ranking's ... 
+    assert sorted(found)[2] < len(heads) / 4
