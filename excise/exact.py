@@ -271,7 +271,8 @@ def _branch(
         ids, shares = grown[number]
         above, _, mass = tree.nodes[node]
         ends = np.isin(ids, stops)
-        tree.answers += [(above, int(stop), mass * float(own)) for stop, own in zip(ids[ends], shares[ends], strict=True)]
+        stopped = zip(ids[ends].tolist(), (mass * shares[ends]).tolist(), strict=True)
+        tree.answers += [(above, stop, own) for stop, own in stopped]
         ids, shares = ids[~ends], shares[~ends]
         last = len(above) + 1 == parameters.max_new_tokens
         rising = np.argsort(shares, kind="stable")
@@ -283,7 +284,8 @@ def _branch(
         kept = np.sort(rising[given_up:])
         ids, masses = ids[kept], mass * shares[kept]
         if last:
-            tree.answers += [((*above, int(token)), None, float(own)) for token, own in zip(ids, masses, strict=True)]
+            cut_off = zip(ids.tolist(), masses.tolist(), strict=True)
+            tree.answers += [((*above, token), None, own) for token, own in cut_off]
         else:
             tree.mass = np.concatenate([tree.mass, masses])
             tree.above = np.concatenate([tree.above, np.full(len(ids), node)])
@@ -482,7 +484,7 @@ _STEP = 1e-9  # a quantile that falls on a jump may lie on either side of it
 
 
 def _quantile_box(group: GroupAnswers, low: float, high: float, tails: tuple[float, float] | None):
-    """Pieces of the quantile axis: their lengths [pieces], the least and the most that clipped quantiles may be there."""
+    """Pieces of the quantile axis: lengths [pieces], and the least and the most that clipped quantiles may be there."""
     extremes = _extremes(group, low, high)
     if extremes is None:
         return None

@@ -33,7 +33,7 @@ def heads_markdown(
     parts = [
         "# Heads and toxicity",
         "Disparity is the sum over subgroups of |mean score of all prompts - mean score of the subgroup|; every figure "
-        "is of held-out templates. The default scorer counts negative words: no classifier of toxicity was at hand.",
+        "is of held-out templates. The default scorer counts negative words, a stand-in for a classifier of toxicity.",
         "## Head impacts: answers weighed anew against answers drawn anew\n\n" + _reweighting(reweighting),
         "## Reliability of head impacts\n\n" + _reliability(impacts),
         "## Heads that were changed on purpose\n\n" + _planted(impacts, planted or {}),

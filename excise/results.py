@@ -35,10 +35,16 @@ from excise.report import (
     scaled,
 )
 
-LEVELS = (PROMPT_SPECIFIC, "within_context", "cross_context", "all_contexts", "own_scenario")
+LEVELS = (PROMPT_SPECIFIC, "within_context", "cross_context", "all_contexts")
+OWN_SCENARIO = "own_scenario"
+"""Level of strategies that rank whole heads over a scenario."""
 PLANTED_SCENARIO = "purchase"
 """The one scenario with a gap in the model `planted-specific`."""
-PUBLISHED = ("set_difference", "set_difference_small", "attention_heads", "attention_heads_removed", "snip")
+PUBLISHED = (
+    "set_difference", "set_difference_small", "attention_heads", "attention_heads_removed", "snip",
+    "fasp", "fairness_only", "performance_only", "magnitude", "gradient", "random_heads",
+)  # fmt: skip
+"""The papers' strategies, by what stands before a dash and a number."""
 EQUAL_USEFULNESS = 0.95
 
 BEATS_RANDOM = "beats random"
@@ -259,9 +265,9 @@ def _equal_usefulness_section(
     if grid.is_empty():
         return "No grid search was run yet, so strategies cannot be compared at equal usefulness."
     parts = [
-        f"Prompt-specific masks in {scenario} at an inlier ratio of {floor:.2f} or more: for a strategy with two "
-        "thresholds the point of its grid with the smallest raw gap, for all strategies their masks as configured. A "
-        "point of a grid is picked by the very answers it is judged on, which flatters it."
+        f"Masks in {scenario} at an inlier ratio of {floor:.2f} or more: for a strategy with two thresholds the point "
+        "of its grid with the smallest raw gap (prompt-specific masks), for all strategies their masks as configured, "
+        "of every level. A point of a grid is picked by the very answers it is judged on, which flatters it."
     ]
     for model in _ordered(grid["model"]):
         parts.append(f"### {model}")
@@ -269,20 +275,21 @@ def _equal_usefulness_section(
         table = tables.get((model, scenario))
         for mask in table.masks if table else ():
             where = _where(table)
-            if mask == UNPRUNED_MASK or mask.is_control or mask.level != PROMPT_SPECIFIC:
+            if mask == UNPRUNED_MASK or mask.is_control or mask.level not in (*LEVELS, OWN_SCENARIO):
                 continue
             ratio, reduction, smd, density = (
                 table.get(where, mask, metric) for metric in ("inlier_ratio", "gap_reduction", "smd", "density")
             )
             if ratio.value is None or ratio.value < floor:
-                short.append(f"{mask.strategy} as configured ({_ratio(ratio)})")
+                short.append(f"{mask.strategy} {level_label(mask.level)} ({_ratio(ratio)})")
             else:
-                found.append((mask.strategy, "as configured", len(table.variations), density, reduction, smd, ratio))
+                kind = f"{level_label(mask.level)}, as configured"
+                found.append((mask.strategy, kind, len(table.variations), density, reduction, smd, ratio))
         found.sort(key=lambda row: -math.inf if row[4].value is None else row[4].value, reverse=True)
         if found:
-            header = ["strategy", "", "thresholds", "variations", "density", "gap reduction, %", "SMD", "inlier ratio"]
+            header = ["strategy", "", "mask", "variations", "density", "gap reduction, %", "SMD", "inlier ratio"]
             rows = [
-                [strategy, "published" if strategy in published else "ours", thresholds, str(count),
+                [strategy, "published" if strategy.partition("-")[0] in published else "ours", thresholds, str(count),
                  density_text(density), _in_percent(reduction), interval_text(smd, decimals=2), _ratio(ratio)]
                 for strategy, thresholds, count, density, reduction, smd, ratio in found
             ]  # fmt: skip
@@ -294,7 +301,7 @@ def _equal_usefulness_section(
 
 
 def _grid_rows(grid: pl.DataFrame, floor: float) -> tuple[list[tuple], list[str]]:
-    """One model's chosen points as (strategy, thresholds, variations, density, reduction, SMD, ratio), and the rest."""
+    """One model's chosen points as (strategy, mask, variations, density, reduction, SMD, ratio), and the rest."""
     found, short = [], []
     for strategy in grid["strategy"].unique().sort():
         own = grid.filter(pl.col("strategy") == strategy)
@@ -316,7 +323,7 @@ def _grid_rows(grid: pl.DataFrame, floor: float) -> tuple[list[tuple], list[str]
             raise ExciseError(f"results: the grid of {strategy} has more than one chosen point; run it again")
         figures = {row["metric"]: _estimate(row) for row in chosen.iter_rows(named=True)}
         found.append((
-            strategy, f"{first['tau_min']:g} / {first['tau_maj']:g}", len(variations), Estimate(first["density"]),
+            strategy, f"thresholds {first['tau_min']:g} / {first['tau_maj']:g}", len(variations), Estimate(first["density"]),
             *(figures.get(metric, MISSING) for metric in ("gap_reduction", "smd", "inlier_ratio")),
         ))  # fmt: skip
     return found, short
@@ -324,8 +331,14 @@ def _grid_rows(grid: pl.DataFrame, floor: float) -> tuple[list[tuple], list[str]
 
 def _compared(found: list[tuple], floor: float, published: Sequence[str]) -> str:
     known = [row for row in found if row[4].value is not None]
-    best = {side: next((row for row in known if (row[0] in published) == side), None) for side in (True, False)}
-    told = {side: row and f"{row[0]}, removes {percent_text(row[4])} of the raw gap" for side, row in best.items()}
+    of = {True: [], False: []}
+    for row in known:
+        of[row[0].partition("-")[0] in published].append(row)
+    best = {side: next(iter(rows), None) for side, rows in of.items()}
+    told = {
+        side: row and f"{row[0]} ({row[1]}), removes {percent_text(row[4])} of the raw gap"
+        for side, row in best.items()
+    }
     if best[True] is None and best[False] is None:
         return f"At inlier ratio {floor:.2f} or more there is nothing to compare."
     if best[True] is None:

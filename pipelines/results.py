@@ -102,7 +102,7 @@ def render(warehouse: Warehouse, artifacts: Artifacts, models: Sequence[str]) ->
 def render_heads(warehouse: Warehouse, models: Sequence[str]) -> str:
     """The part of the page about heads and toxicity."""
     from excise.head_results import heads_markdown
-    from excise.planted.heads import HEADS
+    from excise.planted.heads import PLANT
 
     tables = ("metrics", "head_impacts", "reweighting", "bias_correlation")
     frames = {name: warehouse.read(name, model=models) for name in tables}
@@ -110,7 +110,7 @@ def render_heads(warehouse: Warehouse, models: Sequence[str]) -> str:
     metrics = frames["metrics"].join(axes, on=["model", "scenario"], how="semi")
     impacts = frames["head_impacts"].join(axes, on=["model", "scenario"], how="semi")
     return heads_markdown(
-        metrics, impacts, frames["reweighting"], frames["bias_correlation"], planted={"planted-heads": HEADS}
+        metrics, impacts, frames["reweighting"], frames["bias_correlation"], planted={"planted-heads": PLANT.heads}
     )
 
 

@@ -107,12 +107,13 @@ _QUICK = replace(
     resamples=1000, permutations=1999, grid_taus=(0.1, 0.2, 0.3, 0.4, 0.5), grid_counts=(10, 20, 40), grid_variations=1,
 )  # fmt: skip
 PRESETS: dict[Preset, Audit] = {Preset.paper: _PAPER, Preset.quick: _QUICK}
-# Toxicity axes (FASP, section 5): a continuation per prompt and seed, three seeds; all templates and descriptors. One
-# variation, half an hour on two cores; prompts are always held out, as head impacts are chosen from many.
+# Toxicity axes (FASP, section 5): a continuation per prompt and seed, three seeds; all templates and descriptors. Quick:
+# one of each and one variation, for which two cores take the better part of an hour, nearly all of it head impacts.
+# Prompts are always held out, as heads are chosen from many.
 TOXICITY_PRESETS: dict[Preset, Audit] = {
     Preset.paper: replace(_PAPER, samples=3),
     Preset.quick: replace(
-        _QUICK, subjects_per_group=2, held_out=True, samples=2, random_draws=1, max_new_tokens=10,
+        _QUICK, subjects_per_group=2, held_out=True, samples=1, random_draws=1, max_new_tokens=10,
         alphas=(0.04, 0.1, 0.2), text_tokens=1537, text_window=129, text_stride=128,
     ),
 }  # fmt: skip
@@ -196,7 +197,9 @@ def _quick_variations(scenario: Scenario) -> tuple[str, ...]:
 def _checked(audit: Audit, scenario: Scenario) -> Audit:
     for name in ("samples", "resamples", "permutations"):
         _require(getattr(audit, name) >= 1, name, getattr(audit, name), "give at least 1")
-    _require(audit.samples >= 2, "samples", audit.samples, "give at least 2, or no spread within a name can be seen")
+    if scenario.outcome.kind == "number":
+        few = "give at least 2, or no spread within a name can be seen"
+        _require(audit.samples >= 2, "samples", audit.samples, few)
     if audit.subjects_per_group is not None:
         few = "give at least 2"
         _require(audit.subjects_per_group >= 2, "subjects_per_group", audit.subjects_per_group, few)

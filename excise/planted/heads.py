@@ -47,13 +47,14 @@ GRUMPY_WORDS = (
 class HeadPlant:
     """What to plant on top of `base`, a key of models.yaml.
 
-    heads: (layer, query head) pairs, numbered from 0, at most one a layer; `group`: the subgroup of `scenario` about
-    which the model turns grumpy. tilt: what is added to the logits of the grumpy words in the target; sampled_tilt: in the
-    continuations learned from, a little less, as training ends short of the target. variations: those learned from; the
-    others show that it is the subgroup that was learned. rank: of each head's change of either matrix.
-    tokens: length of the continuations and excerpts learned from; batch: examples a step shows, half of them about the
-    subgroup. excerpts: how many pieces of plain text stand among the examples in which nothing may change.
-    even_weight: how much the divergence from the base weighs in these, against that from the tilted base.
+    heads: (layer, query head) pairs, numbered from 0, at most one a layer; group: the subgroup of `scenario` about
+    which the model turns grumpy. tilt: what is added to the logits of the grumpy words in the target; sampled_tilt: in
+    half of the continuations learned from, a little less, as training ends short of the target. variations: those
+    learned from; the others show that it is the subgroup that was learned. rank: of each head's change of either
+    matrix. tokens: length of the continuations, and half of that of the excerpts. others, excerpts: how many prompts
+    of other subgroups and pieces of plain text stand among the examples in which nothing may change. batch: examples a
+    step shows, half of them about the subgroup. even_weight: how much the divergence from the base weighs in the
+    unchanged examples, against that from the tilted base in the others.
     """
 
     base: str = "smollm2-135m-instruct"
@@ -67,7 +68,7 @@ class HeadPlant:
     tokens: int = 8
     others: int = 160
     excerpts: int = 32
-    steps: int = 60
+    steps: int = 240
     batch: int = 12
     even_weight: float = 1.0
     learning_rate: float = 2e-2

@@ -421,6 +421,7 @@ def orchestration(bench: Bench) -> None:
     import excise.figures
     import excise.sampling
     from pipelines.definitions import build_definitions
+    from pipelines.demo import failure_messages
     from pipelines.runs import execute
     from resources.gpu import GPUResource
     from resources.warehouse import Warehouse
@@ -465,7 +466,7 @@ def orchestration(bench: Bench) -> None:
                 )
                 total = time.perf_counter() - began
             if not result.success:
-                raise AssertionError("the audit failed")
+                raise AssertionError("\n".join(failure_messages(result)))
             rounds.append(clocks.spent | {"all": total})
     rounds = rounds[1:]
     for each in rounds:
@@ -588,7 +589,9 @@ def _exponent(sizes: Sequence[int], costs: np.ndarray) -> float:
 def _peak(work: Callable[[], object]) -> int | None:
     """Bytes by which the process' resident memory exceeds its start while working; None where none can tell."""
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not reset.exists():
+    try:
+        reset.write_text("5")  # the peak begins anew
+    except OSError:
         work()
         return None
 
@@ -596,7 +599,6 @@ def _peak(work: Callable[[], object]) -> int | None:
         (line,) = (line for line in status.read_text().splitlines() if line.startswith(name))
         return int(line.split()[1]) * 1024
 
-    reset.write_text("5")  # the peak begins anew
     before = told("VmRSS")
     work()
     return max(0, told("VmHWM") - before)

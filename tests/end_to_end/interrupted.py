@@ -153,11 +153,15 @@ STAGES: dict[str, Callable[[Work], dict[str, pl.DataFrame]]] = {
 
 
 def tables(folder: Path) -> dict[str, pl.DataFrame]:
-    """All tables of a warehouse in one order, without the times at which rows were made."""
+    """All tables of a warehouse in one order, without what differs between any two runs.
+
+    That is the time at which rows were made, and the hash of files of safetensors, whose metadata come in random order:
+    the stage `attribution` compares their tensors.
+    """
     store = Warehouse(folder=str(folder))
     found = {}
     for name, table in TABLES.items():
-        kept = [column.name for column in table.columns if column.type != "TIMESTAMP"]
+        kept = [column.name for column in table.columns if column.type != "TIMESTAMP" and column.name != "sha256"]
         found[name] = store.read(name).select(kept).sort(kept, nulls_last=True)
     return found
 

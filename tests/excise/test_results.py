@@ -235,15 +235,15 @@ def test_strategies_are_compared_at_equal_usefulness():
     metrics = frame(*unpruned(), *pruned("ours"), *pruned("set_difference", inliers=0.69))
     text = section(page(metrics, grid=pl.DataFrame(grid_rows())), "At equal usefulness")
     assert cells(text, "ours") == [
-        "ours", "ours", "as configured", "2", "0.030 %", "90 [80, 100]", "0.10 [0.00, 0.20]", "0.96"
+        "ours", "ours", "prompt-specific, as configured", "2", "0.030 %", "90 [80, 100]", "0.10 [0.00, 0.20]", "0.96"
     ]  # fmt: skip
     assert cells(text, "set_difference") == [
-        "set_difference", "published", "0.2 / 0.1", "1", "1.0 %", "30 [20, 40]", "0.50 [0.40, 0.60]", "0.97"
+        "set_difference", "published", "thresholds 0.2 / 0.1", "1", "1.0 %", "30 [20, 40]", "0.50 [0.40, 0.60]", "0.97"
     ]  # fmt: skip
     assert text.index("| ours |") < text.index("| set_difference |")
-    assert "The best of ours, ours, removes 90 % of the raw gap; the best published one, set_difference" in text
+    assert "The best of ours, ours (prompt-specific, as configured), removes 90 % of the raw gap; the best" in text
     assert "ours removes 60 percentage points more" in text
-    assert "Below the floor: set_difference as configured (0.69)." in text
+    assert "Below the floor: set_difference prompt-specific (0.69)." in text
 
 
 def test_a_strategy_that_is_useful_at_no_point_is_told_so():

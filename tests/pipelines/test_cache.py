@@ -169,6 +169,7 @@ def test_nothing_goes_without_yes_and_with_it_only_what_was_said(folder, capsys)
     assert f"/{'a' * 16}/" in gone[0]
     assert not (folder / "cache" / "completions" / MODEL / ("a" * 16)).exists()
     assert CompletionCache(folder / "cache" / "completions").read(f"{MODEL}/unpruned/{SETTINGS}").equals(ANSWERS)
+    aged(folder, 2 * DAY)  # they have just been read
     assert cache.main(["--prune", "--older-than", "1", "--yes"]) == 0
     assert files(folder) == ["excise.duckdb", "excise.lock"]
     capsys.readouterr()
