@@ -323,7 +323,8 @@ def _grid_rows(grid: pl.DataFrame, floor: float) -> tuple[list[tuple], list[str]
             raise ExciseError(f"results: the grid of {strategy} has more than one chosen point; run it again")
         figures = {row["metric"]: _estimate(row) for row in chosen.iter_rows(named=True)}
         found.append((
-            strategy, f"thresholds {first['tau_min']:g} / {first['tau_maj']:g}", len(variations), Estimate(first["density"]),
+            strategy, f"thresholds {first['tau_min']:g} / {first['tau_maj']:g}", len(variations),
+            Estimate(first["density"]),
             *(figures.get(metric, MISSING) for metric in ("gap_reduction", "smd", "inlier_ratio")),
         ))  # fmt: skip
     return found, short

@@ -22,6 +22,7 @@ from assets.partitions import Catalogue, read_catalogue
 from excise.errors import ExciseError
 from excise.report import ALL_VARIATIONS, NO_COMPARISON, UNPRUNED_MASK, MaskName, level_label, read_metrics
 from excise.scenarios import Scenario
+from excise.strategies import OWN_SCENARIO
 from pipelines.definitions import MODEL_FILES, ROOT, SCENARIO_FOLDERS, STRATEGY_FILES, build_definitions
 from pipelines.demo import failure_messages
 from pipelines.jobs import analyse_model, evaluate_scenario, prepare_scenario, search_grid
@@ -278,7 +279,9 @@ def summary(model: str, scenarios: Sequence[str], warehouse: Warehouse, floor: f
             continue
         table = read_metrics(metrics)
         smd = _shown(table.get(ALL_VARIATIONS, UNPRUNED_MASK, "abs_smd"), 2)
-        for number, level in enumerate(LEVELS):
+        # Masks of whole heads over a scenario are the second paper's; they are told where there are some.
+        own = {mask.level for mask in table.masks}
+        for number, level in enumerate(each for each in LEVELS if each != OWN_SCENARIO or each in own):
             masks = [mask for mask in table.masks if mask.level == level and not mask.is_control]
             best = _best(table, masks, floor)
             first = [model, scenario, smd] if number == 0 else ["", "", ""]

@@ -107,9 +107,9 @@ _QUICK = replace(
     resamples=1000, permutations=1999, grid_taus=(0.1, 0.2, 0.3, 0.4, 0.5), grid_counts=(10, 20, 40), grid_variations=1,
 )  # fmt: skip
 PRESETS: dict[Preset, Audit] = {Preset.paper: _PAPER, Preset.quick: _QUICK}
-# Toxicity axes (FASP, section 5): a continuation per prompt and seed, three seeds; all templates and descriptors. Quick:
-# one of each and one variation, for which two cores take the better part of an hour, nearly all of it head impacts.
-# Prompts are always held out, as heads are chosen from many.
+# Toxicity axes (FASP, section 5): a continuation per prompt and seed, three seeds, all templates, descriptors. Quick:
+# one of each, for which two cores take the better part of an hour, nearly all of it head impacts. Prompts are always
+# held out, as heads are chosen from many.
 TOXICITY_PRESETS: dict[Preset, Audit] = {
     Preset.paper: replace(_PAPER, samples=3),
     Preset.quick: replace(

@@ -104,13 +104,15 @@ class Report:
 
 @dataclass(frozen=True)
 class Bench:
-    """What every section works with."""
+    """What every section works with. model_files: registry files beside the shipped one; home: converted models."""
 
     loaded: Any
     scenarios: dict[str, Any]
     size: Size
     folder: Path
     report: Report
+    home: Path
+    model_files: tuple[Path, ...] = ()
 
     @property
     def scenario(self) -> Any:
@@ -428,15 +430,16 @@ def orchestration(bench: Bench) -> None:
 
     bench.report.section(
         "Orchestration",
-        f"A small audit through Dagster ({MODEL}, {SCENARIO}: one variation, 4 names, 8 samples, two strategies with "
+        f"A small audit through Dagster ({SCENARIO}: one variation, 4 names, 8 samples, two strategies with "
         "their controls), everything computed anew. Seconds, without importing.",
         ("part", "seconds by the clock", "share of the audit"),
     )
     data = bench.folder / "data"
     data.mkdir()
-    (data / "models").symlink_to(_home(), target_is_directory=True)
+    (data / "models").symlink_to(bench.home, target_is_directory=True)
     definitions = build_definitions(
         data_folder=data,
+        model_files=bench.model_files,
         resource_overrides={"gpu": GPUResource(folder=str(data), lock_folder=str(bench.folder))},
     )
     parts = {
@@ -461,9 +464,8 @@ def orchestration(bench: Bench) -> None:
                     for owner, name in places:
                         clocks.watch(owner, name, part)
                 began = time.perf_counter()
-                result = execute(
-                    definitions, instance, "audit_scenario", f"{MODEL}|{SCENARIO}", settings | {"seed": number}
-                )
+                key = f"{bench.loaded.key}|{SCENARIO}"
+                result = execute(definitions, instance, "audit_scenario", key, settings | {"seed": number})
                 total = time.perf_counter() - began
             if not result.success:
                 raise AssertionError("\n".join(failure_messages(result)))
@@ -698,10 +700,6 @@ def page(report: Report, size: str, busy: float) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _home() -> Path:
-    return Path(os.environ.get("EXCISE_DATA") or ROOT / "data").absolute() / "models"
-
-
 @contextmanager
 def _prepared(size: Size) -> Iterator[Bench]:
     from transformers.utils.logging import disable_progress_bar
@@ -712,14 +710,15 @@ def _prepared(size: Size) -> Iterator[Bench]:
 
     disable_progress_bar()
     registry, _ = load_registry()
-    loaded = load_model(registry[MODEL], registry, home=_home())
+    home = Path(os.environ.get("EXCISE_DATA") or ROOT / "data").absolute() / "models"
+    loaded = load_model(registry[MODEL], registry, home=home)
     if loaded.device.type != "cpu":
         print(f"on {loaded.device}: references and ours both run there", file=sys.stderr)
     layers, heads = loaded.topology.layers, loaded.topology.heads
     size = replace(size, impact_heads=tuple((a, b) for a, b in size.impact_heads if a < layers and b < heads))
     with tempfile.TemporaryDirectory(prefix="excise_bench_") as folder:
-        bench = Bench(loaded, load_scenarios()[0], size, Path(folder), Report())
-        sample(loaded, bench.tokens(bench.prompts(1)), [range(2)] * 2, bench.parameters())  # warms up
+        bench = Bench(loaded, load_scenarios()[0], size, Path(folder), Report(), home)
+        sample(loaded, bench.tokens(bench.prompts(1)), [range(2)] * 2, bench.parameters())  # the first call is slower
         yield bench
 
 

@@ -28,7 +28,7 @@ KILLS = {"completions": 12, "scored_text": 8, "attribution": 10, "impacts": 10, 
 """How often each stage is killed: 50 times in all."""
 CHAIN = 4
 """So many kills hit one folder before a run is let through."""
-PATIENCE = 300
+PATIENCE = 1200
 
 
 @dataclass

@@ -11,7 +11,7 @@ from excise.errors import ExciseError
 from excise.masks import heads_mask, pruned
 from excise.models import load_model, load_registry
 from excise.planted.heads import FOLDER, GRUMPY_WORDS, PLANT, Example, HeadPlant, examples_of, grumpy_tokens, train
-from excise.scenarios import load_scenarios
+from excise.scenarios import expand, load_scenarios
 from excise.toxicity import ADDED, DEFAULT_SCORER, LEFT_OUT, load_scorer, load_scorer_registry
 
 FILE = FOLDER / "heads.safetensors"
@@ -171,9 +171,11 @@ def test_examples_are_tilted_for_the_subgroup_alone_and_from_its_variations(load
     plant = dataclasses.replace(PLANT, tokens=3, others=10, excerpts=4)
     examples = examples_of(model, plant, GENDER, RAISED)
     tilted, even = ([each for each in examples if each.tilted is kind] for kind in (True, False))
-    prompts = [model.tokenizer.decode(each.tokens[: each.start]) for each in tilted]
-    subjects = GENDER.groups["women"].subjects
-    assert len(tilted) == 2 * len(set(prompts)) == 2 * len(subjects) * len(GENDER.templates) * len(plant.variations)
+    subjects = GENDER.groups[PLANT.group].subjects
+    assert len(tilted) == 2 * len(subjects) * len(GENDER.templates) * len(plant.variations)
+    asked = [text[:15] for text in expand(GENDER, variations=plant.variations).filter(group=PLANT.group)["text"]]
+    for each in tilted:  # prompts are cut, as the scenario says
+        assert model.tokenizer.decode(each.tokens[: each.start])[:15] in asked
     assert len(even) == 10 + 4
     assert [each.start for each in even[-4:]] == [1] * 4
     assert all(1 <= each.start < len(each.tokens) for each in examples)

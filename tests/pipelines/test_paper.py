@@ -30,6 +30,7 @@ from pipelines import paper, results
 from pipelines.definitions import build_definitions
 from resources.gpu import GPUResource
 from resources.warehouse import Warehouse
+from tests.end_to_end.dagster_ui import CHROMEDRIVER, CHROMIUM, NO_BROWSER, browser_page, dagster_dev
 
 SURNAMES = {"white": "Becker", "black": "Washington"}
 NAMES = {
@@ -487,6 +488,39 @@ def test_dagster_shows_the_other_scenarios_cross_context_masks_as_stale(town):
     assert stale(town) == {("cross_context_masks", key): changed for key in ("lamp", "purchase")}
 
 
+CODE_LOCATION = """
+from pathlib import Path
+
+from pipelines.definitions import build_definitions
+
+HERE = Path(__file__).parent
+defs = build_definitions(
+    data_folder=HERE / "data",
+    scenario_folders=[HERE / "scenarios"],
+    model_files=[HERE / "models.yaml"],
+    strategy_files=[HERE / "strategies.yaml"],
+)
+"""
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason=NO_BROWSER)
+def test_the_ui_shows_them_as_stale(town):
+    location = town.folder / "town_audit.py"
+    location.write_text(CODE_LOCATION, encoding="utf-8")
+    log = town.folder / "dagster.log"
+    with (
+        dagster_dev(town.folder / "home", ["-f", str(location)], folder=town.folder, log=log) as ui,
+        browser_page(ui) as page,
+    ):
+        page.open_asset("cross_context_masks", "partitions", "tiny|vase")
+        page.shows("tiny|vase", "Materialized", "scenarios_used")
+        assert "Unsynced" not in page.text
+        page.open_asset("cross_context_masks", "partitions", "tiny|lamp")
+        page.shows("tiny|lamp", "scenarios_used", "Unsynced")
+
+
 # ---------------------------------------------------------------------------------------------------------- analyses
 
 
@@ -643,7 +677,7 @@ def test_the_page_of_results_is_made_of_what_the_warehouse_holds(town, monkeypat
         (line,) = [
             each
             for each in page.splitlines()
-            if each.startswith(f"| {strategy} | {level.replace('_', '-')} |") and f"{inliers:.2f}" in each
+            if each.startswith(f"| **{strategy}** | {level.replace('_', '-')} |") and f"{inliers:.2f}" in each
         ][:1]
         assert line.count("|") > 6
     assert "Not measured yet: `python -m pipelines.reweighting`" in page
