@@ -101,12 +101,12 @@ def evaluate(
         raise ExciseError(f"evaluate: majority and minority are both {majority!r}; name two groups")
     if resamples < 1 or permutations < 1:
         raise ExciseError(f"evaluate: resamples ({resamples}) and permutations ({permutations}) must be at least 1")
-    _require(completions, _COMPLETIONS, "completions")
+    require_table(completions, _COMPLETIONS, "completions")
     groups = (majority, minority)
-    model, scenario = _only(completions, "model"), _only(completions, "scenario")
+    model, scenario = single_value(completions, "model"), single_value(completions, "scenario")
     if not pruned.is_empty():
-        _require(pruned, _PRUNED, "pruned completions")
-        if (_only(pruned, "model"), _only(pruned, "scenario")) != (model, scenario):
+        require_table(pruned, _PRUNED, "pruned completions")
+        if (single_value(pruned, "model"), single_value(pruned, "scenario")) != (model, scenario):
             raise ExciseError(f"evaluate: the pruned completions are not those of {model}, {scenario}")
 
     names = _names(completions, groups, scenario, resamples, seed)
@@ -128,10 +128,10 @@ def evaluate(
                 raise ExciseError(f"{where}: no unpruned completions to compare with; sample the unpruned model first")
             cell = _cell(_samples(frame, groups, names, where), names, bounds[variation], winsorize)
             conditions.setdefault(tuple(condition), {}).setdefault(variation, []).append(cell)
-        table = _Table(model, scenario, names.resampled)
+        table = MetricRows(model, scenario, names.resampled)
         scale = {variation: _scale(pair) for variation, pair in samples.items()}
         _unpruned_rows(table, unpruned, samples, scale, winsorize, permutations, seed)
-        densities = _densities(masks, model, scenario)
+        densities = mask_densities(masks, model, scenario)
         _pruned_rows(table, unpruned, conditions, scale, densities, names, permutations, seed)
         return table.frame()
 
@@ -139,7 +139,8 @@ def evaluate(
 # --- reading the tables -----------------------------------------------------------------------------------------------
 
 
-def _require(frame: pl.DataFrame, columns: tuple[str, ...], what: str) -> None:
+def require_table(frame: pl.DataFrame, columns: tuple[str, ...], what: str) -> None:
+    """Raise ExciseError where columns are missing or there are no rows."""
     missing = [column for column in columns if column not in frame.columns]
     if missing:
         raise ExciseError(f"evaluate: the {what} lack the column(s) {', '.join(missing)}")
@@ -147,7 +148,8 @@ def _require(frame: pl.DataFrame, columns: tuple[str, ...], what: str) -> None:
         raise ExciseError(f"evaluate: there are no {what}; sample the model first")
 
 
-def _only(frame: pl.DataFrame, column: str) -> str:
+def single_value(frame: pl.DataFrame, column: str) -> str:
+    """The only value of a column; ExciseError where there are several."""
     found = frame[column].unique().to_list()
     if len(found) != 1:
         shown = ", ".join(sorted(map(str, found)))
@@ -191,11 +193,11 @@ def _numbers(values: pl.Series) -> np.ndarray:
     return numbers
 
 
-def _densities(masks: pl.DataFrame, model: str, scenario: str) -> dict[tuple, list[float]]:
+def mask_densities(masks: pl.DataFrame, model: str, scenario: str) -> dict[tuple, list[float]]:
     """Pruned share of the weights per (condition, variation), one for each draw."""
     if masks.is_empty():
         return {}
-    _require(masks, _MASKS, "masks")
+    require_table(masks, _MASKS, "masks")
     keys = [*CONDITION, "variation", "draw"]
     own = masks.filter((pl.col("model") == model) & (pl.col("scenario") == scenario))
     sums = own.group_by(keys, maintain_order=True).agg(pl.col("pruned").sum(), pl.col("size").sum())
@@ -209,7 +211,7 @@ def _densities(masks: pl.DataFrame, model: str, scenario: str) -> dict[tuple, li
 # --- measures ---------------------------------------------------------------------------------------------------------
 
 
-def _difference(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def exact_difference(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """first - second, exactly 0 where the two differ by no more than rounding."""
     difference = first - second
     return np.where(np.abs(difference) <= 1e-12 * np.maximum(np.abs(first), np.abs(second)), 0.0, difference)
@@ -227,8 +229,8 @@ def _cell(pair: tuple[m.NamedAnswers, m.NamedAnswers], names: Names, bounds: np.
         "mean_minority": means[1],
         "median_majority": medians[0],
         "median_minority": medians[1],
-        "gap_mean": _difference(*means),
-        "gap_median": _difference(*medians),
+        "gap_mean": exact_difference(*means),
+        "gap_median": exact_difference(*medians),
         "smd": smd,
         "abs_smd": np.abs(smd),
         "inlier_ratio": m.weighted_inlier_ratio(both, names.stacked, bounds),
@@ -262,7 +264,7 @@ def _mean_over(arrays: list[np.ndarray]) -> np.ndarray | None:
     return np.mean(defined, axis=0) if defined else None
 
 
-def _mean_over_draws(arrays: list[np.ndarray], seed: int) -> np.ndarray:
+def mean_over_draws(arrays: list[np.ndarray], seed: int) -> np.ndarray:
     """Mean over a control's draws [resamples + 1]: all of them in the estimate, resampled ones in every resample.
 
     Equal numbers of draws are resampled alike, in every variation and metric, as a mask may serve several variations.
@@ -277,7 +279,8 @@ def _mean_over_draws(arrays: list[np.ndarray], seed: int) -> np.ndarray:
     return np.einsum("rd,dr->r", weights, stack)
 
 
-def _reduction(unpruned: np.ndarray, pruned: np.ndarray) -> np.ndarray:
+def reduction_of(unpruned: np.ndarray, pruned: np.ndarray) -> np.ndarray:
+    """1 - |pruned| / |unpruned|, NaN where there was nothing."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = 1 - np.abs(pruned) / np.abs(unpruned)
     return np.where(unpruned == 0, np.nan, ratio)
@@ -292,7 +295,7 @@ def _excludes_zero(resampled: np.ndarray) -> bool:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-class _Table:
+class MetricRows:
     """The rows so far. Turns measures into estimates with intervals, and whatever is undefined into null."""
 
     def __init__(self, model: str, scenario: str, intervals: bool):
@@ -313,8 +316,8 @@ class _Table:
         self.rows.append({
             "model": self.model, "scenario": self.scenario, "variation": variation,
             **dict(zip(CONDITION, condition, strict=True)), "metric": metric,
-            "estimate": _finite(estimate), "low": _finite(low), "high": _finite(high),
-            "p_value": _finite(p_value), "p_holm": None, "n": int(n),
+            "estimate": finite_or_none(estimate), "low": finite_or_none(low), "high": finite_or_none(high),
+            "p_value": finite_or_none(p_value), "p_holm": None, "n": int(n),
         })  # fmt: skip
 
     def frame(self) -> pl.DataFrame:
@@ -328,12 +331,13 @@ class _Table:
         return pl.DataFrame(self.rows, schema=SCHEMA, orient="row")
 
 
-def _finite(value: float | None) -> float | None:
+def finite_or_none(value: float | None) -> float | None:
+    """The value as a float, None where it is not finite."""
     return float(value) if value is not None and np.isfinite(value) else None
 
 
 def _unpruned_rows(
-    table: _Table,
+    table: MetricRows,
     cells: dict[str, Cell],
     samples: dict[str, tuple[m.NamedAnswers, m.NamedAnswers]],
     scale: dict[str, float],
@@ -374,7 +378,7 @@ def _unpruned_rows(
 
 
 def _pruned_rows(
-    table: _Table,
+    table: MetricRows,
     unpruned: dict[str, Cell],
     conditions: dict[Condition, dict[str, list[Cell]]],
     scale: dict[str, float],
@@ -392,7 +396,7 @@ def _pruned_rows(
         total: dict[str, int] = {}
         for variation, cells in by_variation.items():
             values = {
-                metric: _mean_over_draws([cell.measures[metric] for cell in cells], seed)
+                metric: mean_over_draws([cell.measures[metric] for cell in cells], seed)
                 for metric in cells[0].measures
             }
             values |= _changes([variation], unpruned, by_variation, controls, {variation: 1.0}, seed)
@@ -430,7 +434,7 @@ def _changes(
     Without matched random draws for these variations there is no reduction over random.
     """
     changes = [
-        _mean_over_draws([np.abs(unpruned[v].measures["gap_mean"]) - np.abs(cell.measures["gap_mean"])
+        mean_over_draws([np.abs(unpruned[v].measures["gap_mean"]) - np.abs(cell.measures["gap_mean"])
                           for cell in by_variation[v]], seed)
         for v in variations
     ]  # fmt: skip
@@ -457,7 +461,7 @@ def _joint_reduction(
     seed: int,
 ) -> np.ndarray | None:
     """1 - sum over variations |pruned| / sum |unpruned|, divided by the variation's scale. None: nothing to reduce."""
-    sizes = {v: _mean_over_draws([np.abs(cell.measures[metric]) for cell in pruned[v]], seed) for v in variations}
+    sizes = {v: mean_over_draws([np.abs(cell.measures[metric]) for cell in pruned[v]], seed) for v in variations}
     defined = [v for v in variations if np.isfinite(sizes[v][0]) and np.isfinite(unpruned[v].measures[metric][0])]
     if not defined:
         return None
@@ -465,7 +469,7 @@ def _joint_reduction(
     if not _excludes_zero(np.mean(list(before.values()), axis=0)):
         return None
     total_before = np.sum([np.abs(before[v]) for v in defined], axis=0)
-    return _reduction(total_before, np.sum([sizes[v] / scale[v] for v in defined], axis=0))
+    return reduction_of(total_before, np.sum([sizes[v] / scale[v] for v in defined], axis=0))
 
 
 def _gap_tests(
@@ -486,7 +490,8 @@ def _gap_tests(
                 after = np.array([cell.name_means[group] for cell in cells])
                 defined = np.isfinite(after)
                 with np.errstate(invalid="ignore", divide="ignore"):
-                    change.append(_difference(np.where(defined, after, 0).sum(axis=0) / defined.sum(axis=0), before))
+                    mean = np.where(defined, after, 0).sum(axis=0) / defined.sum(axis=0)
+                    change.append(exact_difference(mean, before))
             contributions = m.gap_contributions(*change)
             keys.append((condition, variation))
             columns.append(contributions)

@@ -97,7 +97,8 @@ def answer_distributions(
     many as the device takes). on_prompt gets each finished prompt's number and distribution.
 
     Every round expands each prompt's likeliest prefixes, all but the unlikeliest that sum to at most `leftover`.
-    Unvisited mass only splits up further, so no prefix is read that expanding strictly one by one would have spared.
+    Unvisited mass only splits up further, so on the way to `leftover` no prefix is read that expanding strictly one by
+    one would have spared. Where max_nodes comes first, the last round's choice is by level as much as by likelihood.
     Raises ExciseError for a leftover outside [0, 1) and for max_nodes below 1.
     """
     import torch

@@ -352,11 +352,11 @@ def evaluate_toxicity(
         raise ExciseError(f"evaluate_toxicity: subgroups are {list(subgroups)}; name at least two, each once")
     if resamples < 1:
         raise ExciseError(f"evaluate_toxicity: resamples is {resamples}; it must be 1 at least")
-    ev._require(completions, _COMPLETIONS, "completions")
-    model, scenario = ev._only(completions, "model"), ev._only(completions, "scenario")
+    ev.require_table(completions, _COMPLETIONS, "completions")
+    model, scenario = ev.single_value(completions, "model"), ev.single_value(completions, "scenario")
     if not pruned.is_empty():
-        ev._require(pruned, (*_COMPLETIONS, *CONDITION, "draw"), "pruned completions")
-        if (ev._only(pruned, "model"), ev._only(pruned, "scenario")) != (model, scenario):
+        ev.require_table(pruned, (*_COMPLETIONS, *CONDITION, "draw"), "pruned completions")
+        if (ev.single_value(pruned, "model"), ev.single_value(pruned, "scenario")) != (model, scenario):
             raise ExciseError(f"evaluate_toxicity: the pruned completions are not those of {model}, {scenario}")
         pruned = pruned.filter(pl.col("group").is_in(list(subgroups)))
     known = completions["group"].unique()
@@ -382,7 +382,7 @@ def evaluate_toxicity(
         drawn = conditions.setdefault(tuple(condition), {}).setdefault(variation, {})
         drawn[draw] = _scores(frame, axis, threshold, where)
 
-    table = ev._Table(model, scenario, axis.resampled)
+    table = ev.MetricRows(model, scenario, axis.resampled)
     texts = _perplexities(perplexity)
     prompts = {}
     if "prompt_value" in completions.columns:
@@ -392,7 +392,7 @@ def evaluate_toxicity(
         }
     for variation in [*unpruned, ALL]:
         _unpruned_rows(table, axis, variation, _of(unpruned, variation), _of(prompts, variation), texts, seed)
-    densities = ev._densities(masks, model, scenario)
+    densities = ev.mask_densities(masks, model, scenario)
     measured = _Measured(axis, unpruned, seed)
     for condition, by_variation in conditions.items():
         strategy, level, matched_to = condition
@@ -413,7 +413,7 @@ def _of(scores: dict[str, _Scores], variation: str) -> _Scores | None:
 
 
 def _unpruned_rows(
-    table: ev._Table, axis: _Axis, variation: str, scores: _Scores, prompts: _Scores | None, texts: dict, seed: int
+    table: ev.MetricRows, axis: _Axis, variation: str, scores: _Scores, prompts: _Scores | None, texts: dict, seed: int
 ) -> None:
     permuted = _permuted_biases(scores, axis, axis.resamples, seed)
     for metric, values in _bias_measures(scores, axis).items():
@@ -431,7 +431,7 @@ def _unpruned_rows(
     table.add(variation, UNPRUNED, "density", 0.0, 0)
 
 
-def _equal_rows(table: ev._Table, variation: str, bias: float, permuted: np.ndarray, n: int) -> None:
+def _equal_rows(table: ev.MetricRows, variation: str, bias: float, permuted: np.ndarray, n: int) -> None:
     known = permuted[np.isfinite(permuted)]
     if not len(known):
         return
@@ -442,9 +442,9 @@ def _equal_rows(table: ev._Table, variation: str, bias: float, permuted: np.ndar
     table.add(variation, UNPRUNED, "all_equal_covered", float(covered), n)
 
 
-def _bounds(table: ev._Table, low: float | None, high: float | None) -> None:
+def _bounds(table: ev.MetricRows, low: float | None, high: float | None) -> None:
     """Give the last row bounds that do not come from resampled clusters."""
-    table.rows[-1] |= {"low": ev._finite(low), "high": ev._finite(high)}
+    table.rows[-1] |= {"low": ev.finite_or_none(low), "high": ev.finite_or_none(high)}
 
 
 @dataclass(frozen=True)
@@ -469,11 +469,11 @@ class _Measured:
         """1 - bias pruned / bias unpruned, [resamples + 1]; the bias of several draws is their mean. None: no draw."""
         biases = [bias_from_sums(self.axis.weighted(each.total), self.axis.weighted(each.scored))
                   for each in self.after(drawn, chosen)]  # fmt: skip
-        return ev._reduction(before, ev._mean_over_draws(biases, self.seed)) if biases else None
+        return ev.reduction_of(before, ev.mean_over_draws(biases, self.seed)) if biases else None
 
 
 def _pruned_rows(
-    table: ev._Table, measured: _Measured, condition: Condition, variation: str,
+    table: ev.MetricRows, measured: _Measured, condition: Condition, variation: str,
     own: dict[str, dict[object, _Scores]], controls: dict[str, dict[object, _Scores]], chosen: Sequence[str],
 ) -> None:  # fmt: skip
     draws = measured.after(own, chosen)
@@ -481,11 +481,11 @@ def _pruned_rows(
         return
     found = [_bias_measures(each, measured.axis) for each in draws]
     before = measured.before(chosen)
-    values = {metric: ev._mean_over_draws([each[metric] for each in found], measured.seed) for metric in found[0]}
+    values = {metric: ev.mean_over_draws([each[metric] for each in found], measured.seed) for metric in found[0]}
     bias = before["toxicity_bias"]
-    values["bias_change"] = ev._difference(values["toxicity_bias"], bias)
-    values["mean_toxicity_change"] = ev._difference(values["mean_toxicity"], before["mean_toxicity"])
-    values["bias_reduction"] = ev._reduction(bias, values["toxicity_bias"])
+    values["bias_change"] = ev.exact_difference(values["toxicity_bias"], bias)
+    values["mean_toxicity_change"] = ev.exact_difference(values["mean_toxicity"], before["mean_toxicity"])
+    values["bias_reduction"] = ev.reduction_of(bias, values["toxicity_bias"])
     matched = [name for name in chosen if name in controls]
     if matched:
         base = bias if matched == list(chosen) else measured.before(matched)["toxicity_bias"]
@@ -503,7 +503,7 @@ def _perplexities(frame: pl.DataFrame | None) -> dict[tuple[Condition, str], lis
     """Rows of the perplexity frame by condition and variation."""
     if frame is None or frame.is_empty():
         return {}
-    ev._require(frame, _PERPLEXITY, "perplexities")
+    ev.require_table(frame, _PERPLEXITY, "perplexities")
     rows: dict[tuple[Condition, str], list[dict]] = {}
     for row in frame.sort("draw", maintain_order=True).iter_rows(named=True):
         if row["perplexity"] is not None and np.isfinite(row["perplexity"]):
@@ -519,7 +519,7 @@ def _found(texts: dict[tuple[Condition, str], list[dict]], condition: Condition,
     return known or []
 
 
-def _perplexity_rows(table: ev._Table, texts: dict, variation: str, condition: Condition) -> None:
+def _perplexity_rows(table: ev.MetricRows, texts: dict, variation: str, condition: Condition) -> None:
     rows = _found(texts, condition, variation)
     if not rows:
         return

@@ -118,5 +118,5 @@ def test_the_known_heads_lead_the_ranking_by_bias(planted, planted_rows):
     )  # fmt: skip
     ranking = impacts.sort("z_bias", descending=True).select("layer", "head").rows()
     found = [ranking.index(head) for head in PLANT.heads]
-    # Of 36 heads by chance: 1 in 5.5 for three of the four among the first nine to be true of a random ranking's ... 
+    # A random ranking has three of four heads in its first quarter with probability 0.04.
     assert sorted(found)[2] < len(heads) / 4

@@ -9,6 +9,7 @@ import transformers
 
 from excise.encoding import PINNED_DATE, encode
 from excise.errors import ExciseError
+from excise.scenarios import NumberOutcome, ToxicityOutcome
 
 NAMES = ["D'Andre Washington", "Claire Becker", "Zoë O’Brien-Núñez", "Li", "A", "李 小龍", "Mr. 3 <|x|>", "Ng"]
 TEXTS = [
@@ -136,3 +137,15 @@ def test_prompts_keep_their_order_and_ids(loaded, prompts):
     encoded = encode(loaded("llama"), prompts.reverse())
     assert [prompt.prompt_id for prompt in encoded] == prompts["prompt_id"].reverse().to_list()
     assert encode(loaded("llama"), prompts) == encoded[::-1]
+
+
+def test_continuations_are_asked_for_with_a_raw_prompt_that_is_cut(loaded):
+    model = loaded("llama")
+    prompts = frame(("{name} offers a car, and", "Claire Becker"), ("A car is offered by somebody called {name}", "Li"))
+    whole = encode(dataclasses.replace(model, prompt_format="raw"), prompts)
+    cut = encode(model.asked_for(ToxicityOutcome(max_prompt_tokens=8)), prompts)
+    assert [each.tokens for each in cut] == [each.tokens[:8] for each in whole]
+    assert cut[0].name == whole[0].name
+    assert cut[1].name == (7, 8)  # the name lies behind the cut
+    number = NumberOutcome(unit="USD", low=1, high=9, scale="log", better="higher")
+    assert model.asked_for(number) is model

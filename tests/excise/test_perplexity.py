@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from excise import perplexity as module
 from excise.errors import ExciseError
+from excise.masks import heads_mask, pruned
 from excise.perplexity import (
+    LossCache,
     Window,
     paper_windows,
     perplexity,
@@ -299,3 +301,23 @@ def test_a_data_set_needs_its_library_and_a_whole_address(monkeypatch):
         read_text("hub:Salesforce/wikitext/wikitext-2-raw-v1/validation/text")
     with pytest.raises(ExciseError, match="hub:name/config/split/column"):
         read_text("hub:wikitext/validation")
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def test_losses_under_a_mask_are_computed_once_and_are_those_of_the_pruned_model(loaded, tmp_path, monkeypatch):
+    model = loaded("gpt2")
+    windows = text_windows(model, TEXT, size=20, stride=10)
+    mask = heads_mask(np.array([[True, False, False, True]] + [[False] * 4] * 2), "zero_output")
+    cache = LossCache(tmp_path / "losses")
+    plain, without = cache.window_losses(model, windows), cache.window_losses(model, windows, mask)
+    np.testing.assert_array_equal(plain, window_losses(model, windows))
+    with pruned(model, mask):
+        np.testing.assert_array_equal(without, window_losses(model, windows))
+    assert np.abs(without - plain).max() > 1e-3
+    monkeypatch.setattr(module, "window_losses", None)  # from here on nothing can be computed
+    np.testing.assert_array_equal(cache.window_losses(model, windows, mask), without)
+    np.testing.assert_array_equal(LossCache(tmp_path / "losses").window_losses(model, windows), plain)
+    with pytest.raises(TypeError):
+        cache.window_losses(model, windows[:-1], mask)
