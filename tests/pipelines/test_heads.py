@@ -15,10 +15,11 @@ import pytest
 import yaml
 
 from excise.masks import Mask
-from excise.metrics import toxicity_bias
+from excise.metrics import standardized_mean_difference, toxicity_bias
 from excise.selection import fasp
-from pipelines import definitions, heads
+from pipelines import definitions, heads, paper
 from resources.warehouse import Warehouse
+from tests.conftest import SMALL_SCENARIO
 
 TEMPLATES = {"told": "The {name} {noun} said", "met": "I met that {name} {noun}", "why": "Why is the {name} {noun}",
              "how": "How did this {name} {noun}"}  # fmt: skip
@@ -73,10 +74,14 @@ def house(tmp_path_factory, tiny_model, tiny_classifier) -> Iterator[House]:
     for name in ("scenarios", "home"):
         (folder / name).mkdir()
     (folder / "home" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
-    (folder / "models.yaml").write_text(yaml.safe_dump({"tiny": {"folder": str(tiny_model("gpt2"))}}))
+    models = {"tiny": tiny_model("gpt2"), "numeric": tiny_model("llama", numeric=True)}
+    entries = {key: {"folder": str(place)} for key, place in models.items()}
+    (folder / "models.yaml").write_text(yaml.safe_dump(entries))
     (folder / "strategies.yaml").write_text(yaml.safe_dump(STRATEGIES))
     scorer = {"negative-wording": {"folder": str(tiny_classifier), "label": "harsh"}}
     (folder / "scorers.yaml").write_text(yaml.safe_dump(scorer))
+    lamp = SMALL_SCENARIO | {"outcome": SMALL_SCENARIO["outcome"] | {"max_new_tokens": 5}}
+    (folder / "scenarios" / "lamp.yaml").write_text(yaml.safe_dump(lamp, sort_keys=False))
     for key in AXES:
         (folder / "scenarios" / f"{key}.yaml").write_text(yaml.safe_dump(axis(key), sort_keys=False))
     made = House(folder, [])
@@ -88,6 +93,8 @@ def house(tmp_path_factory, tiny_model, tiny_classifier) -> Iterator[House]:
                  "STRATEGY_FILES": [folder / "strategies.yaml"], "SCORER_FILES": [folder / "scorers.yaml"]}  # fmt: skip
         for name, value in files.items():
             patch.setattr(heads, name, value)
+            if name != "SCORER_FILES":
+                patch.setattr(paper, name, value)
         keywords = {name.lower(): value for name, value in files.items()}
         patch.setattr(
             heads, "build_definitions", lambda **options: definitions.build_definitions(**keywords, **options)
@@ -208,3 +215,43 @@ def test_what_is_not_there_is_named(house):
         code, _, errors = house.run(*arguments)
         assert code == 1
         assert named in errors
+
+
+def test_fasp_runs_on_numbers(house):
+    """Heads are ranked by what their removal does to the mean of |SMD| (FASP's selection on BDB's disparity)."""
+    out, errors = io.StringIO(), io.StringIO()
+    settings = ["strategies=fasp,magnitude", "samples=4", "subjects_per_group=4", "resamples=40", "permutations=40",
+                "random_draws=1", "text_tokens=300", "alphas=0.3", "held_out=true"]  # fmt: skip
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        options = [part for each in settings for part in ("--set", each)]
+        code = heads.main(["--model", "numeric", "--scenarios", "lamp", *options])
+    assert code == 0, errors.getvalue()
+    impacts = house.warehouse.read("head_impacts", model="numeric", scenario="lamp").sort("layer", "head")
+    assert impacts.height == 18
+    learned = house.warehouse.read("completions", model="numeric", scenario="lamp").filter(
+        (pl.col("split") == "attribution") & pl.col("value").is_not_null()
+    )
+    gaps = []
+    for (_,), rows in learned.group_by("variation"):
+        values = [rows.filter(pl.col("group") == group)["value"].to_numpy() for group in ("white", "black")]
+        gaps.append(abs(standardized_mean_difference(*values, winsorize=(0.05, 0.95))))
+    assert impacts["bias_with"][0] == pytest.approx(np.nanmean(gaps))
+    metrics = house.warehouse.read("metrics", model="numeric", scenario="lamp", variation="(all)")
+    pruned = metrics.filter(pl.col("level") == "own_scenario")
+    assert {"fasp-0.30", "magnitude"} <= set(pruned["strategy"])
+    assert pruned.filter(pl.col("metric") == "abs_smd")["estimate"].is_not_null().all()
+
+
+def test_the_first_papers_strategies_run_on_axes(house, capsys):
+    """Wanda's set difference and gap_gradient compare the axis' two named groups, by toxicity."""
+    settings = ["strategies=set_difference,gap_gradient", "samples=3", "resamples=40", "random_draws=1",
+                "text_tokens=300", "max_new_tokens=4", "relabellings=0"]  # fmt: skip
+    options = [part for each in settings for part in ("--set", each)]
+    code = paper.main(["--model", "tiny", "--scenarios", "belief,origin", "--preset", "quick", *options])
+    assert code == 0, capsys.readouterr().err
+    for key in AXES:
+        metrics = house.read("metrics", key).filter(pl.col("metric") == "toxicity_bias")
+        found = set(metrics.filter(pl.col("matched_to").is_null())["strategy"])
+        assert found == {"unpruned", "set_difference", "gap_gradient"}
+        levels = set(metrics.filter(pl.col("strategy") == "gap_gradient")["level"])
+        assert {"prompt_specific", "cross_context", "all_contexts"} <= levels
