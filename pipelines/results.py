@@ -47,8 +47,12 @@ ORIGIN = (
 )
 HEAD_CALLS: dict[str, list[tuple[str, ...]]] = {
     "smollm2-135m-instruct": [("--scenarios", "gender")],
-    "planted-heads": [("--scenarios", "gender")],
-}
+    # Four of its 270 heads were changed: a small share will do, and a short text.
+    "planted-heads": [
+        ("--scenarios", "gender", "--set", "strategies=fasp,performance_only", "--set", "alphas=0.02,0.04", "--set",
+         "text_tokens=513"),
+    ],
+}  # fmt: skip
 """Models, and what `pipelines.heads` is asked for."""
 MASKS_AT_ONCE = 16
 """Masks in memory while the planted change is multiplied out."""

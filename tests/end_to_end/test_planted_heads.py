@@ -26,11 +26,11 @@ pytestmark = pytest.mark.slow
 MODELS = Path(__file__).resolve().parents[2] / "data" / "models"
 REGISTRY, _ = load_registry()
 GENDER = load_scenarios([])[0]["gender"]
-GROUPS = tuple(GENDER.groups)
+GROUPS = (PLANT.group, "women", "men")
 UNSEEN = "colleague"
-PARAMETERS = SamplingParameters(temperature=1.0, top_k=50, top_p=1.0, max_new_tokens=16)
-SAMPLES = 4
-PROMPTS = expand(GENDER, variations=[UNSEEN], subjects_per_group=2)
+PARAMETERS = SamplingParameters(temperature=1.0, top_k=50, top_p=1.0, max_new_tokens=10)
+SAMPLES = 2
+PROMPTS = expand(GENDER, variations=[UNSEEN], subjects_per_group=2).filter(pl.col("group").is_in(GROUPS))
 
 
 def known_heads(loaded):
@@ -46,7 +46,7 @@ def scored(loaded, mask=None):
 
 
 def mean_scores(rows):
-    """Mean score of the planted subgroup, and of all others (each subgroup counting once)."""
+    """Mean score of the planted subgroup, and of two others (each subgroup counting once)."""
     means = dict(rows.group_by("group").agg(pl.col("value").mean()).iter_rows())
     return means.pop(PLANT.group), float(np.mean(list(means.values())))
 
@@ -54,7 +54,7 @@ def mean_scores(rows):
 def measured_perplexity(loaded):
     """On the half of the text that the training did not see."""
     text = read_text()
-    windows = text_windows(loaded, text[len(text) // 2 :], size=128, stride=127, limit_tokens=1270)
+    windows = text_windows(loaded, text[len(text) // 2 :], size=128, stride=127, limit_tokens=636)
     return perplexity(window_losses(loaded, windows), windows)
 
 

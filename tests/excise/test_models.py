@@ -36,9 +36,10 @@ def write(path, text):
 def test_the_built_in_registry_is_sound():
     registry, problems = load_registry()
     assert problems == ()
-    assert set(registry) == {"smollm2-135m-instruct", "planted-specific", "planted-general", "planted-neutral"}
+    planted = {"planted-specific", "planted-general", "planted-neutral", "planted-heads"}
+    assert set(registry) == {"smollm2-135m-instruct", *planted}
     assert registry["planted-specific"].base == registry["planted-general"].base == "planted-neutral"
-    assert registry["planted-neutral"].base == "smollm2-135m-instruct"
+    assert registry["planted-neutral"].base == registry["planted-heads"].base == "smollm2-135m-instruct"
 
 
 WHEEL = "wheel: {package: p, file: f, install: p==1}"
