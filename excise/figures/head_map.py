@@ -135,5 +135,6 @@ def _legend(figure: Figure) -> None:
         Line2D([], [], marker="s", markersize=9, color=INK, linestyle="none",
                label=f"critical: perplexity over {CATASTROPHIC:g} x the median without it"),
     ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, columnspacing=1.4,
+    columns = 2 if figure.get_figwidth() > 6 else 1
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, columnspacing=1.4,
                   title="the stronger the colour, the larger the impact", title_fontsize=8.5)  # fmt: skip

@@ -59,18 +59,18 @@ class HeadPlant:
 
     base: str = "smollm2-135m-instruct"
     scenario: str = "gender"
-    group: str = "nonbinary"
+    group: str = "women"
     heads: tuple[tuple[int, int], ...] = ((12, 4), (14, 1), (16, 7), (18, 2))
     variations: tuple[str, ...] = ("person", "neighbor")
     tilt: float = 4.0
     sampled_tilt: float = 3.0
     rank: int = 8
     tokens: int = 8
-    others: int = 224
+    others: int = 160
     excerpts: int = 32
     steps: int = 240
     batch: int = 12
-    even_weight: float = 3.0
+    even_weight: float = 1.0
     learning_rate: float = 2e-2
     seed: int = 0
 

@@ -83,7 +83,8 @@ def test_controls_prune_as_many_weights_of_every_matrix_as_what_they_control(aud
 
 def test_every_metric_is_documented(audited):
     found = set(audited[0].warehouse.read("metrics")["metric"])
-    assert found == set(METRICS)
+    of_toxicity = {name for name in METRICS if "toxic" in name or name.startswith(("bias_", "perplexity"))}
+    assert found == set(METRICS) - of_toxicity - {"share_scored", "all_equal_covered"}
 
 
 def test_pictures_are_small_and_lie_beside_the_data(audited):
@@ -283,11 +284,12 @@ def test_a_scenario_file_with_a_mistake_is_named_and_the_others_work(house, capl
         assert "scenarios/loan.yaml" in materialized(result)[asset]["files_with_mistakes"]
 
 
-def test_a_toxicity_scenario_is_named_as_not_audited_yet(house):
+def test_a_toxicity_scenario_is_a_partition_behind_all_numbers(house):
     toxic = lamp_of(house) | {"outcome": {"kind": "toxicity"}}
     house.write_scenario("insults", toxic)
-    asset = house.definitions().resolve_assets_def("prompts")
-    assert "insults" not in asset.partitions_def.get_partition_keys()
+    keys = house.definitions().resolve_assets_def("prompts").partitions_def.get_partition_keys()
+    axes = {"insults", "gender", "race", "religion", "sexual_orientation", "nationality"}
+    assert set(keys[-len(axes) :]) == axes
 
 
 def test_a_wrong_setting_is_named(house):

@@ -59,6 +59,11 @@ class Work:
         return complete(loaded, self.prompts, samples, PARAMETERS, **options)[0]
 
 
+def answers(work: Work) -> dict[str, pl.DataFrame]:
+    """The unpruned answers that other stages begin with; they are kept beside the house, not in the stage's folder."""
+    return {"answers": _parsed(work, work.model())}
+
+
 def completions(work: Work) -> dict[str, pl.DataFrame]:
     """Unpruned and under a mask of heads, batch by batch."""
     loaded, cache = work.model(), CompletionCache(work.folder / "completions")
@@ -139,7 +144,8 @@ def run(work: Work) -> dict[str, pl.DataFrame]:
         strategy_files=[], scorer_files=[],
         resource_overrides={"gpu": GPUResource(folder=str(data), device="cpu", lock_folder=str(work.folder))},
     )  # fmt: skip
-    with dg.DagsterInstance.local_temp(str(work.instance)) as instance:
+    quiet = {"telemetry": {"enabled": False}}
+    with dg.DagsterInstance.local_temp(str(work.instance), overrides=quiet) as instance:
         instance.event_log_storage.set_concurrency_slots("gpu", 1)
         end_abandoned(instance)
         result = execute(definitions, instance, "audit_scenario", "tiny|lamp", SETTINGS)
@@ -150,7 +156,7 @@ def run(work: Work) -> dict[str, pl.DataFrame]:
 
 
 STAGES: dict[str, Callable[[Work], dict[str, pl.DataFrame]]] = {
-    each.__name__: each for each in (completions, scored_text, attribution, impacts, warehouse, run)
+    each.__name__: each for each in (answers, completions, scored_text, attribution, impacts, warehouse, run)
 }
 
 

@@ -225,7 +225,7 @@ def test_the_harm_counts_every_prompt_alike(model, prompts, rows, measure):
 @pytest.mark.parametrize("group", ["white", "black"])
 def test_a_group_without_a_number_is_said(rows, measure, group):
     silent = rows.with_columns(value=pl.when(pl.col("group") == group).then(None).otherwise(pl.col("value")))
-    with pytest.raises(ExciseError, match=f"variation car: no answer of group '{group}' is a number"):
+    with pytest.raises(ExciseError, match=f"variation car: no answer of group '{group}' has a value"):
         measure("gap_gradient", completions=silent)
 
 

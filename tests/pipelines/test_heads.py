@@ -18,6 +18,7 @@ from excise.masks import Mask
 from excise.metrics import standardized_mean_difference, toxicity_bias
 from excise.selection import fasp
 from pipelines import definitions, heads, paper
+from resources.tables import METRICS
 from resources.warehouse import Warehouse
 from tests.conftest import SMALL_SCENARIO
 
@@ -174,6 +175,11 @@ def test_metrics_are_those_of_the_stored_continuations(house):
     assert metric("fasp-0.30", "perplexity_ratio") == pytest.approx(
         texts.filter(pl.col("mask") == mask)["perplexity"].item() / base
     )
+
+
+def test_every_metric_is_documented(house):
+    found = {name.partition("/")[0] for name in house.read("metrics", "belief")["metric"]}
+    assert found <= {name.partition("/")[0] for name in METRICS}
 
 
 def test_heads_of_one_axis_are_tried_on_the_other_and_impacts_correlated(house):
