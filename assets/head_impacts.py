@@ -31,6 +31,11 @@ def windows_of(loaded: Any, audit: Audit) -> list:
     )  # fmt: skip
 
 
+def cluster_of(outcome: Any) -> str:
+    """What intervals of head impacts resample: names, or prompts where a subgroup has few descriptors and templates."""
+    return "subject" if outcome.kind == "number" else "prompt_id"
+
+
 def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
     """Measures every head."""
 
@@ -88,7 +93,7 @@ def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                 learned,
                 disparity="toxicity" if toxicity else "smd",
                 groups=groups,
-                cluster="subject",
+                cluster=cluster_of(outcome),
                 parameters=parameters,
                 windows=windows,
                 perplexity_mode=audit.perplexity_mode,

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import polars as pl
 
 from assets.completions import completions_of, sampling_of, scorer_of, without
+from assets.head_impacts import cluster_of
 from assets.partitions import read_catalogue
 from excise.errors import ExciseError
 from excise.scenarios.subsets import EVALUATION
@@ -79,7 +80,7 @@ def measure(model: str, scenario_key: str, layers: str, resamples: int) -> pl.Da
             began = time.perf_counter()
             found[method] = head_impacts(
                 loaded.asked_for(outcome), asked, learned, disparity="toxicity" if toxicity else "smd", groups=groups,
-                parameters=parameters, regenerate=regenerate, method=method, resamples=resamples, heads=heads,
+                cluster=cluster_of(outcome), parameters=parameters, regenerate=regenerate, method=method, resamples=resamples, heads=heads,
             )  # fmt: skip
             seconds[method] = (time.perf_counter() - began) / len(heads)
     first, second = found["reweight"], found["regenerate"]

@@ -168,7 +168,7 @@ _ALL = (
             ("bias_with", "DOUBLE", "disparity, nothing removed: toxicity_bias, or the mean of |SMD|"),
             ("bias_without", "DOUBLE", "disparity without the head"),
             ("z_bias", "DOUBLE", "bias_with - bias_without: positive for a harmful head"),
-            ("z_bias_low", "DOUBLE", "lower end of its 95 % interval, descriptors (names) resampled"),
+            ("z_bias_low", "DOUBLE", "lower end of its 95 % interval, names (of axes: prompts) resampled"),
             ("z_bias_high", "DOUBLE", "upper end"),
             ("z_bias_half_1", "DOUBLE", "z_bias from one half of the samples"),
             ("z_bias_half_2", "DOUBLE", "z_bias from the other half"),
