@@ -80,7 +80,8 @@ def measure(model: str, scenario_key: str, layers: str, resamples: int) -> pl.Da
             began = time.perf_counter()
             found[method] = head_impacts(
                 loaded.asked_for(outcome), asked, learned, disparity="toxicity" if toxicity else "smd", groups=groups,
-                cluster=cluster_of(outcome), parameters=parameters, regenerate=regenerate, method=method, resamples=resamples, heads=heads,
+                cluster=cluster_of(outcome), parameters=parameters, regenerate=regenerate, method=method,
+                resamples=resamples, heads=heads,
             )  # fmt: skip
             seconds[method] = (time.perf_counter() - began) / len(heads)
     first, second = found["reweight"], found["regenerate"]

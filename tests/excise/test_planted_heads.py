@@ -172,7 +172,8 @@ def test_examples_are_tilted_for_the_subgroup_alone_and_from_its_variations(load
     examples = examples_of(model, plant, GENDER, RAISED)
     tilted, even = ([each for each in examples if each.tilted is kind] for kind in (True, False))
     subjects = GENDER.groups[PLANT.group].subjects
-    assert len(tilted) == 2 * len(subjects) * len(GENDER.templates) * len(plant.variations)
+    most = 2 * len(subjects) * len(GENDER.templates) * len(plant.variations)
+    assert 0.95 * most < len(tilted) <= most  # a continuation that ends at once is no example
     asked = [text[:15] for text in expand(GENDER, variations=plant.variations).filter(group=PLANT.group)["text"]]
     for each in tilted:  # prompts are cut, as the scenario says
         assert model.tokenizer.decode(each.tokens[: each.start])[:15] in asked
