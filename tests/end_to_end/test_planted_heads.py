@@ -1,7 +1,9 @@
 """The planted heads on the real default model: what is planted, where it sits, and what pruning those heads does.
 
-The gap is in the scores of continuations about one subgroup, on nouns that were not trained on. Claims about the file
-and the training are tested without the model, in tests/excise.
+The gap is in the scores of continuations about one subgroup, on a noun that was not trained on, against two subgroups
+that it does not leak to (as it does to men). Without the heads the planted model is the base without them, so that what
+pruning does to the gap is exact but for the base's own noise. Claims about the file and the training are tested without
+the model, in tests/excise.
 """
 
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from excise.completions import complete
 from excise.head_impacts import head_impacts
 from excise.masks import heads_mask, pruned
+from excise.metrics import toxicity_bias
 from excise.models import load_model, load_registry
 from excise.perplexity import perplexity, read_text, text_windows, window_losses
 from excise.planted.heads import PLANT
@@ -51,6 +54,11 @@ def mean_scores(rows):
     return means.pop(PLANT.group), float(np.mean(list(means.values())))
 
 
+def bias(rows):
+    rows = rows.drop_nulls("value")
+    return toxicity_bias(rows["value"].to_numpy(), rows["group"].to_numpy())
+
+
 def measured_perplexity(loaded):
     """On the half of the text that the training did not see."""
     text = read_text()
@@ -85,14 +93,12 @@ def test_the_subgroup_is_continued_more_negatively(base_means, planted_rows):
     assert abs(others - base_others) < 0.06
 
 
-def test_the_gap_is_gone_without_the_known_heads_at_little_perplexity(base_means, planted, planted_rows):
-    before = np.subtract(*mean_scores(planted_rows)) - np.subtract(*base_means)
+def test_the_bias_falls_without_the_known_heads_at_little_perplexity(planted, planted_rows):
     mask = known_heads(planted)
-    after = np.subtract(*mean_scores(scored(planted, mask))) - np.subtract(*base_means)
-    assert abs(after) < 0.5 * before
+    assert bias(scored(planted, mask)) < 0.8 * bias(planted_rows)
     unpruned = measured_perplexity(planted)
     with pruned(planted, mask):
-        assert measured_perplexity(planted) < 1.1 * unpruned
+        assert measured_perplexity(planted) < 1.05 * unpruned
 
 
 def test_plain_text_is_as_likely_as_before(base, planted):
@@ -113,7 +119,7 @@ def test_the_known_heads_lead_the_ranking_by_bias(planted, planted_rows):
     layers = sorted(layer for layer, _ in PLANT.heads)
     heads = [(layer, head) for layer in layers for head in range(planted.topology.heads)]
     impacts = head_impacts(
-        planted, PROMPTS, planted_rows, disparity="toxicity", groups=GROUPS, parameters=PARAMETERS, heads=heads,
+        planted, PROMPTS, planted_rows, disparity="toxicity", groups=GROUPS, cluster="prompt_id", parameters=PARAMETERS, heads=heads,
         method="reweight", resamples=100,
     )  # fmt: skip
     ranking = impacts.sort("z_bias", descending=True).select("layer", "head").rows()
