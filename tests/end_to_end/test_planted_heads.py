@@ -119,8 +119,8 @@ def test_the_known_heads_lead_the_ranking_by_bias(planted, planted_rows):
     layers = sorted(layer for layer, _ in PLANT.heads)
     heads = [(layer, head) for layer in layers for head in range(planted.topology.heads)]
     impacts = head_impacts(
-        planted, PROMPTS, planted_rows, disparity="toxicity", groups=GROUPS, cluster="prompt_id", parameters=PARAMETERS, heads=heads,
-        method="reweight", resamples=100,
+        planted, PROMPTS, planted_rows, disparity="toxicity", groups=GROUPS, cluster="prompt_id",
+        parameters=PARAMETERS, heads=heads, method="reweight", resamples=100,
     )  # fmt: skip
     ranking = impacts.sort("z_bias", descending=True).select("layer", "head").rows()
     found = [ranking.index(head) for head in PLANT.heads]
