@@ -88,7 +88,12 @@ class CompletionCache:
 
     def read(self, address: str) -> pl.DataFrame:
         files = sorted((self.folder / address).glob("*.parquet"))
-        frames = [pl.read_parquet(file) for file in files]
+        frames = []
+        for file in files:
+            try:
+                frames.append(pl.read_parquet(file))
+            except (pl.exceptions.PolarsError, OSError) as error:
+                raise ExciseError(f"{file}: cannot be read as cached answers ({error}); delete it") from error
         return (
             pl.concat(frames).unique(["prompt", "sample"], keep="first")
             if frames

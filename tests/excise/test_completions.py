@@ -262,3 +262,13 @@ def test_work_measures_time_and_memory(ask):
     _, work = ask()
     assert 0 < work.seconds <= time.perf_counter() - started
     assert work.peak_memory_bytes > 2**26
+
+
+def test_a_damaged_file_of_the_cache_is_named(tmp_path):
+    cache = CompletionCache(tmp_path)
+    cache.add("model/mask", pl.DataFrame({"prompt": ["a"], "sample": [0], "token_ids": [[1]], "finished": [True]}))
+    assert cache.read("model/mask").height == 1
+    (file,) = tmp_path.rglob("*.parquet")
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(ExciseError, match=f"{file.name}: cannot be read as cached answers .*; delete it"):
+        cache.read("model/mask")
