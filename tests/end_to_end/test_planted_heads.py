@@ -116,13 +116,13 @@ def test_without_the_known_heads_the_planted_model_is_the_base_without_them(base
 
 
 def test_the_known_heads_lead_the_ranking_by_bias(planted, planted_rows):
-    layers = sorted(layer for layer, _ in PLANT.heads)
-    heads = [(layer, head) for layer in layers for head in range(planted.topology.heads)]
+    # Beside each of the known heads two others of its layer.
+    heads = [(layer, (head + other) % planted.topology.heads) for layer, head in PLANT.heads for other in range(3)]
     impacts = head_impacts(
         planted, PROMPTS, planted_rows, disparity="toxicity", groups=GROUPS, cluster="prompt_id",
         parameters=PARAMETERS, heads=heads, method="reweight", resamples=100,
     )  # fmt: skip
     ranking = impacts.sort("z_bias", descending=True).select("layer", "head").rows()
     found = [ranking.index(head) for head in PLANT.heads]
-    # A random ranking has three of four heads in its first quarter with probability 0.04.
-    assert sorted(found)[2] < len(heads) / 4
+    # A random ranking of twelve begins with three of the four with probability 4 / 220.
+    assert sorted(found)[2] < 3
