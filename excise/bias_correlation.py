@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from excise.errors import ExciseError
 from excise.grid import pareto
+from excise.head_impacts import CATASTROPHIC
 from excise.metrics import percentile_interval
 from excise.overlap import chance_level, overlap_fraction
 
-CATASTROPHIC = 1.3
-"""A head is catastrophic where the perplexity without it is above so many times the median over heads (method, B6)."""
 TOP_SHARE = 0.2
 ALL_HEADS, ORDINARY_HEADS = "all", "without_catastrophic"
 SCHEMA = {

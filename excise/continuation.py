@@ -20,7 +20,7 @@ import torch
 from excise.errors import ExciseError
 from excise.models import LoadedModel
 from excise.perplexity import Window
-from excise.sampling import LOGIT_ROWS, SamplingParameters, _out_of_memory, next_tokens
+from excise.sampling import LOGIT_ROWS, SamplingParameters, next_tokens, out_of_memory
 from excise.tree import _attention, logits_of
 
 PASS_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 8192}
@@ -200,7 +200,7 @@ def every_head(
                         for chunk, reader, states, outputs in zip(chunks, read, hidden, written, strict=True)
                     ]
                 except (torch.OutOfMemoryError, RuntimeError) as error:
-                    if count == 1 or not _out_of_memory(error):
+                    if count == 1 or not out_of_memory(error):
                         raise
                     at_once = count // 2
                     if loaded.device.type == "cuda":

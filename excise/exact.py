@@ -103,7 +103,7 @@ def answer_distributions(
     """
     import torch
 
-    from excise.sampling import PREFILL_TOKENS, _out_of_memory
+    from excise.sampling import PREFILL_TOKENS, out_of_memory
     from excise.tree import Rows, common_prefix
 
     if not 0 <= leftover < 1:
@@ -131,7 +131,7 @@ def answer_distributions(
             try:
                 trees = _enumerate_batch(loaded, trunk, trunk_length, batch, parameters, leftover, max_nodes)
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if size == 1 or not _out_of_memory(error):
+                if size == 1 or not out_of_memory(error):
                     raise
                 size = max(1, size // 2)
                 if kind == "cuda":

@@ -13,10 +13,10 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import yaml
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 BUILT_IN_REGISTRY = Path(__file__).with_name("models.yaml")
+Entry = TypeVar("Entry", bound=BaseModel)
 KEY_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 SITES = ("attention_input", "attention_output", "mlp_input", "mlp_output")
@@ -102,6 +103,39 @@ class UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def registry_entries(paths: Iterable[Path], kind: type[Entry], noun: str) -> Iterator[tuple[Path, Entry | str]]:
+    """The entries of registry files that exist, as (file, entry), or (file, what is wrong and where) for a broken one.
+
+    kind: the model of an entry, whose `key` stands before the colon in the file. noun: what an entry is called.
+    """
+    for path in map(Path, paths):
+        if not path.exists():
+            continue
+        try:
+            entries = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+            yield path, f"{path}: cannot be read as YAML: {error}"
+            continue
+        if entries is None:
+            continue
+        if not isinstance(entries, dict):
+            yield path, f"{path}: must map {noun} keys to their fields"
+            continue
+        for key, fields in entries.items():
+            if not isinstance(fields, dict):
+                yield path, f"{path}: {key}: must hold fields such as hub or folder"
+                continue
+            if "key" in fields:
+                yield path, f"{path}: {key}.key: the key stands before the colon; remove it"
+                continue
+            try:
+                yield path, kind.model_validate({"key": key, **fields})
+            except ValidationError as error:
+                for detail in error.errors():
+                    where = ".".join(str(part) for part in detail["loc"])
+                    yield path, f"{path}: {key}{'.' + where if where else ''}: {detail['msg']}"
+
+
 def load_registry(paths: Iterable[Path] = ()) -> tuple[dict[str, ModelSpec], tuple[ModelProblem, ...]]:
     """Read the built-in registry, then each of `paths` that exists; later entries replace earlier ones of the same key.
 
@@ -111,41 +145,18 @@ def load_registry(paths: Iterable[Path] = ()) -> tuple[dict[str, ModelSpec], tup
     registry: dict[str, ModelSpec] = {}
     origin: dict[str, Path] = {}
     problems: list[ModelProblem] = []
-    for path in [BUILT_IN_REGISTRY, *(Path(each) for each in paths)]:
-        if not path.exists():
+    for path, found in registry_entries([BUILT_IN_REGISTRY, *paths], ModelSpec, "model"):
+        if isinstance(found, str):
+            problems.append(ModelProblem(path, found))
             continue
-        try:
-            entries = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)  # noqa: S506 - a SafeLoader
-        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-            problems.append(ModelProblem(path, f"{path}: cannot be read as YAML: {error}"))
-            continue
-        if entries is None:
-            continue
-        if not isinstance(entries, dict):
-            problems.append(ModelProblem(path, f"{path}: must map model keys to their fields"))
-            continue
-        for key, fields in entries.items():
-            if not isinstance(fields, dict):
-                problems.append(ModelProblem(path, f"{path}: {key}: must hold fields such as hub or folder"))
-                continue
-            if "key" in fields:
-                problems.append(ModelProblem(path, f"{path}: {key}.key: the key stands before the colon; remove it"))
-                continue
-            try:
-                spec = ModelSpec.model_validate({"key": key, **fields})
-            except ValidationError as error:
-                for detail in error.errors():
-                    where = ".".join(str(part) for part in detail["loc"])
-                    problems.append(ModelProblem(path, f"{path}: {key}{'.' + where if where else ''}: {detail['msg']}"))
-                continue
-            registry[key] = spec.model_copy(
-                update={
-                    name: (path.parent / getattr(spec, name)).resolve()
-                    for name in ("folder", "low_rank", "chat_template")
-                    if getattr(spec, name) is not None
-                }
-            )
-            origin[key] = path
+        registry[found.key] = found.model_copy(
+            update={
+                name: (path.parent / getattr(found, name)).resolve()
+                for name in ("folder", "low_rank", "chat_template")
+                if getattr(found, name) is not None
+            }
+        )
+        origin[found.key] = path
     for key in [key for key in registry if not _rests_on_a_source(key, registry)]:
         message = f"{origin[key]}: {key}.base: {registry[key].base!r} is no usable model; name one that has weights"
         problems.append(ModelProblem(origin[key], message))

@@ -230,6 +230,8 @@ def window_losses(
     """
     import torch
 
+    from excise.sampling import out_of_memory
+
     positions = _positions(loaded)
     for number, window in enumerate(windows):
         if not 1 <= window.scored < len(window.tokens):
@@ -257,9 +259,7 @@ def window_losses(
             try:
                 losses[chosen] = _batch_losses(loaded, [windows[number] for number in chosen])
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if most == 1 or not (
-                    isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-                ):
+                if most == 1 or not out_of_memory(error):
                     raise
                 most //= 2
                 if loaded.device.type == "cuda":

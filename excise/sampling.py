@@ -97,7 +97,7 @@ def sample(
                     parameters,
                 )
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if size == 1 or not _out_of_memory(error):
+                if size == 1 or not out_of_memory(error):
                     raise
                 size = max(1, size // 2)
                 if loaded.device.type == "cuda":
@@ -109,7 +109,8 @@ def sample(
     return sorted(draws, key=lambda draw: (draw.prompt, draw.sample))
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the allocator of the CPU, has no room left: a smaller batch may do."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 

@@ -19,11 +19,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import polars as pl
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from excise.errors import ExciseError
-from excise.models import KEY_PATTERN, UniqueKeyLoader, pick_device
+from excise.models import KEY_PATTERN, pick_device, registry_entries
 from excise.progress import Progress, silent
 
 BUILT_IN_REGISTRY = Path(__file__).with_name("scorers.yaml")
@@ -123,37 +122,13 @@ def load_scorer_registry(paths: Iterable[Path] = ()) -> tuple[dict[str, ScorerSp
     """
     registry: dict[str, ScorerSpec] = {}
     problems: list[ScorerProblem] = []
-    for path in [BUILT_IN_REGISTRY, *(Path(each) for each in paths)]:
-        if not path.exists():
+    for path, found in registry_entries([BUILT_IN_REGISTRY, *paths], ScorerSpec, "scorer"):
+        if isinstance(found, str):
+            problems.append(ScorerProblem(path, found))
             continue
-        try:
-            entries = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)  # noqa: S506 - a SafeLoader
-        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-            problems.append(ScorerProblem(path, f"{path}: cannot be read as YAML: {error}"))
-            continue
-        if entries is None:
-            continue
-        if not isinstance(entries, dict):
-            problems.append(ScorerProblem(path, f"{path}: must map scorer keys to their fields"))
-            continue
-        for key, fields in entries.items():
-            if not isinstance(fields, dict):
-                problems.append(ScorerProblem(path, f"{path}: {key}: must hold fields such as hub or folder"))
-                continue
-            if "key" in fields:
-                problems.append(ScorerProblem(path, f"{path}: {key}.key: the key stands before the colon; remove it"))
-                continue
-            try:
-                spec = ScorerSpec.model_validate({"key": key, **fields})
-            except ValidationError as error:
-                for detail in error.errors():
-                    where = ".".join(str(part) for part in detail["loc"])
-                    message = f"{path}: {key}{'.' + where if where else ''}: {detail['msg']}"
-                    problems.append(ScorerProblem(path, message))
-                continue
-            if spec.folder is not None:
-                spec = spec.model_copy(update={"folder": (path.parent / spec.folder).resolve()})
-            registry[key] = spec
+        if found.folder is not None:
+            found = found.model_copy(update={"folder": (path.parent / found.folder).resolve()})
+        registry[found.key] = found
     return registry, tuple(problems)
 
 

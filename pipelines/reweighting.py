@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(model: str, scenario_key: str, layers: str, resamples: int) -> pl.DataFrame:
     """Rows of the table `reweighting`, which they replace."""
     from excise.completions import complete
-    from excise.head_impacts import head_impacts
+    from excise.head_impacts import CATASTROPHIC, head_impacts
     from excise.sampling import SamplingParameters
     from excise.toxicity import ScoreCache
 
@@ -95,7 +95,7 @@ def measure(model: str, scenario_key: str, layers: str, resamples: int) -> pl.Da
         .join(perplexity, on=["layer", "head"], how="left")
         .with_columns(
             model=pl.lit(model), scenario=pl.lit(scenario.key),
-            catastrophic=pl.col("perplexity_without") > 1.3 * median,
+            catastrophic=pl.col("perplexity_without") > CATASTROPHIC * median,
             seconds_reweighted=pl.lit(seconds["reweight"]), seconds_regenerated=pl.lit(seconds["regenerate"]),
         )
         .select(TABLES["reweighting"].names)
