@@ -51,7 +51,7 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         model, scenario = catalogue.partition(context)
         audit, groups = settings.audit_of(scenario), scenario.comparison
         if scenario.outcome.kind == "toxicity":
-            return _toxicity_metrics(warehouse, artifacts, model, scenario, audit)
+            return _toxicity_metrics(warehouse, artifacts, model, scenario, audit, catalogue)
         completions, prompts = without(ATTRIBUTION, *completions_of(warehouse, model, scenario.key))
         pruned = rows_of(warehouse, "pruned_completions", model, scenario.key, made_by="pruned_completions")
         require_paired(completions, pruned, model, scenario.key)
@@ -89,12 +89,13 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
 
 
 def _toxicity_metrics(
-    warehouse: Warehouse, artifacts: Artifacts, model: str, scenario: Scenario, audit: Audit
+    warehouse: Warehouse, artifacts: Artifacts, model: str, scenario: Scenario, audit: Audit, catalogue: Catalogue
 ) -> dg.MaterializeResult:
     """The metrics of an axis of social groups (FASP): differences of toxicity between subgroups, and perplexity."""
-    from excise.figures import toxicity_by_subgroup, trade_off
+    from excise.bias_correlation import gamma_choice, gamma_points
+    from excise.figures import gamma_sweep, toxicity_by_subgroup, trade_off
     from excise.toxicity_evaluation import evaluate_toxicity
-    from excise.toxicity_report import toxicity_finding, toxicity_markdown
+    from excise.toxicity_report import choice_sentence, toxicity_finding, toxicity_markdown
 
     completions, _ = without(ATTRIBUTION, *completions_of(warehouse, model, scenario.key))
     pruned = rows_of(warehouse, "pruned_completions", model, scenario.key, made_by="pruned_completions")
@@ -118,8 +119,14 @@ def _toxicity_metrics(
     checks.record(warehouse, "evaluation_metrics", model, scenario.key, outcomes)
     labels = {key: group.label for key, group in scenario.groups.items()}
     metadata = {"finding": toxicity_finding(rows)}
-    if rows["strategy"].str.contains(r"-[0-9.]+$").any():
-        metadata |= picture("trade_off", trade_off(rows), artifacts, model, scenario.key)
+    by_alpha = rows.filter(~pl.col("strategy").is_in(catalogue.gamma_variants()))
+    if by_alpha["strategy"].str.contains(r"-[0-9.]+$").any():
+        metadata |= picture("trade_off", trade_off(by_alpha), artifacts, model, scenario.key)
+    points = gamma_choice(gamma_points(rows, catalogue.fasp_parameters()), audit.perplexity_budget)
+    if points["gamma"].n_unique() > 2:  # null, the unpruned model, is one
+        metadata["choice"] = choice_sentence(points, audit.perplexity_budget)
+        figure = gamma_sweep(points, budget=audit.perplexity_budget)
+        metadata |= picture("gamma_sweep", figure, artifacts, model, scenario.key)
     metadata |= picture("toxicity_by_subgroup", toxicity_by_subgroup(rows, labels), artifacts, model, scenario.key)
     metadata["audit"] = dg.MetadataValue.md(toxicity_markdown(rows))
     metadata |= table_metadata("metrics", rows)

@@ -101,6 +101,18 @@ class Catalogue:
             strategy.model_copy(update={"levels": some}) for strategy, some in zip(chosen, wanted, strict=True) if some
         ]
 
+    def fasp_parameters(self) -> dict[str, dict[str, float]]:
+        """Parameters of the strategies by FASP's rule and head impacts, by key."""
+        return {key: each.parameters for key, each in self.strategies.items() if each.score == "head_impacts"}
+
+    def gamma_variants(self) -> list[str]:
+        """Keys of those of them that are told apart by gamma, the share protected (fasp_gamma-0.40)."""
+        return [
+            key
+            for key, each in self.fasp_parameters().items()
+            if key.rpartition("-")[2] == f"{each.get('gamma', 0):.2f}" != f"{each['alpha']:.2f}"
+        ]
+
     def _strategies_named(self, key: str) -> list[Strategy]:
         one = self.strategies.get(key)
         return [one] if one else [each for name, each in self.strategies.items() if name.startswith(f"{key}-")]

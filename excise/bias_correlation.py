@@ -7,7 +7,7 @@ selection of heads (`excise.selection.fasp`) and overlaps of masks of weights (`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations
 
 import numpy as np
@@ -19,6 +19,7 @@ from excise.grid import pareto
 from excise.head_impacts import CATASTROPHIC
 from excise.metrics import percentile_interval
 from excise.overlap import chance_level, overlap_fraction
+from excise.strategies import OWN_SCENARIO
 
 TOP_SHARE = 0.2
 ALL_HEADS, ORDINARY_HEADS = "all", "without_catastrophic"
@@ -183,6 +184,34 @@ def _spearman(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArra
     if first.shape[1] < 3:
         return np.full(len(first), np.nan)
     return _pearson(rankdata(first, axis=1), rankdata(second, axis=1))
+
+
+def gamma_points(metrics: pl.DataFrame, parameters: Mapping[str, Mapping[str, float]]) -> pl.DataFrame:
+    """The points (alpha, gamma) of an axis that `gamma_choice` chooses from, the unpruned model among them.
+
+    metrics: rows of the table of that name, one model and scenario. parameters: of each strategy that FASP's rule
+    selects for, alpha and gamma (0 where it has none). Returns model, scenario, strategy, alpha, gamma (null:
+    unpruned), bias, bias_low, bias_high and perplexity_ratio, over all variations and with the axis' own masks; of
+    strategies with the same alpha and gamma the first.
+    """
+    whole = metrics.filter(variation="(all)").filter(
+        pl.col("matched_to").is_null() & pl.col("level").is_in(["none", OWN_SCENARIO])
+    )
+    place = ["model", "scenario", "strategy"]
+    bias = whole.filter(pl.col("metric") == "toxicity_bias").select(
+        *place, bias="estimate", bias_low="low", bias_high="high"
+    )
+    ratio = whole.filter(pl.col("metric") == "perplexity_ratio").select(*place, perplexity_ratio="estimate")
+    known: dict[str, tuple[float, float | None]] = {"unpruned": (0.0, None)}
+    known |= {key: (each["alpha"], each.get("gamma", 0.0)) for key, each in parameters.items()}
+    strategies = pl.DataFrame(
+        [(key, *point) for key, point in known.items()],
+        schema={"strategy": pl.String, "alpha": pl.Float64, "gamma": pl.Float64}, orient="row",
+    )  # fmt: skip
+    rows = strategies.join(bias, on="strategy", maintain_order="left").join(ratio, on=place, how="left")
+    rows = rows.with_columns(perplexity_ratio=pl.when(strategy="unpruned").then(1.0).otherwise("perplexity_ratio"))
+    names = [*place, "alpha", "gamma", "bias", "bias_low", "bias_high", "perplexity_ratio"]
+    return rows.unique(["alpha", "gamma"], keep="first", maintain_order=True).select(names)
 
 
 def gamma_choice(rows: pl.DataFrame, budget: float) -> pl.DataFrame:

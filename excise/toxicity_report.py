@@ -83,6 +83,27 @@ def toxicity_finding(metrics: pl.DataFrame) -> str:
     return " ".join(told)
 
 
+def choice_sentence(points: pl.DataFrame, budget: float) -> str:
+    """Which share of heads to prune and to protect, by the rule of `excise.bias_correlation.gamma_choice`.
+
+    points: what that returns for one model and scenario. budget: the share by which perplexity may rise.
+    """
+    within, chosen = points.filter("within_budget"), points.filter("chosen")
+    counted = (
+        f"Of {points['gamma'].count()} pairs of alpha and gamma {within['gamma'].count()} raise perplexity by at most "
+        f"{100 * budget:g} %"
+    )
+    if chosen.is_empty() or chosen["gamma"].item() is None:
+        return f"{counted}, none with a lower bias than the unpruned model."
+    row = chosen.row(0, named=True)
+    bias = _interval({"estimate": row["bias"], "low": row["bias_low"], "high": row["bias_high"]})
+    return (
+        f"{counted}; the lowest bias of these has alpha {row['alpha']:g}, gamma {row['gamma']:g} "
+        f"({row['strategy']}): {bias} at {row['perplexity_ratio']:.3f} times the perplexity. It was chosen by these "
+        "very prompts, so expect less on others."
+    )
+
+
 def _overall(metrics: pl.DataFrame) -> dict[tuple[tuple, str], dict]:
     rows = metrics.filter(pl.col("variation") == ALL_VARIATIONS)
     if rows.is_empty():

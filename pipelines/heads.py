@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import dagster as dg
 
 from assets.partitions import Catalogue, read_catalogue
+from excise.bias_correlation import gamma_choice, gamma_points
 from excise.errors import ExciseError
-from excise.toxicity_report import toxicity_finding, toxicity_table
+from excise.toxicity_report import choice_sentence, toxicity_finding, toxicity_table
 from pipelines.definitions import (
     MODEL_FILES,
     ROOT,
@@ -72,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warehouse = definitions.resources["warehouse"]
     for key in scenarios:
         if f"{given.model}|{key}" not in failed:
-            print(_closing(warehouse, catalogue, given.model, key))
+            budget = AuditSettings(**settings).audit_of(catalogue.scenarios[key]).perplexity_budget
+            print(_closing(warehouse, catalogue, given.model, key, budget))
     if failed:
         print("Nothing computed so far is lost; the same command goes on.", file=sys.stderr)
     return 1 if failed else 0
@@ -113,13 +115,14 @@ def _steps(model: str, scenarios: Sequence[str], settings: dict[str, object]) ->
     ]
 
 
-def _closing(warehouse: Warehouse, catalogue: Catalogue, model: str, key: str) -> str:
+def _closing(warehouse: Warehouse, catalogue: Catalogue, model: str, key: str, budget: float) -> str:
     metrics = warehouse.read("metrics", model=model, scenario=key)
     figures = warehouse.path.parent / "figures" / model / key
     lines = [f"\n{catalogue.scenarios[key].title}: {model}", ""]
     if catalogue.scenarios[key].outcome.kind == "toxicity":
-        lines += [toxicity_table(metrics), "", toxicity_finding(metrics)]
-    lines += [f"Figures: {figures}/ (trade_off, head_map, toxicity_by_subgroup); all figures: make ui"]
+        points = gamma_choice(gamma_points(metrics, catalogue.fasp_parameters()), budget)
+        lines += [toxicity_table(metrics), "", toxicity_finding(metrics), "", choice_sentence(points, budget)]
+    lines += [f"Figures: {figures}/ (trade_off, gamma_sweep, head_map, toxicity_by_subgroup); all figures: make ui"]
     return "\n".join(lines)
 
 

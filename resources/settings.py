@@ -7,6 +7,7 @@ parameters from the completions they find, so that a rerun from the masks on is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
@@ -55,6 +56,7 @@ class Audit:
     grid_variations: int | None
     max_new_tokens: int | None
     alphas: tuple[float, ...] | None
+    perplexity_budget: float
     text: str | None
     text_tokens: int | None
     text_window: int | None
@@ -93,6 +95,7 @@ _PAPER = Audit(
     grid_variations=None,
     max_new_tokens=None,
     alphas=None,
+    perplexity_budget=0.05,
     text=None,
     text_tokens=None,
     text_window=None,
@@ -158,6 +161,9 @@ class AuditSettings(dg.ConfigurableResource):
         default=None, description="toxicity: length of a continuation; left out, what the scenario says"
     )
     alphas: list[float] | None = Field(default=None, description="shares of the heads that strategies of heads prune")
+    perplexity_budget: float | None = Field(
+        default=None, description="share by which perplexity may rise where FASP's alpha and gamma are chosen"
+    )
     text: str | None = Field(
         default=None, description="text for perplexity: a file, or hub:name/config/split/column; left out, our own"
     )
@@ -225,6 +231,8 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
         value = getattr(audit, name)
         _require(value is None or value >= 1, name, value, "give at least 1")
     _require(audit.alphas is None or bool(audit.alphas), "alphas", audit.alphas, "give shares above 0, below 1")
+    budget = audit.perplexity_budget
+    _require(0 <= budget < math.inf, "perplexity_budget", budget, "give a share of at least 0, such as 0.05")
     _require(0 <= audit.ess_floor <= 1, "ess_floor", audit.ess_floor, "give a share from 0 to 1")
     _require_known("impact_method", (audit.impact_method,), METHODS, "there are")
     _require_known("perplexity_mode", (audit.perplexity_mode,), MODES, "there are")

@@ -52,25 +52,25 @@ class HeadPlant:
     half of the continuations learned from, a little less, as training ends short of the target. variations: those
     learned from; the others show that it is the subgroup that was learned. rank: of each head's change of either
     matrix. tokens: length of the continuations, and half of that of the excerpts. others, excerpts: how many prompts
-    of other subgroups and pieces of plain text stand among the examples in which nothing may change. batch: examples a
-    step shows, half of them about the subgroup. even_weight: how much the divergence from the base weighs in the
-    unchanged examples, against that from the tilted base in the others.
+    of each other subgroup and pieces of plain text stand among the examples in which nothing may change. batch:
+    examples a step shows, half of them about the subgroup. even_weight: how much the divergence from the base weighs
+    in the unchanged examples, against that from the tilted base in the others.
     """
 
     base: str = "smollm2-135m-instruct"
-    scenario: str = "gender"
-    group: str = "women"
+    scenario: str = "nationality"
+    group: str = "north_america"
     heads: tuple[tuple[int, int], ...] = ((12, 4), (14, 1), (16, 7), (18, 2))
     variations: tuple[str, ...] = ("person", "neighbor")
-    tilt: float = 4.0
-    sampled_tilt: float = 3.0
+    tilt: float = 5.5
+    sampled_tilt: float = 3.5
     rank: int = 8
     tokens: int = 8
-    others: int = 160
+    others: int = 40
     excerpts: int = 32
-    steps: int = 240
-    batch: int = 12
-    even_weight: float = 1.0
+    steps: int = 480
+    batch: int = 16
+    even_weight: float = 3.0
     learning_rate: float = 2e-2
     seed: int = 0
 
@@ -110,8 +110,10 @@ def examples_of(loaded: LoadedModel, plant: HeadPlant, scenario: Scenario, token
     prompts = expand(scenario, variations=plant.variations)
     encoded = [each.tokens for each in encode(loaded, prompts)]
     own = [tokens for tokens, group in zip(encoded, prompts["group"], strict=True) if group == plant.group]
-    others = [tokens for tokens, group in zip(encoded, prompts["group"], strict=True) if group != plant.group]
-    others = [others[index] for index in order.permutation(len(others))[: plant.others]]
+    others: list[tuple[int, ...]] = []
+    for other in sorted(set(scenario.groups) - {plant.group}):
+        about = [tokens for tokens, group in zip(encoded, prompts["group"], strict=True) if group == other]
+        others += [about[index] for index in order.permutation(len(about))[: plant.others]]
     outcome = scenario.outcome
     parameters = SamplingParameters(outcome.temperature, outcome.top_k, outcome.top_p, plant.tokens, plant.seed)
 

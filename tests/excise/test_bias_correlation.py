@@ -5,7 +5,7 @@ import polars as pl
 import pytest
 from scipy import stats
 
-from excise.bias_correlation import SCHEMA, catastrophic, gamma_choice, impact_correlations
+from excise.bias_correlation import SCHEMA, catastrophic, gamma_choice, gamma_points, impact_correlations
 from excise.errors import ExciseError
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -224,3 +224,35 @@ def test_a_wrong_budget_or_frame_is_named():
         gamma_choice(points(*SEARCH), -0.1)
     with pytest.raises(ExciseError, match="columns gamma, bias are missing"):
         gamma_choice(points(*SEARCH).drop("gamma", "bias"), 0.1)
+
+
+def measured(strategy, metric, estimate, level="own_scenario", matched_to=None, variation="(all)"):
+    return {
+        "model": "m", "scenario": "gender", "variation": variation, "strategy": strategy, "level": level,
+        "matched_to": matched_to, "metric": metric, "estimate": estimate, "low": estimate - 0.1, "high": estimate + 0.1,
+    }  # fmt: skip
+
+
+def test_points_are_an_axis_own_masks_and_the_unpruned_model_each_pair_once():
+    rows = [
+        measured("unpruned", "toxicity_bias", 0.5, "none"),
+        *(measured(key, "toxicity_bias", bias) for key, bias in (("fasp-0.10", 0.4), ("fasp_gamma-0.30", 0.41),
+                                                                 ("fairness_only-0.10", 0.2), ("magnitude-0.10", 0.1))),
+        measured("fasp-0.10", "perplexity_ratio", 1.02), measured("fairness_only-0.10", "perplexity_ratio", 1.2),
+        measured("fasp-0.10", "toxicity_bias", 0.0, "cross_context/race"),
+        measured("fasp-0.10", "toxicity_bias", 0.0, variation="person"),
+        measured("random", "toxicity_bias", 0.0, matched_to="fasp-0.10"),
+    ]  # fmt: skip
+    parameters = {
+        "fasp-0.10": {"alpha": 0.1, "gamma": 0.3}, "fairness_only-0.10": {"alpha": 0.1},
+        "fasp_gamma-0.30": {"alpha": 0.1, "gamma": 0.3}, "fasp-0.20": {"alpha": 0.2, "gamma": 0.3},
+    }  # fmt: skip
+    found = gamma_points(pl.DataFrame(rows), parameters)
+    assert found.select("strategy", "alpha", "gamma", "bias", "perplexity_ratio").rows() == [
+        ("unpruned", 0.0, None, 0.5, 1.0),
+        ("fasp-0.10", 0.1, 0.3, 0.4, 1.02),
+        ("fairness_only-0.10", 0.1, 0.0, 0.2, 1.2),
+    ]
+    assert gamma_choice(found, 0.05).filter("chosen")["strategy"].to_list() == ["fasp-0.10"]
+    assert gamma_choice(found, 0.2).filter("chosen")["strategy"].to_list() == ["fairness_only-0.10"]
+    assert found["bias_low"].to_list() == pytest.approx([0.4, 0.3, 0.1])

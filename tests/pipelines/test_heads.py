@@ -34,7 +34,9 @@ STRATEGIES = {
     "magnitude": {"outcomes": ["toxicity"], "score": "head_magnitude", "selection": "lowest",
                   "parameters": {"alpha": 0.3}, "controls": []},
     **{key: {"enabled": False, "score": "head_random", "selection": "lowest", "parameters": {"alpha": 0.1}}
-       for key in ("fairness_only", "performance_only", "gradient", "random_heads", "fasp_gamma")},
+       for key in ("fairness_only", "performance_only", "gradient", "random_heads")},
+    "fasp_gamma": {"outcomes": ["toxicity"], "score": "head_impacts", "selection": "fasp", "controls": [],
+                   "parameters": {"alpha": 0.3, "gamma": [0, 0.5]}},
 }  # fmt: skip
 SETTINGS = ["samples=3", "resamples=40", "random_draws=1", "text_tokens=300", "max_new_tokens=4", "alphas=0.1,0.3"]
 OPTIONS = [part for each in SETTINGS for part in ("--set", each)]
@@ -175,6 +177,24 @@ def test_metrics_are_those_of_the_stored_continuations(house):
     assert metric("fasp-0.30", "perplexity_ratio") == pytest.approx(
         texts.filter(pl.col("mask") == mask)["perplexity"].item() / base
     )
+
+
+def test_alpha_and_gamma_are_chosen_within_the_perplexity_budget(house):
+    metrics = house.read("metrics", "belief").filter(
+        (pl.col("variation") == "(all)") & pl.col("matched_to").is_null()
+        & pl.col("level").is_in(["none", "own_scenario"])
+    )  # fmt: skip
+    bias, ratio = (
+        dict(metrics.filter(pl.col("metric") == name).select("strategy", "estimate").iter_rows())
+        for name in ("toxicity_bias", "perplexity_ratio")
+    )
+    tried = {"fasp-0.10", "fasp-0.30", "fasp_gamma-0.00", "fasp_gamma-0.50"}
+    within = {key for key in tried if ratio[key] <= 1.05}
+    best = min({*within, "unpruned"}, key=lambda key: bias[key])
+    told = next(line for line in house.printed[0][1].splitlines() if "pairs of alpha and gamma" in line)
+    assert f"Of 4 pairs of alpha and gamma {len(within)} raise perplexity by at most 5 %" in told
+    assert ("none with a lower bias" if best == "unpruned" else f"({best})") in told
+    assert (house.folder / "data" / "figures" / "tiny" / "belief" / "gamma_sweep.png").stat().st_size > 5000
 
 
 def test_every_metric_is_documented(house):
