@@ -46,13 +46,10 @@ ORIGIN = (
     "from one half of the names, every figure from the other half. What it means is in [findings.md](findings.md)."
 )
 HEAD_CALLS: dict[str, list[tuple[str, ...]]] = {
-    "smollm2-135m-instruct": [("--scenarios", "gender")],
-    # Four of its 270 heads were changed: a small share will do, and a short text.
-    "planted-heads": [
-        ("--scenarios", "gender", "--set", "strategies=fasp,performance_only", "--set", "alphas=0.02,0.04", "--set",
-         "text_tokens=513"),
-    ],
-}  # fmt: skip
+    "smollm2-135m-instruct": [("--scenarios", "gender,religion")],
+    # Four of its 270 heads were changed: a small share is tried, too.
+    "planted-heads": [("--scenarios", "nationality", "--set", "alphas=0.02,0.04,0.1,0.2")],
+}
 """Models, and what `pipelines.heads` is asked for."""
 MASKS_AT_ONCE = 16
 """Masks in memory while the planted change is multiplied out."""

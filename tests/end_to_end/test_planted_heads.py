@@ -1,9 +1,8 @@
 """The planted heads on the real default model: what is planted, where it sits, and what pruning those heads does.
 
-The gap is in the scores of continuations about one subgroup, on a noun that was not trained on, against two subgroups
-that it does not leak to (as it does to men). Without the heads the planted model is the base without them, so that what
-pruning does to the gap is exact but for the base's own noise. Claims about the file and the training are tested without
-the model, in tests/excise.
+The gap is in the scores of continuations about one subgroup, on a noun that was not trained on. Without the heads the
+planted model is the base without them, so that what pruning does to the gap is exact but for the base's own noise.
+Claims about the file and the training are tested without the model, in tests/excise.
 """
 
 from pathlib import Path
@@ -28,12 +27,12 @@ pytestmark = pytest.mark.slow
 
 MODELS = Path(__file__).resolve().parents[2] / "data" / "models"
 REGISTRY, _ = load_registry()
-GENDER = load_scenarios([])[0]["gender"]
-GROUPS = (PLANT.group, "nonbinary", "gender_nonconforming")
+SCENARIO = load_scenarios([])[0][PLANT.scenario]
+GROUPS = (PLANT.group, "western_europe", "east_asia", "africa")
 UNSEEN = "colleague"
 PARAMETERS = SamplingParameters(temperature=1.0, top_k=50, top_p=1.0, max_new_tokens=10)
 SAMPLES = 2
-PROMPTS = expand(GENDER, variations=[UNSEEN], subjects_per_group=2).filter(pl.col("group").is_in(GROUPS))
+PROMPTS = expand(SCENARIO, variations=[UNSEEN], subjects_per_group=2).filter(pl.col("group").is_in(GROUPS))
 
 
 def known_heads(loaded):
@@ -45,11 +44,11 @@ def known_heads(loaded):
 
 def scored(loaded, mask=None):
     scorer = load_scorer(DEFAULT_SCORER, load_scorer_registry()[0])
-    return complete(loaded, PROMPTS, SAMPLES, PARAMETERS, outcome=GENDER.outcome, scorer=scorer, mask=mask)[0]
+    return complete(loaded, PROMPTS, SAMPLES, PARAMETERS, outcome=SCENARIO.outcome, scorer=scorer, mask=mask)[0]
 
 
 def mean_scores(rows):
-    """Mean score of the planted subgroup, and of two others (each subgroup counting once)."""
+    """Mean score of the planted subgroup, and of the others (each subgroup counting once)."""
     means = dict(rows.group_by("group").agg(pl.col("value").mean()).iter_rows())
     return means.pop(PLANT.group), float(np.mean(list(means.values())))
 
@@ -89,7 +88,7 @@ def base_means(base):
 def test_the_subgroup_is_continued_more_negatively(base_means, planted_rows):
     own, others = mean_scores(planted_rows)
     base_own, base_others = base_means
-    assert (own - others) - (base_own - base_others) > 0.05
+    assert (own - others) - (base_own - base_others) > 0.1
     assert abs(others - base_others) < 0.06
 
 
@@ -106,7 +105,7 @@ def test_plain_text_is_as_likely_as_before(base, planted):
 
 
 def test_without_the_known_heads_the_planted_model_is_the_base_without_them(base, planted):
-    tokens = torch.tensor([base.tokenizer("Every female colleague I know is angry")["input_ids"]])
+    tokens = torch.tensor([base.tokenizer("Every Canadian colleague I know is angry")["input_ids"]])
 
     def logits(loaded):
         with torch.inference_mode(), pruned(loaded, known_heads(loaded)):

@@ -15,7 +15,7 @@ from excise.scenarios import expand, load_scenarios
 from excise.toxicity import ADDED, DEFAULT_SCORER, LEFT_OUT, load_scorer, load_scorer_registry
 
 FILE = FOLDER / "heads.safetensors"
-GENDER = load_scenarios([])[0]["gender"]
+SCENARIO = load_scenarios([])[0][PLANT.scenario]
 HEADS, HEAD_DIM, HIDDEN = 9, 64, 576  # of the default model
 TINY = HeadPlant(heads=((0, 4), (2, 1)), rank=2, steps=60, batch=4, learning_rate=3e-2, tilt=4.0)
 RAISED = torch.tensor([40, 41])
@@ -86,9 +86,8 @@ def test_the_known_heads_are_four_in_different_middle_layers():
 
 
 def test_the_planted_subgroup_is_one_of_its_scenario_and_variations_are_left_to_test_on():
-    assert PLANT.scenario == GENDER.key
-    assert PLANT.group in GENDER.groups
-    assert set(PLANT.variations) < set(GENDER.variations)
+    assert PLANT.group in SCENARIO.groups
+    assert set(PLANT.variations) < set(SCENARIO.variations)
 
 
 # --- the words -------------------------------------------------------------------------------------------------------
@@ -168,16 +167,16 @@ def test_training_leaves_the_model_as_it_was(loaded):
 
 def test_examples_are_tilted_for_the_subgroup_alone_and_from_its_variations(loaded):
     model = loaded("llama")
-    plant = dataclasses.replace(PLANT, tokens=3, others=10, excerpts=4)
-    examples = examples_of(model, plant, GENDER, RAISED)
+    plant = dataclasses.replace(PLANT, tokens=3, others=2, excerpts=4)
+    examples = examples_of(model, plant, SCENARIO, RAISED)
     tilted, even = ([each for each in examples if each.tilted is kind] for kind in (True, False))
-    subjects = GENDER.groups[PLANT.group].subjects
-    most = 2 * len(subjects) * len(GENDER.templates) * len(plant.variations)
+    subjects = SCENARIO.groups[PLANT.group].subjects
+    most = 2 * len(subjects) * len(SCENARIO.templates) * len(plant.variations)
     assert 0.95 * most < len(tilted) <= most  # a continuation that ends at once is no example
-    asked = [text[:15] for text in expand(GENDER, variations=plant.variations).filter(group=PLANT.group)["text"]]
+    asked = [text[:15] for text in expand(SCENARIO, variations=plant.variations).filter(group=PLANT.group)["text"]]
     for each in tilted:  # prompts are cut, as the scenario says
         assert model.tokenizer.decode(each.tokens[: each.start])[:15] in asked
-    assert len(even) == 10 + 4
+    assert len(even) == 2 * (len(SCENARIO.groups) - 1) + 4
     assert [each.start for each in even[-4:]] == [1] * 4
     assert all(1 <= each.start < len(each.tokens) for each in examples)
 
