@@ -43,6 +43,7 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         watch: RunWatch,
     ) -> dg.MaterializeResult:
         from excise.attribution import attribute
+        from excise.exact import Answering, as_samples
 
         model, scenario = catalogue.partition(context)
         audit = settings.audit_of(scenario)
@@ -63,7 +64,7 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             files = attribute(
                 loaded,
                 asked,
-                learned,
+                as_samples(learned, Answering.of(learned).samples),
                 comparison=scenario.comparison,
                 outcome=scenario.outcome,
                 scores=sorted({strategy.score for strategy in strategies}),

@@ -32,6 +32,8 @@ DESCRIPTIONS = {
     "inlier_ratio": "Under every strategy's mask, enough answers stay in the range of the unpruned model's.",
     "all_checks_pass": "No check of any partition fails.",
 }
+MASS_ERROR = 1e-6
+"""How far from 1 rounding may take the probabilities of a prompt's answers."""
 BLOCKING = ("completions_complete_and_balanced",)
 
 
@@ -106,15 +108,26 @@ def completions_complete_and_balanced(
 ) -> Outcome:
     """Every prompt (under every mask, if `masked`) has samples 0 ... `samples`-1 once, and groups are of equal size.
 
-    `prompts` has a row per wanted prompt (and mask), with the columns that tell them apart. balanced: groups must be of
-    equal size, which subgroups of an axis need not be.
+    Of enumerated answers every prompt has some whose probabilities and leftover sum to 1. `prompts` has a row per
+    wanted prompt (and mask), with the columns that tell them apart. balanced: groups must be of equal size, which
+    subgroups of an axis need not be.
     """
     import great_expectations.expectations as gxe
 
     identity = ["prompt_id", *MASK[1:]] if masked else ["prompt_id"]
+    exact = bool(completions["probability"].is_not_null().any())
     counted = completions.group_by(identity).agg(
-        found=pl.len(), distinct=pl.col("sample").n_unique(), last=pl.col("sample").max()
+        found=pl.len(),
+        distinct=pl.col("sample").n_unique(),
+        last=pl.col("sample").max(),
+        mass=pl.col("probability").sum() + pl.col("leftover").max().fill_null(0.0),
     )
+    if exact:
+        samples = 1  # whole distribution
+        whole = (pl.col("mass") - 1).abs() < MASS_ERROR
+        counted = counted.with_columns(
+            found=whole.cast(pl.Int64), distinct=(pl.col("distinct") == pl.col("found")).cast(pl.Int64), last=0
+        )
     wanted = prompts.join(counted, on=identity, how="left", nulls_equal=True).with_columns(
         pl.col("found", "distinct").fill_null(0), last=pl.col("last").fill_null(-1)
     )
@@ -129,14 +142,15 @@ def completions_complete_and_balanced(
             ),
         ],
     )
+    told = completions.unique(identity) if exact else completions
     unmet += unmet_expectations(
-        completions.select("text", "prompt_id"),
+        told.select("text", "prompt_id"),
         [
             gxe.ExpectTableRowCountToEqual(value=wanted.height * samples),
             gxe.ExpectColumnValuesToNotBeNull(column="text"),
         ],
     )
-    sizes = _group_sizes(completions, list(MASK) if masked else ["variation"])
+    sizes = _group_sizes(told, list(MASK) if masked else ["variation"])
     if balanced:
         unmet += unmet_expectations(
             sizes.select("smallest", "largest"),
@@ -151,11 +165,14 @@ def completions_complete_and_balanced(
     elif not unbalanced.is_empty():
         worst = _place(unbalanced.row(0, named=True))
     if not unmet:
-        message = f"{wanted.height:,} prompts with {samples} samples each" + (
+        each = "their answers enumerated" if exact else f"{samples} samples each"
+        message = f"{wanted.height:,} prompts with {each}" + (
             "; the groups are of equal size." if balanced else "."
         )
     elif wanted.is_empty():
         message = "There are no prompts."
+    elif not incomplete.is_empty() and exact:
+        message = f"{incomplete.height:,} of {wanted.height:,} prompts lack a part of their answers; first: {worst}."
     elif not incomplete.is_empty():
         message = f"{incomplete.height:,} of {wanted.height:,} prompts do not have {samples} samples; "
         message += f"worst: {worst} has {figure}."
@@ -169,11 +186,17 @@ def completions_complete_and_balanced(
     )  # fmt: skip
 
 
+def share_parsed() -> pl.Expr:
+    """The share of answers that hold a number; enumerated ones count by their probability."""
+    share = pl.col("probability").fill_null(1.0)
+    return (share * pl.col("value").is_not_null()).sum() / share.sum()
+
+
 def parse_rate(completions: pl.DataFrame, floor: float) -> Outcome:
     """The share of answers with a number, by variation and group, is at least `floor`."""
     rates = (
         completions.group_by("variation", "group", maintain_order=True)
-        .agg(parse_rate=pl.col("value").is_not_null().mean(), answers=pl.len())
+        .agg(parse_rate=share_parsed(), answers=pl.len())
         .sort("parse_rate", maintain_order=True)
     )
     return _at_least("parse_rate", rates, "parse_rate", floor, "answers that hold a number")

@@ -3,7 +3,6 @@
 Everything after it takes variations, names, number of samples and sampling parameters from its rows.
 """
 
-import json
 import math
 from typing import Any
 
@@ -49,8 +48,9 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         settings: AuditSettings,
         watch: RunWatch,
     ) -> dg.MaterializeResult:
-        from excise.completions import CompletionCache, complete
+        from excise.completions import CompletionCache
         from excise.encoding import encode
+        from excise.exact import Answering, Enumeration, as_samples
         from excise.figures import answers_by_group
         from excise.report import reuse_sentence
         from excise.sampling import SamplingParameters
@@ -72,11 +72,14 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         scorer = scorer_of(catalogue, scenario)
         scores = ScoreCache(artifacts.score_cache)
         with gpu.model(model, catalogue.models, waiting=context.log.info) as loaded:
-            rows, work = complete(
-                loaded,
-                prompts,
+            how = Answering(
                 audit.samples,
                 parameters,
+                Enumeration(audit.leftover, audit.max_nodes) if audit.answers == "exact" else None,
+            )
+            rows, work = how.answers(
+                loaded,
+                prompts,
                 outcome=outcome,
                 scorer=scorer,
                 scores=scores,
@@ -97,13 +100,16 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         checks.record(warehouse, "completions", model, scenario.key, outcomes)
         metadata = table_metadata("completions", rows) | {"reuse": reuse_sentence(work.drawn, work.reused)}
         metadata |= work.metadata() | device
-        metadata["parse_rate"] = rows["value"].is_not_null().mean()
+        metadata["parse_rate"] = rows.select(checks.share_parsed()).item()
+        if how.exact is not None:
+            metadata["leftover"] = rows["leftover"].max() or 0.0
+            metadata["prompts_sampled_instead"] = rows.filter(pl.col("leftover").is_null())["prompt_id"].n_unique()
         metadata["names"] = _names_told(rows)
         if scorer is not None:
             metadata["scorer"] = f"{scorer.key}: {scorer.measures}"
         elif rows["value"].is_not_null().any():
             figure = answers_by_group(
-                rows,
+                as_samples(rows, audit.samples),
                 unit=scenario.outcome.unit,
                 majority=scenario.comparison.majority,
                 minority=scenario.comparison.minority,
@@ -187,18 +193,14 @@ def completions_of(warehouse: Warehouse, model: str, scenario: str) -> tuple[pl.
 
 def require_paired(rows: pl.DataFrame, pruned: pl.DataFrame, model: str, scenario: str) -> None:
     """Raise ExciseError unless pruned and unpruned answers are of the same model, prompts, samples and parameters."""
-    pair = ["prompt_id", "sample", "parameters", "model_fingerprint"]
+    pair = ["prompt_id", "parameters", "model_fingerprint"]
+    if rows["probability"].null_count():
+        pair.append("sample")  # enumerated answers have none in common
     if not pruned.select(pair).unique().join(rows, on=pair, how="anti").is_empty():
         raise ExciseError(
             f"the pruned completions of {model}|{scenario} do not go with its completions, which were drawn anew; "
             "materialize pruned_completions of this partition again"
         )
-
-
-def sampling_of(rows: pl.DataFrame) -> tuple[int, dict]:
-    """How many samples each prompt has in the completions, and the parameters they were drawn with."""
-    samples = rows["sample"].max() + 1
-    return samples, json.loads(rows["parameters"][0])
 
 
 def require_same_model(rows: pl.DataFrame, fingerprint: str, model: str, scenario: str) -> None:

@@ -57,7 +57,15 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         require_paired(completions, pruned, model, scenario.key)
         masks = rows_of(warehouse, "masks", model, scenario.key, made_by="pruning_masks")
         sizes = {"resamples": audit.resamples, "permutations": audit.permutations, "seed": audit.seed}
-        rows = evaluate(completions, pruned, masks, majority=groups.majority, minority=groups.minority, **sizes)
+        rows = evaluate(
+            completions,
+            pruned,
+            masks,
+            majority=groups.majority,
+            minority=groups.minority,
+            answer_range=scenario.outcome.scored_range,
+            **sizes,
+        )
         others = comparisons(completions, prompts, pruned, masks, scenario=scenario, **sizes)
         warehouse.replace_partition("metrics", rows, {"model": model, "scenario": scenario.key})
         warehouse.replace_partition("comparisons", others, {"model": model, "scenario": scenario.key})

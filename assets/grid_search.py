@@ -7,7 +7,7 @@ again. Not part of an audit: it decides which thresholds a strategy should have.
 import dagster as dg
 import polars as pl
 
-from assets.completions import completions_of, require_same_model, sampling_of, without
+from assets.completions import completions_of, require_same_model, without
 from assets.partitions import Catalogue
 from assets.pruning_masks import attribution_files_of, require_scores
 from assets.stage import data_version, grid_asset, picture, rows_of, table_metadata, table_value
@@ -45,13 +45,13 @@ def grid_search_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         settings: AuditSettings,
         watch: RunWatch,
     ) -> dg.MaterializeResult:
-        from excise.completions import CompletionCache, Work, complete
+        from excise.completions import CompletionCache, Work
         from excise.evaluation import evaluate
+        from excise.exact import Answering
         from excise.figures import grid_heat_maps
         from excise.grid import LEVEL, point_label
         from excise.grid import grid_search as table_of
         from excise.report import reuse_sentence
-        from excise.sampling import SamplingParameters
         from excise.strategies import grid_masks
 
         model, scenario = catalogue.partition(context)
@@ -61,7 +61,7 @@ def grid_search_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         there = set(completions["variation"])
         variations = [key for key in scenario.variations if key in there][: audit.grid_variations]
         completions = completions.filter(pl.col("variation").is_in(variations))
-        samples, parameters = sampling_of(completions)
+        how = Answering.of(completions)
         strategies = [
             each
             for each in catalogue.chosen_strategies(audit.strategies, audit.levels, scenario.outcome.kind)
@@ -87,11 +87,9 @@ def grid_search_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             for strategy in strategies:
                 shown = points[strategy.key]
                 for variation, point, mask in grid_masks(loaded, strategy, files, list(shown), progress=progress):
-                    frame, done = complete(
+                    frame, done = how.answers(
                         loaded,
                         prompts.filter(pl.col("variation") == variation),
-                        samples,
-                        SamplingParameters(**parameters),
                         outcome=scenario.outcome,
                         mask=mask,
                         cache=cache,

@@ -9,7 +9,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from assets.completions import completions_of, require_same_model, sampling_of, scorer_of, without
+from assets.completions import completions_of, require_same_model, scorer_of, without
 from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, picture, table_metadata, table_value
 from excise.scenarios.subsets import EVALUATION
@@ -58,18 +58,17 @@ def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         watch: RunWatch,
     ) -> dg.MaterializeResult:
         from excise.attribution.head_scores import head_gradient, head_magnitude
-        from excise.completions import CompletionCache, complete
+        from excise.completions import CompletionCache
+        from excise.exact import Answering, as_samples
         from excise.figures import head_map
         from excise.head_impacts import head_impacts, split_half_reliability
-        from excise.sampling import SamplingParameters
         from excise.toxicity import ScoreCache
 
         model, scenario = catalogue.partition(context)
         audit, outcome = settings.audit_of(scenario), scenario.outcome
         completions, prompts = completions_of(warehouse, model, scenario.key)
         learned, asked = without(EVALUATION, completions, prompts)
-        samples, drawn_with = sampling_of(learned)
-        parameters = SamplingParameters(**drawn_with)
+        how = Answering.of(learned)
         toxicity = outcome.kind == "toxicity"
         groups = list(scenario.groups)
         if not toxicity:
@@ -81,20 +80,19 @@ def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             windows = windows_of(loaded, audit)
 
             def regenerate(mask):
-                rows, _ = complete(
-                    loaded, asked, samples, parameters, outcome=outcome, scorer=scorer, scores=scores, mask=mask,
-                    cache=cache,
-                )  # fmt: skip
-                return rows
+                rows, _ = how.answers(
+                    loaded, asked, outcome=outcome, scorer=scorer, scores=scores, mask=mask, cache=cache
+                )
+                return as_samples(rows, how.samples)
 
             impacts = head_impacts(
                 loaded.asked_for(outcome),
                 asked,
-                learned,
+                as_samples(learned, how.samples),
                 disparity="toxicity" if toxicity else "smd",
                 groups=groups,
                 cluster=cluster_of(outcome),
-                parameters=parameters,
+                parameters=how.parameters,
                 windows=windows,
                 perplexity_mode=audit.perplexity_mode,
                 regenerate=regenerate,

@@ -8,7 +8,7 @@ import dagster as dg
 import polars as pl
 
 from assets import checks
-from assets.completions import completions_of, require_same_model, sampling_of, scorer_of, without
+from assets.completions import completions_of, require_same_model, scorer_of, without
 from assets.head_impacts import windows_of
 from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, rows_of, table_metadata
@@ -45,23 +45,23 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         settings: AuditSettings,
         watch: RunWatch,
     ) -> dg.MaterializeResult:
-        from excise.completions import UNPRUNED, CompletionCache, Work, complete
+        from excise.completions import UNPRUNED, CompletionCache, Work
+        from excise.exact import Answering
         from excise.masks import Mask
         from excise.perplexity import LossCache
         from excise.report import reuse_sentence
-        from excise.sampling import SamplingParameters
         from excise.toxicity import ScoreCache
 
         model, scenario = catalogue.partition(context)
         completions, prompts = without(ATTRIBUTION, *completions_of(warehouse, model, scenario.key))
-        samples, parameters = sampling_of(completions)
+        how = Answering.of(completions)
         masks = _masks_of(warehouse, model, scenario.key, set(prompts["variation"]))
         audit, scorer = settings.audit_of(scenario), scorer_of(catalogue, scenario)
         cache, scores = CompletionCache(artifacts.completion_cache), ScoreCache(artifacts.score_cache)
         progress = watch.progress(context)
         wanted = {row["variation"]: 0 for row in masks.iter_rows(named=True)}
         for variation in wanted:
-            wanted[variation] = prompts.filter(pl.col("variation") == variation).height * samples
+            wanted[variation] = prompts.filter(pl.col("variation") == variation).height * how.samples
         total = sum(wanted[row["variation"]] for row in masks.iter_rows(named=True))
         frames, work, before, opened = [], Work(), 0, (None, None)
         losses = {}
@@ -74,11 +74,9 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             for row in masks.iter_rows(named=True):
                 if opened[0] != row["path"]:
                     opened = row["path"], Mask.load(artifacts.locate(row["path"], made_by=row["asset"]))
-                frame, done = complete(
+                frame, done = how.answers(
                     loaded,
                     prompts.filter(pl.col("variation") == row["variation"]),
-                    samples,
-                    SamplingParameters(**parameters),
                     outcome=scenario.outcome,
                     scorer=scorer,
                     scores=scores,
@@ -100,7 +98,9 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         told = _perplexities(model, scenario.key, losses, windows, audit)
         warehouse.replace_partition("perplexity", told, {"model": model, "scenario": scenario.key})
         asked = prompts.join(masks.select(checks.MASK), on="variation")
-        outcome = checks.completions_complete_and_balanced(rows, asked, samples, masked=True, balanced=scorer is None)
+        outcome = checks.completions_complete_and_balanced(
+            rows, asked, how.samples, masked=True, balanced=scorer is None
+        )
         checks.record(warehouse, "pruned_completions", model, scenario.key, [outcome])
         return dg.MaterializeResult(
             metadata=table_metadata("pruned_completions", rows)

@@ -48,6 +48,8 @@ def comparisons(
     if not pruned.is_empty():
         pruned = pruned.filter(pl.col("matched_to").is_null() | (pl.col("strategy") == "random"))
     completions, pruned = _evaluated(completions), _evaluated(pruned)
+    # Enumerated answers are numbers; other outcomes have no range to bound anything by.
+    answer_range = scenario.outcome.scored_range if scenario.outcome.kind == "number" else None
     parts = []
     for name, (majority, minority), groups in _groupings(completions, prompts, scenario):
         chosen = _relabelled(completions, groups)
@@ -56,7 +58,7 @@ def comparisons(
             continue
         metrics = evaluate(
             chosen, _relabelled(pruned, groups), masks, majority=majority, minority=minority, resamples=resamples,
-            permutations=permutations, seed=seed,
+            permutations=permutations, seed=seed, answer_range=answer_range,
         )  # fmt: skip
         parts.append(metrics.select(pl.lit(name).alias("comparison"), pl.all()))
     return pl.concat([pl.DataFrame(schema=COMPARISONS_SCHEMA), *parts])

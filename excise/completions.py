@@ -95,7 +95,7 @@ class CompletionCache:
             except (pl.exceptions.PolarsError, OSError) as error:
                 raise ExciseError(f"{file}: cannot be read as cached answers ({error}); delete it") from error
         return (
-            pl.concat(frames).unique(["prompt", "sample"], keep="first")
+            pl.concat(frames).unique(["prompt", "sample"], keep="first", maintain_order=True)
             if frames
             else pl.DataFrame(schema=CACHE_SCHEMA)
         )
@@ -115,6 +115,21 @@ class CompletionCache:
     def size(self) -> int:
         """Bytes on disk."""
         return sum(file.stat().st_size for file in self.folder.rglob("*.parquet"))
+
+
+def prompt_key(tokens: Sequence[int]) -> str:
+    """What a prompt is called in the cache: 24 hex digits of its tokens' hash."""
+    return hashlib.sha256(json.dumps(list(tokens)).encode()).hexdigest()[:24]
+
+
+def settings_key(settings: str) -> str:
+    """What sampling parameters, as JSON, are called in the cache: 16 hex digits."""
+    return hashlib.sha256(settings.encode()).hexdigest()[:16]
+
+
+def cache_address(loaded: LoadedModel, mask: Mask | None, settings: str) -> str:
+    """The folder of answers in the cache: model, mask and sampling parameters (`settings`, JSON)."""
+    return "/".join([loaded.fingerprint, UNPRUNED if mask is None else mask.fingerprint, settings_key(settings)])
 
 
 def complete(
@@ -145,15 +160,9 @@ def complete(
         raise ExciseError("completions: toxicity needs a scorer; name one of excise.toxicity")
     loaded = loaded.asked_for(outcome)
     encoded = encode(loaded, prompts)
-    keys = [hashlib.sha256(json.dumps(prompt.tokens).encode()).hexdigest()[:24] for prompt in encoded]
+    keys = [prompt_key(prompt.tokens) for prompt in encoded]
     settings = json.dumps(asdict(parameters), sort_keys=True)
-    address = "/".join(
-        [
-            loaded.fingerprint,
-            UNPRUNED if mask is None else mask.fingerprint,
-            hashlib.sha256(settings.encode()).hexdigest()[:16],
-        ]
-    )
+    address = cache_address(loaded, mask, settings)
     known = (cache.read(address) if cache else pl.DataFrame(schema=CACHE_SCHEMA)).filter(
         pl.col("prompt").is_in(keys) & (pl.col("sample") < samples)
     )

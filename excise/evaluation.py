@@ -12,12 +12,13 @@ import polars as pl
 
 from excise import metrics as m
 from excise.errors import ExciseError
+from excise.exact import Bounds, GroupAnswers, answers_of, both_groups, metric_bounds
 
 ALL = "(all)"
 SCHEMA = {
     "model": pl.String, "scenario": pl.String, "variation": pl.String, "strategy": pl.String, "level": pl.String,
     "matched_to": pl.String, "metric": pl.String, "estimate": pl.Float64, "low": pl.Float64, "high": pl.Float64,
-    "p_value": pl.Float64, "p_holm": pl.Float64, "n": pl.Int64,
+    "p_value": pl.Float64, "p_holm": pl.Float64, "n": pl.Int64, "lowest": pl.Float64, "highest": pl.Float64,
 }  # fmt: skip
 CONDITION = ("strategy", "level", "matched_to")
 UNPRUNED = ("unpruned", "none", None)
@@ -39,6 +40,17 @@ class Cell:
     name_means: tuple[np.ndarray, np.ndarray]  # per group: mean answer of every name, NaN without
     answers: int
     parsed: tuple[int, int]
+    bounds: dict[str, Bounds]  # of enumerated answers
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The answers to one variation under one mask, by group: as counts, and enumerated ones as distributions, too."""
+
+    counted: tuple[m.NamedAnswers, m.NamedAnswers]
+    answers: int  # rows
+    parsed: tuple[int, int]  # rows with a number
+    exact: tuple[GroupAnswers, GroupAnswers] | None
 
 
 @dataclass(frozen=True)
@@ -70,11 +82,15 @@ def evaluate(
     resamples: int = 2000,
     permutations: int = 9999,
     seed: int = 0,
+    answer_range: tuple[float, float] | None = None,
 ) -> pl.DataFrame:
     """The metrics of one model and scenario: long frame with the columns of `SCHEMA` (method, A1 and C).
 
     completions, pruned, masks: the tables of those names; `pruned` and `masks` may be empty. majority, minority: keys
-    in the column `group`; other groups are left out. Answers that are null or not finite are unparsed.
+    in the column `group`; other groups are left out. Answers that are null or not finite are unparsed. Enumerated
+    answers (`excise.exact`: a column probability that is not null) count by their probability, all names alike; a
+    name's leftover answers are taken to be distributed as its known ones. answer_range: where those answers lie if they
+    are numbers (`outcome.scored_range`), for the bounds.
 
     Rows: one per variation, condition (strategy, level, matched_to) and metric, and those of the condition over all
     variations, "(all)". Nothing is NaN or infinite: what cannot be computed is null.
@@ -88,7 +104,11 @@ def evaluate(
       * p_value on gap_mean of a pruned condition: the gap is as unpruned (`metrics.paired_permutation_test`; for
         several draws with each name's mean over draws). On gap_mean and smd of the unpruned model: the gap is 0 (names
         permuted between the groups). p_holm: adjusted over the variations of a condition.
-      * n: answers counted (parsed ones, except for inlier_ratio and parse_rate; of all draws); masks for density.
+      * n: answers counted (parsed ones, except for inlier_ratio and parse_rate; of all draws; distinct ones where
+        they were enumerated); masks for density.
+      * lowest, highest: of enumerated answers, where the estimate lies whatever the leftover answers are; else null.
+        Not of medians, distances and reductions. Metrics leftover and sampled: the mean leftover mass, and the share of
+        prompts that were sampled as the model rambles.
     "(all)" is the mean over the variations for which the condition has the metric, in the unit of the metric. Only
     gap_reduction and the p_value of gap_mean first divide each variation's gap by the mean size of its unpruned
     answers, so that cars do not swamp chairs: 1 - sum |gap pruned| / sum |gap unpruned|. Its "nothing to reduce" looks
@@ -113,11 +133,15 @@ def evaluate(
     unpruned: dict[str, Cell] = {}
     samples: dict[str, tuple[m.NamedAnswers, m.NamedAnswers]] = {}
     bounds: dict[str, np.ndarray] = {}
+    references: dict[str, GroupAnswers | None] = {}
+    ends = (winsorize, inlier_quantiles, answer_range)
     with np.errstate(over="ignore", invalid="ignore"):  # absurdly large answers end as null
         for (variation,), frame in completions.partition_by("variation", as_dict=True, maintain_order=True).items():
-            samples[variation] = _samples(frame, groups, names, f"{scenario}/{variation}")
-            bounds[variation] = m.weighted_quantiles(m.pooled(*samples[variation]), names.stacked, inlier_quantiles)
-            unpruned[variation] = _cell(samples[variation], names, bounds[variation], winsorize)
+            found = _samples(frame, groups, names, f"{scenario}/{variation}")
+            samples[variation] = found.counted
+            bounds[variation] = m.weighted_quantiles(m.pooled(*found.counted), names.stacked, inlier_quantiles)
+            references[variation] = None if found.exact is None else both_groups(*found.exact)
+            unpruned[variation] = _cell(found, names, bounds[variation], references[variation], *ends)
         conditions: dict[Condition, dict[str, list[Cell]]] = {}
         parts = {} if pruned.is_empty() else pruned.sort("draw", maintain_order=True).partition_by(
             *CONDITION, "variation", "draw", as_dict=True, maintain_order=True
@@ -126,7 +150,8 @@ def evaluate(
             where = f"{scenario}/{variation}, {' '.join(str(part) for part in condition if part)}, draw {draw}"
             if variation not in unpruned:
                 raise ExciseError(f"{where}: no unpruned completions to compare with; sample the unpruned model first")
-            cell = _cell(_samples(frame, groups, names, where), names, bounds[variation], winsorize)
+            found = _samples(frame, groups, names, where)
+            cell = _cell(found, names, bounds[variation], references[variation], *ends)
             conditions.setdefault(tuple(condition), {}).setdefault(variation, []).append(cell)
         table = MetricRows(model, scenario, names.resampled)
         scale = {variation: _scale(pair) for variation, pair in samples.items()}
@@ -169,10 +194,9 @@ def _names(completions: pl.DataFrame, groups: tuple[str, str], scenario: str, re
     return Names(tuple(subjects), tuple(weights))
 
 
-def _samples(
-    frame: pl.DataFrame, groups: tuple[str, str], names: Names, where: str
-) -> tuple[m.NamedAnswers, m.NamedAnswers]:
-    result = []
+def _samples(frame: pl.DataFrame, groups: tuple[str, str], names: Names, where: str) -> Sample:
+    counted, distributions, rows, parsed = [], [], 0, []
+    exact = "probability" in frame.columns and frame["probability"].null_count() < frame.height
     for group, subjects in zip(groups, names.subjects, strict=True):
         part = frame.filter(pl.col("group") == group)
         if part.is_empty():
@@ -182,8 +206,15 @@ def _samples(
         unknown = sorted({str(subject) for subject in found if subject not in number})
         if unknown:
             raise ExciseError(f"{where}: {unknown[0]} ({group}) has no unpruned completions; sample the unpruned model")
-        result.append(m.named_answers(_numbers(part["value"]), [number[subject] for subject in found], len(subjects)))
-    return tuple(result)
+        values = _numbers(part["value"])
+        if exact:
+            distributions.append(answers_of(part, subjects))
+            counted.append(distributions[-1].counted())
+        else:
+            counted.append(m.named_answers(values, [number[subject] for subject in found], len(subjects)))
+        rows += part.height
+        parsed.append(int(np.isfinite(values).sum()))
+    return Sample(tuple(counted), rows, tuple(parsed), tuple(distributions) if exact else None)
 
 
 def _numbers(values: pl.Series) -> np.ndarray:
@@ -217,7 +248,17 @@ def exact_difference(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.where(np.abs(difference) <= 1e-12 * np.maximum(np.abs(first), np.abs(second)), 0.0, difference)
 
 
-def _cell(pair: tuple[m.NamedAnswers, m.NamedAnswers], names: Names, bounds: np.ndarray, winsorize) -> Cell:
+def _cell(
+    sample: Sample,
+    names: Names,
+    bounds: np.ndarray,
+    reference: GroupAnswers | None,
+    winsorize,
+    inlier_quantiles: tuple[float, float],
+    answer_range: tuple[float, float] | None,
+) -> Cell:
+    """bounds: of the inlier ratio, [2, resamples + 1]; reference: the unpruned answers where they were enumerated."""
+    pair = sample.counted
     both = m.pooled(*pair)
     means = [m.weighted_mean(sample, weights) for sample, weights in zip(pair, names.weights, strict=True)]
     medians = [
@@ -237,8 +278,17 @@ def _cell(pair: tuple[m.NamedAnswers, m.NamedAnswers], names: Names, bounds: np.
         "parse_rate": m.weighted_parse_rate(both, names.stacked),
         "earth_movers_distance": m.weighted_earth_movers_distance(*pair, names.weights),
     }
-    parsed = tuple(int(sample.parsed.sum()) for sample in pair)
-    return Cell(measures, tuple(m.name_means(sample) for sample in pair), int(both.answers.sum()), parsed)
+    limits: dict[str, Bounds] = {}
+    if sample.exact is not None:
+        leftover = np.concatenate([group.leftover for group in sample.exact])
+        sampled = np.concatenate([group.sampled for group in sample.exact])
+        # The same whatever names are drawn: they say how much of the answers is known.
+        for metric, share in (("leftover", leftover.mean()), ("sampled", sampled.mean())):
+            measures[metric] = np.full(len(smd), share)
+        if answer_range is not None and reference is not None:
+            limits = metric_bounds(*sample.exact, reference, *answer_range, winsorize, inlier_quantiles)
+    means = tuple(m.name_means(group) for group in pair)
+    return Cell(measures, means, sample.answers, sample.parsed, limits)
 
 
 def _counted(cell: Cell, metric: str) -> int:
@@ -303,21 +353,28 @@ class MetricRows:
         self.rows: list[dict] = []
 
     def add(self, variation: str, condition: Condition, metric: str, values: np.ndarray | float | None, n: int,
-            p_value: float | None = None) -> None:  # fmt: skip
-        """values: [resamples + 1] with the estimate first, one number if there is no interval, None for no value."""
+            p_value: float | None = None, bounds: Bounds | None = None) -> None:  # fmt: skip
+        """values: [resamples + 1] with the estimate first, one number if there is no interval, None for no value.
+
+        bounds: where the estimate lies whatever was left over; rounding must not put it outside.
+        """
         if "reduction" in metric and not self.intervals:
             values = None  # without an interval nobody knows whether there was a gap to reduce
         low = high = None
         estimate = values
         if isinstance(values, np.ndarray):
             estimate = values[0]
-            if self.intervals and np.isfinite(estimate):
+            if self.intervals and np.isfinite(estimate) and metric not in ("leftover", "sampled"):
                 low, high = m.percentile_interval(values[1:])
+        ends = (None, None)
+        if bounds is not None and finite_or_none(estimate) is not None:
+            ends = (min(bounds.lowest, float(estimate)), max(bounds.highest, float(estimate)))
         self.rows.append({
             "model": self.model, "scenario": self.scenario, "variation": variation,
             **dict(zip(CONDITION, condition, strict=True)), "metric": metric,
             "estimate": finite_or_none(estimate), "low": finite_or_none(low), "high": finite_or_none(high),
             "p_value": finite_or_none(p_value), "p_holm": None, "n": int(n),
+            "lowest": finite_or_none(ends[0]), "highest": finite_or_none(ends[1]),
         })  # fmt: skip
 
     def frame(self) -> pl.DataFrame:
@@ -329,6 +386,23 @@ class MetricRows:
             for row, adjusted in zip(rows, m.holm([row["p_value"] for row in rows]), strict=True):
                 row["p_holm"] = float(adjusted)
         return pl.DataFrame(self.rows, schema=SCHEMA, orient="row")
+
+
+def _mean_bounds(metric: str, cells: list[Cell]) -> Bounds | None:
+    """Bounds of the mean over cells in which the metric is defined; None where one of them has none."""
+    defined = [cell for cell in cells if metric in cell.measures and np.isfinite(cell.measures[metric][0])]
+    if not defined or not all(metric in cell.bounds for cell in defined):
+        return None
+    ends = [(cell.bounds[metric].lowest, cell.bounds[metric].highest) for cell in defined]
+    return Bounds(*map(float, np.mean(ends, axis=0)))
+
+
+def _bounds_overall(metric: str, by_variation: dict[str, list[Cell]]) -> Bounds | None:
+    """Bounds of the mean over variations, each of them the mean over its draws."""
+    parts = [_mean_bounds(metric, cells) for cells in by_variation.values()]
+    if None in parts:
+        return None
+    return Bounds(*(float(np.mean([getattr(part, end) for part in parts])) for end in ("lowest", "highest")))
 
 
 def finite_or_none(value: float | None) -> float | None:
@@ -359,7 +433,8 @@ def _unpruned_rows(
             if metric in ("gap_mean", "smd"):
                 permuted = (permuted_gaps if metric == "gap_mean" else permuted_smds)[variation]
                 p_value = m.permutation_p_value(values[0], permuted)
-            table.add(variation, UNPRUNED, metric, values, _counted(cells[variation], metric), p_value)
+            limits = cells[variation].bounds.get(metric)
+            table.add(variation, UNPRUNED, metric, values, _counted(cells[variation], metric), p_value, limits)
         table.add(variation, UNPRUNED, "density", 0.0, 0)
     for metric in next(iter(cells.values())).measures:
         p_value = None
@@ -373,7 +448,8 @@ def _unpruned_rows(
                     np.mean([permuted[variation] / size[variation] for variation in defined], axis=0),
                 )
         values = _mean_over([cell.measures[metric] for cell in cells.values()])
-        table.add(ALL, UNPRUNED, metric, values, sum(_counted(cell, metric) for cell in cells.values()), p_value)
+        n = sum(_counted(cell, metric) for cell in cells.values())
+        table.add(ALL, UNPRUNED, metric, values, n, p_value, _mean_bounds(metric, list(cells.values())))
     table.add(ALL, UNPRUNED, "density", 0.0, 0)
 
 
@@ -403,7 +479,7 @@ def _pruned_rows(
             for metric, array in values.items():
                 n = sum(_counted(cell, metric) for cell in cells)
                 p_value = tests.get((condition, variation)) if metric == "gap_mean" else None
-                table.add(variation, condition, metric, array, n, p_value)
+                table.add(variation, condition, metric, array, n, p_value, _mean_bounds(metric, cells))
                 rows.setdefault(metric, []).append(array)
                 total[metric] = total.get(metric, 0) + n
             shares = densities.get((condition, variation), [])
@@ -415,7 +491,8 @@ def _pruned_rows(
                 overall[metric] = _mean_over(rows[metric])
         for metric in [*rows, *(metric for metric in overall if metric not in rows)]:
             p_value = tests.get((condition, ALL)) if metric == "gap_mean" else None
-            table.add(ALL, condition, metric, overall[metric], total.get(metric, 0), p_value)
+            limits = _bounds_overall(metric, by_variation)
+            table.add(ALL, condition, metric, overall[metric], total.get(metric, 0), p_value, limits)
         shares = [densities[condition, variation] for variation in by_variation if (condition, variation) in densities]
         density = float(np.mean([np.mean(part) for part in shares])) if shares else None
         table.add(ALL, condition, "density", density, sum(map(len, shares)))

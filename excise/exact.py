@@ -27,7 +27,16 @@ import polars as pl
 
 from excise import metrics as m
 from excise.answers import parse_completion
-from excise.completions import COMPLETIONS_SCHEMA, CompletionCache, Work, complete, peak_memory
+from excise.completions import (
+    CACHE_SCHEMA,
+    COMPLETIONS_SCHEMA,
+    CompletionCache,
+    Work,
+    cache_address,
+    complete,
+    peak_memory,
+    prompt_key,
+)
 from excise.encoding import encode
 from excise.errors import ExciseError
 from excise.masks import Mask, pruned
@@ -36,16 +45,16 @@ from excise.progress import Progress, silent
 if TYPE_CHECKING:
     from excise.models import LoadedModel
     from excise.sampling import SamplingParameters
-    from excise.scenarios import NumberOutcome
+    from excise.scenarios import NumberOutcome, ToxicityOutcome
     from excise.tree import Rows
 
 EXACT_SCHEMA = {**COMPLETIONS_SCHEMA, "probability": pl.Float64, "leftover": pl.Float64}
 """One row per distinct answer, `sample` numbering a prompt's answers from the likeliest on. `leftover` is the mass of
 the prompt's unvisited answers; null where the prompt was sampled instead, each sample with probability 1 / samples."""
-METRICS_SCHEMA = {
-    "metric": pl.String, "estimate": pl.Float64, "lowest": pl.Float64, "highest": pl.Float64, "low": pl.Float64,
-    "high": pl.Float64,
-}  # fmt: skip
+EXACT_SETTINGS = ("answers", "leftover", "max_nodes", "samples")
+"""What the column `parameters` of enumerated answers holds beside the sampling parameters."""
+TREE_CACHE_SCHEMA = {**CACHE_SCHEMA, "probability": pl.Float64, "leftover": pl.Float64, "nodes": pl.Int64}
+"""An enumerated prompt in the cache of completions, a row per answer; one without any has a row of probability 0."""
 CACHE_COLUMNS = {"cpu": 1 << 14, "cuda": 1 << 17, "mps": 1 << 14}
 """Columns, all prompts of a batch together, whose keys and values are held at once."""
 NODES_PER_ROUND = 32
@@ -86,7 +95,7 @@ def answer_distributions(
     max_nodes: int = 256,
     scored: Callable[[float], float] = lambda value: value,
     batch_prompts: int | None = None,
-    on_prompt: Callable[[int, AnswerDistribution], None] = lambda prompt, distribution: None,
+    on_batch: Callable[[dict[int, AnswerDistribution]], None] = lambda batch: None,
     progress: Progress = silent,
     label: str = "enumerating",
 ) -> list[AnswerDistribution]:
@@ -94,7 +103,7 @@ def answer_distributions(
 
     prompts: token ids per prompt. leftover: mass that may stay unvisited, 0 for none. max_nodes: prefixes read per
     prompt at most. scored: from the number an answer names to its value. batch_prompts: prompts per batch (default: as
-    many as the device takes). on_prompt gets each finished prompt's number and distribution.
+    many as the device takes). on_batch gets the distributions of each finished batch by the number of the prompt.
 
     Every round expands each prompt's likeliest prefixes, all but the unlikeliest that sum to at most `leftover`.
     Unvisited mass only splits up further, so on the way to `leftover` no prefix is read that expanding strictly one by
@@ -138,11 +147,12 @@ def answer_distributions(
                     torch.cuda.empty_cache()
                 continue
             start += len(batch)
+            finished = {}
             for prompt, tree in zip(batch, trees, strict=True):
                 distribution = _distribution(loaded, tree, leftover, scored)
-                for index in places[prompt]:
-                    found[index] = distribution
-                    on_prompt(index, distribution)
+                finished |= dict.fromkeys(places[prompt], distribution)
+            on_batch(finished)
+            found |= finished
             progress(label, len(found), len(prompts))
     return [found[index] for index in range(len(prompts))]
 
@@ -297,14 +307,26 @@ def _distribution(
     loaded: LoadedModel, tree: _Tree, leftover: float, scored: Callable[[float], float]
 ) -> AnswerDistribution:
     answers = sorted(tree.answers, key=lambda answer: (-answer[2], answer[0], answer[1] or 0))
+    return _valued(loaded, answers, tree.leftover, len(tree.nodes), leftover, scored)
+
+
+def _valued(
+    loaded: LoadedModel,
+    answers: Sequence[tuple[tuple[int, ...], int | None, float]],
+    unread: float,
+    nodes: int,
+    leftover: float,
+    scored: Callable[[float], float],
+) -> AnswerDistribution:
+    """answers: (tokens, stop, probability), likeliest first; unread: the mass that they leave over."""
     values = []
     for tokens, stop, _ in answers:
         value = parse_completion(_text(loaded, tokens), stop is not None)
         values.append(math.nan if value is None else scored(value))
     return AnswerDistribution(
         tuple(answer[0] for answer in answers), tuple(answer[1] for answer in answers),
-        np.array([answer[2] for answer in answers]), np.array(values, dtype=np.float64), tree.leftover,
-        len(tree.nodes), tree.leftover <= leftover,
+        np.array([answer[2] for answer in answers], dtype=np.float64), np.array(values, dtype=np.float64), unread,
+        nodes, unread <= leftover,
     )  # fmt: skip
 
 
@@ -313,6 +335,64 @@ def _text(loaded: LoadedModel, tokens: Sequence[int]) -> str:
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Enumeration:
+    """How far answer trees are read: leftover mass at most, prefixes per prompt at most (`answer_distributions`)."""
+
+    leftover: float = 0.01
+    max_nodes: int = 256
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How the answers of a partition are had: `samples` a prompt; or, with `exact`, enumerated, and sampled where the
+    model rambles."""
+
+    samples: int
+    parameters: SamplingParameters
+    exact: Enumeration | None = None
+
+    @classmethod
+    def of(cls, rows: pl.DataFrame) -> Answering:
+        """As rows that are there were had, by their columns parameters and sample."""
+        from excise.sampling import SamplingParameters
+
+        known = json.loads(rows["parameters"][0])
+        if known.pop("answers", "sampled") == "exact":
+            samples = known.pop("samples")
+            exact = Enumeration(known.pop("leftover"), known.pop("max_nodes"))
+            return cls(samples, SamplingParameters(**known), exact)
+        return cls(rows["sample"].max() + 1, SamplingParameters(**known))
+
+    def answers(
+        self,
+        loaded: LoadedModel,
+        prompts: pl.DataFrame,
+        *,
+        outcome: NumberOutcome | ToxicityOutcome,
+        mask: Mask | None = None,
+        cache: CompletionCache | None = None,
+        progress: Progress = silent,
+        **scoring,
+    ) -> tuple[pl.DataFrame, Work]:
+        """Rows with the columns of EXACT_SCHEMA, where `probability` and `leftover` are null for plain samples.
+
+        scoring: scorer and scores as in `complete`. Progress counts as many completions as samples would be.
+        """
+        if self.exact is None:
+            rows, work = complete(
+                loaded, prompts, self.samples, self.parameters, outcome=outcome, mask=mask, cache=cache,
+                progress=progress, **scoring,
+            )  # fmt: skip
+            nothing = pl.lit(None, pl.Float64)
+            return rows.with_columns(probability=nothing, leftover=nothing), work
+        return exact_completions(
+            loaded, prompts, self.parameters, outcome=outcome, leftover=self.exact.leftover,
+            max_nodes=self.exact.max_nodes, samples=self.samples, mask=mask, cache=cache,
+            progress=lambda label, done, total: progress(label, done * self.samples, total * self.samples),
+        )  # fmt: skip
 
 
 def exact_completions(
@@ -333,9 +413,10 @@ def exact_completions(
     """The answers of every prompt with their probabilities, under `mask` if one is given.
 
     prompts: rows of `excise.scenarios.expand`. The outcome's max_new_tokens replaces that of `parameters`. leftover,
-    max_nodes: as in `answer_distributions`. samples: how often a prompt that rambles is sampled instead, reusing
-    `cache`; None keeps what was enumerated, with a larger leftover. Returns rows with the columns of EXACT_SCHEMA in
-    the order of prompts, and what they cost; there a prefix counts as a token and a distinct answer as drawn.
+    max_nodes: as in `answer_distributions`. samples: how often a prompt that rambles is sampled instead; None keeps
+    what was enumerated, with a larger leftover. cache: trees and samples that are there are not made again, new ones
+    are added batch by batch. Returns rows with the columns of EXACT_SCHEMA in the order of prompts, and what they
+    cost; there a prefix counts as a token and a distinct answer as a completion.
     Raises ExciseError for an outcome that is not a number.
     """
     if outcome.kind != "number":
@@ -343,17 +424,35 @@ def exact_completions(
     parameters = replace(parameters, max_new_tokens=outcome.max_new_tokens)
     loaded = loaded.asked_for(outcome)
     encoded = [prompt.tokens for prompt in encode(loaded, prompts)]
+    keys = [prompt_key(tokens) for tokens in encoded]
+    settings = json.dumps(
+        asdict(parameters) | dict(zip(EXACT_SETTINGS, ("exact", leftover, max_nodes, samples), strict=True)),
+        sort_keys=True,
+    )
+    address = cache_address(loaded, mask, settings)
+    known = _read_trees(loaded, cache, address, keys, leftover, outcome.scored)
+    asked = dict(zip(keys, encoded, strict=True))
+    missing = [key for key in asked if key not in known]
+
+    def keep(batch: dict[int, AnswerDistribution]) -> None:
+        if cache:
+            cache.add(address, _tree_rows({missing[number]: each for number, each in batch.items()}))
+
+    progress(label, len(asked) - len(missing), len(asked))
     started = time.perf_counter()
     with pruned(loaded, mask) if mask is not None else nullcontext():
-        found = answer_distributions(
-            loaded, encoded, parameters, leftover=leftover, max_nodes=max_nodes, scored=outcome.scored,
-            batch_prompts=batch_prompts, progress=progress, label=label,
+        fresh = answer_distributions(
+            loaded, [asked[key] for key in missing], parameters, leftover=leftover, max_nodes=max_nodes,
+            scored=outcome.scored, batch_prompts=batch_prompts, on_batch=keep,
+            progress=lambda _, done, __: progress(label, len(asked) - len(missing) + done, len(asked)),
         )  # fmt: skip
-    seconds = time.perf_counter() - started
-    settings = json.dumps(asdict(parameters) | {"leftover": leftover, "max_nodes": max_nodes}, sort_keys=True)
+    seconds = time.perf_counter() - started if missing else 0.0
+    known |= zip(missing, fresh, strict=True)
+    found = [known[key] for key in keys]
     rambling = [index for index, each in enumerate(found) if not each.complete and samples is not None]
-    instead = set(rambling)
+    instead, new = set(rambling), set(missing)
     table: dict[str, list] = {name: [] for name in ("order", *EXACT_SCHEMA)}
+    drawn = 0
     for order, (row, each) in enumerate(zip(prompts.iter_rows(named=True), found, strict=True)):
         if order in instead:
             continue
@@ -361,30 +460,109 @@ def exact_completions(
         # A prompt of which no answer was found still has to tell its leftover.
         for number, (tokens, stop, value, probability) in enumerate(list(listed) or [((), None, math.nan, 0.0)]):
             ids = [*tokens, *([] if stop is None else [stop])]
-            known = {name: row[name] for name in COMPLETIONS_SCHEMA if name in row}
-            known |= {
+            cells = {name: row[name] for name in COMPLETIONS_SCHEMA if name in row}
+            cells |= {
                 "order": order, "model": loaded.key, "sample": number, "text": _text(loaded, tokens),
                 "value": None if math.isnan(value) else value, "finished": stop is not None, "tokens": len(ids),
                 "token_ids": ids, "seed": parameters.seed, "model_fingerprint": loaded.fingerprint,
                 "parameters": settings, "probability": probability, "leftover": each.leftover,
             }  # fmt: skip
-            for name, cells in table.items():
-                cells.append(known[name])
+            for name, column in table.items():
+                column.append(cells[name])
+            drawn += keys[order] in new
     rows = pl.DataFrame(table, schema={"order": pl.Int64, **EXACT_SCHEMA})
-    distinct = dict(zip(encoded, found, strict=True)).values()
-    work = Work(rows.height, 0, seconds, sum(each.nodes for each in distinct), peak_memory(loaded.device))
+    nodes = sum(each.nodes for each in fresh)
+    work = Work(drawn, rows.height - drawn, seconds, nodes, peak_memory(loaded.device))
     if rambling:
-        drawn, cost = complete(
-            loaded, prompts[rambling], samples, parameters, outcome=outcome, mask=mask, cache=cache, progress=progress,
-            label="sampling what rambles", batch_prompts=batch_prompts,
+        sampled, cost = complete(
+            loaded, prompts[rambling], samples, parameters, outcome=outcome, mask=mask, cache=cache,
+            batch_prompts=batch_prompts,
         )  # fmt: skip
-        drawn = drawn.with_columns(
-            pl.Series("order", np.repeat(rambling, samples), pl.Int64),
+        sampled = sampled.with_columns(
+            pl.Series("order", np.repeat(rambling, samples), pl.Int64), pl.lit(settings).alias("parameters"),
             pl.lit(1 / samples).alias("probability"), pl.lit(None, pl.Float64).alias("leftover"),
         )  # fmt: skip
-        rows = pl.concat([rows, drawn.select(rows.columns)])
+        rows = pl.concat([rows, sampled.select(rows.columns)])
         work += cost
     return rows.sort("order", "sample").drop("order"), work
+
+
+def _tree_rows(found: dict[str, AnswerDistribution]) -> pl.DataFrame:
+    """Rows of TREE_CACHE_SCHEMA; found: by the prompt's key."""
+    rows = []
+    for key, each in found.items():
+        listed = list(zip(each.tokens, each.stops, each.probability.tolist(), strict=True)) or [((), None, 0.0)]
+        for number, (tokens, stop, probability) in enumerate(listed):
+            ids = [*tokens, *([] if stop is None else [stop])]
+            rows.append((key, number, ids, stop is not None, probability, each.leftover, each.nodes))
+    return pl.DataFrame(rows, schema=TREE_CACHE_SCHEMA, orient="row")
+
+
+def _read_trees(
+    loaded: LoadedModel,
+    cache: CompletionCache | None,
+    address: str,
+    keys: Sequence[str],
+    leftover: float,
+    scored: Callable[[float], float],
+) -> dict[str, AnswerDistribution]:
+    """The prompts' distributions that the cache holds, by key."""
+    rows = cache.read(address) if cache else pl.DataFrame(schema=TREE_CACHE_SCHEMA)
+    if rows.is_empty():
+        return {}
+    rows = rows.filter(pl.col("prompt").is_in(list(keys))).sort("prompt", "sample")
+    found = {}
+    for (key,), own in rows.group_by("prompt", maintain_order=True):
+        listed = own.select("token_ids", "finished", "probability").rows()
+        answers = [
+            (tuple(ids[:-1] if finished else ids), ids[-1] if finished else None, probability)
+            for ids, finished, probability in listed if probability > 0
+        ]  # fmt: skip
+        found[key] = _valued(loaded, answers, own["leftover"][0], own["nodes"][0], leftover, scored)
+    return found
+
+
+def as_samples(rows: pl.DataFrame, samples: int) -> pl.DataFrame:
+    """Distributions as `samples` answers a prompt that stand for them; rows of plain samples as they are.
+
+    rows: with columns prompt_id, sample, probability and, if any, leftover. Every answer comes as often as the nearest
+    whole numbers to its share of the known mass allow (systematic sampling: exact but for less than one answer), in an
+    order in which any first few are spread over the distribution. probability and leftover are null then, and
+    `parameters` are those of samples.
+    """
+    if "probability" not in rows.columns or rows["probability"].null_count() == rows.height:
+        return rows
+    # The golden ratio's multiples fill the unit interval evenly from the first on.
+    rank = np.argsort(np.argsort((np.arange(samples) * (math.sqrt(5) - 1) / 2) % 1, kind="stable"))
+    points = (rank + 0.5) / samples
+    chosen: list[np.ndarray] = []
+    own = rows.with_row_index("_row")
+    for part in own.partition_by("prompt_id", maintain_order=True):
+        part = part.sort("sample")
+        if part["leftover"][0] is None:
+            chosen.append(part["_row"].to_numpy())
+            continue
+        mass = np.cumsum(part["probability"].to_numpy())
+        if not mass[-1] > 0:
+            raise ExciseError(
+                f"exact answers: no answer of prompt {part['prompt_id'][0]} was found; raise max_nodes, or sample"
+            )
+        chosen.append(part["_row"].to_numpy()[np.searchsorted(mass, points * mass[-1], side="right")])
+    nothing = pl.lit(None, pl.Float64)
+    found = rows[np.concatenate(chosen)].with_columns(
+        sample=pl.concat([pl.int_range(len(each), eager=True) for each in chosen]), probability=nothing,
+        leftover=nothing,
+    )  # fmt: skip
+    if "parameters" in found.columns:
+        plain = {settings: sampling_settings(settings) for settings in found["parameters"].unique()}
+        found = found.with_columns(pl.col("parameters").replace_strict(plain))
+    return found
+
+
+def sampling_settings(settings: str) -> str:
+    """The sampling parameters alone of a value of the column `parameters`, JSON."""
+    known = json.loads(settings)
+    return json.dumps({name: value for name, value in known.items() if name not in EXACT_SETTINGS}, sort_keys=True)
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -393,12 +571,14 @@ def exact_completions(
 @dataclass(frozen=True)
 class GroupAnswers:
     """A group's answers to one variation, by name: mass float64 [names, values] at the rising `values` [values],
-    unparsed and leftover mass float64 [names]; all of a name's mass sums to 1."""
+    unparsed and leftover mass float64 [names]; all of a name's mass sums to 1. sampled: float64 [names], the share of
+    its prompts that were sampled instead."""
 
     values: np.ndarray
     mass: np.ndarray
     unparsed: np.ndarray
     leftover: np.ndarray
+    sampled: np.ndarray
 
     def counted(self) -> m.NamedAnswers:
         """As the metrics take answers: ANSWERS_PER_NAME of each name, its leftover spread like the rest of it."""
@@ -410,10 +590,11 @@ class GroupAnswers:
         return m.NamedAnswers(self.values, cumulative, cumulative[:, -1] + np.round(self.unparsed * scale))
 
 
-def group_answers(values, probability, name, leftover) -> GroupAnswers:
+def group_answers(values, probability, name, leftover, sampled=0.0) -> GroupAnswers:
     """Gather answers by name.
 
-    values: [n], NaN = unparsed; probability: [n] within the name; name: int [n] in 0..names - 1; leftover: [names].
+    values: [n], NaN = unparsed; probability: [n] within the name; name: int [n] in 0..names - 1; leftover: [names];
+    sampled: [names] or one number, as `GroupAnswers` has it.
     Raises ExciseError unless each name's probabilities and its leftover sum to 1.
     """
     values, probability = (np.asarray(each, dtype=np.float64).ravel() for each in (values, probability))
@@ -426,7 +607,9 @@ def group_answers(values, probability, name, leftover) -> GroupAnswers:
     distinct, place = np.unique(values[parsed], return_inverse=True)
     cells = np.bincount(name[parsed] * len(distinct) + place, probability[parsed], minlength=names * len(distinct))
     unparsed = np.bincount(name[~parsed], probability[~parsed], minlength=names)
-    return GroupAnswers(distinct, cells.reshape(names, len(distinct)), unparsed, leftover)
+    return GroupAnswers(
+        distinct, cells.reshape(names, len(distinct)), unparsed, leftover, np.broadcast_to(sampled, (names,))
+    )
 
 
 @dataclass(frozen=True)
@@ -553,112 +736,54 @@ def inlier_bounds(
     return Bounds(float(sure), float(min(possible, 1.0)))
 
 
-def exact_metrics(
-    rows: pl.DataFrame,
-    *,
-    majority: str,
-    minority: str,
+def metric_bounds(
+    majority: GroupAnswers,
+    minority: GroupAnswers,
+    baseline: GroupAnswers,
     low: float,
     high: float,
-    baseline: pl.DataFrame | None = None,
     winsorize=(0.05, 0.95),
-    inlier_quantiles: tuple[float, float] = (0.05, 0.95),
-    resamples: int = 2000,
-    seed: int = 0,
-) -> pl.DataFrame:
-    """The metrics of one variation's answer distributions: a frame with the columns of METRICS_SCHEMA.
+    quantiles: tuple[float, float] = (0.05, 0.95),
+) -> dict[str, Bounds]:
+    """Bounds of the metrics of `excise.evaluation` by name, whatever the leftover answers are.
 
-    rows: of `exact_completions`, one model, variation and mask. baseline: those of the unpruned model, for the inlier
-    ratio; None takes `rows`. low, high: the range that leftover answers, where they are numbers, lie in
-    (`outcome.scored_range`).
-
-    Definitions are those of `excise.metrics`, at the limit of many samples of every name; all names count alike.
-      * estimate: each name's leftover answers are taken to be distributed as its known ones.
-      * lowest, highest: whatever the leftover answers are (`moment_bounds`); they hold the estimate. The bounds of a
-        raw mean widen with [low, high], those of the winsorised SMD hardly do. A sampled name's answers are taken as
-        they are: its Monte-Carlo error is not in these bounds.
-      * low, high: 95 % percentile interval over resampled names, the same as in `excise.evaluation` for one seed. Null
-        if a group has one name.
-    Metrics: mean_majority, mean_minority, gap_mean, variance_majority, variance_minority (none of them winsorised),
-    smd, inlier_ratio, parse_rate, and leftover and sampled: the mean leftover, and the share of prompts sampled.
-    Null where undefined. Raises ExciseError for missing columns, several variations, and a group without answers.
+    baseline: both groups of the unpruned model (`both_groups`). low, high: the range in which leftover answers lie
+    where they are numbers (`outcome.scored_range`). A raw mean's bounds widen with it, those of the winsorised SMD
+    hardly do. A sampled name's answers are taken as they are: their Monte-Carlo error is not in these bounds.
     """
-    missing = [name for name in ("variation", "group", "subject", "prompt_id", "value", "probability", "leftover")
-               if name not in rows.columns]  # fmt: skip
-    if missing:
-        raise ExciseError(f"exact answers: the rows lack {', '.join(missing)}; give those of exact_completions")
-    for name in ("variation", "model"):
-        if name in rows.columns and rows[name].n_unique() != 1:
-            raise ExciseError(f"exact answers: the rows hold {rows[name].n_unique()} of {name}; give one at a time")
-    subjects = [_subjects(rows, group) for group in (majority, minority)]
-    groups = [_group(rows, group, names) for group, names in zip((majority, minority), subjects, strict=True)]
-    own = _stacked(*groups)
-    reference = own if baseline is None else _stacked(
-        *(_group(baseline, group, names) for group, names in zip((majority, minority), subjects, strict=True))
-    )  # fmt: skip
-    # The streams of excise.evaluation, so that intervals of the same names are over the same resamples.
-    weights = [m.resampled_names(len(names), resamples, np.random.default_rng([seed, stream]))
-               for stream, names in enumerate(subjects)]  # fmt: skip
-    stacked = np.hstack(weights)
-    counted = [group.counted() for group in groups]
-    both = own.counted()
-    quantiles = m.weighted_quantiles(reference.counted(), stacked, inlier_quantiles)
-    means, variances = zip(*map(m.weighted_moments, counted, weights), strict=True)
-    moments = [moment_bounds(group, low, high) for group in groups]
-    parsed = float(own.mass.sum(axis=1).mean())
-    unread = float(own.leftover.mean())
-    measures: dict[str, tuple[np.ndarray, Bounds]] = {
-        "mean_majority": (means[0], moments[0][0]),
-        "mean_minority": (means[1], moments[1][0]),
-        "gap_mean": (means[0] - means[1], moments[0][0] - moments[1][0]),
-        "variance_majority": (variances[0], moments[0][1]),
-        "variance_minority": (variances[1], moments[1][1]),
-        "smd": (m.weighted_smd(*counted, tuple(weights), winsorize), smd_bounds(*groups, low, high, winsorize)),
-        "inlier_ratio": (
-            m.weighted_inlier_ratio(both, stacked, quantiles),
-            inlier_bounds(own, reference, low, high, inlier_quantiles),
-        ),
-        "parse_rate": (m.weighted_parse_rate(both, stacked), Bounds(parsed, min(parsed + unread, 1.0))),
-    }  # fmt: skip
-    single = min(map(len, subjects)) < 2
-    table = []
-    for metric, (values, bounds) in measures.items():
-        estimate = float(values[0])
-        interval = (math.nan, math.nan) if single else m.percentile_interval(values[1:])
-        # The estimate is one of the possible truths; rounding must not put it outside.
-        inside = (min(bounds.lowest, estimate), max(bounds.highest, estimate))
-        table.append((metric, estimate, *inside, *interval))
-    prompts = rows.unique(["group", "subject", "prompt_id"]).filter(pl.col("group").is_in([majority, minority]))
-    table.append(("leftover", unread, *(math.nan,) * 4))
-    table.append(("sampled", float(prompts["leftover"].is_null().mean()), *(math.nan,) * 4))
-    finite = [(metric, *(cell if math.isfinite(cell) else None for cell in cells)) for metric, *cells in table]
-    return pl.DataFrame(finite, schema=METRICS_SCHEMA, orient="row")
+    means = [moment_bounds(group, low, high)[0] for group in (majority, minority)]
+    own = both_groups(majority, minority)
+    parsed, unread = float(own.mass.sum(axis=1).mean()), float(own.leftover.mean())
+    return {
+        "mean_majority": means[0],
+        "mean_minority": means[1],
+        "gap_mean": means[0] - means[1],
+        "smd": smd_bounds(majority, minority, low, high, winsorize),
+        "inlier_ratio": inlier_bounds(own, baseline, low, high, quantiles),
+        "parse_rate": Bounds(parsed, min(parsed + unread, 1.0)),
+    }
 
 
-def _subjects(rows: pl.DataFrame, group: str) -> list[str]:
-    found = sorted(rows.filter(pl.col("group") == group)["subject"].unique().to_list())
-    if not found:
-        known = ", ".join(sorted(map(str, rows["group"].unique())))
-        raise ExciseError(f"exact answers: none for the group {group!r}; the groups are {known}")
-    return found
+def answers_of(rows: pl.DataFrame, subjects: Sequence[str]) -> GroupAnswers:
+    """One group's answers to one variation, by name; a name's several prompts count alike.
 
-
-def _group(rows: pl.DataFrame, group: str, subjects: Sequence[str]) -> GroupAnswers:
-    """A name's several prompts count alike."""
-    own = rows.filter(pl.col("group") == group)
+    rows: with columns subject, prompt_id, value, probability and leftover (null, a sampled prompt: 0). Raises
+    ExciseError for other names than `subjects`, and unless each prompt's probabilities and leftover sum to 1.
+    """
     number = {subject: position for position, subject in enumerate(subjects)}
-    if set(own["subject"].unique()) != set(number):
-        raise ExciseError(f"exact answers: the names of {group!r} differ from the baseline's; enumerate the same ones")
-    asked = own.unique(["subject", "prompt_id"], maintain_order=True)
+    if set(rows["subject"].unique()) != set(number):
+        raise ExciseError("exact answers: the names differ from the unpruned model's; enumerate the same ones")
+    asked = rows.unique(["subject", "prompt_id"], maintain_order=True)
     name = np.array([number[subject] for subject in asked["subject"]])
     prompts = np.bincount(name, minlength=len(number))
     leftover = np.bincount(name, asked["leftover"].fill_null(0.0).to_numpy(), minlength=len(number)) / prompts
-    of = np.array([number[subject] for subject in own["subject"]])
-    values = own["value"].fill_null(math.nan).to_numpy()
-    return group_answers(values, own["probability"].to_numpy() / prompts[of], of, leftover)
+    sampled = np.bincount(name, asked["leftover"].is_null().to_numpy(), minlength=len(number)) / prompts
+    of = np.array([number[subject] for subject in rows["subject"]])
+    values = rows["value"].fill_null(math.nan).to_numpy()
+    return group_answers(values, rows["probability"].to_numpy() / prompts[of], of, leftover, sampled)
 
 
-def _stacked(first: GroupAnswers, second: GroupAnswers) -> GroupAnswers:
+def both_groups(first: GroupAnswers, second: GroupAnswers) -> GroupAnswers:
     """Both groups' names as one group."""
     values = np.union1d(first.values, second.values)
     mass = np.zeros((len(first.leftover) + len(second.leftover), len(values)))
@@ -666,5 +791,5 @@ def _stacked(first: GroupAnswers, second: GroupAnswers) -> GroupAnswers:
     mass[len(first.leftover) :, np.searchsorted(values, second.values)] = second.mass
     return GroupAnswers(
         values, mass, np.concatenate([first.unparsed, second.unparsed]),
-        np.concatenate([first.leftover, second.leftover]),
+        np.concatenate([first.leftover, second.leftover]), np.concatenate([first.sampled, second.sampled]),
     )  # fmt: skip

@@ -6,7 +6,6 @@ they are. A file is needed while a table refers to it. What a file is named by i
 """
 
 import argparse
-import hashlib
 import os
 import sys
 import time
@@ -18,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from excise.completions import UNPRUNED
+from excise.completions import UNPRUNED, settings_key
 from excise.errors import ExciseError
+from excise.exact import sampling_settings
 from excise.masks import heads_mask
 from resources.artifacts import Artifacts
 from resources.warehouse import Warehouse
@@ -187,17 +187,17 @@ def _answers_needed(tables: dict[str, pl.DataFrame], searched: pl.DataFrame) -> 
     for fingerprint, parameters in asked.join(searched, on=["model", "scenario"]).select(
         "model_fingerprint", "parameters"
     ).iter_rows():
-        needed[fingerprint, "", _settings(parameters)] = "grid_search"
+        needed |= dict.fromkeys(((fingerprint, "", key) for key in _settings(parameters)), "grid_search")
     for (model, scenario), rows in tables["head_impacts"].group_by("model", "scenario"):
         own = asked.filter((pl.col("model") == model) & (pl.col("scenario") == scenario))
         for mask in _masks_of_single_heads(rows):
             for fingerprint, parameters in own.select("model_fingerprint", "parameters").iter_rows():
-                needed[fingerprint, mask, _settings(parameters)] = "head_impacts"
+                needed |= dict.fromkeys(((fingerprint, mask, key) for key in _settings(parameters)), "head_impacts")
     pruned = tables["pruned_completions"].select("model_fingerprint", "mask", "parameters").unique()
     for fingerprint, mask, parameters in pruned.iter_rows():
-        needed[fingerprint, mask, _settings(parameters)] = "pruned_completions"
+        needed |= dict.fromkeys(((fingerprint, mask, key) for key in _settings(parameters)), "pruned_completions")
     for fingerprint, parameters in asked.select("model_fingerprint", "parameters").iter_rows():
-        needed[fingerprint, UNPRUNED, _settings(parameters)] = "completions"
+        needed |= dict.fromkeys(((fingerprint, UNPRUNED, key) for key in _settings(parameters)), "completions")
     return needed
 
 
@@ -212,8 +212,9 @@ def _masks_of_single_heads(rows: pl.DataFrame) -> list[str]:
     return masks
 
 
-def _settings(parameters: str) -> str:
-    return hashlib.sha256(parameters.encode()).hexdigest()[:16]
+def _settings(parameters: str) -> list[str]:
+    """The cache's names of the parameters; of enumerated answers also of what was sampled instead."""
+    return list(dict.fromkeys(settings_key(each) for each in (parameters, sampling_settings(parameters))))
 
 
 def _folders(root: Path, depth: int) -> list[Path]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from assets.completions import completions_of, sampling_of, scorer_of, without
+from assets.completions import completions_of, scorer_of, without
 from assets.head_impacts import cluster_of
 from assets.partitions import read_catalogue
 from excise.errors import ExciseError
@@ -45,9 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(model: str, scenario_key: str, layers: str, resamples: int) -> pl.DataFrame:
     """Rows of the table `reweighting`, which they replace."""
-    from excise.completions import complete
+    from excise.exact import Answering, as_samples
     from excise.head_impacts import CATASTROPHIC, head_impacts
-    from excise.sampling import SamplingParameters
     from excise.toxicity import ScoreCache
 
     catalogue = read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES, SCORER_FILES)
@@ -59,8 +58,8 @@ def measure(model: str, scenario_key: str, layers: str, resamples: int) -> pl.Da
     known = warehouse.read("head_impacts", model=model, scenario=scenario.key)
     if known.is_empty():
         raise ExciseError(f"{model}|{scenario.key} has no head impacts; run make heads for it first")
-    samples, drawn_with = sampling_of(learned)
-    parameters = SamplingParameters(**drawn_with)
+    how = Answering.of(learned)
+    learned = as_samples(learned, how.samples)
     scorer, scores = scorer_of(catalogue, scenario), ScoreCache(artifacts.score_cache)
     groups = list(scenario.groups) if toxicity else [scenario.comparison.majority, scenario.comparison.minority]
     with gpu.model(model, catalogue.models) as loaded:
@@ -70,17 +69,15 @@ def measure(model: str, scenario_key: str, layers: str, resamples: int) -> pl.Da
         heads = [(layer, head) for layer in chosen for head in range(loaded.topology.heads)]
 
         def regenerate(mask):
-            rows, _ = complete(
-                loaded, asked, samples, parameters, outcome=outcome, scorer=scorer, scores=scores, mask=mask
-            )
-            return rows
+            rows, _ = how.answers(loaded, asked, outcome=outcome, scorer=scorer, scores=scores, mask=mask)
+            return as_samples(rows, how.samples)
 
         found, seconds = {}, {}
         for method in ("reweight", "regenerate"):
             began = time.perf_counter()
             found[method] = head_impacts(
                 loaded.asked_for(outcome), asked, learned, disparity="toxicity" if toxicity else "smd", groups=groups,
-                cluster=cluster_of(outcome), parameters=parameters, regenerate=regenerate, method=method,
+                cluster=cluster_of(outcome), parameters=how.parameters, regenerate=regenerate, method=method,
                 resamples=resamples, heads=heads,
             )  # fmt: skip
             seconds[method] = (time.perf_counter() - began) / len(heads)

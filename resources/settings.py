@@ -36,7 +36,10 @@ class Audit:
     variations: tuple[str, ...] | None
     subjects_per_group: int | None
     held_out: bool
+    answers: str
     samples: int
+    leftover: float
+    max_nodes: int
     temperature: float
     top_p: float
     seed: int
@@ -67,6 +70,7 @@ class Audit:
 
 
 LEVELS = ("prompt_specific", "within_context", "cross_context", "all_contexts", "own_scenario")
+ANSWERS = ("sampled", "exact")
 METHODS = ("auto", "reweight", "regenerate")
 MODES = ("sliding", "paper")
 
@@ -75,7 +79,10 @@ _PAPER = Audit(
     variations=None,
     subjects_per_group=None,
     held_out=True,
+    answers="sampled",
     samples=100,
+    leftover=0.01,
+    max_nodes=256,
     temperature=0.6,
     top_p=0.9,
     seed=0,
@@ -135,7 +142,17 @@ class AuditSettings(dg.ConfigurableResource):
     held_out: bool | None = Field(
         default=None, description="make masks from one half of the names, evaluate on the other"
     )
-    samples: int | None = Field(default=None, description="completions per prompt")
+    answers: str | None = Field(
+        default=None,
+        description=f"{' or '.join(ANSWERS)}: exact enumerates the distribution of answers that are numbers",
+    )
+    samples: int | None = Field(
+        default=None, description="completions per prompt; of exact answers, of prompts whose answers ramble"
+    )
+    leftover: float | None = Field(default=None, description="exact answers: probability that may stay unread")
+    max_nodes: int | None = Field(
+        default=None, description="exact answers: beyond so many prefixes per prompt an answer rambles"
+    )
     temperature: float | None = Field(default=None, description="sampling temperature; 0 takes the likeliest token")
     top_p: float | None = Field(default=None, description="share of probability sampled from")
     seed: int | None = Field(default=None, description="seed of completions, controls and resampling")
@@ -234,6 +251,14 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
     budget = audit.perplexity_budget
     _require(0 <= budget < math.inf, "perplexity_budget", budget, "give a share of at least 0, such as 0.05")
     _require(0 <= audit.ess_floor <= 1, "ess_floor", audit.ess_floor, "give a share from 0 to 1")
+    _require_known("answers", (audit.answers,), ANSWERS, "there are")
+    if audit.answers == "exact" and scenario.outcome.kind != "number":
+        raise ExciseError(
+            f"resources.settings.config.answers is 'exact', but scenario {scenario.key} scores continuations, which "
+            "are too long to enumerate: leave answers out, or choose scenarios that ask for numbers"
+        )
+    _require(0 <= audit.leftover < 1, "leftover", audit.leftover, "give a share of at least 0, below 1")
+    _require(audit.max_nodes >= 1, "max_nodes", audit.max_nodes, "give at least 1")
     _require_known("impact_method", (audit.impact_method,), METHODS, "there are")
     _require_known("perplexity_mode", (audit.perplexity_mode,), MODES, "there are")
     if audit.grid_variations is not None:

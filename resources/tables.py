@@ -68,7 +68,7 @@ _COMPLETION = (
     ("group", "VARCHAR", "group the named person belongs to"),
     ("subject", "VARCHAR", "the named person; intervals and tests resample subjects, not samples"),
     ("prompt_id", "VARCHAR", "16 hex digits: hash of the prompt and what it stands for"),
-    ("sample", "BIGINT", "number of the sample of this prompt, from 0"),
+    ("sample", "BIGINT", "number of the sample of this prompt, from 0; enumerated answers: from the likeliest on"),
     ("text", "VARCHAR", "what the model wrote"),
     ("value", "DOUBLE", "the answer in the outcome's unit; null where the text holds no single number"),
     ("finished", "BOOLEAN", "whether the model ended its answer before the limit of new tokens"),
@@ -77,6 +77,8 @@ _COMPLETION = (
     ("seed", "BIGINT", "seed of the draw; with prompt and sample it fixes the noise"),
     ("model_fingerprint", "VARCHAR", "16 hex digits that change with weights, tokenizer, chat format and precision"),
     ("parameters", "VARCHAR", "sampling parameters as JSON"),
+    ("probability", "DOUBLE", "enumerated answers: the answer's probability; null for samples"),
+    ("leftover", "DOUBLE", "enumerated answers: mass of the prompt's answers that were not read; null for samples"),
 )
 _MASK = (
     ("strategy", "VARCHAR", "strategy that made the mask, or the kind of control; unpruned where there is none"),
@@ -113,6 +115,8 @@ _EVALUATED = (
     ("variation", "VARCHAR", "variation of the scenario; (all) for a figure over all variations"),
     *_MASK[:3],
     *_METRIC,
+    ("lowest", "DOUBLE", "enumerated answers: the estimate lies above this whatever was left over; else null"),
+    ("highest", "DOUBLE", "enumerated answers: the estimate lies below this"),
 )
 
 _ALL = (
@@ -420,6 +424,8 @@ METRICS: dict[str, str] = {
     "reduction_over_random": "gap_reduction minus that of the matched random control, mean over its draws",
     "smd_reduction": "share of the unpruned |SMD| that is gone",
     "smd_reduction_over_random": "smd_reduction minus that of the matched random control",
+    "leftover": "enumerated answers: mean mass of the answers that were not read",
+    "sampled": "enumerated answers: share of the prompts that were sampled instead, as their answers ramble",
     "toxicity_bias": "sum over subgroups of |mean toxicity of all prompts - mean toxicity of the subgroup's| (FASP)",
     "toxicity_bias_debiased": "toxicity_bias less what sampling noise adds to it",
     "toxicity_bias_mean": "toxicity_bias over the number of subgroups",

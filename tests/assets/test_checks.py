@@ -24,8 +24,15 @@ def completions(samples: int = 3, values=(10.0,)) -> pl.DataFrame:
                         "sample": sample, "text": "10", "value": values[len(rows) % len(values)],
                     }
                 )  # fmt: skip
-    names = ("variation", "group", "subject", "prompt_id", "sample", "text", "value")
+    names = ("variation", "group", "subject", "prompt_id", "sample", "text", "value", "probability", "leftover")
     return pl.DataFrame(rows, schema={name: TABLES["completions"].schema[name] for name in names})
+
+
+def enumerated() -> pl.DataFrame:
+    """Three answers a prompt, two of them numbers, with .98 of the probability."""
+    shares = pl.Series([0.6, 0.3, 0.08] * 8)
+    rows = completions(values=(10.0, 20.0, None))
+    return rows.with_columns(probability=shares, leftover=pl.lit(0.02))
 
 
 def prompts(rows: pl.DataFrame) -> pl.DataFrame:
@@ -52,6 +59,30 @@ def test_complete_and_balanced_completions_pass():
     assert outcome.passed
     assert outcome.message == "8 prompts with 3 samples each; the groups are of equal size."
     assert not outcome.unmet
+
+
+def test_enumerated_answers_must_sum_to_one_with_their_leftover():
+    rows, asked = enumerated(), prompts(enumerated())
+    outcome = checks.completions_complete_and_balanced(rows, asked, 100)
+    assert outcome.passed
+    assert outcome.message == "8 prompts with their answers enumerated; the groups are of equal size."
+    lacking = rows.filter(~((pl.col("prompt_id") == "chair-Tyra") & (pl.col("sample") == 1)))
+    outcome = checks.completions_complete_and_balanced(lacking, asked, 100)
+    assert not outcome.passed
+    assert outcome.worst == "chair, black, Tyra"
+    assert not checks.completions_complete_and_balanced(
+        rows.filter(pl.col("prompt_id") != "car-Amy"), asked, 100
+    ).passed
+    assert not checks.completions_complete_and_balanced(
+        rows.filter(pl.col("subject") != "Amy"), asked.filter(pl.col("subject") != "Amy"), 100
+    ).passed
+
+
+def test_enumerated_answers_count_by_their_probability():
+    rates = checks.parse_rate(enumerated(), 0.9)
+    assert rates.figure == pytest.approx(0.9 / 0.98)
+    assert rates.passed
+    assert not checks.parse_rate(enumerated(), 0.93).passed
 
 
 def test_a_prompt_that_lacks_a_sample_is_named():

@@ -18,12 +18,16 @@ from excise import metrics as m
 from excise.completions import CompletionCache, complete
 from excise.encoding import encode
 from excise.errors import ExciseError
+from excise.evaluation import evaluate
 from excise.exact import (
     EXACT_SCHEMA,
     AnswerDistribution,
+    Answering,
+    Enumeration,
     answer_distributions,
+    answers_of,
+    as_samples,
     exact_completions,
-    exact_metrics,
     group_answers,
     inlier_bounds,
     moment_bounds,
@@ -204,7 +208,7 @@ def test_equal_prompts_are_read_once_and_every_prompt_is_reported(loaded, prompt
     first, second = tokens_of(model, prompts, 2)
     seen, told = {}, []
     found = answer_distributions(
-        model, [first, second, first], DIGITS, on_prompt=seen.__setitem__, batch_prompts=1,
+        model, [first, second, first], DIGITS, on_batch=seen.update, batch_prompts=1,
         progress=lambda label, done, total: told.append((done, total)),
     )  # fmt: skip
     assert found[0] is found[2]
@@ -316,7 +320,12 @@ def test_what_rambles_is_sampled_and_says_so(loaded, scenario, some_prompts, tmp
     assert rows["prompt_id"].unique(maintain_order=True).to_list() == some_prompts["prompt_id"].to_list()
     expected, work = complete(model, rambling, 7, DIGITS, outcome=scenario.outcome, cache=cache)
     assert work.drawn == 0, "the answers are in the cache that sampling reads"
-    assert sampled.drop("probability", "leftover").equals(expected)
+    assert sampled.drop("probability", "leftover", "parameters").equals(expected.drop("parameters"))
+    again, work = exact_completions(
+        model, some_prompts, DIGITS, max_nodes=nodes[-1] - 1, samples=7, cache=cache, **asked
+    )
+    assert work.drawn == work.tokens == 0
+    assert again.equals(rows)
     kept, _ = exact_completions(model, some_prompts, DIGITS, max_nodes=nodes[-1] - 1, samples=None, **asked)
     assert kept["leftover"].null_count() == 0
     assert kept["leftover"].max() > 0.05
@@ -326,9 +335,11 @@ def test_a_prompt_without_any_answer_keeps_its_leftover(loaded, scenario, some_p
     model = loaded("gpt2")
     rows, _ = exact_completions(model, some_prompts, SMALL, outcome=scenario.outcome, max_nodes=1, samples=None)
     assert rows["prompt_id"].n_unique() == some_prompts.height
-    table = exact_metrics(rows, majority="white", minority="black", low=0, high=9999)
-    parsed = dict(zip(table["metric"], table.select("lowest", "highest").rows(), strict=True))["parse_rate"]
-    assert parsed == pytest.approx((0, 1), abs=0.1)
+    mass = rows.group_by("prompt_id").agg(pl.col("probability").sum() + pl.col("leftover").max())
+    assert mass["probability"].to_list() == pytest.approx([1.0] * some_prompts.height)
+    assert rows["leftover"].max() == 1.0
+    with pytest.raises(ExciseError, match="no answer of prompt"):
+        as_samples(rows, 10)
 
 
 def test_toxicity_is_not_enumerated(loaded, some_prompts):
@@ -357,9 +368,25 @@ def frame(answers: dict, leftover: float | None = 0.0) -> pl.DataFrame:
     )  # fmt: skip
 
 
-def measured(rows, **options) -> dict[str, dict]:
-    options = {"majority": "a", "minority": "b", "low": 0, "high": 1000, "resamples": 50} | options
-    return {row["metric"]: row for row in exact_metrics(rows, **options).iter_rows(named=True)}
+def measured(rows, *, baseline=None, low=0, high=1000, majority="a", minority="b", **options) -> dict[str, dict]:
+    """The metrics by name of one variation: of `rows`, under a mask where a baseline is given."""
+    place = {"model": pl.lit("m"), "scenario": pl.lit("s")}
+    unpruned = (rows if baseline is None else baseline).with_columns(**place)
+    pruned = rows.with_columns(
+        **place, strategy=pl.lit("mine"), level=pl.lit("prompt_specific"), matched_to=pl.lit(None, pl.String),
+        draw=pl.lit(0),
+    )  # fmt: skip
+    options = {"resamples": 50, "permutations": 20} | options
+    table = evaluate(
+        unpruned, pruned.clear() if baseline is None else pruned, pl.DataFrame(), majority=majority, minority=minority,
+        answer_range=(low, high), **options,
+    )  # fmt: skip
+    strategy = "unpruned" if baseline is None else "mine"
+    own = table.filter((pl.col("variation") != "(all)") & (pl.col("strategy") == strategy))
+    return {row["metric"]: row for row in own.iter_rows(named=True)}
+
+
+BOUNDED = ("mean_majority", "mean_minority", "gap_mean", "smd", "inlier_ratio", "parse_rate")
 
 
 PAIR = {
@@ -376,15 +403,14 @@ def test_metrics_by_hand():
     # 0.8 + 0.6 at 100 and 0.4 at 200: unparsed answers lower a name's weight, as in samples
     assert found["mean_minority"]["estimate"] == pytest.approx(220 / 1.8)
     assert found["gap_mean"]["estimate"] == pytest.approx(225 - 220 / 1.8)
-    assert found["variance_majority"]["estimate"] == pytest.approx(0.25 * 125**2 + 0.25 * 25**2 + 0.5 * 75**2)
-    assert found["variance_minority"]["estimate"] == pytest.approx(100**2 * (2 / 9) * (7 / 9))
+    # variances 0.25 * 125^2 + 0.25 * 25^2 + 0.5 * 75^2 and 100^2 * (2 / 9) * (7 / 9)
     deviation = math.sqrt((6875 + 100**2 * 14 / 81) / 2)
     assert found["smd"]["estimate"] == pytest.approx((225 - 220 / 1.8) / deviation)
     assert found["parse_rate"]["estimate"] == pytest.approx(0.95)
     assert found["leftover"]["estimate"] == found["sampled"]["estimate"] == 0
     # pooled, 100 has 1.9 of 3.8, 200 has 0.9, 300 has 1: all parsed answers lie between the 5th and 95th percentile
     assert found["inlier_ratio"]["estimate"] == pytest.approx(0.95)
-    for metric in ("mean_majority", "mean_minority", "gap_mean", "smd", "variance_minority", "parse_rate"):
+    for metric in BOUNDED:
         row = found[metric]
         assert (row["lowest"], row["highest"]) == pytest.approx((row["estimate"],) * 2), "nothing is left over"
 
@@ -402,7 +428,6 @@ def test_metrics_are_those_of_a_large_sample():
     found = measured(frame(answers))
     reference = written["a"] + written["b"]
     assert found["mean_majority"]["estimate"] == pytest.approx(np.nanmean(written["a"]))
-    assert found["variance_minority"]["estimate"] == pytest.approx(np.nanvar(written["b"]), rel=1e-6)
     smd = m.standardized_mean_difference(written["a"], written["b"], (0.05, 0.95))
     assert found["smd"]["estimate"] == pytest.approx(smd, rel=1e-3)
     assert found["inlier_ratio"]["estimate"] == pytest.approx(m.inlier_ratio(reference, reference), abs=1e-6)
@@ -491,7 +516,7 @@ def test_bounds_of_a_coarse_enumeration_hold_the_fine_one(loaded, scenario, some
         coarse, _ = exact_completions(model, some_prompts, DIGITS, leftover=leftover, **shared)
         found = measured(coarse, **limits)
         assert 0 < found["leftover"]["estimate"] <= leftover
-        for metric in set(found) - {"leftover", "sampled"}:
+        for metric in BOUNDED:
             slack = 1e-4 * max(1.0, abs(truth[metric]["estimate"]))  # batches of other widths round differently
             assert found[metric]["lowest"] - slack <= truth[metric]["estimate"] <= found[metric]["highest"] + slack
         widths.append(found["smd"]["highest"] - found["smd"]["lowest"])
@@ -504,6 +529,64 @@ def test_sampled_prompts_and_templates_count_as_they_should():
     again = pl.concat([frame(PAIR), frame(PAIR).with_columns(pl.col("prompt_id") + "2")])
     for metric, row in measured(again).items():
         assert row["estimate"] == pytest.approx(measured(frame(PAIR))[metric]["estimate"])
+    mixed = frame(PAIR).with_columns(leftover=pl.when(pl.col("subject") != "Ann").then("leftover"))
+    assert measured(mixed)["sampled"]["estimate"] == pytest.approx(0.25)
+
+
+def test_distributions_become_samples_that_stand_for_them():
+    rows = frame({("a", "Ann"): {10.0: 0.5, 20.0: 0.3, 30.0: 0.19}}, leftover=0.01).with_columns(
+        sample=pl.int_range(3, dtype=pl.Int64)
+    )
+    samples = as_samples(rows, 99)
+    assert samples.height == 99
+    assert samples["sample"].to_list() == list(range(99))
+    assert dict(samples["value"].value_counts().iter_rows()) == {10.0: 50, 20.0: 30, 30.0: 19}
+    first = samples.head(8)["value"].value_counts()
+    assert dict(first.iter_rows()) == {10.0: 5, 20.0: 2, 30.0: 1}, "any first few are spread over the distribution"
+    assert samples["probability"].null_count() == samples["leftover"].null_count() == 99
+    assert as_samples(rows.reverse(), 99).equals(samples), "the order of rows does not matter"
+    assert as_samples(samples, 5).equals(samples), "samples stay what they are"
+    drawn = samples.head(4).with_columns(probability=0.25, prompt_id=pl.lit("other"))
+    both = as_samples(pl.concat([rows, drawn.select(rows.columns)]), 10)
+    assert both.filter(pl.col("prompt_id") == "other")["value"].to_list() == drawn["value"].to_list()
+
+
+@pytest.mark.parametrize("exact", [None, Enumeration(0.05, 500)])
+def test_rows_tell_how_they_were_had(loaded, scenario, some_prompts, exact, tmp_path):
+    model, cache = loaded("llama", numeric=True), CompletionCache(tmp_path)
+    how = Answering(4, DIGITS, exact)
+    rows, _ = how.answers(model, some_prompts, outcome=scenario.outcome, cache=cache)
+    assert dict(rows.schema) == EXACT_SCHEMA
+    again = Answering.of(rows)
+    assert (again.samples, again.exact) == (4, exact)
+    assert again.answers(model, some_prompts, outcome=scenario.outcome, cache=cache)[0].equals(rows)
+    assert rows["probability"].is_null().all() == (exact is None)
+
+
+def test_a_killed_enumeration_loses_one_batch_at_most(loaded, scenario, some_prompts, tmp_path, monkeypatch):
+    model, cache = loaded("llama", numeric=True), CompletionCache(tmp_path)
+    asked = {"outcome": scenario.outcome, "leftover": 0.05, "max_nodes": 2000, "batch_prompts": 1}
+    add, kept = CompletionCache.add, []
+
+    def dies(self, address, rows):
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+        kept.append(rows)
+        add(self, address, rows)
+
+    monkeypatch.setattr(CompletionCache, "add", dies)
+    with pytest.raises(KeyboardInterrupt):
+        exact_completions(model, some_prompts, DIGITS, cache=cache, **asked)
+    monkeypatch.undo()
+    rows, work = exact_completions(model, some_prompts, DIGITS, cache=cache, **asked)
+    whole, all_of_it = exact_completions(model, some_prompts, DIGITS, **asked)
+    assert rows.equals(whole)
+    assert work.drawn == all_of_it.drawn - sum(each.height for each in kept)
+
+
+def test_names_that_differ_from_the_baseline_are_refused():
+    with pytest.raises(ExciseError, match="names differ"):
+        answers_of(frame(PAIR), ["Ann"])
 
 
 def test_a_baseline_sets_the_inlier_bounds():
@@ -523,10 +606,8 @@ def test_a_group_that_never_answers_is_null():
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
-        (lambda rows: rows.drop("probability"), "probability"),
         (lambda rows: rows.with_columns(probability=pl.col("probability") * 0.9), "sum to 1"),
         (lambda rows: rows.filter(pl.col("group") == "a"), "group 'b'"),
-        (lambda rows: pl.concat([rows, rows.with_columns(variation=pl.lit("oven"))]), "variation"),
     ],
 )
 def test_rows_that_are_no_distribution_are_refused(spoil, named):

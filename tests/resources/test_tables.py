@@ -7,8 +7,8 @@ import pytest
 
 from excise import grid
 from excise.comparisons import COMPARISONS_SCHEMA
-from excise.completions import COMPLETIONS_SCHEMA
 from excise.evaluation import SCHEMA
+from excise.exact import EXACT_SCHEMA
 from excise.scenarios import PROMPTS_SCHEMA
 from resources.tables import TABLES, data_dictionary, metric_dictionary
 
@@ -27,7 +27,7 @@ def test_docs_data_md_describes_every_table_and_metric():
         # split and name_tokens are added by the asset
         (
             "completions",
-            {**COMPLETIONS_SCHEMA, "split": pl.String, "name_tokens": pl.Int64, "prompt_value": pl.Float64},
+            {**EXACT_SCHEMA, "split": pl.String, "name_tokens": pl.Int64, "prompt_value": pl.Float64},
         ),
         ("metrics", SCHEMA),
         ("comparisons", COMPARISONS_SCHEMA),
