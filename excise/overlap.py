@@ -5,6 +5,7 @@ The concept is BDB's overlap of the components found for different prompts (Fig.
 something only beside the level two unrelated masks would reach.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,8 +20,9 @@ from numpy.typing import ArrayLike, NDArray
 from excise.errors import ExciseError
 from excise.masks import Mask, MaskFile
 
-_BLOCK = 1 << 13  # words of 64 bits counted at a time: ten columns of them stay in a processor's own cache
-_PIECE = 1 << 17  # words of a matrix that one thread counts
+_BLOCK = 1 << 9  # words of 64 bits counted at a time: those of seven masks stay in a processor's nearest cache
+_PIECE = 1 << 15  # words of a matrix that are counted by one thread
+_BATCH = 1 << 23  # bytes of each file that are read at once, at least one matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,9 +92,10 @@ def chance_level(reference: Mask | ArrayLike) -> float:
 def overlap_table(rows: Sequence[Path | str | Mask], columns: Sequence[Path | str | Mask]) -> Overlaps:
     """The overlap of every row mask with every column mask, each a `Mask` or the file `Mask.save` has written.
 
-    Streams matrix by matrix: beside masks given as such, two matrices' packed bits of all masks are held (one being
-    counted, one being read), at Llama-3-8B's size 15 MB a mask. A file's bytes are read once, also where it is both a
-    row and a column. Unlike `Mask.load` it does not verify fingerprints, which would cost as much as all the rest.
+    Streams matrix by matrix: beside masks given as such, two times 8 MiB of every file are held, or two matrices where
+    those are larger (one being counted, one being read). A file's bytes are read once, also where it is both a row and
+    a column. The first call compiles the counting, which takes a second or two. Unlike `Mask.load` it does not verify
+    fingerprints, which would cost as much as all the rest.
 
     Raises ExciseError when there are no rows or no columns, when a file is absent or is no mask, and, naming both
     masks, when their matrices differ.
@@ -115,9 +118,8 @@ def overlap_table(rows: Sequence[Path | str | Mask], columns: Sequence[Path | st
     shared = np.zeros((len(places[0]), len(places[1])), dtype=np.int64)
     # Reading and counting let go of the interpreter's lock: counting keeps up with the disk on a few processors.
     with ThreadPoolExecutor(max_workers=1 + (os.cpu_count() or 1)) as pool:
-        for words in _matrices(known, pool):
-            pieces = [words[:, start : start + _PIECE] for start in range(0, words.shape[1], _PIECE)]
-            for more_counts, more_shared in pool.map(lambda piece: _counted(piece, *places), pieces):
+        for matrices in _batches(known, pool):
+            for more_counts, more_shared in _counted(matrices, *map(np.array, places), pool):
                 counts += more_counts
                 shared += more_shared
     size = sum(math.prod(shape) for shape in known[0].shapes.values())
@@ -126,71 +128,179 @@ def overlap_table(rows: Sequence[Path | str | Mask], columns: Sequence[Path | st
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a mask's bits come from: its name in errors, its matrices, and how one matrix' packed bits are got."""
+    """Where a mask's bits come from: its name in errors, its matrices, and the bits where they are in memory, or how
+    one matrix' packed bits are read."""
 
     name: str
     shapes: Mapping[str, tuple[int, int]]
-    read_into: Callable[[str, NDArray[np.uint8]], None]
+    held: Mapping[str, NDArray[np.uint8]] | None
+    read_into: Callable[[str, NDArray[np.uint8]], None] | None
 
 
 def _of_mask(name: str, mask: Mask) -> _Source:
-    return _Source(name, mask.shapes, lambda key, bits: np.copyto(bits, mask.bits[key]))
+    return _Source(name, mask.shapes, mask.bits, None)
 
 
 def _of_file(path: Path) -> _Source:
     file = MaskFile.open(path)
-    return _Source(str(path), file.shapes, file.read_into)
+    return _Source(str(path), file.shapes, None, file.read_into)
 
 
 def _check_same_matrices(first: _Source, second: _Source) -> None:
+    if first.shapes == second.shapes:
+        return
     for key in [*first.shapes, *second.shapes]:
-        there = [f"{source.shapes.get(key, 'absent')} in {source.name}" for source in (first, second)]
         if first.shapes.get(key) != second.shapes.get(key):
+            there = [f"{source.shapes.get(key, 'absent')} in {source.name}" for source in (first, second)]
             raise ExciseError(f"the masks are of different matrices: {key} is {' and '.join(there)}")
 
 
-def _matrices(sources: Sequence[_Source], pool: ThreadPoolExecutor) -> Iterator[NDArray[np.uint64]]:
-    """Per matrix the packed bits of all sources as words [sources, words], zeros behind the last bit.
+def _batches(sources: Sequence[_Source], pool: ThreadPoolExecutor) -> Iterator[list[list[NDArray[np.uint8]]]]:
+    """Some matrices at a time, the packed bits of all sources of each.
 
-    An array holds until the next one is asked for: two take turns, one being read while the other is used.
+    The arrays hold until the next ones are asked for: two sets take turns, one being read while the other is used.
     """
-    shapes = sources[0].shapes
-    most = max((math.prod(shape) for shape in shapes.values()), default=0)
-    buffers = cycle([np.empty((len(sources), -(-most // 64)), dtype=np.uint64) for _ in range(2)])
+    sizes = {key: -(-math.prod(shape) // 8) for key, shape in sources[0].shapes.items()}
+    batches: list[list[str]] = [[]]
+    for key, size in sizes.items():
+        if batches[-1] and size + sum(sizes[other] for other in batches[-1]) > _BATCH:
+            batches.append([])
+        batches[-1].append(key)
+    most = max(sum(sizes[key] for key in batch) for batch in batches)
+    files = sum(source.held is None for source in sources)
+    buffers = cycle([np.empty((files, most), dtype=np.uint8) for _ in range(2)])
 
-    def read(key: str, size: int, buffer: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        words = buffer[:, : -(-size // 64)]
-        words[:, -1:] = 0
-        for row, source in zip(words, sources, strict=True):
-            source.read_into(key, row.view(np.uint8)[: -(-size // 8)])
-        return words
+    def read(batch: list[str], buffer: NDArray[np.uint8]) -> list[list[NDArray[np.uint8]]]:
+        matrices: list[list[NDArray[np.uint8]]] = [[] for _ in batch]
+        rows = iter(buffer)
+        for source in sources:
+            row, start = None if source.held is not None else next(rows), 0
+            for key, matrix in zip(batch, matrices, strict=True):
+                if row is None:
+                    matrix.append(np.ascontiguousarray(source.held[key]))
+                    continue
+                matrix.append(row[start : start + sizes[key]])
+                source.read_into(key, matrix[-1])
+                start += sizes[key]
+        return matrices
 
     coming = None
-    for key, shape in shapes.items():
-        ready, coming = coming, pool.submit(read, key, math.prod(shape), next(buffers))
+    for batch in batches:
+        ready, coming = coming, pool.submit(read, batch, next(buffers))
         if ready is not None:
             yield ready.result()
-    if coming is not None:
-        yield coming.result()
+    yield coming.result()
 
 
 def _counted(
-    words: NDArray[np.uint64], rows: Sequence[int], columns: Sequence[int]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The bits of every source and those each row shares with each column, in words [sources, words]."""
-    counts = np.zeros(len(words), dtype=np.int64)
-    shared = np.zeros((len(rows), len(columns)), dtype=np.int64)
-    for start in range(0, words.shape[1], _BLOCK):
-        block = words[:, start : start + _BLOCK]
-        counts += _ones(block)
-        inside = block[columns]
-        for index, row in enumerate(rows):
-            shared[index] += _ones(inside & block[row])
-    return counts, shared
+    matrices: Sequence[Sequence[NDArray[np.uint8]]],
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    pool: ThreadPoolExecutor,
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Parts of the set bits of every source, and of those each row shares with each column.
+
+    matrices: the packed bits of all sources of each, [bytes], one length within a matrix.
+    """
+    count, sources = _counting(), len(matrices[0])
+    pieces = [
+        (number, start, min(_PIECE, len(matrix[0]) // 8 - start))
+        for number, matrix in enumerate(matrices)
+        for start in range(0, len(matrix[0]) // 8, _PIECE)
+    ]
+    addresses = np.array([[each.__array_interface__["data"][0] for each in matrix] for matrix in matrices])
+
+    def part(some: Sequence[tuple[int, int, int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        number, start, words = np.array(some, dtype=np.int64).reshape(-1, 3).T
+        found = np.zeros(sources, dtype=np.int64), np.zeros((len(rows), len(columns)), dtype=np.int64)
+        count(addresses[number] + 8 * start[:, None], np.ascontiguousarray(words), rows, columns, *found)
+        return found
+
+    step = -(-len(pieces) // (2 * (os.cpu_count() or 1))) or 1
+    yield from pool.map(part, [pieces[start : start + step] for start in range(0, len(pieces), step)])
+    for matrix in matrices:
+        if len(matrix[0]) % 8:
+            rest = np.array([each[len(each) // 8 * 8 :] for each in matrix])
+            yield _ones(rest), np.array([_ones(rest[row] & rest[columns]) for row in rows])
 
 
-def _ones(words: NDArray[np.uint64]) -> NDArray[np.uint32]:
-    return np.bitwise_count(words).sum(axis=1, dtype=np.uint32)
+def _ones(rest: NDArray[np.uint8]) -> NDArray[np.int64]:
+    return np.bitwise_count(rest).sum(axis=1, dtype=np.int64)
+
+
+@functools.cache
+def _counting() -> Callable[..., None]:
+    """A compiled function of the addresses of packed bits, int64 [pieces, sources], the pieces' numbers of 64-bit
+    words [pieces], and the places of rows and columns among the sources.
+
+    It adds each source's set bits to counts [sources] and those in common to shared [rows, columns], int64, and lets go
+    of the interpreter's lock. numpy would write down every step of every pair; here two rows against five columns stay
+    in registers, so that a pair costs less than reading its bits.
+    """
+    import numba
+    from llvmlite import ir
+    from numba.core import types
+    from numba.extending import intrinsic
+
+    @intrinsic
+    def ones(typing, word):
+        return types.uint64(types.uint64), lambda context, builder, signature, given: builder.ctpop(given[0])
+
+    @intrinsic
+    def word_at(typing, address, index):
+        def load(context, builder, signature, given):
+            words = builder.inttoptr(given[0], ir.IntType(64).as_pointer())
+            return builder.load(builder.gep(words, [given[1]]), align=1)
+
+        return types.uint64(types.int64, types.int64), load
+
+    @numba.njit("void(int64[:, ::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[:, ::1])", nogil=True)
+    def count(addresses, words, rows, columns, counts, shared):
+        last_row, last_column = rows.shape[0] - 1, columns.shape[0] - 1
+        found = np.empty((2, 5), dtype=np.uint64)
+        for piece in range(words.shape[0]):
+            places = addresses[piece]
+            for start in range(0, words[piece], _BLOCK):
+                stop = min(words[piece], start + _BLOCK)
+                for source in range(places.shape[0]):
+                    place, own = places[source], np.uint64(0)
+                    for word in range(start, stop):
+                        own += ones(word_at(place, word))
+                    counts[source] += np.int64(own)
+                for column in range(0, last_column + 1, 5):
+                    # Behind the last column and row these are counted again, and left aside below.
+                    b0 = places[columns[column]]
+                    b1 = places[columns[min(column + 1, last_column)]]
+                    b2 = places[columns[min(column + 2, last_column)]]
+                    b3 = places[columns[min(column + 3, last_column)]]
+                    b4 = places[columns[min(column + 4, last_column)]]
+                    for row in range(0, last_row + 1, 2):
+                        first, second = places[rows[row]], places[rows[min(row + 1, last_row)]]
+                        c0 = c1 = c2 = c3 = c4 = d0 = d1 = d2 = d3 = d4 = np.uint64(0)
+                        for word in range(start, stop):
+                            x, y = word_at(first, word), word_at(second, word)
+                            z = word_at(b0, word)
+                            c0 += ones(x & z)
+                            d0 += ones(y & z)
+                            z = word_at(b1, word)
+                            c1 += ones(x & z)
+                            d1 += ones(y & z)
+                            z = word_at(b2, word)
+                            c2 += ones(x & z)
+                            d2 += ones(y & z)
+                            z = word_at(b3, word)
+                            c3 += ones(x & z)
+                            d3 += ones(y & z)
+                            z = word_at(b4, word)
+                            c4 += ones(x & z)
+                            d4 += ones(y & z)
+                        found[0, 0], found[0, 1], found[0, 2], found[0, 3], found[0, 4] = c0, c1, c2, c3, c4
+                        found[1, 0], found[1, 1], found[1, 2], found[1, 3], found[1, 4] = d0, d1, d2, d3, d4
+                        for up in range(min(2, last_row + 1 - row)):
+                            for across in range(min(5, last_column + 1 - column)):
+                                shared[row + up, column + across] += np.int64(found[up, across])
+
+    return count
 
 
 def _share(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.float64]:
