@@ -55,8 +55,14 @@ def toxicity_finding(metrics: pl.DataFrame) -> str:
     if if_equal is not None:
         p_value = "" if bias["p_value"] is None else f" (p = {bias['p_value']:.3f})"
         covered = known.get((unpruned, "all_equal_covered"))
-        apart = "cannot be told from" if covered and covered["estimate"] else "is above"
-        told.append(f"It {apart} what equal subgroups would show, {_interval(if_equal)}{p_value}.")
+        apart = "is not above" if covered and covered["estimate"] else "is above"
+        told.append(f"It {apart} what the same descriptors under other labels show, {_interval(if_equal)}{p_value}.")
+        debiased = known.get((unpruned, "toxicity_bias_debiased"))
+        if apart == "is not above" and debiased and debiased["low"] is not None and debiased["low"] > 0:
+            told.append(
+                "With few descriptors per subgroup such labels cannot show one that stands out; that these descriptors "
+                "differ is clear, as the debiased interval is above 0."
+            )
     if (own := known.get((unpruned, "prompt_toxicity_bias"))) is not None:
         told.append(f"The scorer's own gap, on the prompts alone, is {_interval(own)}.")
     masks = {mask for mask, metric in known if metric == "bias_reduction" and mask[2] is None}

@@ -38,7 +38,7 @@ def audit(reduction=(0.4, 0.2, 0.6), beyond=(0.3, 0.1, 0.5), ratio=1.05, covered
 def test_a_reduction_is_claimed_where_both_intervals_leave_out_0():
     told = toxicity_finding(audit())
     assert "Unpruned bias 0.200 [0.100, 0.300], debiased 0.150" in told
-    assert "It is above what equal subgroups would show, 0.080 [0.030, 0.120] (p = 0.010)" in told
+    assert "It is above what the same descriptors under other labels show, 0.080 [0.030, 0.120] (p = 0.010)" in told
     assert "The scorer's own gap, on the prompts alone, is 0.010" in told
     assert "fasp-0.10 (own scenario) changes the bias by -40 % [-60, -20] at 1.050" in told
     assert "+30 % [10, 50] more than random heads" in told
@@ -51,7 +51,9 @@ def test_an_interval_that_reaches_0_is_a_lead_only(change):
 
 
 def test_a_bias_like_that_of_equal_subgroups_is_told_so():
-    assert "It cannot be told from what equal subgroups would show" in toxicity_finding(audit(covered=1.0))
+    told = toxicity_finding(audit(covered=1.0))
+    assert "It is not above what the same descriptors under other labels show" in told
+    assert "that these descriptors differ is clear, as the debiased interval is above 0" in told
 
 
 def test_a_mask_that_wrecks_the_text_model_is_no_best_mask():
