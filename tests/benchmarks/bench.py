@@ -8,6 +8,7 @@ claim about the code. Masks at an 8B model's size are `eight_billion`.
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import os
 import platform
@@ -55,14 +56,17 @@ class Size:
     impact_names: int = 4
     impact_samples: int = 16
     impact_heads: tuple[tuple[int, int], ...] = ((9, 0), (20, 4))
-    audit_rounds: int = 2
+    audit_rounds: int = 1
+    audit: dict[str, Any] = field(default_factory=dict)
 
 
 SIZES = {
     "small": Size(
         rounds=2, samples=20, single_samples=2, per_call=(20,), attributed_names=1, attributed_samples=4, snip_layers=2,
         masks=(4, 3), indexed_layers=1, growth_names=(1, 2, 3), growth_samples=(4, 16, 64), growth_variations=(1, 2, 3),
-        impact_names=2, impact_samples=4, impact_heads=((20, 4),), audit_rounds=1,
+        impact_names=2, impact_samples=4, impact_heads=((20, 4),),
+        audit={"variations": [VARIATION], "subjects_per_group": 4, "samples": 8, "resamples": 200,
+               "permutations": 200, "levels": ["prompt_specific"]},
     ),
     "default": Size(rounds=3),
     "large": Size(
@@ -412,78 +416,21 @@ def _flat_indices(mask: Any, key: str) -> Any:
 
 
 def orchestration(bench: Bench) -> None:
-    """What Dagster, DuckDB, Great Expectations and the figures cost in a small audit; the import of the location."""
-    import dagster as dg
-
-    import assets.checks
-    import excise.attribution
-    import excise.comparisons
-    import excise.completions
-    import excise.evaluation
-    import excise.figures
-    import excise.sampling
-    from pipelines.definitions import build_definitions
-    from pipelines.demo import failure_messages
-    from pipelines.runs import execute
-    from resources.gpu import GPUResource
-    from resources.warehouse import Warehouse
+    """What Dagster, DuckDB, Great Expectations and the figures cost in the audit of `make demo`, and the import."""
+    from pipelines.demo import STRATEGIES
 
     bench.report.section(
         "Orchestration",
-        f"A small audit through Dagster ({SCENARIO}: one variation, 4 names, 8 samples, two strategies with "
-        "their controls), everything computed anew. Seconds, without importing.",
+        f"The audit of `make demo` ({MODEL}, {SCENARIO}, preset quick), everything computed anew and the model "
+        "converted already. Seconds, without importing.",
         ("part", "seconds by the clock", "share of the audit"),
     )
-    data = bench.folder / "data"
-    data.mkdir()
-    (data / "models").symlink_to(bench.home, target_is_directory=True)
-    definitions = build_definitions(
-        data_folder=data,
-        model_files=bench.model_files,
-        resource_overrides={"gpu": GPUResource(folder=str(data), lock_folder=str(bench.folder))},
-    )
-    parts = {
-        "loading the model": [(GPUResource, "_load")],
-        "sampling": [(excise.sampling, "sample"), (excise.completions, "sample")],
-        "attribution": [(excise.attribution, "attribute")],
-        "DuckDB": [(Warehouse, "read"), (Warehouse, "replace_partition")],
-        "Great Expectations": [(assets.checks, "unmet_expectations")],
-        "figures": [(excise.figures, name) for name in excise.figures.__all__ if name.islower()],
-        "statistics": [(excise.evaluation, "evaluate"), (excise.comparisons, "comparisons")],
-    }  # fmt: skip
-    settings = {
-        "variations": [VARIATION], "subjects_per_group": 2, "held_out": False, "samples": 8, "random_draws": 1,
-        "relabellings": 1, "resamples": 200, "permutations": 200, "levels": ["prompt_specific"],
-        "strategies": ["set_difference", "gap_gradient"],
-    }  # fmt: skip
-    rounds: list[dict[str, float]] = []
-    with dg.DagsterInstance.ephemeral() as instance:
-        for number in range(bench.size.audit_rounds + 1):  # the first one loads and imports
-            with Clocks() as clocks:
-                for part, places in parts.items():
-                    for owner, name in places:
-                        clocks.watch(owner, name, part)
-                began = time.perf_counter()
-                key = f"{bench.loaded.key}|{SCENARIO}"
-                result = execute(definitions, instance, "audit_scenario", key, settings | {"seed": number})
-                total = time.perf_counter() - began
-            if not result.success:
-                raise AssertionError("\n".join(failure_messages(result)))
-            rounds.append(clocks.spent | {"all": total})
-    rounds = rounds[1:]
-    for each in rounds:
-        each["Dagster, masks and the rest"] = each["all"] - sum(value for name, value in each.items() if name != "all")
-    for part in (*parts, "Dagster, masks and the rest"):
-        if part == "loading the model":
-            continue
+    settings = {"strategies": STRATEGIES.split(",")} | bench.size.audit
+    rounds = profiles(bench, settings, bench.size.audit_rounds)
+    for part in dict.fromkeys(name for each in rounds for name in each):
         own = [each.get(part, 0.0) for each in rounds]
-        share = [value / each["all"] for value, each in zip(own, rounds, strict=True)]
-        bench.report.row(part, spread(own, " s"), spread([100 * value for value in share], " %"))
-    outside = [each["all"] - each.get("sampling", 0.0) - each.get("attribution", 0.0) for each in rounds]
-    bench.report.row(
-        "**not model work, in all**", spread(outside, " s"),
-        spread([100 * value / each["all"] for value, each in zip(outside, rounds, strict=True)], " %"),
-    )  # fmt: skip
+        share = [100 * value / each["in all"] for value, each in zip(own, rounds, strict=True)]
+        bench.report.row(part, spread(own, " s"), spread(share, " %"))
     script = (
         "import time; c, p = time.perf_counter(), time.process_time(); import pipelines.definitions; "
         "print(time.perf_counter() - c, time.process_time() - p)"
@@ -496,6 +443,68 @@ def orchestration(bench: Bench) -> None:
     bench.report.note(
         f"Import of the code location: {spread(clock, ' s')} by the clock, {spread(processor, ' s')} of processor time."
     )
+
+
+MODEL_WORK = ("sampling", "attribution", "masks")
+"""Parts of an audit that are work on the model's tokens or weights; the rest is what surrounds them."""
+
+
+def profiles(bench: Bench, settings: dict[str, Any], rounds: int) -> list[dict[str, float]]:
+    """Seconds by part of audits through Dagster, each in a data folder of its own, after a small one that imports."""
+    import dagster as dg
+
+    import assets.checks
+    import assets.pruning_masks
+    import excise.attribution
+    import excise.comparisons
+    import excise.completions
+    import excise.evaluation
+    import excise.figures
+    import excise.strategies
+    from pipelines.definitions import build_definitions
+    from pipelines.demo import failure_messages
+    from pipelines.runs import execute
+    from resources.gpu import GPUResource
+    from resources.warehouse import Warehouse
+
+    parts = {
+        "sampling": [(excise.completions, "sample")],
+        "attribution": [(excise.attribution, "attribute")],
+        "masks": [(excise.strategies, "build_masks"), (assets.pruning_masks.MaskFiles, "store")],
+        "loading the model": [(GPUResource, "_load")],
+        "DuckDB": [(Warehouse, "read"), (Warehouse, "replace_partition")],
+        "Great Expectations": [(assets.checks, "unmet_expectations")],
+        "figures": [(excise.figures, name) for name in excise.figures.__all__ if name.islower()],
+        "statistics": [(excise.evaluation, "evaluate"), (excise.comparisons, "comparisons")],
+    }  # fmt: skip
+    small = {"variations": [VARIATION], "subjects_per_group": 2, "held_out": False, "samples": 2, "random_draws": 1,
+             "relabellings": 1, "resamples": 20, "permutations": 20, "levels": ["prompt_specific"]}  # fmt: skip
+    found: list[dict[str, float]] = []
+    for number in range(rounds + 1):
+        data = bench.folder / f"data_{number}"
+        data.mkdir()
+        (data / "models").symlink_to(bench.home, target_is_directory=True)
+        definitions = build_definitions(
+            data_folder=data,
+            model_files=bench.model_files,
+            resource_overrides={"gpu": GPUResource(folder=str(data), lock_folder=str(bench.folder))},
+        )
+        with dg.DagsterInstance.ephemeral() as instance, Clocks() as clocks:
+            for part, places in parts.items():
+                for owner, name in places:
+                    clocks.watch(owner, name, part)
+            began = time.perf_counter()
+            key = f"{bench.loaded.key}|{SCENARIO}"
+            asked = settings | (small if number == 0 else {})
+            result = execute(definitions, instance, "audit_scenario", key, asked | {"seed": number})
+            total = time.perf_counter() - began
+        if not result.success:
+            raise AssertionError("\n".join(failure_messages(result)))
+        spent = {part: clocks.spent.get(part, 0.0) for part in parts}
+        spent["Dagster and the rest"] = total - sum(spent.values())
+        spent["**not model work, in all**"] = sum(value for part, value in spent.items() if part not in MODEL_WORK)
+        found.append(spent | {"in all": total})
+    return found[1:]
 
 
 class Clocks:
@@ -522,14 +531,35 @@ class Clocks:
             try:
                 return whole(*given, **options)
             finally:
-                spent = time.perf_counter() - began
-                self._running.pop()
-                self.spent[part] = self.spent.get(part, 0.0) + spent - inner[0]
-                if self._running:
-                    self._running[-1][0] += spent
+                self._stopped(part, began, inner)
 
+        def clocked_steps(*given: Any, **options: Any) -> Iterator[Any]:
+            steps = whole(*given, **options)
+            while True:
+                inner = [0.0]
+                self._running.append(inner)
+                began = time.perf_counter()
+                try:
+                    step = next(steps)
+                except StopIteration:
+                    return
+                finally:
+                    self._stopped(part, began, inner)
+                yield step
+
+        if inspect.isgeneratorfunction(whole):
+            setattr(owner, name, clocked_steps)
+            self._undo.callback(setattr, owner, name, whole)
+            return
         setattr(owner, name, clocked)
         self._undo.callback(setattr, owner, name, whole)
+
+    def _stopped(self, part: str, began: float, inner: list[float]) -> None:
+        spent = time.perf_counter() - began
+        self._running.pop()
+        self.spent[part] = self.spent.get(part, 0.0) + spent - inner[0]
+        if self._running:
+            self._running[-1][0] += spent
 
 
 def growth(bench: Bench) -> None:
@@ -651,6 +681,8 @@ def head_impacts(bench: Bench) -> None:
     )  # fmt: skip
 
 
+TITLES = ("Sampling", "Attribution", "Masks", "Head impacts", "Orchestration", "Growth")
+"""The order of the page."""
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     each.__name__: each for each in (sampling, attribution, masks, orchestration, growth, head_impacts)
 }
@@ -680,24 +712,27 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def page(report: Report, size: str, busy: float) -> str:
-    """docs/benchmarks.md."""
-    lines = [
-        "# Benchmarks",
-        "",
-        f"Written by `make bench` (size {size}). Ratios of plain references (`tests/benchmarks/references.py`) to "
-        f"ours, in one process, on the same model ({MODEL}, 135 M weights, float32) and prompts; median and range over "
-        "alternating rounds. Above 1 ours is faster. Ratios of other models and machines differ.",
-        "",
-        f"Measured on {machine()} This process had {busy:.0%} of the processors it could have used: where that is far "
-        "from what it has alone, other work ran beside it, and the column by processor time is the one to read.",
-    ]
+def page(report: Report, size: str, busy: float, known: str = "") -> str:
+    """docs/benchmarks.md. known: the page as it is; its sections that were not measured again stay."""
+    head = (
+        "# Benchmarks\n\n"
+        "Written by `make bench`. Ratios of plain references (`tests/benchmarks/references.py`) to ours, in one "
+        f"process, on the same model ({MODEL}, 135 M weights, float32) and prompts; median and range over alternating "
+        "rounds. Above 1 ours is faster. Ratios of other models and machines differ.\n"
+    )
+    sections = {part.partition("\n")[0]: part.rstrip() for part in known.split("\n## ")[1:]}
+    measured_on = (
+        f"Size {size}, on {machine()} The process had {busy:.0%} of the processors it could have used: where that is "
+        "far from what it has alone, other work ran beside it, and processor time is the figure to read."
+    )
     for title, text, header, rows, notes in report.sections:
-        lines += ["", f"## {title}", "", text, "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        lines = [title, "", text, "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
         lines += ["| " + " | ".join(row) + " |" for row in rows]
-        for note in notes:
+        for note in (*notes, measured_on):
             lines += ["", note]
-    return "\n".join(lines) + "\n"
+        sections[title] = "\n".join(lines)
+    order = sorted(sections, key=lambda title: TITLES.index(title) if title in TITLES else len(TITLES))
+    return "\n## ".join([head, *(f"{sections[title]}\n" for title in order)])
 
 
 @contextmanager
@@ -725,7 +760,7 @@ def _prepared(size: Size) -> Iterator[Bench]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure Excise against plain references; write docs/benchmarks.md.")
     parser.add_argument("--size", choices=SIZES, default="default")
-    parser.add_argument("--only", choices=SECTIONS, help="one section; it is printed and no page is written")
+    parser.add_argument("--only", choices=SECTIONS, help="one section alone; the others stay on the page as they are")
     parser.add_argument("--out", type=Path, default=PAGE, help="the page")
     given = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -734,13 +769,13 @@ def main() -> int:
         for name in [given.only] if given.only else SECTIONS:
             print(name, flush=True)
             SECTIONS[name](bench)
-        if not given.only:
-            clock, processor = (now - then for now, then in zip(measured_since(), began, strict=True))
-            import torch
+        clock, processor = (now - then for now, then in zip(measured_since(), began, strict=True))
+        import torch
 
-            text = page(bench.report, given.size, processor / clock / torch.get_num_threads())
-            given.out.write_text(text, encoding="utf-8")
-            print(f"wrote {given.out}", file=sys.stderr)
+        known = given.out.read_text(encoding="utf-8") if given.out.exists() else ""
+        text = page(bench.report, given.size, processor / clock / torch.get_num_threads(), known)
+        given.out.write_text(text, encoding="utf-8")
+        print(f"wrote {given.out}", file=sys.stderr)
     return 0
 
 

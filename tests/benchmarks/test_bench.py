@@ -155,6 +155,44 @@ def test_a_clock_leaves_out_what_another_clock_counts():
     assert place.inner is before
 
 
+def test_a_clock_on_a_generator_counts_its_steps_alone():
+    import time
+    import types
+
+    def steps():
+        for number in range(3):
+            time.sleep(0.02)
+            yield number
+
+    place = types.SimpleNamespace(steps=steps)
+    with bench.Clocks() as clocks:
+        clocks.watch(place, "steps", "steps")
+        found = []
+        for number in place.steps():
+            time.sleep(0.1)
+            found.append(number)
+    assert found == [0, 1, 2]
+    assert 0.06 <= clocks.spent["steps"] < 0.3
+
+
+def test_a_section_measured_again_replaces_its_old_self_alone():
+    report = bench.Report()
+    report.section("Masks", "Old masks.", ("a", "b"))
+    report.row("1", "2")
+    report.section("Sampling", "Old sampling.", ("a",))
+    report.row("3")
+    first = bench.page(report, "small", 0.5)
+    assert first.index("Old sampling") < first.index("Old masks")
+    again = bench.Report()
+    again.section("Masks", "New masks.", ("a", "b"))
+    again.row("5", "6")
+    second = bench.page(again, "default", 0.9, first)
+    assert "Old masks" not in second
+    assert second.index("Old sampling") < second.index("New masks")
+    assert second.count("## ") == 2
+    assert second.count("# Benchmarks") == 1
+
+
 @pytest.mark.slow
 def test_every_section_fills_its_table(model, tiny_model, tmp_path):
     files = tmp_path / "models.yaml"

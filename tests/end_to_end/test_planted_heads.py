@@ -101,7 +101,7 @@ def test_the_bias_falls_without_the_known_heads_at_little_perplexity(planted, pl
 
 
 def test_plain_text_is_as_likely_as_before(base, planted):
-    assert measured_perplexity(planted) == pytest.approx(measured_perplexity(base), rel=0.02)
+    assert measured_perplexity(planted) == pytest.approx(measured_perplexity(base), rel=0.03)
 
 
 def test_without_the_known_heads_the_planted_model_is_the_base_without_them(base, planted):
