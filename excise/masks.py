@@ -7,6 +7,7 @@ layer's heads. A bit costs an eighth of a byte, so the masks of an 8B model take
 ever unpacked.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -15,14 +16,16 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from excise.errors import ExciseError
+
+if TYPE_CHECKING:
+    import torch
 
 HEAD_ROLES = {"zero_query": "head_query", "zero_output": "head_output"}
 """The role of a layer's heads in a mask, by what is done to them (method, A7).
@@ -84,7 +87,7 @@ class Mask:
         """The number of pruned weights per matrix."""
         return {key: int(np.bitwise_count(bits).sum(dtype=np.int64)) for key, bits in self.bits.items()}
 
-    @cached_property
+    @functools.cached_property
     def count(self) -> int:
         """The number of pruned weights."""
         return sum(self.counts().values())
@@ -99,7 +102,7 @@ class Mask:
         """The pruned share of the weights; 0 for a mask without matrices."""
         return self.count / self.size if self.size else 0.0
 
-    @cached_property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that identify the matrices and their pruned weights."""
         digest = hashlib.sha256()
@@ -361,9 +364,6 @@ def pruned(loaded: Any, mask: Mask) -> Iterator[Any]:
             raise ExciseError(f"the mask's matrix {key} has shape {shape}, the model's {there}: "
                               "the mask was made for another model")
 
-    def entries(key: str, weight: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(mask.array(key)).reshape(weight.shape).to(weight.device)
-
     kept: list[tuple[str, torch.Tensor]] = []
     hooks = ExitStack()
     try:
@@ -373,17 +373,84 @@ def pruned(loaded: Any, mask: Mask) -> Iterator[Any]:
                     hooks.callback(_ablate(loaded, key, mask.array(key)[0]).remove)
                 elif count:
                     weight = linears[key].weight(loaded.model)
-                    where = entries(key, weight)
-                    kept.append((key, weight[where]))
-                    weight[where] = 0
+                    kept.append((key, _cut_out(weight, mask.bits[key], count)))
         yield loaded
     finally:
         hooks.close()
         with torch.no_grad():
             # Last pruned, first restored: two matrices may share their memory.
             for key, values in reversed(kept):
-                weight = linears[key].weight(loaded.model)
-                weight[entries(key, weight)] = values.to(weight.device)
+                _put_back(linears[key].weight(loaded.model), mask.bits[key], values)
+
+
+def _cut_out(weight: "torch.Tensor", bits: NDArray[np.uint8], count: int) -> "torch.Tensor":
+    """Make the marked weights zero and return their values, [count], on the weights' device."""
+    if (memory := _memory(weight)) is not None:
+        values = weight.new_empty(count)
+        _swapping()[0](memory, bits, _memory(values))
+        return values
+    where = _entries(weight, bits)
+    values = weight[where]
+    weight[where] = 0
+    return values
+
+
+def _put_back(weight: "torch.Tensor", bits: NDArray[np.uint8], values: "torch.Tensor") -> None:
+    if (memory := _memory(weight)) is not None:
+        _swapping()[1](memory, bits, _memory(values))
+    else:
+        weight[_entries(weight, bits)] = values.to(weight.device)
+
+
+def _memory(tensor: "torch.Tensor") -> NDArray[np.signedinteger] | None:
+    """The tensor's own memory as whole numbers, [elements]; None where it is elsewhere or not in one piece."""
+    import torch
+
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.element_size())
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or whole is None:
+        return None
+    return tensor.detach().view(whole).view(-1).numpy()
+
+
+def _entries(weight: "torch.Tensor", bits: NDArray[np.uint8]) -> "torch.Tensor":
+    """The marked weights as a boolean tensor of the weights' shape, unpacked on their device."""
+    import torch
+
+    packed = torch.from_numpy(bits.copy()).to(weight.device)
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=weight.device)
+    unpacked = torch.bitwise_and(torch.bitwise_right_shift(packed[:, None], shifts), 1).bool()
+    return unpacked.view(-1)[: weight.numel()].reshape(weight.shape)
+
+
+@functools.cache
+def _swapping() -> tuple[Callable[..., None], Callable[..., None]]:
+    """Two compiled functions of weights [elements], packed bits [bytes] and values [count]: the first moves the marked
+    weights to the values and leaves zeros, the second moves them back. A byte without a mark costs next to nothing.
+    """
+    import numba
+
+    @numba.njit(nogil=True)
+    def cut_out(weights, bits, values):
+        place = 0
+        for byte in range(bits.shape[0]):
+            if bits[byte]:
+                for bit in range(8):
+                    if bits[byte] & (128 >> bit):
+                        values[place] = weights[8 * byte + bit]
+                        weights[8 * byte + bit] = 0
+                        place += 1
+
+    @numba.njit(nogil=True)
+    def put_back(weights, bits, values):
+        place = 0
+        for byte in range(bits.shape[0]):
+            if bits[byte]:
+                for bit in range(8):
+                    if bits[byte] & (128 >> bit):
+                        weights[8 * byte + bit] = values[place]
+                        place += 1
+
+    return cut_out, put_back
 
 
 def _role(key: str) -> str:
