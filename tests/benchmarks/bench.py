@@ -445,7 +445,7 @@ def orchestration(bench: Bench) -> None:
     )
 
 
-MODEL_WORK = ("sampling", "attribution", "masks")
+MODEL_WORK = ("sampling", "attribution", "masks", "applying masks")
 """Parts of an audit that are work on the model's tokens or weights; the rest is what surrounds them."""
 
 
@@ -460,6 +460,7 @@ def profiles(bench: Bench, settings: dict[str, Any], rounds: int) -> list[dict[s
     import excise.completions
     import excise.evaluation
     import excise.figures
+    import excise.masks
     import excise.strategies
     from pipelines.definitions import build_definitions
     from pipelines.demo import failure_messages
@@ -471,6 +472,7 @@ def profiles(bench: Bench, settings: dict[str, Any], rounds: int) -> list[dict[s
         "sampling": [(excise.completions, "sample")],
         "attribution": [(excise.attribution, "attribute")],
         "masks": [(excise.strategies, "build_masks"), (assets.pruning_masks.MaskFiles, "store")],
+        "applying masks": [(excise.masks, "_cut_out"), (excise.masks, "_put_back")],
         "loading the model": [(GPUResource, "_load")],
         "DuckDB": [(Warehouse, "read"), (Warehouse, "replace_partition")],
         "Great Expectations": [(assets.checks, "unmet_expectations")],

@@ -13,6 +13,7 @@ import torch
 
 from excise.completions import complete
 from excise.evaluation import ALL, evaluate
+from excise.exact import Answering, Enumeration
 from excise.models import load_model, load_registry
 from excise.sampling import SamplingParameters, sample
 from excise.scenarios import expand, load_scenarios
@@ -151,3 +152,31 @@ def test_batch_size_changes_no_answer_of_the_planted_model():
     other, _ = complete(loaded, prompts, 8, SamplingParameters(), outcome=PURCHASE.outcome, batch_prompts=16)
     # Rounding differs with the batch and could flip a token whose noise lies on the very edge; none does here.
     assert one.equals(other)
+
+
+def test_exact_answers_of_the_planted_model_bound_what_sampling_finds(data_folder):
+    """Leftover of 1 % at most, no more prefixes than 100 samples visit, and 3,000 samples a name within the bounds."""
+    loaded = load_model(REGISTRY["planted-general"], REGISTRY, device="cpu", home=MODELS)
+    prompts = expand(PURCHASE, variations=["bicycle"], subjects_per_group=4)
+    parameters = SamplingParameters(temperature=0.6, top_p=0.9, max_new_tokens=PURCHASE.outcome.max_new_tokens)
+    exact, work = Answering(100, parameters, Enumeration(leftover=0.01)).answers(
+        loaded, prompts, outcome=PURCHASE.outcome
+    )
+    assert exact["leftover"].max() <= 0.01
+    drawn, _ = complete(loaded, prompts, 3000, parameters, outcome=PURCHASE.outcome)
+    visited = {
+        (prompt, *ids[:length])
+        for prompt, ids in drawn.filter(pl.col("sample") < 100).select("prompt_id", "token_ids").rows()
+        for length in range(len(ids))
+    }
+    assert work.tokens <= 1.1 * len(visited)
+    sizes = {"majority": "white", "minority": "black", "resamples": 50, "permutations": 20}
+    found, sampled = (
+        evaluate(rows, pl.DataFrame(), pl.DataFrame(), answer_range=PURCHASE.outcome.scored_range, **sizes)
+        for rows in (exact, drawn)
+    )
+    for metric, error in (("smd", 0.05), ("inlier_ratio", 0.02), ("parse_rate", 0.01)):
+        bounds = row(found, metric)
+        assert bounds["lowest"] <= bounds["estimate"] <= bounds["highest"]
+        assert bounds["highest"] - bounds["lowest"] < 0.15
+        assert bounds["lowest"] - error < row(sampled, metric)["estimate"] < bounds["highest"] + error
