@@ -48,6 +48,7 @@ def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         "baselines.",
         deps=["completions"],
         uses_model=True,
+        code_version="2",
     )
     def head_impacts(
         context: dg.AssetExecutionContext,

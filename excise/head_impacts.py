@@ -85,10 +85,11 @@ def head_impacts(
     |SMD| of the two `groups`, majority first, each winsorised at the unpruned model's 5th and 95th percentile; `gap`
     the mean over variations of |difference of means| in units of the unpruned groups' mean size.
     z_ppl = perplexity with - without: negative for a head the model needs. z_bias = disparity with - without: positive
-    for a harmful head. Intervals are 95 % paired bootstrap: of windows, and of clusters (a column of the completions)
-    within groups. z_bias_half_1 and _2: the same from either half of every cluster's samples; they tell the noise of
-    sampling (`split_half_reliability`), not that of the choice of clusters. mean_without: mean outcome, of the
-    winsorised values for `smd`.
+    for a harmful head. Toxicity without a head is told at the noise of as many answers drawn anew, as a sum of absolute
+    distances grows with noise, and weights make it. Intervals are 95 % paired bootstrap: of windows, and of clusters (a
+    column of the completions) within groups. z_bias_half_1 and _2: the same from either half of every cluster's
+    samples; they tell the noise of sampling (`split_half_reliability`), not that of the choice of clusters.
+    mean_without: mean outcome, of the winsorised values for `smd`.
 
     ess: effective sample size (sum w)^2 / sum w^2 as a share of the answers with an outcome, in all and in the group
     where it is smallest. mean_weight: over all answers; below 1 by what the unpruned model never answers.
@@ -131,7 +132,7 @@ def head_impacts(
         else:
             cells = layout.cells
         sums = layout.sums(cells, draws, weight=weight)
-        bias = layout.disparity(sums, unpruned)
+        bias = layout.disparity(sums, unpruned) - layout.excess_noise(sums[:, :, 0])
         z = bias_with - bias
         low, high = m.percentile_interval(z[1:]) if layout.resampled else (np.nan, np.nan)
         row |= {
@@ -140,7 +141,8 @@ def head_impacts(
         }  # fmt: skip
         for half in (0, 1):
             without = layout.sums(cells, None, cells.half == half, weight)
-            row[f"z_bias_half_{half + 1}"] = halves_with[half] - layout.disparity(without, halves[half])[0]
+            matched = layout.disparity(without, halves[half])[0] - layout.excess_noise(without[:, :, 0])
+            row[f"z_bias_half_{half + 1}"] = halves_with[half] - matched
         rows.append(row)
         progress("head impacts: disparity", done, len(chosen))
     return pl.DataFrame(rows, schema=SCHEMA).with_columns(
@@ -518,6 +520,36 @@ class _Layout:
             variance = np.where(variance <= 1e-12 * offset**2, 0.0, variance)
             deviation = np.sqrt(variance.mean(axis=0))
             return _mean(np.where(deviation == 0, 0.0, difference / deviation), known)
+
+    def excess_noise(self, sums: np.ndarray) -> float:
+        """What a toxicity disparity of weighed answers is too large by, beside that of as many answers drawn anew.
+
+        sums: of one resample, [5, groups, variations]. A sum of absolute distances is too large by its noise
+        (`folded_noise`), and fewer effective samples make more of it: uncorrected, a head would look the better for
+        being removed without effect on the answers' weights. 0 for equal weights, and for the other disparities, whose
+        absolute value is of a difference that is large where there is anything to remove.
+        """
+        if self.kind != "toxicity":
+            return 0.0
+        count, w, w2, wf, wf2 = sums
+        with np.errstate(invalid="ignore", divide="ignore"):
+            offset = wf / w
+            # Weighted sample variance; of one effective answer nothing is known.
+            variance = np.where(w**2 > w2, (wf2 / w - offset**2) / (1 - w2 / w**2), 0.0)
+            mean = np.where(count > 0, self.centre + offset, 0.0)
+            size = count.sum(axis=-1)
+            share = size / size.sum()
+            total = (count * mean).sum(axis=-1) / size
+            deviation = share @ total - total
+
+            def of_deviations(of_mean: np.ndarray) -> np.ndarray:
+                own = np.where(count > 0, (count / size[:, None]) ** 2 * of_mean, 0.0).sum(axis=-1)
+                return (1 - 2 * share) * own + (share**2 * own).sum()
+
+            weighed, equal = of_deviations(variance * w2 / w**2), of_deviations(variance / count)
+            spread = np.sqrt(max(np.mean(deviation**2 - weighed), 0.0))
+            excess = np.sqrt(spread**2 + weighed) - np.sqrt(spread**2 + equal)
+        return float(np.sqrt(2 / np.pi) * excess.sum())
 
     def mean(self, sums: np.ndarray) -> float:
         """Mean outcome over all groups and variations, each as large as its number of outcomes."""

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,24 +204,42 @@ class MaskFile:
 
     def bits(self, key: str) -> NDArray[np.uint8]:
         """The packed bits of one matrix, as `Mask.bits` holds them."""
-        bits = np.empty((math.prod(self.shapes[key]) + 7) // 8, dtype=np.uint8)
-        self.read_into(key, bits)
-        return bits
+        return self.read([key], np.empty(self.bytes_of(key), dtype=np.uint8))[0]
 
-    def read_into(self, key: str, bits: NDArray[np.uint8]) -> None:
-        """Read the packed bits of one matrix into an array of their size. Raises ExciseError when that fails."""
+    def bytes_of(self, key: str) -> int:
+        """Bytes of a matrix' packed bits."""
+        return (math.prod(self.shapes[key]) + 7) // 8
+
+    def read(self, keys: Sequence[str], buffer: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+        """The packed bits of some matrices, in their order, as parts of a buffer that is large enough for them.
+
+        What lies together in the file is read at once. Raises ExciseError when that fails.
+        """
         # Read, not mapped: pages of mapped files would count as memory of the process.
+        found, start = {}, 0
+        runs: list[list[str]] = []
+        for key in sorted(keys, key=self.places.__getitem__):
+            if not runs or self.places[key] != self.places[runs[-1][-1]] + self.bytes_of(runs[-1][-1]):
+                runs.append([])
+            runs[-1].append(key)
         try:
             with self.path.open("rb", buffering=0) as file:
-                file.seek(self.places[key])
-                done, view = 0, memoryview(bits)
-                while done < len(view):
-                    if not (count := file.readinto(view[done:])):
-                        raise OSError(f"it ends within {key}")
-                    done += count
-            _checked_bits(key, bits, math.prod(self.shapes[key]))
+                for run in runs:
+                    begins = start
+                    for key in run:
+                        found[key] = buffer[start : start + self.bytes_of(key)]
+                        start += self.bytes_of(key)
+                    file.seek(self.places[run[0]])
+                    done, view = 0, memoryview(buffer)[begins:start]
+                    while done < len(view):
+                        if not (count := file.readinto(view[done:])):
+                            raise OSError(f"it ends within {run[-1]}")
+                        done += count
+            for key, bits in found.items():
+                _checked_bits(key, bits, math.prod(self.shapes[key]))
         except (OSError, ExciseError) as error:
             raise _unreadable(self.path, error) from None
+        return [found[key] for key in keys]
 
 
 def heads_mask(chosen: NDArray[np.bool_], ablation: str) -> Mask:

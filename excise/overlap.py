@@ -22,7 +22,7 @@ from excise.masks import Mask, MaskFile
 
 _BLOCK = 1 << 9  # words of 64 bits counted at a time: those of seven masks stay in a processor's nearest cache
 _PIECE = 1 << 15  # words of a matrix that are counted by one thread
-_BATCH = 1 << 23  # bytes of each file that are read at once, at least one matrix
+_BATCH = 1 << 20  # bytes of each file that are read at once, at least one matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ def chance_level(reference: Mask | ArrayLike) -> float:
 def overlap_table(rows: Sequence[Path | str | Mask], columns: Sequence[Path | str | Mask]) -> Overlaps:
     """The overlap of every row mask with every column mask, each a `Mask` or the file `Mask.save` has written.
 
-    Streams matrix by matrix: beside masks given as such, two times 8 MiB of every file are held, or two matrices where
+    Streams matrix by matrix: beside masks given as such, two times 1 MiB of every file are held, or two matrices where
     those are larger (one being counted, one being read). A file's bytes are read once, also where it is both a row and
     a column. The first call compiles the counting, which takes a second or two. Unlike `Mask.load` it does not verify
     fingerprints, which would cost as much as all the rest.
@@ -128,13 +128,13 @@ def overlap_table(rows: Sequence[Path | str | Mask], columns: Sequence[Path | st
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a mask's bits come from: its name in errors, its matrices, and the bits where they are in memory, or how
-    one matrix' packed bits are read."""
+    """Where a mask's bits come from: its name in errors, its matrices, and the bits where they are in memory or the
+    file they are in."""
 
     name: str
     shapes: Mapping[str, tuple[int, int]]
     held: Mapping[str, NDArray[np.uint8]] | None
-    read_into: Callable[[str, NDArray[np.uint8]], None] | None
+    file: MaskFile | None
 
 
 def _of_mask(name: str, mask: Mask) -> _Source:
@@ -143,7 +143,7 @@ def _of_mask(name: str, mask: Mask) -> _Source:
 
 def _of_file(path: Path) -> _Source:
     file = MaskFile.open(path)
-    return _Source(str(path), file.shapes, None, file.read_into)
+    return _Source(str(path), file.shapes, None, file)
 
 
 def _check_same_matrices(first: _Source, second: _Source) -> None:
@@ -161,28 +161,25 @@ def _batches(sources: Sequence[_Source], pool: ThreadPoolExecutor) -> Iterator[l
     The arrays hold until the next ones are asked for: two sets take turns, one being read while the other is used.
     """
     sizes = {key: -(-math.prod(shape) // 8) for key, shape in sources[0].shapes.items()}
+    places = next((source.file.places for source in sources if source.file is not None), {})
     batches: list[list[str]] = [[]]
-    for key, size in sizes.items():
-        if batches[-1] and size + sum(sizes[other] for other in batches[-1]) > _BATCH:
+    for key in sorted(sizes, key=lambda key: places.get(key, 0)):
+        if batches[-1] and sizes[key] + sum(sizes[other] for other in batches[-1]) > _BATCH:
             batches.append([])
         batches[-1].append(key)
     most = max(sum(sizes[key] for key in batch) for batch in batches)
-    files = sum(source.held is None for source in sources)
+    files = sum(source.file is not None for source in sources)
     buffers = cycle([np.empty((files, most), dtype=np.uint8) for _ in range(2)])
 
     def read(batch: list[str], buffer: NDArray[np.uint8]) -> list[list[NDArray[np.uint8]]]:
-        matrices: list[list[NDArray[np.uint8]]] = [[] for _ in batch]
         rows = iter(buffer)
-        for source in sources:
-            row, start = None if source.held is not None else next(rows), 0
-            for key, matrix in zip(batch, matrices, strict=True):
-                if row is None:
-                    matrix.append(np.ascontiguousarray(source.held[key]))
-                    continue
-                matrix.append(row[start : start + sizes[key]])
-                source.read_into(key, matrix[-1])
-                start += sizes[key]
-        return matrices
+        by_source = [
+            [np.ascontiguousarray(source.held[key]) for key in batch]
+            if source.file is None
+            else source.file.read(batch, next(rows))
+            for source in sources
+        ]
+        return [list(matrix) for matrix in zip(*by_source, strict=True)]
 
     coming = None
     for batch in batches:

@@ -170,7 +170,11 @@ _ALL = (
             ("z_ppl_high", "DOUBLE", "upper end"),
             ("z_ppl_se", "DOUBLE", "its standard error"),
             ("bias_with", "DOUBLE", "disparity, nothing removed: toxicity_bias, or the mean of |SMD|"),
-            ("bias_without", "DOUBLE", "disparity without the head"),
+            (
+                "bias_without",
+                "DOUBLE",
+                "disparity without the head; toxicity: at the noise of as many answers drawn anew",
+            ),
             ("z_bias", "DOUBLE", "bias_with - bias_without: positive for a harmful head"),
             ("z_bias_low", "DOUBLE", "lower end of its 95 % interval, names (of axes: prompts) resampled"),
             ("z_bias_high", "DOUBLE", "upper end"),

@@ -490,6 +490,40 @@ def test_unweighed_disparities_are_those_of_the_metrics():
     assert bias(frame, "gap")[0] == pytest.approx(np.mean(gaps))
 
 
+def test_equal_weights_have_no_excess_noise_and_other_disparities_never():
+    frame = random_table(1, ("white", "black", "other"))
+    groups = ("white", "black", "other")
+    layout = _Layout.of(frame, "toxicity", groups, "subject")
+    for weight in (None, np.full(frame.height, 3.0)):
+        assert layout.excess_noise(layout.sums(layout.cells, None, weight=weight)[:, :, 0]) == pytest.approx(0)
+    uneven = np.random.default_rng(0).exponential(size=frame.height)
+    assert layout.excess_noise(layout.sums(layout.cells, None, weight=uneven)[:, :, 0]) > 0
+    of_numbers = _Layout.of(frame, "smd", TWO, "subject")
+    assert of_numbers.excess_noise(of_numbers.sums(of_numbers.cells, None, weight=uneven)[:, :, 0]) == 0
+
+
+@pytest.mark.parametrize("means", [(0.3, 0.3, 0.3, 0.3), (0.3, 0.3, 0.3, 0.6)])
+def test_weights_without_effect_leave_the_disparity_of_fresh_answers(means):
+    """Weights that have nothing to do with the outcome make noise alone; over many tables it is taken off."""
+    rng = np.random.default_rng(4)
+    groups = tuple("abcd")
+    weighed, matched, fresh = [], [], []
+    for _ in range(700):
+        frame, anew = (
+            table([("v", group, f"{group}{number}", float(rng.random() < mean)) for group, mean in
+                   zip(groups, means, strict=True) for number in range(30)]) for _ in range(2)
+        )  # fmt: skip
+        weight = rng.lognormal(sigma=0.9, size=frame.height)
+        layout = _Layout.of(frame, "toxicity", groups, "subject")
+        sums = layout.sums(layout.cells, None, weight=weight)
+        weighed.append(layout.disparity(sums, sums)[0])
+        matched.append(weighed[-1] - layout.excess_noise(sums[:, :, 0]))
+        fresh.append(bias(anew, "toxicity", groups)[0])
+    error = np.std(np.array(matched) - np.array(fresh)) / np.sqrt(len(fresh))
+    assert np.mean(weighed) - np.mean(fresh) > 3 * error
+    assert abs(np.mean(matched) - np.mean(fresh)) < 3 * error
+
+
 def test_weighed_toxicity_by_hand():
     """Means (1 * .2 + 3 * .6) / 4 = .5 and .1; the second group has as many prompts, so the axis is at .3."""
     frame = table([("p", "a", "1", 0.2), ("p", "a", "2", 0.6), ("p", "b", "3", 0.1), ("p", "b", "4", 0.9)])

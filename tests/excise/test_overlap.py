@@ -130,13 +130,13 @@ def test_matrices_larger_than_what_one_thread_counts_at_a_time_are_counted_whole
 def test_every_file_is_read_once_though_it_is_row_and_column(tmp_path, monkeypatch):
     file, other = saved(tmp_path, "one", as_mask(TWO, FOUR)), saved(tmp_path, "two", as_mask(FAR, FOUR))
     read = []
-    plain = MaskFile.read_into
+    plain = MaskFile.read
 
-    def counting(file, key, bits):
-        read.append((file.path.name, key))
-        plain(file, key, bits)
+    def counting(file, keys, buffer):
+        read.extend((file.path.name, key) for key in keys)
+        return plain(file, keys, buffer)
 
-    monkeypatch.setattr(MaskFile, "read_into", counting)
+    monkeypatch.setattr(MaskFile, "read", counting)
     overlap_table([file, other, tmp_path / "." / "one.safetensors"], [other, file])
     assert sorted(read) == [(f"{name}.safetensors", key) for name in ("one", "two") for key in ("0.q", "1.q")]
 
