@@ -53,6 +53,7 @@ class Size:
     growth_names: tuple[int, ...] = (2, 4, 8)
     growth_samples: tuple[int, ...] = (25, 100, 400)
     growth_variations: tuple[int, ...] = (1, 2, 4)
+    growth_widths: tuple[int, ...] = (256, 512, 1024)
     impact_names: int = 4
     impact_samples: int = 16
     impact_heads: tuple[tuple[int, int], ...] = ((9, 0), (20, 4))
@@ -63,7 +64,8 @@ class Size:
 SIZES = {
     "small": Size(
         rounds=2, samples=20, single_samples=2, per_call=(20,), attributed_names=1, attributed_samples=4, snip_layers=2,
-        masks=(4, 3), indexed_layers=1, growth_names=(1, 2, 3), growth_samples=(4, 16, 64), growth_variations=(1, 2, 3),
+        masks=(4, 3), indexed_layers=1, growth_names=(1, 2, 3), growth_samples=(4, 16, 64),
+        growth_variations=(1, 2, 3), growth_widths=(64, 128, 256),
         impact_names=2, impact_samples=4, impact_heads=((20, 4),),
         audit={"variations": [VARIATION], "subjects_per_group": 4, "samples": 8, "resamples": 200,
                "permutations": 200, "levels": ["prompt_specific"]},
@@ -615,6 +617,53 @@ def growth(bench: Bench) -> None:
                 f"{_exponent(sizes, middle):.2f} [{min(exponents):.2f}, {max(exponents):.2f}]",
                 ", ".join("-" if each is None else f"{each / 2**20:.0f}" for each in peaks) + " MiB",
             )  # fmt: skip
+
+
+    growth_of_the_model(bench)
+
+
+def growth_of_the_model(bench: Bench) -> None:
+    """Sampling with random models of the same depth and several widths, a fixed number of distinct tokens each."""
+    import torch
+    import transformers
+
+    from excise.models import ModelSpec, load_model
+    from excise.sampling import sample
+
+    given = bench.loaded.model.config
+    works, weights = {}, []
+    parameters = bench.parameters(temperature=0.0)
+    for width in bench.size.growth_widths:
+        folder = bench.folder / f"random_{width}"
+        config = transformers.LlamaConfig(
+            vocab_size=given.vocab_size, hidden_size=width, intermediate_size=8 * width // 3 // 16 * 16,
+            num_hidden_layers=12, num_attention_heads=width // 32, num_key_value_heads=width // 32,
+            tie_word_embeddings=True, eos_token_id=given.eos_token_id,
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = transformers.LlamaForCausalLM(config)
+        model.save_pretrained(folder)
+        bench.loaded.tokenizer.save_pretrained(folder)
+        spec = ModelSpec(key=f"random-{width}", folder=folder)
+        loaded = load_model(spec, {spec.key: spec}, device="cpu", home=bench.folder)
+        weights.append(sum(linear.out_features * linear.in_features for linear in loaded.topology.linears)
+                       + given.vocab_size * width)  # fmt: skip
+        asked = bench.tokens(bench.prompts(bench.size.growth_names[1]))
+        works[str(width)] = lambda loaded=loaded, asked=asked: (
+            sample(loaded, asked, [range(1)] * len(asked), parameters) and None
+        )
+    for work in works.values():
+        work()
+    spent = alternating(bench.size.rounds, **works)
+    costs = np.array([[each.processor for each in spent[name]] for name in works])
+    exponents = [_exponent(weights, costs[:, number]) for number in range(bench.size.rounds)]
+    middle = np.median(costs, axis=1)
+    bench.report.row(
+        "sampling, weights of a random model, millions", ", ".join(f"{each / 1e6:.0f}" for each in weights),
+        ", ".join(f"{each:.2f}" for each in middle / middle[0]),
+        f"{_exponent(weights, middle):.2f} [{min(exponents):.2f}, {max(exponents):.2f}]", "-",
+    )  # fmt: skip
 
 
 def _exponent(sizes: Sequence[int], costs: np.ndarray) -> float:
