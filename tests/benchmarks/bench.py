@@ -692,6 +692,7 @@ def head_impacts(bench: Bench) -> None:
     """Weighing answers anew against drawing them anew."""
     from excise.completions import complete
     from excise.head_impacts import head_impacts as impacts_of
+    from excise.masks import heads_mask, pruned
 
     size, loaded = bench.size, bench.loaded
     prompts = bench.prompts(size.impact_names)
@@ -715,22 +716,37 @@ def head_impacts(bench: Bench) -> None:
 
         return work
 
+    def by_generate() -> Spent:
+        """One head's removal, asked as the paper does: every answer drawn anew, here by transformers."""
+        mask = heads_mask(chosen, "zero_output")
+
+        def work() -> None:
+            with pruned(loaded, mask):
+                reference.generated(loaded, bench.tokens(prompts), size.impact_samples, bench.parameters(),
+                                    size.impact_samples)  # fmt: skip
+
+        return measured(work) * len(size.impact_heads)
+
+    chosen = np.zeros((loaded.topology.layers, loaded.topology.heads), dtype=bool)
+    chosen[size.impact_heads[0]] = True
     bench.report.section(
         "Head impacts",
-        "The impact of a head on the gap from the answers that are there, weighed anew, against drawing answers anew "
-        "(by our own sampler, with the same noise). At equal width of the interval: time times squared width.",
+        "The impact of a head on the gap from the answers that are there, weighed anew, against drawing all answers "
+        "anew without the head: by `generate`, as the paper does, and by our own sampler with the same noise. At equal "
+        "width of the interval: time times squared width (of our own sampler's answers).",
         RATIOS,
     )
-    spent = alternating(size.rounds, reweight=impacts("reweight"), regenerate=impacts("regenerate"))
-    setting = f"{len(size.impact_heads)} heads, {prompts.height} names, {size.impact_samples} samples each"
-    bench.report.row(
-        "weighed anew", "drawn anew", *faster(spent["reweight"], spent["regenerate"]), f"{setting}; time alone"
+    spent = alternating(
+        size.rounds, reweight=impacts("reweight"), regenerate=impacts("regenerate"), generate=by_generate
     )
+    setting = f"{len(size.impact_heads)} heads, {prompts.height} names, {size.impact_samples} samples each"
     ratio = float(np.nanmedian((widths["regenerate"][0] / widths["reweight"][0]) ** 2))
-    bench.report.row(
-        "weighed anew", "drawn anew", *faster(spent["reweight"], [each * ratio for each in spent["regenerate"]]),
-        f"{setting}; time to an interval of equal width (squared widths: {ratio:.2f})",
-    )  # fmt: skip
+    for title, name in (("`generate` without the head", "generate"), ("drawn anew by `sample`", "regenerate")):
+        bench.report.row("weighed anew", title, *faster(spent["reweight"], spent[name]), f"{setting}; time alone")
+        bench.report.row(
+            "weighed anew", title, *faster(spent["reweight"], [each * ratio for each in spent[name]]),
+            f"{setting}; time to an interval of equal width (squared widths: {ratio:.2f})",
+        )  # fmt: skip
 
 
 TITLES = ("Sampling", "Attribution", "Masks", "Head impacts", "Orchestration", "Growth")
