@@ -84,6 +84,8 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             model,
             scenario.key,
         )
+        if rows["lowest"].is_not_null().any():
+            metadata["bounds_of_exact_answers"] = table_value(_bounds(told))
         metadata["other_comparisons"] = table_value(_unpruned_gaps(others))
         metadata["audit"] = dg.MetadataValue.md(markdown_table(told, **labels))
         metadata |= table_metadata("metrics", rows)
@@ -157,6 +159,15 @@ def _perplexity_by_condition(perplexity: pl.DataFrame, masks: pl.DataFrame) -> p
     )
     pruned = masks.select(*place, "mask").unique(maintain_order=True).join(perplexity, on="mask")
     return pl.concat([unpruned, pruned.select(*place, *columns)])
+
+
+def _bounds(metrics: pl.DataFrame) -> pl.DataFrame:
+    """Where SMD and inlier ratio lie whatever the unread answers are, over all variations, strategies alone."""
+    return metrics.filter(
+        (pl.col("variation") == "(all)")
+        & pl.col("metric").is_in(["smd", "inlier_ratio", "leftover", "sampled"])
+        & pl.col("matched_to").is_null()
+    ).select("strategy", "level", "metric", "estimate", "lowest", "highest")
 
 
 def _unpruned_gaps(others: pl.DataFrame) -> pl.DataFrame:
