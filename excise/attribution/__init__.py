@@ -110,11 +110,23 @@ def relabelled(prompts: pl.DataFrame, comparison: Comparison, seed: int, draw: i
 def read_norms(path: Path) -> dict[str, dict[str, np.ndarray]]:
     """Norms of a `wanda` file: {weighting: {"layer.site": float32 [in]}}.
 
-    Weightings: minority, majority, pooled, and permuted_minority_i / permuted_majority_i per relabelling.
+    Weightings: minority, majority, pooled, and permuted_minority_i / permuted_majority_i per relabelling. The file does
+    without the pooled ones: squares of norms are means over sequences, and it knows how many each group has.
     """
     tensors, metadata = _load(path)
     names = json.loads(metadata["weightings"])
-    return {name: {key: tensor[row] for key, tensor in tensors.items()} for row, name in enumerate(names)}
+    found = {name: {key: tensor[row] for key, tensor in tensors.items()} for row, name in enumerate(names)}
+    if "pooled" not in found:
+        counts = np.array(json.loads(metadata["sequences"]), dtype=np.float64)
+        shares = counts / counts.sum()
+        found["pooled"] = {
+            key: np.sqrt(
+                sum(share * tensor[names.index(side)].astype(np.float64) ** 2
+                    for share, side in zip(shares, ("minority", "majority"), strict=True))
+            ).astype(np.float32)
+            for key, tensor in tensors.items()
+        }  # fmt: skip
+    return found
 
 
 def read_attention(path: Path) -> dict[str, dict[str, np.ndarray]]:
@@ -196,12 +208,14 @@ def _input_norms(loaded, prompts, rows, comparison, outcome, permutations, seed,
     from excise.attribution.wanda import input_norms
 
     weightings = _weightings(prompts, rows, comparison, permutations, seed)
+    del weightings["pooled"]  # made of both sides when it is read
     weights = np.stack([each.astype(np.float64) for each in weightings.values()], axis=1)
     trunk, trees, _ = _trees(loaded, prompts, rows, weights)
     norms = input_norms(loaded, trunk, trees, weights.sum(axis=0), progress=progress, label=label)
+    sequences = [int(weightings[side].sum()) for side in ("minority", "majority")]
     return {f"{layer}.{site}": value for (layer, site), value in norms.items()}, {
-        "weightings": json.dumps(list(weightings))
-    }
+        "weightings": json.dumps(list(weightings)), "sequences": json.dumps(sequences),
+    }  # fmt: skip
 
 
 def _attention(loaded, prompts, rows, comparison, outcome, permutations, seed, progress, label):

@@ -75,7 +75,8 @@ def test_masks_come_from_answers_that_stand_for_the_distribution(enumerated):
     assert told["completions"]["leftover"] <= 0.02
     assert told["pruning_masks"]["dagster/row_count"] > 0
     bounds = told["evaluation_metrics"]["bounds_of_exact_answers"]
-    unpruned = {record.data["metric"]: record.data for record in bounds.records if record.data["strategy"] == "unpruned"}
+    found = [record.data for record in bounds.records]
+    unpruned = {record["metric"]: record for record in found if record["strategy"] == "unpruned"}
     assert unpruned["smd"]["lowest"] < unpruned["smd"]["highest"]
     assert unpruned["leftover"]["estimate"] <= 0.02
 

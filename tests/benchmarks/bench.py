@@ -291,8 +291,8 @@ def attribution(bench: Bench) -> None:
         setting,
     )  # fmt: skip
     bench.report.note(
-        f"On disk: {bytes_of['dense'] / bytes_of['ours']:,.0f} times fewer bytes (norms of three weightings against "
-        "dense scores of two groups)."
+        f"On disk: {bytes_of['dense'] / bytes_of['ours']:,.0f} times fewer bytes (norms of both groups against their "
+        "dense scores)."
     )
     one_each = [some[0] for some in sequences.values()]
     weights = np.eye(2)

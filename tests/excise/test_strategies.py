@@ -47,7 +47,8 @@ def test_the_built_in_strategies_are_the_paper_s_and_ours():
     assert usual["number"] == ["set_difference", "gap_gradient", "attention_heads"]
     methods = ("fasp", "fairness_only", "performance_only", "magnitude", "gradient", "random_heads")
     alphas = [f"{step / 50:.2f}" for step in range(1, 11)]
-    assert usual["toxicity"] == [f"{method}-{alpha}" for method in methods for alpha in alphas]
+    sweep = [f"fasp_gamma-{gamma}" for gamma in ("0.20", "0.40", "0.50", "0.60", "0.70")]
+    assert usual["toxicity"] == [f"{method}-{alpha}" for method in methods for alpha in alphas] + sweep
     paper = strategies["set_difference"]
     assert paper.parameters == {"tau_min": 0.40, "tau_maj": 0.35}
     assert paper.roles == ("q", "k", "v", "gate", "up", "down")
