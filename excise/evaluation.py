@@ -11,8 +11,8 @@ import numpy as np
 import polars as pl
 
 from excise import metrics as m
+from excise.distributions import Bounds, GroupAnswers, answers_of, both_groups, metric_bounds
 from excise.errors import ExciseError
-from excise.exact import Bounds, GroupAnswers, answers_of, both_groups, metric_bounds
 
 ALL = "(all)"
 SCHEMA = {

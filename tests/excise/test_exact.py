@@ -16,6 +16,7 @@ import torch
 
 from excise import metrics as m
 from excise.completions import CompletionCache, complete
+from excise.distributions import answers_of, group_answers, inlier_bounds, moment_bounds, smd_bounds
 from excise.encoding import encode
 from excise.errors import ExciseError
 from excise.evaluation import evaluate
@@ -25,13 +26,8 @@ from excise.exact import (
     Answering,
     Enumeration,
     answer_distributions,
-    answers_of,
     as_samples,
     exact_completions,
-    group_answers,
-    inlier_bounds,
-    moment_bounds,
-    smd_bounds,
 )
 from excise.masks import pruned
 from excise.sampling import SamplingParameters, sample
