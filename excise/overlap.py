@@ -162,13 +162,14 @@ def _batches(sources: Sequence[_Source], pool: ThreadPoolExecutor) -> Iterator[l
     """
     sizes = {key: -(-math.prod(shape) // 8) for key, shape in sources[0].shapes.items()}
     places = next((source.file.places for source in sources if source.file is not None), {})
+    files = sum(source.file is not None for source in sources)
     batches: list[list[str]] = [[]]
     for key in sorted(sizes, key=lambda key: places.get(key, 0)):
-        if batches[-1] and sizes[key] + sum(sizes[other] for other in batches[-1]) > _BATCH:
+        # Nothing has to be read of masks in memory: they are counted at once.
+        if files and batches[-1] and sizes[key] + sum(sizes[other] for other in batches[-1]) > _BATCH:
             batches.append([])
         batches[-1].append(key)
     most = max(sum(sizes[key] for key in batch) for batch in batches)
-    files = sum(source.file is not None for source in sources)
     buffers = cycle([np.empty((files, most), dtype=np.uint8) for _ in range(2)])
 
     def read(batch: list[str], buffer: NDArray[np.uint8]) -> list[list[NDArray[np.uint8]]]:
