@@ -30,7 +30,7 @@ help:
 	@echo "make demo     audit and prune the planted model in the purchase scenario, in a few minutes"
 	@echo "make paper    all scenarios of one model: MODEL=... [SCENARIOS=a,b] [PRESET=quick] [ARGS=...] (docs/reproduce.md)"
 	@echo "make heads    toxicity of continuations about social groups, pruned head by head: [MODEL=...] [AXES=gender,race] [PRESET=paper]"
-	@echo "make results  audit the planted models again and write docs/results.md (an hour on two cores; ARGS=--render: only write)"
+	@echo "make results  audit the planted models again and write docs/results.md (hours on two cores; ARGS=--render: only write)"
 	@echo "make ui       the Dagster UI on the same results (PORT=3000)"
 	@echo "make test     the test suite (ARGS=... goes to pytest)"
 	@echo "make bench    time Excise beside the usual ways and write docs/benchmarks.md (ARGS=--size small, --only masks)"

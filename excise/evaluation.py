@@ -393,16 +393,17 @@ def _mean_bounds(metric: str, cells: list[Cell]) -> Bounds | None:
     defined = [cell for cell in cells if metric in cell.measures and np.isfinite(cell.measures[metric][0])]
     if not defined or not all(metric in cell.bounds for cell in defined):
         return None
-    ends = [(cell.bounds[metric].lowest, cell.bounds[metric].highest) for cell in defined]
-    return Bounds(*map(float, np.mean(ends, axis=0)))
+    return _mean_of([cell.bounds[metric] for cell in defined])
 
 
 def _bounds_overall(metric: str, by_variation: dict[str, list[Cell]]) -> Bounds | None:
     """Bounds of the mean over variations, each of them the mean over its draws."""
     parts = [_mean_bounds(metric, cells) for cells in by_variation.values()]
-    if None in parts:
-        return None
-    return Bounds(*(float(np.mean([getattr(part, end) for part in parts])) for end in ("lowest", "highest")))
+    return None if None in parts else _mean_of(parts)
+
+
+def _mean_of(bounds: list[Bounds]) -> Bounds:
+    return Bounds(*(float(np.mean([getattr(each, end) for each in bounds])) for end in ("lowest", "highest")))
 
 
 def finite_or_none(value: float | None) -> float | None:

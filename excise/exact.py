@@ -82,6 +82,15 @@ class AnswerDistribution:
     nodes: int
     complete: bool
 
+    def listed(self) -> list[tuple[list[int], bool, float, float]]:
+        """Token ids with the stop token, whether that is there, probability and value of every answer; where none was
+        found, one of probability 0, as the prompt still has a leftover to tell."""
+        found = zip(self.tokens, self.stops, self.probability.tolist(), self.values.tolist(), strict=True)
+        return [
+            ([*tokens, *([] if stop is None else [stop])], stop is not None, probability, value)
+            for tokens, stop, probability, value in found
+        ] or [([], False, 0.0, math.nan)]
+
 
 def answer_distributions(
     loaded: LoadedModel,
@@ -453,16 +462,14 @@ def exact_completions(
     for order, (row, each) in enumerate(zip(prompts.iter_rows(named=True), found, strict=True)):
         if order in instead:
             continue
-        listed = zip(each.tokens, each.stops, each.values.tolist(), each.probability.tolist(), strict=True)
-        # A prompt of which no answer was found still has to tell its leftover.
-        for number, (tokens, stop, value, probability) in enumerate(list(listed) or [((), None, math.nan, 0.0)]):
-            ids = [*tokens, *([] if stop is None else [stop])]
+        for number, (ids, finished, probability, value) in enumerate(each.listed()):
             cells = {name: row[name] for name in COMPLETIONS_SCHEMA if name in row}
             cells |= {
-                "order": order, "model": loaded.key, "sample": number, "text": _text(loaded, tokens),
-                "value": None if math.isnan(value) else value, "finished": stop is not None, "tokens": len(ids),
-                "token_ids": ids, "seed": parameters.seed, "model_fingerprint": loaded.fingerprint,
-                "parameters": settings, "probability": probability, "leftover": each.leftover,
+                "order": order, "model": loaded.key, "sample": number,
+                "text": _text(loaded, ids[:-1] if finished else ids), "value": None if math.isnan(value) else value,
+                "finished": finished, "tokens": len(ids), "token_ids": ids, "seed": parameters.seed,
+                "model_fingerprint": loaded.fingerprint, "parameters": settings, "probability": probability,
+                "leftover": each.leftover,
             }  # fmt: skip
             for name, column in table.items():
                 column.append(cells[name])
@@ -486,12 +493,11 @@ def exact_completions(
 
 def _tree_rows(found: dict[str, AnswerDistribution]) -> pl.DataFrame:
     """Rows of TREE_CACHE_SCHEMA; found: by the prompt's key."""
-    rows = []
-    for key, each in found.items():
-        listed = list(zip(each.tokens, each.stops, each.probability.tolist(), strict=True)) or [((), None, 0.0)]
-        for number, (tokens, stop, probability) in enumerate(listed):
-            ids = [*tokens, *([] if stop is None else [stop])]
-            rows.append((key, number, ids, stop is not None, probability, each.leftover, each.nodes))
+    rows = [
+        (key, number, ids, finished, probability, each.leftover, each.nodes)
+        for key, each in found.items()
+        for number, (ids, finished, probability, _) in enumerate(each.listed())
+    ]
     return pl.DataFrame(rows, schema=TREE_CACHE_SCHEMA, orient="row")
 
 

@@ -525,9 +525,9 @@ class _Layout:
         """What a toxicity disparity of weighed answers is too large by, beside that of as many answers drawn anew.
 
         sums: of one resample, [5, groups, variations]. A sum of absolute distances is too large by its noise
-        (`folded_noise`), and fewer effective samples make more of it: uncorrected, a head would look the better for
-        being removed without effect on the answers' weights. 0 for equal weights, and for the other disparities, whose
-        absolute value is of a difference that is large where there is anything to remove.
+        (`metrics.folded_noise`), and fewer effective samples make more of it: uncorrected, a head would look helpful
+        for uneven weights alone. 0 for equal weights, and for the other disparities, whose absolute value is of a
+        difference that is large where there is anything to remove.
         """
         if self.kind != "toxicity":
             return 0.0
@@ -547,9 +547,8 @@ class _Layout:
                 return (1 - 2 * share) * own + (share**2 * own).sum()
 
             weighed, equal = of_deviations(variance * w2 / w**2), of_deviations(variance / count)
-            spread = np.sqrt(max(np.mean(deviation**2 - weighed), 0.0))
-            excess = np.sqrt(spread**2 + weighed) - np.sqrt(spread**2 + equal)
-        return float(np.sqrt(2 / np.pi) * excess.sum())
+            spread = m.true_spread(deviation, weighed)
+            return float(m.folded_noise(deviation, weighed, spread) - m.folded_noise(deviation, equal, spread))
 
     def mean(self, sums: np.ndarray) -> float:
         """Mean outcome over all groups and variations, each as large as its number of outcomes."""

@@ -404,8 +404,8 @@ def pruned(loaded: Any, mask: Mask) -> Iterator[Any]:
 def _cut_out(weight: "torch.Tensor", bits: NDArray[np.uint8], count: int) -> "torch.Tensor":
     """Make the marked weights zero and return their values, [count], on the weights' device."""
     if (memory := _memory(weight)) is not None:
-        values = weight.new_empty(count)
-        _swapping()[0](memory, bits, _memory(values))
+        values = weight.new_zeros(count)
+        _exchange()(memory, bits, _memory(values))
         return values
     where = _entries(weight, bits)
     values = weight[where]
@@ -415,7 +415,7 @@ def _cut_out(weight: "torch.Tensor", bits: NDArray[np.uint8], count: int) -> "to
 
 def _put_back(weight: "torch.Tensor", bits: NDArray[np.uint8], values: "torch.Tensor") -> None:
     if (memory := _memory(weight)) is not None:
-        _swapping()[1](memory, bits, _memory(values))
+        _exchange()(memory, bits, _memory(values))
     else:
         weight[_entries(weight, bits)] = values.to(weight.device)
 
@@ -441,34 +441,24 @@ def _entries(weight: "torch.Tensor", bits: NDArray[np.uint8]) -> "torch.Tensor":
 
 
 @functools.cache
-def _swapping() -> tuple[Callable[..., None], Callable[..., None]]:
-    """Two compiled functions of weights [elements], packed bits [bytes] and values [count]: the first moves the marked
-    weights to the values and leaves zeros, the second moves them back. A byte without a mark costs next to nothing.
+def _exchange() -> Callable[..., None]:
+    """A compiled function of weights [elements], packed bits [bytes] and values [count]: it exchanges the marked
+    weights with the values. A byte without a mark costs next to nothing.
     """
     import numba
 
     @numba.njit(nogil=True)
-    def cut_out(weights, bits, values):
+    def exchange(weights, bits, values):
         place = 0
         for byte in range(bits.shape[0]):
             if bits[byte]:
                 for bit in range(8):
                     if bits[byte] & (128 >> bit):
-                        values[place] = weights[8 * byte + bit]
-                        weights[8 * byte + bit] = 0
+                        weight = 8 * byte + bit
+                        weights[weight], values[place] = values[place], weights[weight]
                         place += 1
 
-    @numba.njit(nogil=True)
-    def put_back(weights, bits, values):
-        place = 0
-        for byte in range(bits.shape[0]):
-            if bits[byte]:
-                for bit in range(8):
-                    if bits[byte] & (128 >> bit):
-                        weights[8 * byte + bit] = values[place]
-                        place += 1
-
-    return cut_out, put_back
+    return exchange
 
 
 def _role(key: str) -> str:

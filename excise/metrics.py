@@ -118,6 +118,30 @@ def toxicity_bias(scores, subgroups: Sequence[Hashable]) -> float:
     return float(np.abs(totals.sum() / counts.sum() - totals / counts).sum())
 
 
+def true_spread(deviations, variances) -> np.ndarray:
+    """How far true deviations spread, [..., 1]: tau of `folded_noise`, whose arguments these are; 0 where noise alone
+    explains what was observed."""
+    deviations, variances = np.asarray(deviations, np.float64), np.asarray(variances, np.float64)
+    return np.sqrt(np.maximum(np.mean(deviations**2 - variances, axis=-1, keepdims=True), 0.0))
+
+
+def folded_noise(deviations, variances, spread=None) -> np.ndarray:
+    """What sampling noise adds on average to sum_s |d_s|, [...].
+
+    deviations: observed d_s = t_s - t_axis, [..., subgroups]; variances: of their sampling errors, of the same shape.
+    spread: tau where it is known, [..., 1]; left out, `true_spread` of both.
+
+    |d| of a noisy d is too large on average, the more so the smaller its true value is against the noise: by
+    sqrt(2/pi) sigma where the true value is 0, by nothing where it is large. Which of the two holds is read off the
+    observed d themselves. For true deviations spread normally with variance tau^2, which mean(d^2 - sigma^2)
+    estimates without bias, the noise adds sqrt(2/pi) (sqrt(tau^2 + sigma_s^2) - tau) per subgroup. The full noise of
+    equal subgroups (the mean of a permutation test) taken off would be too much as soon as subgroups differ.
+    """
+    variances = np.asarray(variances, np.float64)
+    spread = true_spread(deviations, variances) if spread is None else spread
+    return np.sqrt(2 / np.pi) * (np.sqrt(spread**2 + variances) - spread).sum(axis=-1)
+
+
 def holm(p_values) -> np.ndarray:
     """Holm's step-down adjustment of p-values, same order, capped at 1. NaN stays NaN and is not counted as a test."""
     p_values = np.asarray(p_values, dtype=np.float64)

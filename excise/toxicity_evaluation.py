@@ -18,12 +18,12 @@ from excise import evaluation as ev
 from excise import metrics as m
 from excise.errors import ExciseError
 from excise.evaluation import ALL, CONDITION, SCHEMA, UNPRUNED, Condition
+from excise.metrics import folded_noise
 
 CLUSTERS = ("subject", "template", "both")
 _COMPLETIONS = ("model", "scenario", "variation", "template", "group", "subject", "prompt_id", "sample", "value")
 _PERPLEXITY = (*CONDITION, "variation", "draw", "perplexity", "low", "high")
 _SUBJECTS, _TEMPLATES, _LABELS = range(3)  # streams of random numbers
-_HALF_NORMAL = np.sqrt(2 / np.pi)  # mean of |z|
 _CELLS_AT_ONCE = 1 << 22
 
 __all__ = ["CLUSTERS", "SCHEMA", "bias_from_sums", "debiased_bias", "evaluate_toxicity", "folded_noise"]
@@ -39,22 +39,6 @@ def bias_from_sums(sums: ArrayLike, counts: ArrayLike) -> NDArray[np.float64]:
     where a subgroup has no score: a sum over fewer subgroups is another quantity.
     """
     return np.abs(_deviations(np.asarray(sums, np.float64), np.asarray(counts, np.float64))).sum(axis=-1)
-
-
-def folded_noise(deviations: ArrayLike, variances: ArrayLike) -> NDArray[np.float64]:
-    """What sampling noise adds on average to sum_s |d_s|, [...].
-
-    deviations: observed d_s = t_s - t_axis, [..., subgroups]; variances: of their sampling errors, of the same shape.
-
-    |d| of a noisy d is too large on average, the more so the smaller its true value is against the noise: by
-    sqrt(2/pi) sigma where the true value is 0, by nothing where it is large. Which of the two holds is read off the
-    observed d themselves. For true deviations spread normally with variance tau^2, which mean(d^2 - sigma^2)
-    estimates without bias, the noise adds sqrt(2/pi) (sqrt(tau^2 + sigma_s^2) - tau) per subgroup. The full noise of
-    equal subgroups (the mean of a permutation test) taken off would be too much as soon as subgroups differ.
-    """
-    deviations, variances = np.asarray(deviations, np.float64), np.asarray(variances, np.float64)
-    spread = np.sqrt(np.maximum(np.mean(deviations**2 - variances, axis=-1, keepdims=True), 0.0))
-    return _HALF_NORMAL * (np.sqrt(spread**2 + variances) - spread).sum(axis=-1)
 
 
 def debiased_bias(deviations: ArrayLike, variances: ArrayLike) -> NDArray[np.float64]:

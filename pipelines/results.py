@@ -46,7 +46,7 @@ ORIGIN = (
     "from one half of the names, every figure from the other half. What it means is in [findings.md](findings.md)."
 )
 HEAD_CALLS: dict[str, list[tuple[str, ...]]] = {
-    "smollm2-135m-instruct": [("--scenarios", "gender,religion")],
+    "smollm2-135m-instruct": [("--scenarios", "gender")],
     # Four of its 270 heads were changed: a small share is tried, too.
     "planted-heads": [("--scenarios", "nationality", "--set", "alphas=0.02,0.04,0.1,0.2")],
 }

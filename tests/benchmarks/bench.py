@@ -617,8 +617,6 @@ def growth(bench: Bench) -> None:
                 f"{_exponent(sizes, middle):.2f} [{min(exponents):.2f}, {max(exponents):.2f}]",
                 ", ".join("-" if each is None else f"{each / 2**20:.0f}" for each in peaks) + " MiB",
             )  # fmt: skip
-
-
     growth_of_the_model(bench)
 
 
