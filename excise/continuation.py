@@ -127,10 +127,7 @@ def _forward(loaded: LoadedModel, inputs: Inputs, times: int) -> torch.Tensor:
         masking = _attention(loaded, torch.from_numpy(sees)[None].to(device), positions, positions)
         positions = positions.expand(times, -1)  # while one mask serves all rows
     with masking as mask:
-        output = loaded.model.base_model(
-            input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False
-        )
-    return output.last_hidden_state
+        return loaded.last_hidden(tokens, position_ids=positions, attention_mask=mask, use_cache=False)
 
 
 def _layers(loaded: LoadedModel) -> list[torch.nn.Module]:

@@ -488,7 +488,7 @@ def _ablate(loaded: Any, key: str, chosen: NDArray[np.bool_]) -> Any:
     def hidden_by(features: NDArray[np.int64], width: int) -> torch.Tensor:
         where = np.zeros(width, dtype=bool)
         where[features[np.repeat(chosen, len(features) // len(chosen))]] = True
-        return torch.from_numpy(where).to(module.weight.device)
+        return torch.from_numpy(where).to(linear.device(loaded.model))
 
     if query:
         rows = hidden_by(linear.output_features(), linear.parts * linear.out_features)

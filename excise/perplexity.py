@@ -278,7 +278,7 @@ def _batch_losses(loaded: LoadedModel, windows: Sequence[Window]) -> np.ndarray:
 
     with torch.inference_mode():
         tokens = torch.tensor([window.tokens for window in windows], device=loaded.device)
-        hidden = loaded.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
+        hidden = loaded.last_hidden(tokens, use_cache=False)[:, :-1]
         counts = torch.tensor([window.scored for window in windows], device=loaded.device)
         scored = torch.arange(tokens.shape[1] - 1, device=loaded.device) >= tokens.shape[1] - 1 - counts[:, None]
         states, targets = hidden[scored], tokens[:, 1:][scored]

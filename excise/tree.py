@@ -60,30 +60,27 @@ class Rows:
 
     def keep(self, rows: np.ndarray) -> None:
         """Drop all rows but these."""
-        index = torch.as_tensor(rows, device=self.loaded.device)
+        index = torch.as_tensor(rows)
         self.key_positions = self.key_positions[index]
+        on = {device: index.to(device) for device in {layer.keys.device for layer in self.cache.layers}}
         for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[index], layer.values[index]
+            own = on[layer.keys.device]
+            layer.keys, layer.values = layer.keys[own], layer.values[own]
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attends: torch.Tensor) -> torch.Tensor:
         """Append columns. tokens, positions: int [B, Q]. Returns the last hidden states, [B, Q, hidden]."""
-        model, device = self.loaded.model, self.loaded.device
-        tokens, positions, attends = tokens.to(device), positions.to(device), attends.to(device)
+        device = self.loaded.device
+        positions, attends = positions.to(device), attends.to(device)
         self.key_positions = torch.cat([self.key_positions, positions], dim=1)
         with _attention(self.loaded, attends, positions, self.key_positions) as mask:
-            output = model.base_model(
-                input_ids=tokens,
-                position_ids=positions,
-                attention_mask=mask,
-                past_key_values=self.cache,
-                use_cache=True,
+            return self.loaded.last_hidden(
+                tokens, position_ids=positions, attention_mask=mask, past_key_values=self.cache, use_cache=True
             )
-        return output.last_hidden_state
 
 
 def logits_of(loaded: LoadedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Next-token logits, float32 [..., vocabulary], of last hidden states [..., hidden]."""
-    logits = loaded.model.get_output_embeddings()(hidden).float()
+    """Next-token logits, float32 [..., vocabulary], of last hidden states [..., hidden], on the device of those."""
+    logits = loaded.model.get_output_embeddings()(hidden).to(hidden.device).float()
     cap = getattr(loaded.model.config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -120,12 +117,12 @@ def _additive(attends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 @contextmanager
 def _gpt_neo_masks(loaded: LoadedModel, local: torch.Tensor) -> Iterator[None]:
     """GPT-Neo masks by column order in a buffer of its own: lift that for the pass, hand local layers their window."""
-    everything = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=local.device).expand(1, 1, 1 << 20, 1 << 20)
     kept, hooks = [], []
     for layer, window in enumerate(loaded.topology.windows):
         attention = loaded.model.get_submodule(f"{loaded.topology.layer_path}.{layer}.attn.attention")
         kept.append((attention, attention.bias))
-        attention.bias = everything
+        everything = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=attention.bias.device)
+        attention.bias = everything.expand(1, 1, 1 << 20, 1 << 20)
         if window is not None:
             hooks.append(
                 attention.register_forward_pre_hook(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
+from excise.attribution.parts import Parts
 from excise.encoding import encode
 from excise.errors import ExciseError
 from excise.models import LoadedModel
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from excise.tree import AnswerTree
 
 SCORES = ("wanda", "attention", "snip", "gap_gradient")
-VERSION = "2"
+VERSION = "3"
 """Part of every file's address; to be raised when a score's computation changes."""
 GAP_GRADIENT_KEEP = 0.01
 """Share of each matrix kept as candidates: far above the densities at which a model survives."""
@@ -83,14 +84,15 @@ def attribute(
             if not reused:
                 some = prompts.filter(pl.col("prompt_id").is_in(rows["prompt_id"].unique().to_list()))
                 measure = {"wanda": _input_norms, "attention": _attention, "gap_gradient": _gap_gradient}
+                parts, label = Parts(path.with_suffix(".parts")), f"{score} {variation}"
                 if score == "snip":
-                    _write_snip(path, loaded, some, rows, comparison, progress, f"snip {variation}")
+                    _write_snip(path, loaded, some, rows, comparison, progress, label, parts)
                 else:
-                    label = f"{score} {variation}"
                     tensors, metadata = measure[score](
-                        loaded, some, rows, comparison, outcome, permutations, seed, progress, label
+                        loaded, some, rows, comparison, outcome, permutations, seed, progress, label, parts
                     )
                     _save(path, tensors, metadata)
+                parts.clear()
             files.append(
                 AttributionFile(variation, score, path, path.stat().st_size, reused, time.perf_counter() - started)
             )
@@ -204,31 +206,31 @@ def _weightings(prompts, rows, comparison, permutations, seed) -> dict[str, np.n
     return weightings
 
 
-def _input_norms(loaded, prompts, rows, comparison, outcome, permutations, seed, progress, label):
+def _input_norms(loaded, prompts, rows, comparison, outcome, permutations, seed, progress, label, parts):
     from excise.attribution.wanda import input_norms
 
     weightings = _weightings(prompts, rows, comparison, permutations, seed)
     del weightings["pooled"]  # made of both sides when it is read
     weights = np.stack([each.astype(np.float64) for each in weightings.values()], axis=1)
     trunk, trees, _ = _trees(loaded, prompts, rows, weights)
-    norms = input_norms(loaded, trunk, trees, weights.sum(axis=0), progress=progress, label=label)
+    norms = input_norms(loaded, trunk, trees, weights.sum(axis=0), progress=progress, label=label, parts=parts)
     sequences = [int(weightings[side].sum()) for side in ("minority", "majority")]
     return {f"{layer}.{site}": value for (layer, site), value in norms.items()}, {
         "weightings": json.dumps(list(weightings)), "sequences": json.dumps(sequences),
     }  # fmt: skip
 
 
-def _attention(loaded, prompts, rows, comparison, outcome, permutations, seed, progress, label):
+def _attention(loaded, prompts, rows, comparison, outcome, permutations, seed, progress, label, parts):
     from excise.attribution.attention import attention_to_name
 
     weightings = _weightings(prompts, rows, comparison, permutations, seed)
     weights = np.stack([each.astype(np.float64) for each in weightings.values()], axis=1)
     trunk, trees, names = _trees(loaded, prompts, rows, weights)
-    scores = attention_to_name(loaded, trunk, trees, names, progress=progress, label=label)
+    scores = attention_to_name(loaded, trunk, trees, names, progress=progress, label=label, parts=parts)
     return scores, {"weightings": json.dumps(list(weightings))}
 
 
-def _write_snip(path, loaded, prompts, rows, comparison, progress, label):
+def _write_snip(path, loaded, prompts, rows, comparison, progress, label, parts):
     """Scores of all matrices, appended to the file as they come: they are as large as the model, twice."""
     from excise.attribution.snip import snip
     from excise.tree import common_prefix
@@ -247,11 +249,13 @@ def _write_snip(path, loaded, prompts, rows, comparison, progress, label):
     sides = [counted["group"].to_numpy() == getattr(comparison, side) for side in SNIP_WEIGHTINGS]
     weights = np.stack([side * counted["times"].to_numpy().astype(float) for side in sides], axis=1)
     roles = tuple(dict.fromkeys(linear.role for linear in loaded.topology.linears))
-    pieces = snip(loaded, encoded[0].tokens[:length], answers, weights, roles=roles, progress=progress, label=label)
+    pieces = snip(
+        loaded, encoded[0].tokens[:length], answers, weights, roles=roles, progress=progress, label=label, parts=parts
+    )
     _save_stream(path, {linear.key: (2, *linear.shape) for linear in loaded.topology.linears}, pieces)
 
 
-def _gap_gradient(loaded, prompts, rows, comparison, outcome, permutations, seed, progress, label):
+def _gap_gradient(loaded, prompts, rows, comparison, outcome, permutations, seed, progress, label, parts):
     from excise.attribution.gap_gradient import advantages, gap_gradient
     from excise.sampling import SamplingParameters
 
@@ -280,6 +284,7 @@ def _gap_gradient(loaded, prompts, rows, comparison, outcome, permutations, seed
         seed=seed,
         progress=progress,
         label=label,
+        parts=parts,
     )
     tensors = {}
     for key, each in found.candidates.items():

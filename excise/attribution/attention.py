@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from excise.attribution.parts import Parts
 from excise.errors import ExciseError
 from excise.models import LoadedModel
 from excise.progress import Progress, silent
@@ -31,6 +32,7 @@ def attention_to_name(
     batch: int = 8,
     progress: Progress = silent,
     label: str = "attention",
+    parts: Parts | None = None,
 ) -> dict[str, np.ndarray]:
     """Attention from the generated tokens to the subject's name, per head, under W weightings of the same answers.
 
@@ -41,11 +43,16 @@ def attention_to_name(
     prompt, which draws the answer's first, does not count, nor does a token that ends an answer. A token that several
     answers share is computed once and counted as often as it is shared.
 
+    parts: where sums are kept batch by batch, to go on from.
     Raises ExciseError for a weighting without a generated token, and for a name that is empty or not in its prompt.
     """
     steps = _steps(trees, names)
     topology = loaded.topology
     sums = torch.zeros((len(REDUCTIONS), len(steps), topology.layers, topology.heads), dtype=torch.float64)
+    parts = parts or Parts()
+    done, state = parts.begun("attention")
+    if done:
+        sums.copy_(torch.from_numpy(state["sums"]))
     rows: list[tuple[slice, slice, torch.Tensor]] = []
 
     def record(layer: int):
@@ -53,7 +60,7 @@ def attention_to_name(
             for row, (generated, name, visits) in enumerate(rows):
                 to_name = output[1][row, :, generated, name].float()
                 for each, reduced in enumerate((to_name.mean(dim=2), to_name.amax(dim=2))):
-                    sums[each, :, layer] += (reduced @ visits).T.cpu()
+                    sums[each, :, layer] += (reduced @ visits.to(reduced.device)).T.cpu()
 
         return hook
 
@@ -63,7 +70,8 @@ def attention_to_name(
             shared = Rows(loaded, trunk)
             for layer in range(topology.layers):
                 hooks.append(topology.attention_module(loaded.model, layer).register_forward_hook(record(layer)))
-            for first in range(0, len(trees), batch):
+            progress(label, done, len(trees))
+            for first in range(done, len(trees), batch):
                 some = trees[first : first + batch]
                 rows[:] = [
                     (
@@ -75,7 +83,9 @@ def attention_to_name(
                 ]
                 packed = pack(some, len(trunk))
                 shared.copy(len(some)).forward(packed.tokens, packed.positions, packed.attends)
-                progress(label, min(first + batch, len(trees)), len(trees))
+                done = min(first + batch, len(trees))
+                parts.keep("attention", done, {"sums": sums})
+                progress(label, done, len(trees))
     finally:
         for hook in hooks:
             hook.remove()

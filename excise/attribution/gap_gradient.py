@@ -8,19 +8,22 @@ high removes much gap for little divergence. Turning a ranking into a mask belon
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from excise.attribution.gradients import Calls, blocks, output_gradients, recorded, weight_gradient
+from excise.attribution.parts import Parts
 from excise.models import Linear, LoadedModel
 from excise.progress import Progress, silent
 from excise.sampling import SamplingParameters
 from excise.tree import AnswerTree, PackedTrees, Rows, logits_of, pack
 
 MEDIAN_SAMPLE = 1 << 20
+"""Weights whose divergence is looked at to tell the median of all."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,10 @@ def gap_gradient(
     keep: float,
     seed: int,
     batch: int = 4,
+    layers_at_once: int | None = None,
     progress: Progress = silent,
     label: str = "gap gradient",
+    parts: Parts | None = None,
 ) -> GapGradient:
     """Score every weight of the given roles.
 
@@ -93,65 +98,148 @@ def gap_gradient(
     advantages were made of. keep: share of each matrix to keep as candidates, best first.
     Fisher: each batch of prompts gets a random sign per edge of its answer trees; the square of the signed gradient,
     summed over batches, estimates the mean squared gradient of log p per answer. Smaller batches estimate it better.
+    layers_at_once: the gradients of so many layers are held, and the trees pass through the model once per so many;
+    None takes as many as there is room for (`gradients.blocks`). parts: where unfinished work is kept, to go on from.
     """
-    linears = [linear for linear in loaded.topology.linears if linear.role in roles]
-    gradient = {linear.key: torch.zeros(linear.shape) for linear in linears}
-    fisher = {linear.key: torch.zeros(linear.shape) for linear in linears}
+    parts = parts or Parts()
+    some = blocks(loaded, roles, 2, layers_at_once)
+    linears = [linear for block in some for linear in block]
+    sampled = _sampled_places(linears, seed)
+    damping = math.nan
+    candidates: dict[str, Candidates] = {}
+    heads = Heads(*np.zeros((2, loaded.topology.layers, loaded.topology.heads), dtype=np.float32))
+    for number, block in enumerate(some):
+        part = f"{block[0].key}-{block[-1].key}"
+        found = parts.finished(part)
+        if found is None:
+
+            def report(done: int, before: int = number * len(trees)) -> None:
+                progress(label, before + done, len(some) * len(trees))
+
+            # The first block's passes go back through all layers, so they tell the median of all.
+            looked_at = sampled if number == 0 else {}
+            sums = _sums(loaded, trunk, trees, parameters, block, looked_at, seed, batch, report, parts, part)
+            if number == 0:
+                damping = _median_harm(loaded, linears, sampled, sums, len(trees))
+            found = {"damping": np.array(damping)}
+            for linear in block:
+                found |= _best(loaded, linear, sums, disparity, len(trees), keep, damping)
+            if len(some) > 1:
+                parts.finish(part, found)
+        damping = found["damping"].item()
+        for linear in block:
+            candidates[linear.key] = Candidates(*(found[f"{linear.key}/{name}"] for name in ("index", "drop", "harm")))
+            if linear.role == "o":
+                heads.drop[linear.layer], heads.harm[linear.layer] = found[f"{linear.key}/heads"]
+    return GapGradient(
+        abs(disparity), damping, candidates, heads if "o" in roles else None,
+        {linear.key: linear.shape for linear in linears},
+    )  # fmt: skip
+
+
+def _sums(
+    loaded: LoadedModel, trunk: Sequence[int], trees: Sequence[AnswerTree], parameters: SamplingParameters,
+    block: Sequence[Linear], looked_at: Mapping[str, torch.Tensor], seed: int, batch: int,
+    report: Callable[[int], None], parts: Parts, part: str,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Sums over batches, float32, by name: "gradient/M" and "fisher/M" of every module M of a block in its parameter's
+    layout; "heads/K" [heads], the Fisher information of each head's removal, of an output projection K; and
+    "sampled/K" [n], that of the weights of any matrix K at the places `looked_at`, flat indices of its logical shape.
+    """
+    modules = {linear.module: linear for linear in block}
+    own = {linear.key for linear in block}
+    everything = [linear for linear in loaded.topology.linears if linear.key in own or linear.key in looked_at]
+    done, state = parts.begun(part)
+    sums = {name: torch.from_numpy(each) for name, each in state.items()}
+    for module, linear in modules.items():
+        for name in (f"gradient/{module}", f"fisher/{module}"):
+            zeros = sums.get(name, torch.zeros(loaded.model.get_submodule(module).weight.shape))
+            sums[name] = zeros.to(linear.device(loaded.model))
+    for linear in block:
+        if linear.role == "o":
+            sums.setdefault(f"heads/{linear.key}", torch.zeros(loaded.topology.heads))
+    for key, places in looked_at.items():
+        sums.setdefault(f"sampled/{key}", torch.zeros(len(places)))
     signs = np.random.default_rng(seed)
-    outputs = [linear for linear in linears if linear.role == "o"]
-    head_fisher = torch.zeros(loaded.topology.layers, loaded.topology.heads)
-    with _trainable(loaded, linears):
+    report(done)
+    with recorded(loaded, {linear.module for linear in everything}) as calls:
         for start in range(0, len(trees), batch):
-            some = trees[start : start + batch]
-            packed = pack(some, len(trunk))
-            score = _edge_scores(loaded, trunk, packed, parameters)
-            visits = packed.edge_visits.to(loaded.device).float()
-            # Score vectors of different draws are uncorrelated at an edge, so signs per edge with the square root of
-            # its frequency have the same expected square as signs per answer.
-            sign = torch.from_numpy(signs.choice((-1.0, 1.0), size=len(visits))).to(loaded.device).float()
-            for total, objective in (
-                (fisher, (score * sign * visits[:, 1].clamp(min=0).sqrt()).sum()),
-                (gradient, (score * visits[:, 0]).sum()),
-            ):
-                loaded.model.zero_grad(set_to_none=True)
-                objective.backward(retain_graph=total is fisher)
-                for linear in linears:
-                    piece = (
-                        linear.of(loaded.model.get_submodule(linear.module).weight.grad)
-                        .float()
-                        .cpu()
-                        .reshape(linear.shape)
-                    )
-                    if total is fisher and linear.role == "o":
-                        head_fisher[linear.layer] += _by_head(loaded, linear, piece).square()
-                    total[linear.key] += piece if total is gradient else piece.square_()
-            progress(label, min(start + batch, len(trees)), len(trees))
-        loaded.model.zero_grad(set_to_none=True)
-    heads = None
-    if outputs:
-        drop = torch.stack([_by_head(loaded, linear, gradient[linear.key]) for linear in outputs])
-        heads = Heads((np.sign(disparity) * drop).numpy(), (0.5 * head_fisher / len(trees)).numpy())
-    return _best(loaded, linears, gradient, fisher, disparity, len(trees), keep, seed, heads)
+            packed = pack(trees[start : start + batch], len(trunk))
+            sign = torch.from_numpy(signs.choice((-1.0, 1.0), size=len(packed.edge_visits)))
+            if start < done:
+                continue
+            with torch.inference_mode(False), torch.enable_grad():
+                score = _edge_scores(loaded, trunk, packed, parameters)
+                visits = packed.edge_visits.to(score.device).float()
+                # Score vectors of different draws are uncorrelated at an edge, so signs per edge with the square root
+                # of its frequency have the same expected square as signs per answer.
+                signed = (score * sign.to(score) * visits[:, 1].clamp(min=0).sqrt()).sum()
+                fisher = output_gradients(signed, calls, again=True)
+                gradient = output_gradients((score * visits[:, 0]).sum(), calls)
+            with torch.no_grad():
+                _add(loaded, everything, looked_at, calls, gradient, fisher, sums)
+            for each in calls.values():
+                each.clear()
+            done = min(start + batch, len(trees))
+            parts.keep(part, done, sums)
+            report(done)
+    return sums
+
+
+def _add(
+    loaded: LoadedModel, linears: Sequence[Linear], looked_at: Mapping[str, torch.Tensor], calls: Calls,
+    gradient: dict[str, list[torch.Tensor]], fisher: dict[str, list[torch.Tensor]], sums: dict[str, torch.Tensor],
+) -> None:  # fmt: skip
+    """Add a batch to `_sums`: of the parameters that have sums, and of the places looked at in any."""
+    by_module: dict[str, list[Linear]] = {}
+    for linear in linears:
+        by_module.setdefault(linear.module, []).append(linear)
+    for module, own in by_module.items():
+        inputs = [given for given, _ in calls[module]]
+
+        def total(deltas: Sequence[torch.Tensor], of: Linear = own[0], inputs=inputs) -> torch.Tensor:
+            return sum(weight_gradient(of, *pair) for pair in zip(inputs, deltas, strict=True))
+
+        if f"gradient/{module}" in sums:
+            sums[f"gradient/{module}"] += total(gradient.pop(module))
+        piece = total(fisher.pop(module))
+        for linear in own:
+            if f"heads/{linear.key}" in sums:
+                sums[f"heads/{linear.key}"] += _by_head(loaded, linear, linear.of(piece)).square().cpu()
+            if linear.key in looked_at:
+                places = looked_at[linear.key].to(piece.device)
+                sums[f"sampled/{linear.key}"] += linear.of(piece).reshape(-1)[places].square().cpu()
+        if f"fisher/{module}" in sums:
+            sums[f"fisher/{module}"] += piece.square_()
 
 
 def _by_head(loaded: LoadedModel, linear: Linear, gradient: torch.Tensor) -> torch.Tensor:
     """W dD/dW of an output projection summed over each head's columns, [heads]."""
-    weight = linear.weight(loaded.model).detach().float().cpu().reshape(linear.shape)
+    weight = linear.weight(loaded.model).detach().to(gradient.device).float()
     return (weight * gradient).sum(dim=0).reshape(loaded.topology.heads, -1).sum(dim=1)
 
 
-@contextmanager
-def _trainable(loaded: LoadedModel, linears: Sequence[Linear]) -> Iterator[None]:
-    parameters = {linear.module: loaded.model.get_submodule(linear.module).weight for linear in linears}.values()
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-            parameter.grad = None
+def _sampled_places(linears: Sequence[Linear], seed: int) -> dict[str, torch.Tensor]:
+    """Flat indices of random weights, about `MEDIAN_SAMPLE` in all, of each matrix as many as its size deserves."""
+    draw = np.random.default_rng(seed)
+    size = sum(math.prod(linear.shape) for linear in linears)
+    found = {}
+    for linear in linears:
+        own = math.prod(linear.shape)
+        found[linear.key] = torch.from_numpy(draw.integers(own, size=max(1, round(MEDIAN_SAMPLE * own / size))))
+    return found
+
+
+def _median_harm(
+    loaded: LoadedModel, linears: Sequence[Linear], sampled: Mapping[str, torch.Tensor], sums: dict[str, torch.Tensor],
+    sequences: int,
+) -> float:  # fmt: skip
+    harms = []
+    for linear in linears:
+        weight = linear.weight(loaded.model).detach().reshape(-1)
+        some = weight[sampled[linear.key].to(weight.device)].float().cpu()
+        harms.append((0.5 * some.square() * sums.pop(f"sampled/{linear.key}") / sequences).numpy())
+    return float(np.median(np.concatenate(harms)))
 
 
 def _edge_scores(
@@ -180,25 +268,23 @@ def _truncated_set(scores: torch.Tensor, parameters: SamplingParameters) -> torc
 
 
 def _best(
-    loaded: LoadedModel, linears: Sequence[Linear], gradient: dict[str, torch.Tensor], fisher: dict[str, torch.Tensor],
-    disparity: float, sequences: int, keep: float, seed: int, heads: Heads | None,
-) -> GapGradient:  # fmt: skip
-    drops, harms, sample = {}, {}, []
-    draw = np.random.default_rng(seed)
-    size = sum(tensor.numel() for tensor in gradient.values())
-    for linear in linears:
-        weight = linear.weight(loaded.model).detach().float().cpu().reshape(linear.shape)
-        # Zeroing W changes D by -W dD/dW; a drop of |D| is what counts.
-        drops[linear.key] = (np.sign(disparity) * weight * gradient.pop(linear.key)).flatten().numpy()
-        harms[linear.key] = (0.5 * weight.square() * fisher.pop(linear.key) / sequences).flatten().numpy()
-        count = max(1, round(MEDIAN_SAMPLE * linear.out_features * linear.in_features / size))
-        sample.append(harms[linear.key][draw.integers(harms[linear.key].size, size=count)])
-    damping = float(np.median(np.concatenate(sample)))
-    candidates = {}
-    for key, drop in drops.items():
-        harm = harms[key]
-        score = drop / (harm + damping)
-        count = min(max(1, int(keep * score.size)), int((score > 0).sum()))
-        index = np.sort(np.argpartition(score, -count)[-count:]) if count else np.zeros(0, dtype=np.int64)
-        candidates[key] = Candidates(index.astype(np.int64), drop[index], harm[index])
-    return GapGradient(abs(disparity), damping, candidates, heads, {linear.key: linear.shape for linear in linears})
+    loaded: LoadedModel, linear: Linear, sums: dict[str, torch.Tensor], disparity: float, sequences: int, keep: float,
+    damping: float,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """The candidates of a matrix under "K/index", "K/drop" and "K/harm"; of an output projection also "K/heads", drop
+    and divergence of each head, [2, heads]."""
+    weight = linear.weight(loaded.model).detach().float().cpu().reshape(linear.shape)
+    gradient, fisher = (
+        linear.of(sums[f"{name}/{linear.module}"]).cpu().reshape(linear.shape) for name in ("gradient", "fisher")
+    )
+    # Zeroing W changes D by -W dD/dW; a drop of |D| is what counts.
+    drop = (np.sign(disparity) * weight * gradient).flatten().numpy()
+    harm = (0.5 * weight.square() * fisher / sequences).flatten().numpy()
+    score = drop / (harm + damping)
+    count = min(max(1, int(keep * score.size)), int((score > 0).sum()))
+    index = np.sort(np.argpartition(score, -count)[-count:]) if count else np.zeros(0, dtype=np.int64)
+    found = {"index": index.astype(np.int64), "drop": drop[index], "harm": harm[index]}
+    if linear.role == "o":
+        by_head = np.sign(disparity) * _by_head(loaded, linear, gradient).numpy()
+        found["heads"] = np.stack([by_head, (0.5 * sums[f"heads/{linear.key}"] / sequences).numpy()])
+    return {f"{linear.key}/{name}": each for name, each in found.items()}

@@ -108,7 +108,7 @@ def _masked(loaded: LoadedModel, mask: torch.Tensor) -> Iterator[None]:
     def multiply(layer: int):
         def hook(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             of_features = mask[layer].repeat_interleave(topology.head_dim, dim=1)[:, None]
-            return (given[0] * of_features.to(given[0].dtype), *given[1:])
+            return (given[0] * of_features.to(given[0]), *given[1:])
 
         return hook
 
@@ -126,7 +126,7 @@ def _masked(loaded: LoadedModel, mask: torch.Tensor) -> Iterator[None]:
 def _losses(loaded: LoadedModel, windows: Sequence[ScoredTokens]) -> torch.Tensor:
     """The mean cross-entropy of each window's scored tokens, [windows]; all windows have one length."""
     tokens = torch.tensor([list(window.tokens) for window in windows], device=loaded.device)
-    hidden = loaded.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    hidden = loaded.last_hidden(tokens, use_cache=False)
     losses = []
     for row, window in enumerate(windows):
         logits = logits_of(loaded, hidden[row, -window.scored - 1 : -1])

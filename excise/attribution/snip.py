@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
+from excise.attribution.gradients import blocks, output_gradients, recorded, weight_gradient
+from excise.attribution.parts import Parts
 from excise.errors import ExciseError
 from excise.models import Linear, LoadedModel
 from excise.progress import Progress, silent
 from excise.tree import logits_of
-
-ACCUMULATOR_BYTES = 2 << 30
-"""What the gradients of the layers taken at once may fill, where the caller does not say how many layers."""
 
 Answer = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -34,13 +33,15 @@ def snip(
     batch: int = 8,
     progress: Progress = silent,
     label: str = "SNIP",
+    parts: Parts | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Scores of every weight of the given roles under W weightings of the same answers, one matrix after the other.
 
     trunk: tokens that all prompts begin with. answers: (prompt tokens after the trunk, answer tokens with the stop
     token where there is one), each distinct pair once. weights: float [N, W], how often each weighting has the pair.
     layers_at_once: gradients of so many layers are held, and the answers pass through the model once per so many
-    layers; None takes as many as `ACCUMULATOR_BYTES` hold. batch: answers per pass; it changes nothing but speed.
+    layers; None takes as many as there is room for (`gradients.blocks`). batch: answers per pass. parts: where
+    unfinished work is kept; what is there already is not computed again.
 
     Yields (linear key, float32 [W, out, in]), layer by layer: |W| sum_n w_n |dL_n/dW| / sum_n w_n, where L_n is the
     mean cross-entropy over the tokens of answer n alone. The gradient belongs to the whole sequence, trunk included,
@@ -59,104 +60,80 @@ def snip(
     for number, (prompt, answer) in enumerate(answers):
         if not answer or not (len(trunk) or prompt):
             raise ExciseError(f"answers[{number}] has no {'prompt' if answer else 'answer'} tokens: nothing to score")
-    return _scores(loaded, tuple(trunk), answers, weights, tuple(roles), layers_at_once, batch, progress, label)
+    return _scores(
+        loaded, tuple(trunk), answers, weights, tuple(roles), layers_at_once, batch, progress, label, parts or Parts()
+    )
 
 
 def _scores(
     loaded: LoadedModel, trunk: tuple[int, ...], answers: Sequence[Answer], weights: np.ndarray,
-    roles: tuple[str, ...], layers_at_once: int | None, batch: int, progress: Progress, label: str,
+    roles: tuple[str, ...], layers_at_once: int | None, batch: int, progress: Progress, label: str, parts: Parts,
 ) -> Iterator[tuple[str, np.ndarray]]:  # fmt: skip
-    by_layer: dict[int, list[Linear]] = {}
-    for linear in loaded.topology.linears:
-        if linear.role in roles:
-            by_layer.setdefault(linear.layer, []).append(linear)
-    layers = list(by_layer)
-    if not layers:
-        return
     weightings = weights.shape[1]
-    if layers_at_once is None:
-        layers_at_once = max(1, ACCUMULATOR_BYTES // _accumulator_bytes(loaded, by_layer.values(), weightings))
-    totals = weights.sum(axis=0)
-    divisor = np.where(totals > 0, totals, 1.0)
+    divisor = np.where(weights.any(axis=0), weights.sum(axis=0), 1.0)
     # Rows of like length share a pass, so that little of it is padding.
     rows = [row for row in range(len(answers)) if weights[row].any()]
     rows.sort(key=lambda row: len(answers[row][0]) + len(answers[row][1]))
-    rounds = [layers[start : start + layers_at_once] for start in range(0, len(layers), layers_at_once)]
-    for number, some in enumerate(rounds):
-        linears = {linear.module: linear for layer in some for linear in by_layer[layer]}
+    some = blocks(loaded, roles, max(weightings, 1), layers_at_once)
+    for number, linears in enumerate(some):
+        part = f"{linears[0].key}-{linears[-1].key}"
+        found = parts.finished(part)
+        if found is None:
 
-        def report(done: int, before: int = number * len(rows)) -> None:
-            progress(label, before + done, len(rounds) * len(rows))
+            def report(done: int, before: int = number * len(rows)) -> None:
+                progress(label, before + done, len(some) * len(rows))
 
-        gradients = _absolute_gradients(loaded, trunk, answers, weights, rows, linears, batch, report)
-        for layer in some:
-            for linear in by_layer[layer]:
+            gradients = _absolute_gradients(loaded, trunk, answers, weights, rows, linears, batch, report, parts, part)
+            found = {}
+            for place, linear in enumerate(linears):
                 own = np.empty((weightings, *linear.shape), dtype=np.float32)
                 size = linear.weight(loaded.model).detach().float().abs()
                 for weighting, gradient in enumerate(gradients[linear.module]):
-                    score = (linear.of(gradient) * size).reshape(linear.shape).cpu().numpy()
+                    score = (linear.of(gradient) * size.to(gradient.device)).reshape(linear.shape).cpu().numpy()
                     np.divide(score, divisor[weighting], out=own[weighting], casting="same_kind")
-                yield linear.key, own
-                del own
-            for linear in by_layer[layer]:
-                gradients.pop(linear.module, None)
-
-
-def _accumulator_bytes(loaded: LoadedModel, layers: Sequence[Sequence[Linear]], weightings: int) -> int:
-    """Bytes of the largest layer's accumulators."""
-    modules = [{linear.module for linear in linears} for linears in layers]
-    return max(
-        4 * max(weightings, 1) * sum(loaded.model.get_submodule(module).weight.numel() for module in each)
-        for each in modules
-    )
+                found[linear.key] = own
+                if all(other.module != linear.module for other in linears[place + 1 :]):
+                    del gradients[linear.module]
+            if len(some) > 1:
+                parts.finish(part, found)
+        for linear in linears:
+            yield linear.key, found.pop(linear.key)
 
 
 def _absolute_gradients(
     loaded: LoadedModel, trunk: tuple[int, ...], answers: Sequence[Answer], weights: np.ndarray, rows: Sequence[int],
-    linears: dict[str, Linear], batch: int, report: Callable[[int], None],
+    linears: Sequence[Linear], batch: int, report: Callable[[int], None], parts: Parts, part: str,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Per module the sum over rows of weight times |dL_n/dW|, float32 [W, ...] in the parameter's own layout."""
+    modules = {linear.module: linear for linear in linears}
+    done, state = parts.begun(part)
     totals = {
-        module: torch.zeros(
+        module: torch.from_numpy(state[module]).to(linear.device(loaded.model)) if done else torch.zeros(
             (weights.shape[1], *loaded.model.get_submodule(module).weight.shape),
-            dtype=torch.float32,
-            device=loaded.device,
+            dtype=torch.float32, device=linear.device(loaded.model),
         )
-        for module in linears
-    }
-    inputs: dict[str, torch.Tensor] = {}
-    outputs: dict[str, torch.Tensor] = {}
-
-    def record(module: str):
-        def hook(_: torch.nn.Module, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            inputs[module] = given[0].detach()
-            # The graph begins at the first matrix of interest: what lies below needs no gradient and keeps nothing.
-            outputs[module] = output if output.requires_grad else output.requires_grad_()
-
-        return hook
-
-    hooks = [loaded.model.get_submodule(module).register_forward_hook(record(module)) for module in linears]
-    try:
-        for start in range(0, len(rows), batch):
+        for module, linear in modules.items()
+    }  # fmt: skip
+    report(done)
+    with recorded(loaded, modules) as calls:
+        for start in range(done, len(rows), batch):
             some = rows[start : start + batch]
             with torch.inference_mode(False), torch.enable_grad():
                 loss, lengths = _loss(loaded, trunk, [answers[row] for row in some])
-                deltas = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))
+                deltas = output_gradients(loss, calls)
             del loss
-            outputs.clear()
             with torch.no_grad():
-                for module, linear in linears.items():
-                    given, delta = inputs.pop(module), deltas.pop(module)
+                for module, linear in modules.items():
+                    ((given, _),), (delta,) = calls[module], deltas.pop(module)
+                    calls[module].clear()
                     for place, (row, length) in enumerate(zip(some, lengths, strict=True)):
-                        x, d = given[place, :length].float(), delta[place, :length].float()
-                        gradient = (x.T @ d if linear.layout == "conv1d" else d.T @ x).abs_()
+                        gradient = weight_gradient(linear, given[place, :length], delta[place, :length]).abs_()
                         for weighting, weight in enumerate(weights[row].tolist()):
                             if weight:
                                 totals[module][weighting].add_(gradient, alpha=weight)
-            report(min(start + batch, len(rows)))
-    finally:
-        for hook in hooks:
-            hook.remove()
+            stop = min(start + batch, len(rows))
+            parts.keep(part, stop, totals)
+            report(stop)
     return totals
 
 
@@ -174,7 +151,7 @@ def _loss(loaded: LoadedModel, trunk: tuple[int, ...], answers: Sequence[Answer]
         column += range(lengths[number] - len(answer), lengths[number])
         target += answer
         share += [1 / len(answer)] * len(answer)
-    hidden = loaded.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    hidden = loaded.last_hidden(tokens, use_cache=False)
     logits = logits_of(loaded, hidden[place, column])
     entropy = torch.nn.functional.cross_entropy(logits, torch.tensor(target, device=loaded.device), reduction="none")
     return (entropy * torch.tensor(share, device=loaded.device)).sum(), lengths

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from excise.attribution.parts import Parts
 from excise.models import SITES, Linear, LoadedModel
 from excise.progress import Progress, silent
 from excise.tree import AnswerTree, Rows, pack
@@ -26,14 +27,17 @@ def input_norms(
     batch: int = 16,
     progress: Progress = silent,
     label: str = "input norms",
+    parts: Parts | None = None,
 ) -> dict[tuple[int, str], np.ndarray]:
     """Norms of every site's input under W weightings of the same sequences.
 
     trees: one per prompt, each visit counted per weighting. totals: number of sequences of each weighting, [W].
     Returns {(layer, site): float32 [W, in_features]}: sqrt(1/N sum_n sum_t x[n,t]^2), over all tokens of prompt and
     answer (the token that ends it is never read), accumulated in float64. A token that several sequences share is
-    computed once and counted as often as it is shared.
+    computed once and counted as often as it is shared. parts: where sums are kept batch by batch, to go on from.
     """
+    parts = parts or Parts()
+    done, state = parts.begun("norms")
     sums = {
         (layer, site): torch.zeros(
             (len(totals), loaded.topology.site_width(layer, site)),
@@ -43,12 +47,15 @@ def input_norms(
         for layer in range(loaded.topology.layers)
         for site in SITES
     }
+    named = {f"{layer}.{site}": total for (layer, site), total in sums.items()}
+    for name, kept in state.items():
+        named[name].copy_(torch.from_numpy(kept))
     weights: list[torch.Tensor] = []
 
     def record(layer: int, site: str):
         def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             squares = arguments[0].flatten(0, 1).float().square()
-            sums[layer, site] += (weights[0].T @ squares).to(sums[layer, site])
+            sums[layer, site] += (weights[0].to(squares.device).T @ squares).to(sums[layer, site])
 
         return hook
 
@@ -58,14 +65,18 @@ def input_norms(
     ]
     try:
         with torch.inference_mode():
-            weights[:] = [torch.from_numpy(np.repeat(totals[None], len(trunk), axis=0)).float().to(loaded.device)]
+            counted = totals if done == 0 else np.zeros_like(totals)  # what is kept has the trunk in it
+            weights[:] = [torch.from_numpy(np.repeat(counted[None], len(trunk), axis=0)).float().to(loaded.device)]
             shared = Rows(loaded, trunk)
-            for start in range(0, len(trees), batch):
+            progress(label, done, len(trees))
+            for start in range(done, len(trees), batch):
                 some = trees[start : start + batch]
                 packed = pack(some, len(trunk))
                 weights[:] = [packed.visits.flatten(0, 1).float().to(loaded.device)]
                 shared.copy(len(some)).forward(packed.tokens, packed.positions, packed.attends)
-                progress(label, min(start + batch, len(trees)), len(trees))
+                done = min(start + batch, len(trees))
+                parts.keep("norms", done, named)
+                progress(label, done, len(trees))
     finally:
         for hook in hooks:
             hook.remove()

@@ -230,7 +230,7 @@ def test_progress_counts_prompts(loaded, material):
     model = loaded("gpt2")
     seen = []
     found_by_trees(model, *material(model), batch=2, progress=lambda *report: seen.append(report), label="heads")
-    assert seen == [("heads", 2, 5), ("heads", 4, 5), ("heads", 5, 5)]
+    assert seen == [("heads", 0, 5), ("heads", 2, 5), ("heads", 4, 5), ("heads", 5, 5)]
 
 
 # Errors

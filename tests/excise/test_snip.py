@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from excise.attribution import snip as module
+from excise.attribution import gradients
 from excise.attribution.snip import snip
 from excise.encoding import encode
 from excise.errors import ExciseError
@@ -169,9 +169,9 @@ def test_a_round_is_run_only_when_its_layers_are_asked_for(loaded, asked):
     assert seen == []
     first = [next(scores)[0] for _ in ROLES]
     assert first == [f"0.{role}" for role in ROLES]
-    assert seen == [(2, 15), (4, 15), (5, 15)]  # five answers that count, three rounds
+    assert seen == [(0, 15), (2, 15), (4, 15), (5, 15)]  # five answers that count, three rounds
     assert next(scores)[0] == "1.q"
-    assert seen[3:] == [(7, 15), (9, 15), (10, 15)]
+    assert seen[4:] == [(5, 15), (7, 15), (9, 15), (10, 15)]
 
 
 def test_by_default_a_round_has_as_many_layers_as_memory_is_granted_for(loaded, asked, monkeypatch):
@@ -179,7 +179,7 @@ def test_by_default_a_round_has_as_many_layers_as_memory_is_granted_for(loaded, 
     trunk, answers = asked(model)
     layer = 4 * 2 * sum(linear.out_features * linear.in_features for linear in model.topology.linears) // 3
     for granted, rounds in ((layer - 1, 3), (2 * layer - 1, 3), (2 * layer, 2), (3 * layer, 1)):
-        monkeypatch.setattr(module, "ACCUMULATOR_BYTES", granted)
+        monkeypatch.setattr(gradients, "ACCUMULATOR_BYTES", granted)
         seen: list = []
 
         def note(*report, seen=seen):

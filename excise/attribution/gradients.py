@@ -1,0 +1,89 @@
+"""Gradients of weights from what goes into their matrices and comes out of them, for some layers at a time.
+
+The gradient of a matrix is the product of its inputs and the gradients of its outputs, so that no parameter has to be
+trainable, no gradient is held longer than it is needed, and weights that are fetched for a pass alone have one as well.
+What is made of them is in `snip` and `gap_gradient`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from excise.models import Linear, LoadedModel
+
+ACCUMULATOR_BYTES = 2 << 30
+"""What the sums kept of layers at once may fill, where a card has no more room to spare."""
+
+Calls = dict[str, list[tuple[torch.Tensor, torch.Tensor]]]
+"""By module, input and output of each of its calls."""
+
+
+@contextmanager
+def recorded(loaded: LoadedModel, modules: Iterable[str]) -> Iterator[Calls]:
+    """Inputs and outputs of modules, while the model runs; empty it before the next pass.
+
+    The graph of autograd begins at the first of them: what lies below needs no gradient and keeps nothing.
+    """
+    calls: Calls = {module: [] for module in modules}
+
+    def record(module: str):
+        def hook(_: torch.nn.Module, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            calls[module].append((given[0].detach(), output if output.requires_grad else output.requires_grad_()))
+
+        return hook
+
+    hooks = [loaded.model.get_submodule(module).register_forward_hook(record(module)) for module in calls]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def output_gradients(objective: torch.Tensor, calls: Calls, *, again: bool = False) -> dict[str, list[torch.Tensor]]:
+    """d objective / d output of every recorded call; of one the objective does not hang on, zeros. again: the graph
+    stays for another objective."""
+    outputs = [output for each in calls.values() for _, output in each]
+    found = iter(torch.autograd.grad(objective, outputs, retain_graph=again, materialize_grads=True))
+    return {module: [next(found) for _ in each] for module, each in calls.items()}
+
+
+def weight_gradient(linear: Linear, given: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """d objective / dW of the whole parameter `linear` lies in, float32, in its own layout.
+
+    given, delta: the module's input and the gradient of its output, [..., features], summed over all but the last.
+    """
+    x, d = (each.flatten(0, -2).float() for each in (given, delta))
+    return x.T @ d if linear.layout == "conv1d" else d.T @ x
+
+
+def blocks(
+    loaded: LoadedModel, roles: Sequence[str], copies: int, layers_at_once: int | None = None
+) -> list[list[Linear]]:
+    """The matrices of the given roles, by blocks of consecutive layers of which `copies` in float32 may be held at
+    once. layers_at_once: layers of a block; None takes as many as there is room for."""
+    by_layer: dict[int, list[Linear]] = {}
+    for linear in loaded.topology.linears:
+        if linear.role in roles:
+            by_layer.setdefault(linear.layer, []).append(linear)
+    if not by_layer:
+        return []
+    if layers_at_once is None:
+        largest = max(
+            sum(loaded.model.get_submodule(module).weight.numel() for module in {each.module for each in some})
+            for some in by_layer.values()
+        )
+        layers_at_once = max(1, _room(loaded.device) // max(1, 4 * copies * largest))
+    layers = list(by_layer.values())
+    return [
+        [linear for some in layers[start : start + layers_at_once] for linear in some]
+        for start in range(0, len(layers), layers_at_once)
+    ]
+
+
+def _room(device: torch.device) -> int:
+    spare = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0
+    return max(ACCUMULATOR_BYTES, spare)

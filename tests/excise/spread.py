@@ -1,0 +1,170 @@
+"""Asks tiny models that are spread over cards the same as the same models on the CPU: `python -m tests.excise.spread`.
+
+Of every folder given, all that works on a model is done with the plain model and with the one spread in the given way,
+and a line of JSON per piece of work says how far apart the results are. The cards are those of `cards`, so this runs in
+a process of its own; the test that starts it is `test_spread`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from excise import continuation, exact, sampling
+from excise.attribution import SCORES, attribute
+from excise.attribution.head_scores import head_gradient, head_magnitude
+from excise.completions import complete
+from excise.head_impacts import head_impacts
+from excise.masks import Mask, heads_mask, pruned
+from excise.models import DeviceMap, LoadedModel, ModelSpec, load_model
+from excise.perplexity import text_windows, window_losses
+from excise.sampling import SamplingParameters
+from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, Variation, expand
+from tests.excise.cards import DEVICE, on_cards
+
+PARAMETERS = SamplingParameters(temperature=1.0, top_p=0.9, seed=1, max_new_tokens=3)
+TEXT = "The market opens at noon. Bread, apples and old books are sold until the evening, whatever the weather. " * 3
+SCENARIO = Scenario(
+    key="lamp", title="Lamp", description="A lamp.",
+    outcome=NumberOutcome(unit="USD", low=1, high=10000, scale="log", better="higher", max_new_tokens=3),
+    comparison=Comparison(majority="white", minority="black"),
+    groups={
+        "white": Group(label="white", subjects=[Subject(name="Jake Becker"), Subject(name="Jill Becker")]),
+        "black": Group(label="Black", subjects=[Subject(name="Ebony Washington"), Subject(name="Jamal Washington")]),
+    },
+    templates={"plain": "A used {item} of {name}. What should I offer? One number."},
+    variations={"lamp": Variation(fields={"item": "lamp"})},
+)  # fmt: skip
+BUDGETS = (
+    sampling.PREFILL_TOKENS, exact.CACHE_COLUMNS, continuation.PASS_TOKENS, continuation.FOREST_COLUMNS,
+    continuation.RESIDENT_BYTES,
+)  # fmt: skip
+
+
+GRADIENTS = ("head gradient", "snip", "gap_gradient")
+"""Work that goes backwards, which torch does on no card that is none: there gradients are zeros in the right places."""
+
+
+LAST_NORMS = ("norm", "ln_f", "final_layer_norm")
+
+
+def spread(loaded: LoadedModel) -> DeviceMap:
+    """A device map that begins and ends on the first card, with the last layers and the norm behind them on another."""
+    topology, base = loaded.topology, loaded.model.base_model_prefix
+    found: dict[str, str] = {}
+    for name, module in loaded.model.named_children():
+        for part in [f"{base}.{inner}" for inner, _ in module.named_children()] if name == base else [name]:
+            if part == topology.layer_path:
+                half = topology.layers // 2
+                found |= {f"{part}.{layer}": f"{DEVICE}:0" if layer < half else f"{DEVICE}:1"
+                          for layer in range(topology.layers)}  # fmt: skip
+            else:
+                found[part] = f"{DEVICE}:{int(part.rpartition('.')[2] in LAST_NORMS)}"
+    return found
+
+
+def work(loaded: LoadedModel, plain: LoadedModel) -> Iterator[tuple[str, np.ndarray]]:
+    """Every piece of work and its numbers. plain: the model on the CPU, whose answers both are asked about."""
+    prompts = expand(SCENARIO)
+    rng = np.random.default_rng(0)
+    weights = Mask.from_arrays({each.key: rng.random(each.shape) < 0.2 for each in loaded.topology.linears})
+    chosen = np.ones((loaded.topology.layers, loaded.topology.heads), dtype=bool)
+    chosen[:, 0] = False
+    masks = {
+        "unpruned": None, "weights": weights, "zero_query": heads_mask(chosen, "zero_query"),
+        "zero_output": heads_mask(chosen, "zero_output"),
+    }  # fmt: skip
+    for name, mask in masks.items():
+        rows, _ = complete(loaded, prompts, 6, PARAMETERS, outcome=SCENARIO.outcome, mask=mask)
+        yield f"answers, {name}", np.array([len(each) + sum(each) for each in rows["token_ids"].to_list()], dtype=float)
+    windows = text_windows(loaded, TEXT, size=30, stride=15, limit_tokens=90)
+    yield "losses", window_losses(loaded, windows)
+    with pruned(loaded, weights):
+        yield "losses without weights", window_losses(loaded, windows)
+    yield "losses again", window_losses(loaded, windows)
+    found, _ = exact.exact_completions(
+        loaded, prompts, PARAMETERS, outcome=SCENARIO.outcome, leftover=0.5, max_nodes=40, samples=None
+    )
+    yield "leftover mass", found["leftover"].to_numpy()
+    yield "head magnitude", head_magnitude(loaded)
+    yield "head gradient", head_gradient(loaded, windows)
+    answers, _ = complete(plain, prompts, 6, PARAMETERS, outcome=SCENARIO.outcome)
+    answers = answers.with_columns(value=answers["tokens"].cast(float) + answers["sample"] + 1.0)
+    impacts = head_impacts(
+        loaded, prompts, answers, disparity="gap", groups=["white", "black"], parameters=PARAMETERS, windows=windows,
+        method="reweight", resamples=2,
+    )  # fmt: skip
+    yield "head impacts", impacts.select("z_ppl", "bias_without", "ess").to_numpy()
+    from safetensors.numpy import load_file
+
+    for score in SCORES:
+        with tempfile.TemporaryDirectory() as folder:
+            (file,) = attribute(
+                loaded, prompts, answers, comparison=SCENARIO.comparison, outcome=SCENARIO.outcome, scores=[score],
+                permutations=0, seed=0, folder=Path(folder),
+            )  # fmt: skip
+            tensors = load_file(file.path)
+        yield score, np.concatenate([tensors[key].ravel().astype(float) for key in sorted(tensors)])
+
+
+@contextmanager
+def on_two_cards(spec: ModelSpec, plain: LoadedModel, home: Path) -> Iterator[LoadedModel]:
+    backwards = torch.autograd.grad
+
+    def zeros(of: torch.Tensor, where: Sequence[torch.Tensor] | torch.Tensor, **options: Any) -> tuple:
+        return tuple(map(torch.zeros_like, [where] if isinstance(where, torch.Tensor) else where))
+
+    with on_cards():
+        torch.autograd.grad = zeros
+        try:
+            yield load_model(spec, {}, device="cpu", home=home, device_map=spread(plain))
+        finally:
+            torch.autograd.grad = backwards
+
+
+@contextmanager
+def offloaded(spec: ModelSpec, plain: LoadedModel, home: Path) -> Iterator[LoadedModel]:
+    """All weights are fetched for each pass, as accelerate does it for those that no card has room for."""
+    from accelerate import cpu_offload
+
+    loaded = load_model(spec, {}, device="cpu", home=home)
+    cpu_offload(loaded.model, execution_device=torch.device("cpu"))
+    yield loaded
+
+
+def compared(folder: Path, how: str) -> Iterator[dict[str, Any]]:
+    """The largest difference of each piece of work, as a share of its largest number."""
+    spec = ModelSpec(key=folder.name, folder=folder)
+    with tempfile.TemporaryDirectory() as home:
+        plain = load_model(spec, {}, device="cpu", home=Path(home))
+        wanted = dict(work(plain, plain))
+        with {"cards": on_two_cards, "offloaded": offloaded}[how](spec, plain, Path(home)) as loaded:
+            places = sorted({str(parameter.device) for parameter in loaded.model.parameters()})
+            yield {"model": folder.name, "places": places, "devices": loaded.devices, "device": str(loaded.device)}
+            for name, numbers in work(loaded, plain):
+                largest = max(float(np.abs(wanted[name]).max()), 1e-30)
+                apart = float(np.abs(numbers - wanted[name]).max()) if numbers.shape == wanted[name].shape else np.inf
+                if how != "cards" or name not in GRADIENTS:
+                    yield {"model": folder.name, "work": name, "apart": apart / largest}
+
+
+def main(how: str, *folders: str) -> int:
+    for budget in BUDGETS:
+        budget[DEVICE] = budget["cuda"]
+    torch.set_num_threads(1)
+    for folder in folders:
+        for told in compared(Path(folder), how):
+            print(json.dumps(told), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
