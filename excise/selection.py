@@ -88,15 +88,13 @@ def set_difference_of_count(
     `set_difference` does.
     """
     minority, majority = _pair("minority_scores", minority_scores, "majority_scores", majority_scores)
-    outside = np.flatnonzero(~top(majority, _count("tau_maj", tau_maj, majority.size)).reshape(-1))
-    if count > outside.size:
+    count_maj = _count("tau_maj", tau_maj, majority.size)
+    if count > majority.size - count_maj:
         raise ExciseError(
-            f"count is {count}, but only {outside.size} entries lie outside the top {tau_maj:g} of majority_scores: "
-            "lower count or tau_maj"
+            f"count is {count}, but only {majority.size - count_maj} entries lie outside the top {tau_maj:g} of "
+            "majority_scores: lower count or tau_maj"
         )
-    chosen = np.zeros(minority.size, dtype=bool)
-    chosen[outside[top(minority.reshape(-1)[outside], count)]] = True
-    return chosen.reshape(minority.shape)
+    return _top("count", minority, count, ~top(majority, count_maj))
 
 
 def pooled_band(pooled_scores: ArrayLike, start: int, count: int) -> NDArray[np.bool_]:
@@ -232,15 +230,21 @@ def fasp(
     return np.sort(candidates[ranking[:pruned]]).astype(np.int64)
 
 
-def _top(name: str, array: NDArray, count: int) -> NDArray[np.bool_]:
+def _top(name: str, array: NDArray, count: int, among: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
+    """`top`; among: of these entries alone, which are `count` at least."""
     flat = array.reshape(-1)
     if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 0 <= count <= flat.size:
         raise ExciseError(f"{name} is {count!r}: it must be a whole number between 0 and the {flat.size} entries")
     if count in (0, flat.size):
         return np.full(array.shape, count > 0)
+    if among is not None:
+        lowest = -np.inf if array.dtype.kind == "f" else False if array.dtype == bool else np.iinfo(array.dtype).min
+        flat = np.where(among, array, lowest).reshape(-1)
     threshold = np.partition(flat, flat.size - count)[flat.size - count]
     chosen = flat > threshold
     tied = np.flatnonzero(flat == threshold)
+    if among is not None:
+        tied = tied[among.reshape(-1)[tied]]
     chosen[tied[: count - np.count_nonzero(chosen)]] = True
     return chosen.reshape(array.shape)
 
