@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -33,6 +34,9 @@ HEAD_ROLES = {"zero_query": "head_query", "zero_output": "head_output"}
 `zero_query` makes a head's queries zero, so that it attends uniformly to all it may see; `zero_output` takes out what
 it writes.
 """
+
+Stretch = tuple[str, int, int]
+"""A part of a matrix' packed bits: its key, and where the part starts and stops, in bytes."""
 
 _FORMAT = "excise mask 1"
 
@@ -168,13 +172,13 @@ class Mask:
 class MaskFile:
     """A mask in the file `Mask.save` has written: its matrices are known, their bits are read one by one.
 
-    `places[key]` is where the packed bits of a matrix begin in the file, in bytes.
+    `places[key]` is where the packed bits of a matrix start and stop in the file, in bytes.
     """
 
     path: Path
     shapes: Mapping[str, tuple[int, int]]
     fingerprint: str
-    places: Mapping[str, int]
+    places: Mapping[str, tuple[int, int]]
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
@@ -185,61 +189,67 @@ class MaskFile:
         try:
             with safe_open(path, framework="numpy") as file:  # checks the header, and the file's length against it
                 metadata = file.metadata() or {}
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
+                sizes = {key: math.prod(file.get_slice(key).get_shape()) for key in file.offset_keys()}
+            with open(path, "rb", buffering=0) as file:
+                start = 8 + int.from_bytes(file.read(8), "little")
+                end = file.seek(0, os.SEEK_END)
         except FileNotFoundError:
             raise ExciseError(f"{path}: there is no such mask file; make the mask again") from None
         except (OSError, SafetensorError) as error:
             raise _unreadable(path, error) from None
         if metadata.get("format") != _FORMAT:
             raise ExciseError(f"{path}: is not a mask file of this version; make the mask again")
-        shapes = {key: tuple(shape) for key, shape in json.loads(metadata["shapes"]).items()}
+        shapes = _shapes(metadata["shapes"])
         for key, shape in shapes.items():
-            bytes_there = header[key]["data_offsets"][1] - header[key]["data_offsets"][0] if key in header else 0
-            if bytes_there != (math.prod(shape) + 7) // 8:
-                raise _unreadable(path, f"{key} of shape {shape} has {bytes_there} bytes")
-        places = {key: 8 + length + header[key]["data_offsets"][0] for key in shapes}
+            if sizes.get(key, 0) != _bytes_of(shape):
+                raise _unreadable(path, f"{key} of shape {shape} has {sizes.get(key, 0)} bytes")
+        places = {}
+        for key, size in sizes.items():
+            places[key] = (start, start + size)
+            start += size
+        if start != end:
+            raise _unreadable(path, "it holds more than packed bits")
         return cls(path, shapes, metadata["fingerprint"], places)
 
     def bits(self, key: str) -> NDArray[np.uint8]:
         """The packed bits of one matrix, as `Mask.bits` holds them."""
-        return self.read([key], np.empty(self.bytes_of(key), dtype=np.uint8))[0]
+        bits = np.empty(_bytes_of(self.shapes[key]), dtype=np.uint8)
+        self.read([(key, 0, bits.size)], bits)
+        return bits
 
-    def bytes_of(self, key: str) -> int:
-        """Bytes of a matrix' packed bits."""
-        return (math.prod(self.shapes[key]) + 7) // 8
-
-    def read(self, keys: Sequence[str], buffer: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
-        """The packed bits of some matrices, in their order, as parts of a buffer that is large enough for them.
+    def read(self, stretches: Sequence[Stretch], buffer: NDArray[np.uint8]) -> None:
+        """Put stretches of matrices' packed bits into a buffer, one after the other.
 
         What lies together in the file is read at once. Raises ExciseError when that fails.
         """
-        # Read, not mapped: pages of mapped files would count as memory of the process.
-        found, start = {}, 0
-        runs: list[list[str]] = []
-        for key in sorted(keys, key=self.places.__getitem__):
-            if not runs or self.places[key] != self.places[runs[-1][-1]] + self.bytes_of(runs[-1][-1]):
-                runs.append([])
-            runs[-1].append(key)
+        # Read, not mapped: pages of mapped files would count as memory of the process, and a file that is cut off while
+        # it is mapped would end the process.
+        view, done, runs, ends = memoryview(buffer), 0, [], []
+        for key, start, stop in stretches:
+            begin, end = self.places[key]
+            if runs and runs[-1][1] == begin + start:
+                runs[-1][1] = begin + stop
+            else:
+                runs.append([begin + start, begin + stop])
+            done += stop - start
+            if begin + stop == end:
+                ends.append((key, done - 1))
+        done = 0
         try:
-            with self.path.open("rb", buffering=0) as file:
-                for run in runs:
-                    begins = start
-                    for key in run:
-                        found[key] = buffer[start : start + self.bytes_of(key)]
-                        start += self.bytes_of(key)
-                    file.seek(self.places[run[0]])
-                    done, view = 0, memoryview(buffer)[begins:start]
-                    while done < len(view):
-                        if not (count := file.readinto(view[done:])):
-                            raise OSError(f"it ends within {run[-1]}")
+            file = os.open(self.path, os.O_RDONLY)
+            try:
+                for place, end in runs:
+                    while place < end:
+                        if not (count := os.preadv(file, [view[done : done + end - place]], place)):
+                            raise OSError(f"it ends after {place} bytes")
+                        place += count
                         done += count
-            for key, bits in found.items():
-                _checked_bits(key, bits, math.prod(self.shapes[key]))
+            finally:
+                os.close(file)
+            for key, last in ends:
+                _check_last(key, buffer[last], math.prod(self.shapes[key]))
         except (OSError, ExciseError) as error:
             raise _unreadable(self.path, error) from None
-        return [found[key] for key in keys]
 
 
 def heads_mask(chosen: NDArray[np.bool_], ablation: str) -> Mask:
@@ -461,6 +471,16 @@ def _exchange() -> Callable[..., None]:
     return exchange
 
 
+@functools.lru_cache(maxsize=8)
+def _shapes(text: str) -> Mapping[str, tuple[int, int]]:
+    """What a file says of its matrices' shapes. Masks of one model say the same, and are often opened together."""
+    return MappingProxyType({key: tuple(shape) for key, shape in json.loads(text).items()})
+
+
+def _bytes_of(shape: tuple[int, int]) -> int:
+    return (math.prod(shape) + 7) // 8
+
+
 def _role(key: str) -> str:
     return key.rpartition(".")[2]
 
@@ -515,11 +535,15 @@ def _shape(key: str, shape: Iterable[int]) -> tuple[int, int]:
 def _checked_bits(key: str, bits: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     if not isinstance(bits, np.ndarray) or bits.dtype != np.uint8 or bits.shape != ((size + 7) // 8,):
         raise ExciseError(f"mask of {key}: {size} weights need {(size + 7) // 8} packed bytes in one dimension")
-    if size % 8 and bits[-1] & (0xFF >> size % 8):
-        raise ExciseError(f"mask of {key}: the bits after the last of {size} weights must be zero")
+    _check_last(key, bits[-1], size)
     bits = bits.view()
     bits.setflags(write=False)
     return bits
+
+
+def _check_last(key: str, byte: np.uint8, size: int) -> None:
+    if size % 8 and byte & (0xFF >> size % 8):
+        raise ExciseError(f"mask of {key}: the bits after the last of {size} weights must be zero")
 
 
 def _check_same_shapes(first: Mapping[str, tuple[int, int]], second: Mapping[str, tuple[int, int]]) -> None:

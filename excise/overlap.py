@@ -8,21 +8,23 @@ something only beside the level two unrelated masks would reach.
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from excise.errors import ExciseError
-from excise.masks import Mask, MaskFile
+from excise.masks import Mask, MaskFile, Stretch
 
-_BLOCK = 1 << 9  # words of 64 bits counted at a time: those of seven masks stay in a processor's nearest cache
-_PIECE = 1 << 15  # words of a matrix that are counted by one thread
-_BATCH = 1 << 20  # bytes of each file that are read at once, at least one matrix
+_LANES = 4  # words of 64 bits in a vector: a register of AVX2, two of NEON or SSE2
+_GROUP = 16 * 8 * _LANES  # bytes whose bits are added up before any are counted
+_BLOCK = 31  # groups counted at a time: the counts of more would not fit into bytes
+_HELD = 6 << 20  # bytes of all masks together that a thread reads and counts at a time: they stay in the last cache
+_LEAST = 1 << 16  # bytes of each mask among them at least: less would not be worth asking for
+_THREADS = 8  # at most: more would only wait for the memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,10 +94,11 @@ def chance_level(reference: Mask | ArrayLike) -> float:
 def overlap_table(rows: Sequence[Path | str | Mask], columns: Sequence[Path | str | Mask]) -> Overlaps:
     """The overlap of every row mask with every column mask, each a `Mask` or the file `Mask.save` has written.
 
-    Streams matrix by matrix: beside masks given as such, two times 1 MiB of every file are held, or two matrices where
-    those are larger (one being counted, one being read). A file's bytes are read once, also where it is both a row and
-    a column. The first call compiles the counting, which takes a second or two. Unlike `Mask.load` it does not verify
-    fingerprints, which would cost as much as all the rest.
+    Streams piece by piece, whatever the size of the matrices: beside masks given as such, every thread holds 6 MiB of
+    all files together, or 64 KiB of each where that is more, and there are as many threads as processors, eight at
+    most. A file's bytes are read once, also where it is both a row and a column. The first call compiles the counting,
+    which takes a second or two. Unlike `Mask.load` it does not verify fingerprints, which would cost as much as all the
+    rest.
 
     Raises ExciseError when there are no rows or no columns, when a file is absent or is no mask, and, naming both
     masks, when their matrices differ.
@@ -116,14 +119,29 @@ def overlap_table(rows: Sequence[Path | str | Mask], columns: Sequence[Path | st
         _check_same_matrices(known[0], source)
     counts = np.zeros(len(known), dtype=np.int64)
     shared = np.zeros((len(places[0]), len(places[1])), dtype=np.int64)
-    # Reading and counting let go of the interpreter's lock: counting keeps up with the disk on a few processors.
-    with ThreadPoolExecutor(max_workers=1 + (os.cpu_count() or 1)) as pool:
-        for matrices in _batches(known, pool):
-            for more_counts, more_shared in _counted(matrices, *map(np.array, places), pool):
+    pieces = _pieces(known, max(_HELD // len(known) // _GROUP * _GROUP, _LEAST))
+    threads = max(1, min(_processors(), _THREADS, len(pieces)))
+    _counting()  # compiled before several threads ask for it
+    left = iter(pieces)
+    # Reading and counting let go of the interpreter's lock, and whichever thread is free takes the next piece.
+    with ThreadPoolExecutor(threads) as pool:
+        parts = [pool.submit(_counted, known, *map(np.array, places), left) for _ in range(threads)]
+        try:
+            for part in as_completed(parts):
+                more_counts, more_shared = part.result()
                 counts += more_counts
                 shared += more_shared
+        finally:
+            # After an error or an interrupt the other threads shall find nothing left.
+            for _ in left:
+                pass
     size = sum(math.prod(shape) for shape in known[0].shapes.values())
     return Overlaps(shared, counts[places[0]], counts[places[1]], size)
+
+
+def _processors() -> int:
+    """The processors this process may use, which can be fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -138,7 +156,7 @@ class _Source:
 
 
 def _of_mask(name: str, mask: Mask) -> _Source:
-    return _Source(name, mask.shapes, mask.bits, None)
+    return _Source(name, mask.shapes, {key: np.ascontiguousarray(bits) for key, bits in mask.bits.items()}, None)
 
 
 def _of_file(path: Path) -> _Source:
@@ -155,150 +173,155 @@ def _check_same_matrices(first: _Source, second: _Source) -> None:
             raise ExciseError(f"the masks are of different matrices: {key} is {' and '.join(there)}")
 
 
-def _batches(sources: Sequence[_Source], pool: ThreadPoolExecutor) -> Iterator[list[list[NDArray[np.uint8]]]]:
-    """Some matrices at a time, the packed bits of all sources of each.
-
-    The arrays hold until the next ones are asked for: two sets take turns, one being read while the other is used.
-    """
-    sizes = {key: -(-math.prod(shape) // 8) for key, shape in sources[0].shapes.items()}
+def _pieces(sources: Sequence[_Source], size: int) -> list[list[Stretch]]:
+    """The matrices' bytes, in the order of the files, cut into pieces of `size` bytes and a last one."""
     places = next((source.file.places for source in sources if source.file is not None), {})
-    files = sum(source.file is not None for source in sources)
-    batches: list[list[str]] = [[]]
-    for key in sorted(sizes, key=lambda key: places.get(key, 0)):
-        # Nothing has to be read of masks in memory: they are counted at once.
-        if files and batches[-1] and sizes[key] + sum(sizes[other] for other in batches[-1]) > _BATCH:
-            batches.append([])
-        batches[-1].append(key)
-    most = max(sum(sizes[key] for key in batch) for batch in batches)
-    buffers = cycle([np.empty((files, most), dtype=np.uint8) for _ in range(2)])
-
-    def read(batch: list[str], buffer: NDArray[np.uint8]) -> list[list[NDArray[np.uint8]]]:
-        rows = iter(buffer)
-        by_source = [
-            [np.ascontiguousarray(source.held[key]) for key in batch]
-            if source.file is None
-            else source.file.read(batch, next(rows))
-            for source in sources
-        ]
-        return [list(matrix) for matrix in zip(*by_source, strict=True)]
-
-    coming = None
-    for batch in batches:
-        ready, coming = coming, pool.submit(read, batch, next(buffers))
-        if ready is not None:
-            yield ready.result()
-    yield coming.result()
+    pieces: list[list[Stretch]] = []
+    room = 0
+    for key in sorted(sources[0].shapes, key=lambda key: places.get(key, (0,))):
+        start, end = 0, (math.prod(sources[0].shapes[key]) + 7) // 8
+        while start < end:
+            if not room:
+                pieces.append([])
+                room = size
+            stop = min(end, start + room)
+            pieces[-1].append((key, start, stop))
+            room -= stop - start
+            start = stop
+    return pieces
 
 
 def _counted(
-    matrices: Sequence[Sequence[NDArray[np.uint8]]],
-    rows: NDArray[np.int64],
-    columns: NDArray[np.int64],
-    pool: ThreadPoolExecutor,
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Parts of the set bits of every source, and of those each row shares with each column.
+    sources: Sequence[_Source], rows: NDArray[np.int64], columns: NDArray[np.int64], pieces: Iterable[Sequence[Stretch]]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The set bits of every source, and of those each row shares with each column, in all pieces this thread gets.
 
-    matrices: the packed bits of all sources of each, [bytes], one length within a matrix.
+    pieces: an iterator that several threads share.
     """
-    count, sources = _counting(), len(matrices[0])
-    pieces = [
-        (number, start, min(_PIECE, len(matrix[0]) // 8 - start))
-        for number, matrix in enumerate(matrices)
-        for start in range(0, len(matrix[0]) // 8, _PIECE)
-    ]
-    addresses = np.array([[each.__array_interface__["data"][0] for each in matrix] for matrix in matrices])
-
-    def part(some: Sequence[tuple[int, int, int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        number, start, words = np.array(some, dtype=np.int64).reshape(-1, 3).T
-        found = np.zeros(sources, dtype=np.int64), np.zeros((len(rows), len(columns)), dtype=np.int64)
-        count(addresses[number] + 8 * start[:, None], np.ascontiguousarray(words), rows, columns, *found)
-        return found
-
-    step = -(-len(pieces) // (2 * (os.cpu_count() or 1))) or 1
-    yield from pool.map(part, [pieces[start : start + step] for start in range(0, len(pieces), step)])
-    for matrix in matrices:
-        if len(matrix[0]) % 8:
-            rest = np.array([each[len(each) // 8 * 8 :] for each in matrix])
-            yield _ones(rest), np.array([_ones(rest[row] & rest[columns]) for row in rows])
-
-
-def _ones(rest: NDArray[np.uint8]) -> NDArray[np.int64]:
-    return np.bitwise_count(rest).sum(axis=1, dtype=np.int64)
+    count, address = _counting()
+    counts, shared = np.zeros(len(sources), dtype=np.int64), np.zeros((len(rows), len(columns)), dtype=np.int64)
+    files = [number for number, source in enumerate(sources) if source.file is not None]
+    buffers, begins = [], np.empty((len(files), 1), dtype=np.int64)
+    for piece in pieces:
+        sizes = np.array([stop - start for _, start, stop in piece])
+        if not buffers:  # the first piece is as long as any
+            buffers = [np.empty(sizes.sum(), dtype=np.uint8) for _ in files]
+            begins[:, 0] = [address(buffer) for buffer in buffers]
+        addresses = np.empty((len(sources), len(piece)), dtype=np.int64)
+        addresses[files] = begins + (np.cumsum(sizes) - sizes)
+        for number, buffer in zip(files, buffers, strict=True):
+            sources[number].file.read(piece, buffer)
+        for number, source in enumerate(sources):
+            if source.held is not None:
+                addresses[number] = [address(source.held[key]) + start for key, start, _ in piece]
+        count(addresses, sizes, rows, columns, counts, shared)
+    return counts, shared
 
 
 @functools.cache
-def _counting() -> Callable[..., None]:
-    """A compiled function of the addresses of packed bits, int64 [pieces, sources], the pieces' numbers of 64-bit
-    words [pieces], and the places of rows and columns among the sources.
+def _counting() -> tuple[Callable[..., None], Callable[[NDArray[np.uint8]], int]]:
+    """Two compiled functions, to count and to tell where an array begins, in which numpy takes its time.
 
-    It adds each source's set bits to counts [sources] and those in common to shared [rows, columns], int64, and lets go
-    of the interpreter's lock. numpy would write down every step of every pair; here two rows against five columns stay
-    in registers, so that a pair costs less than reading its bits.
+    Counting takes the addresses of packed bits, int64 [sources, stretches], the stretches' bytes [stretches], and the
+    places of rows and columns among the sources. It adds each source's set bits to counts [sources] and those in common
+    to shared [rows, columns], int64, and lets go of the interpreter's lock.
+
+    Few processors count bits as fast as they combine them. So vectors go through full adders first (Harley and Seal):
+    of 16 vectors only the last carry is counted, whose bits stand for 16 each; what remains in the lower places is
+    carried on to the next 16. The vectors are spelled out because no compiler finds them in such a loop.
     """
     import numba
     from llvmlite import ir
-    from numba.core import types
+    from numba.core import cgutils, types
     from numba.extending import intrinsic
 
-    @intrinsic
-    def ones(typing, word):
-        return types.uint64(types.uint64), lambda context, builder, signature, given: builder.ctpop(given[0])
+    number = ir.IntType(64)
+    words, octets = ir.VectorType(number, _LANES), ir.VectorType(ir.IntType(8), 8 * _LANES)
+    pairs, sums = ir.VectorType(ir.IntType(16), 4 * _LANES), ir.VectorType(ir.IntType(32), 4 * _LANES)
+
+    def call(builder, name, kind, given):
+        function = ir.FunctionType(kind, [given.type])
+        return builder.call(cgutils.get_or_insert_function(builder.module, function, name), [given])
+
+    def full_adder(builder, a, b, c):
+        half = builder.xor(a, b)
+        return builder.xor(half, c), builder.or_(builder.and_(a, b), builder.and_(half, c))
+
+    def ones(builder, vector):
+        return call(builder, f"llvm.ctpop.v{octets.count}i8", octets, builder.bitcast(vector, octets))
+
+    def in_pairs(builder, vector):
+        given = builder.bitcast(vector, pairs)
+        low = builder.and_(given, pairs([0xFF] * pairs.count))
+        return builder.add(low, builder.lshr(given, pairs([8] * pairs.count)))
 
     @intrinsic
-    def word_at(typing, address, index):
-        def load(context, builder, signature, given):
-            words = builder.inttoptr(given[0], ir.IntType(64).as_pointer())
-            return builder.load(builder.gep(words, [given[1]]), align=1)
+    def ones_in_both(typing, first, second, groups):
+        def build(context, builder, signature, given):
+            both = [builder.inttoptr(address, words.as_pointer()) for address in given[:2]]
+            lower = [cgutils.alloca_once_value(builder, words(None)) for _ in range(4)]
+            sixteens = cgutils.alloca_once_value(builder, octets(None))
+            with cgutils.for_range(builder, given[2]) as loop:
+                begin = builder.mul(loop.index, number(16))
 
-        return types.uint64(types.int64, types.int64), load
+                def shared(index):
+                    place = [builder.add(begin, number(index))]
+                    return builder.and_(*(builder.load(builder.gep(mask, place), align=1) for mask in both))
+
+                def carry(depth, index):
+                    more = [carry(depth - 1, at) if depth else shared(at) for at in (index, index + (1 << depth))]
+                    low, high = full_adder(builder, *more, builder.load(lower[depth]))
+                    builder.store(low, lower[depth])
+                    return high
+
+                builder.store(builder.add(builder.load(sixteens), ones(builder, carry(3, 0))), sixteens)
+            rest = octets(None)
+            for low in reversed(lower):
+                rest = builder.add(builder.add(rest, rest), ones(builder, builder.load(low)))
+            found = builder.shl(in_pairs(builder, builder.load(sixteens)), pairs([4] * pairs.count))
+            found = builder.zext(builder.add(found, in_pairs(builder, rest)), sums)
+            found = call(builder, f"llvm.vector.reduce.add.v{sums.count}i32", sums.element, found)
+            return builder.zext(found, number)
+
+        return types.int64(types.int64, types.int64, types.int64), build
+
+    @intrinsic
+    def copy(typing, to, begin, size):
+        def build(context, builder, signature, given):
+            places = [builder.inttoptr(address, ir.IntType(8).as_pointer()) for address in given[:2]]
+            cgutils.raw_memcpy(builder, *places, given[2], 1)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), build
 
     @numba.njit("void(int64[:, ::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[:, ::1])", nogil=True)
-    def count(addresses, words, rows, columns, counts, shared):
-        last_row, last_column = rows.shape[0] - 1, columns.shape[0] - 1
-        found = np.empty((2, 5), dtype=np.uint64)
-        for piece in range(words.shape[0]):
-            places = addresses[piece]
-            for start in range(0, words[piece], _BLOCK):
-                stop = min(words[piece], start + _BLOCK)
+    def count(addresses, sizes, rows, columns, counts, shared):
+        last = np.empty((addresses.shape[0], _GROUP), dtype=np.uint8)
+        for stretch in range(sizes.shape[0]):
+            places, left = addresses[:, stretch].copy(), sizes[stretch]
+            while left > 0:
+                groups = min(left // _GROUP, _BLOCK)
+                if not groups:
+                    # Filled up with zeros, where nothing is counted.
+                    last[:] = 0
+                    for source in range(places.shape[0]):
+                        to = np.int64(last[source].ctypes.data)
+                        copy(to, places[source], left)
+                        places[source] = to
+                    groups = 1
                 for source in range(places.shape[0]):
-                    place, own = places[source], np.uint64(0)
-                    for word in range(start, stop):
-                        own += ones(word_at(place, word))
-                    counts[source] += np.int64(own)
-                for column in range(0, last_column + 1, 5):
-                    # Behind the last column and row these are counted again, and left aside below.
-                    b0 = places[columns[column]]
-                    b1 = places[columns[min(column + 1, last_column)]]
-                    b2 = places[columns[min(column + 2, last_column)]]
-                    b3 = places[columns[min(column + 3, last_column)]]
-                    b4 = places[columns[min(column + 4, last_column)]]
-                    for row in range(0, last_row + 1, 2):
-                        first, second = places[rows[row]], places[rows[min(row + 1, last_row)]]
-                        c0 = c1 = c2 = c3 = c4 = d0 = d1 = d2 = d3 = d4 = np.uint64(0)
-                        for word in range(start, stop):
-                            x, y = word_at(first, word), word_at(second, word)
-                            z = word_at(b0, word)
-                            c0 += ones(x & z)
-                            d0 += ones(y & z)
-                            z = word_at(b1, word)
-                            c1 += ones(x & z)
-                            d1 += ones(y & z)
-                            z = word_at(b2, word)
-                            c2 += ones(x & z)
-                            d2 += ones(y & z)
-                            z = word_at(b3, word)
-                            c3 += ones(x & z)
-                            d3 += ones(y & z)
-                            z = word_at(b4, word)
-                            c4 += ones(x & z)
-                            d4 += ones(y & z)
-                        found[0, 0], found[0, 1], found[0, 2], found[0, 3], found[0, 4] = c0, c1, c2, c3, c4
-                        found[1, 0], found[1, 1], found[1, 2], found[1, 3], found[1, 4] = d0, d1, d2, d3, d4
-                        for up in range(min(2, last_row + 1 - row)):
-                            for across in range(min(5, last_column + 1 - column)):
-                                shared[row + up, column + across] += np.int64(found[up, across])
+                    counts[source] += ones_in_both(places[source], places[source], groups)
+                for row in range(rows.shape[0]):
+                    for column in range(columns.shape[0]):
+                        shared[row, column] += ones_in_both(places[rows[row]], places[columns[column]], groups)
+                places += groups * _GROUP
+                left -= groups * _GROUP
 
-    return count
+    @numba.njit("int64(Array(uint8, 1, 'C', readonly=True))")
+    def address(array):
+        return array.ctypes.data
+
+    return count, address
 
 
 def _share(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -204,6 +204,11 @@ def test_a_file_that_is_no_mask_is_said(tmp_path):
     save_file({"0.q": np.zeros(2, np.uint8)}, path)
     with pytest.raises(ExciseError, match="is not a mask file"):
         Mask.load(path)
+    about = {"format": "excise mask 1", "shapes": '{"0.q": [2, 8]}', "fingerprint": ""}
+    for wrong in ({}, {"0.q": np.zeros(3, np.uint8)}, {"0.q": np.zeros(2, np.float32)}):
+        save_file(wrong, path, metadata=about)
+        with pytest.raises(ExciseError, match="cannot be read as a mask"):
+            Mask.load(path)
     mask(0).save(path)
     content = bytearray(path.read_bytes())
     content[-1] ^= 0b1000_0000

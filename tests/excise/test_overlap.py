@@ -6,6 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 
+from excise import overlap
 from excise.errors import ExciseError
 from excise.masks import Mask, MaskFile, random_like
 from excise.overlap import chance_level, overlap_fraction, overlap_table
@@ -120,11 +121,54 @@ def test_files_and_masks_mix_and_give_what_single_pairs_give(tmp_path):
     assert table.size == 7 * 13 + 40 * 64 + 9 + 25 + 9
 
 
-def test_matrices_larger_than_what_one_thread_counts_at_a_time_are_counted_whole():
+@pytest.mark.parametrize("bytes_at_once", [1 << 9, 3 << 9, 6 << 20])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 1), (2, 6), (7, 3)])
+def test_counts_are_exact_whatever_the_sizes(tmp_path, monkeypatch, rows, columns, bytes_at_once):
+    # Bits are counted in groups of 512 bytes, 31 groups at a time, and read in pieces that end anywhere in a matrix.
+    monkeypatch.setattr(overlap, "_HELD", 0)
+    monkeypatch.setattr(overlap, "_LEAST", bytes_at_once)
+    sizes = [1, 3, 8, 63, 64, 65, 511 * 8, 512 * 8, 512 * 8 + 5, 513 * 8, 31 * 4096, 32 * 4096 - 1, 65 * 4096 + 77]
+    rng = np.random.default_rng(rows)
+    shares = [0.0, 1.0, *rng.random(rows + columns - 2)]
+    masks = [
+        Mask.from_arrays({f"{layer}.q": rng.random((1, size)) < share for layer, size in enumerate(sizes)})
+        for share in shares
+    ]
+    files = [saved(tmp_path, str(index), mask) for index, mask in enumerate(masks)]
+    packed = np.array([np.concatenate(list(mask.bits.values())) for mask in masks])
+    expected = [[np.bitwise_count(a & b).sum(dtype=int) for b in packed[rows:]] for a in packed[:rows]]
+    for given in (masks, files, [*files[:1], *masks[1:]]):
+        table = overlap_table(given[:rows], given[rows:])
+        assert table.shared.tolist() == expected
+        ones = np.bitwise_count(packed).sum(axis=1, dtype=int).tolist()
+        assert [*table.row_counts, *table.column_counts] == ones
+        assert table.size == sum(sizes)
+
+
+def test_bits_that_lie_apart_in_memory_are_counted_too():
+    bits = np.arange(2000, dtype=np.uint8)[::2]
+    mask = Mask({"0.q": bits}, {"0.q": (100, 80)})
+    assert overlap_table([mask], [mask]).shared[0, 0] == np.bitwise_count(bits).sum(dtype=int)
+
+
+def test_a_file_cut_off_after_it_was_opened_is_refused_by_name(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
-    a, b = rng.integers(0, 2, (2, 3001, 3003), dtype=np.uint8).view(bool)
-    table = overlap_table([as_mask(a)], [as_mask(b)])
-    assert (table.shared[0, 0], table.row_counts[0], table.column_counts[0]) == ((a & b).sum(), a.sum(), b.sum())
+    whole, cut = (saved(tmp_path, name, as_mask(rng.random((900, 900)) < 0.5)) for name in ("whole", "cut"))
+    monkeypatch.setattr(overlap, "_HELD", 1)
+    plain = MaskFile.open
+
+    def opened(path):
+        file = plain(path)
+        if path.name == cut.name:
+            cut.write_bytes(cut.read_bytes()[:-100])
+        return file
+
+    monkeypatch.setattr(MaskFile, "open", opened)
+    with pytest.raises(ExciseError, match=r"cut\.safetensors: cannot be read as a mask \(it ends after \d+ bytes\)"):
+        overlap_table([whole], [cut])
+    monkeypatch.setattr(MaskFile, "open", lambda path: (plain(path), path.unlink())[0])
+    with pytest.raises(ExciseError, match=r"whole\.safetensors: cannot be read as a mask .*No such file"):
+        overlap_table([whole], [as_mask(rng.random((900, 900)) < 0.5)])
 
 
 def test_every_file_is_read_once_though_it_is_row_and_column(tmp_path, monkeypatch):
@@ -132,13 +176,14 @@ def test_every_file_is_read_once_though_it_is_row_and_column(tmp_path, monkeypat
     read = []
     plain = MaskFile.read
 
-    def counting(file, keys, buffer):
-        read.extend((file.path.name, key) for key in keys)
-        return plain(file, keys, buffer)
+    def counting(file, stretches, buffer):
+        read.extend((file.path.name, *stretch) for stretch in stretches)
+        return plain(file, stretches, buffer)
 
     monkeypatch.setattr(MaskFile, "read", counting)
     overlap_table([file, other, tmp_path / "." / "one.safetensors"], [other, file])
-    assert sorted(read) == [(f"{name}.safetensors", key) for name in ("one", "two") for key in ("0.q", "1.q")]
+    bits = [("0.q", 0, 2), ("1.q", 0, 2)]  # ten weights each
+    assert sorted(read) == [(f"{name}.safetensors", *stretch) for name in ("one", "two") for stretch in bits]
 
 
 def test_masks_of_different_matrices_are_refused_by_name(tmp_path):
