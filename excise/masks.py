@@ -236,16 +236,14 @@ class MaskFile:
                 ends.append((key, done - 1))
         done = 0
         try:
-            file = os.open(self.path, os.O_RDONLY)
-            try:
+            with self.path.open("rb", buffering=0) as file:
                 for place, end in runs:
+                    file.seek(place)
                     while place < end:
-                        if not (count := os.preadv(file, [view[done : done + end - place]], place)):
+                        if not (count := file.readinto(view[done : done + end - place])):
                             raise OSError(f"it ends after {place} bytes")
                         place += count
                         done += count
-            finally:
-                os.close(file)
             for key, last in ends:
                 _check_last(key, buffer[last], math.prod(self.shapes[key]))
         except (OSError, ExciseError) as error:
