@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import polars as pl
 
@@ -32,9 +31,6 @@ from excise.progress import Progress, silent
 from excise.sampling import Draw, SamplingParameters, sample
 from excise.scenarios import NumberOutcome, ToxicityOutcome
 from excise.toxicity import ScoreCache, Scorer, score_texts, scored_text
-
-if TYPE_CHECKING:
-    import torch
 
 UNPRUNED = "unpruned"
 CACHE_SCHEMA = {"prompt": pl.String, "sample": pl.Int64, "token_ids": pl.List(pl.Int64), "finished": pl.Boolean}
@@ -234,16 +230,16 @@ def complete(
     )  # fmt: skip
     drawn = sum(frame.height for frame in fresh)
     tokens = sum(int(frame["token_ids"].list.len().sum()) for frame in fresh)
-    return rows, Work(drawn, rows.height - drawn, seconds if drawn else 0.0, tokens, peak_memory(loaded.device))
+    return rows, Work(drawn, rows.height - drawn, seconds if drawn else 0.0, tokens, peak_memory(loaded.devices))
 
 
-def peak_memory(device: torch.device) -> int:
-    """Most memory held at once so far, in bytes: the device's where it has its own, else this process'."""
+def peak_memory(devices: Sequence[str]) -> int:
+    """Most memory held at once so far, in bytes: of the cards together where there are any, else of this process."""
     import torch
 
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type == "mps":
+    if cards := [device for device in devices if device.startswith("cuda")]:
+        return sum(map(torch.cuda.max_memory_allocated, cards))
+    if devices[0].startswith("mps"):
         return torch.mps.driver_allocated_memory()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

@@ -476,7 +476,7 @@ def exact_completions(
             drawn += keys[order] in new
     rows = pl.DataFrame(table, schema={"order": pl.Int64, **EXACT_SCHEMA})
     nodes = sum(each.nodes for each in fresh)
-    work = Work(drawn, rows.height - drawn, seconds, nodes, peak_memory(loaded.device))
+    work = Work(drawn, rows.height - drawn, seconds, nodes, peak_memory(loaded.devices))
     if rambling:
         sampled, cost = complete(
             loaded, prompts[rambling], samples, parameters, outcome=outcome, mask=mask, cache=cache,

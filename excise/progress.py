@@ -40,6 +40,20 @@ def seconds_left(done: int, total: int, begun_at: int, elapsed: float) -> float 
     return (total - done) * elapsed / fresh
 
 
+def told(label: str, done: int, total: int, begun_at: int, elapsed: float) -> str:
+    """A stage in words: `label 12/40, 3.1/s, 9 s left`, or what it took where it is complete."""
+    parts = [f"{label} {done:,}/{total:,}"]
+    fresh = done - begun_at
+    if fresh > 0 and elapsed > 0:
+        parts.append(f"{_rate(fresh / elapsed)}/s")
+    left = seconds_left(done, total, begun_at, elapsed)
+    if done >= total:
+        parts.append(f"{_duration(elapsed)} in all" if fresh > 0 else "nothing to do")
+    elif left is not None:
+        parts.append(f"{_duration(left)} left")
+    return ", ".join(parts)
+
+
 class TerminalProgress:
     """One line per stage on a stream: `label done/total, rate/s, time left`.
 
@@ -75,19 +89,7 @@ class TerminalProgress:
         if self._complete or (not complete and now - self._shown < self._interval):
             return
         self._shown, self._complete = now, complete
-        self._write(self._line(label, done, total, now - self._began), complete)
-
-    def _line(self, label: str, done: int, total: int, elapsed: float) -> str:
-        parts = [f"{label} {done:,}/{total:,}"]
-        fresh = done - self._begun_at
-        if fresh > 0 and elapsed > 0:
-            parts.append(f"{_rate(fresh / elapsed)}/s")
-        left = seconds_left(done, total, self._begun_at, elapsed)
-        if done >= total:
-            parts.append(f"{_duration(elapsed)} in all" if fresh > 0 else "nothing to do")
-        elif left is not None:
-            parts.append(f"{_duration(left)} left")
-        return ", ".join(parts)
+        self._write(told(label, done, total, self._begun_at, now - self._began), complete)
 
     def _write(self, line: str, complete: bool) -> None:
         if self._terminal:

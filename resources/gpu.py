@@ -31,7 +31,7 @@ class GPUResource(dg.ConfigurableResource):
     """Lends a loaded model on the best device there is: CUDA, Metal, or the CPU."""
 
     folder: str = Field(description="Folder of all results, for converted models; EXCISE_DATA sets it.")
-    device: str = Field(default="auto", description="auto, cuda, cuda:1, mps or cpu")
+    device: str = Field(default="auto", description="auto, cuda (as many cards as a model needs), cuda:1, mps or cpu")
     dtype: str = Field(default="auto", description="auto, float32, bfloat16 or float16")
     lock_folder: str = Field(
         default_factory=tempfile.gettempdir, description="Where processes on this machine queue for the device."
@@ -43,8 +43,8 @@ class GPUResource(dg.ConfigurableResource):
     ) -> Iterator[LoadedModel]:
         """The model `key` of the registry, in memory and on the device, which is ours for the length of the block.
 
-        `waiting` gets a message while another process has the device. Raises ExciseError, saying what is missing and
-        the mend, where the model cannot be had.
+        `waiting` gets a message while another process has the device, and where a model is larger than the cards.
+        Raises ExciseError, saying what is missing and the mend, where the model cannot be had.
         """
         if key not in registry:
             raise ExciseError(f"models.yaml: there is no model {key!r}; there are {', '.join(sorted(registry))}")
@@ -55,6 +55,8 @@ class GPUResource(dg.ConfigurableResource):
         mend = "set lock_folder of the resource gpu to a folder you may write to"
         with file_lock(lock, what=f"the device {device}", mend=mend, waiting=waiting):
             loaded = self._load(key, registry)
+            if len(loaded.devices) > 1 and "cpu" in loaded.devices and waiting:
+                waiting(f"{key} is larger than the cards: layers that stay in main memory make every pass slow")
             _forget_peak(loaded)
             yield loaded
 
@@ -64,9 +66,9 @@ class GPUResource(dg.ConfigurableResource):
 
         return {
             "model_fingerprint": loaded.fingerprint,
-            "device": str(loaded.device),
+            "device": ", ".join(loaded.devices),
             "dtype": str(loaded.dtype).removeprefix("torch."),
-            "peak_memory_mb": round(peak_memory(loaded.device) / 2**20),
+            "peak_memory_mb": round(peak_memory(loaded.devices) / 2**20),
         }
 
     def _load(self, key: str, registry: Mapping[str, ModelSpec]) -> LoadedModel:
@@ -103,5 +105,6 @@ def _evict() -> None:
 def _forget_peak(loaded: LoadedModel) -> None:
     import torch
 
-    if loaded.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(loaded.device)
+    for device in loaded.devices:
+        if device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(device)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 from pydantic import Field
 
-from excise.progress import Progress, TerminalProgress, seconds_left
+from excise.progress import Progress, TerminalProgress, seconds_left, told
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,12 +56,13 @@ class _Milestones:
         if done < total and now - self._shown < self._interval:
             return
         self._shown = now
-        left = seconds_left(done, total, self._begun_at, now - self._began)
-        self._context.log.info(f"{label}: {done:,} of {total:,}" + (f", {left:.0f} s left" if left else ""))
+        elapsed = now - self._began
+        self._context.log.info(told(label, done, total, self._begun_at, elapsed))
         if done < total:
             metadata: dict[str, float | int | str] = {"stage": label, "done": done, "total": total}
+            left = seconds_left(done, total, self._begun_at, elapsed)
             if left is not None:
-                metadata["seconds_left"] = round(left)
+                metadata |= {"seconds_left": round(left), "per_second": round((done - self._begun_at) / elapsed, 3)}
             asset, partition = self._context.asset_key, None
             if self._context.has_partition_key:
                 partition = self._context.partition_key

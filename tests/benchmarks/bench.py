@@ -8,8 +8,10 @@ claim about the code. Masks at an 8B model's size are `eight_billion`.
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import math
+import multiprocessing
 import os
 import platform
 import statistics
@@ -44,11 +46,15 @@ class Size:
     names: int = 1
     samples: int = 100
     single_samples: int = 6
+    exact_names: int = 8
+    exact_samples: int = 10_000
+    exact_variations: int = 3
     per_call: tuple[int, ...] = (25, 100)
     attributed_names: int = 2
     attributed_samples: int = 16
     snip_layers: int = 3
     masks: tuple[int, int] = (19, 10)
+    batch_names: int = 32
     indexed_layers: int = 2
     growth_names: tuple[int, ...] = (2, 4, 8)
     growth_samples: tuple[int, ...] = (25, 100, 400)
@@ -63,8 +69,9 @@ class Size:
 
 SIZES = {
     "small": Size(
-        rounds=2, samples=20, single_samples=2, per_call=(20,), attributed_names=1, attributed_samples=4, snip_layers=2,
-        masks=(4, 3), indexed_layers=1, growth_names=(1, 2, 3), growth_samples=(4, 16, 64),
+        rounds=2, samples=20, single_samples=2, per_call=(20,), exact_names=2, exact_samples=400, exact_variations=1,
+        attributed_names=1, attributed_samples=4, snip_layers=2, masks=(4, 3), batch_names=4, indexed_layers=1,
+        growth_names=(1, 2, 3), growth_samples=(4, 16, 64),
         growth_variations=(1, 2, 3), growth_widths=(64, 128, 256),
         impact_names=2, impact_samples=4, impact_heads=((20, 4),),
         audit={"variations": [VARIATION], "subjects_per_group": 4, "samples": 8, "resamples": 200,
@@ -72,9 +79,9 @@ SIZES = {
     ),
     "default": Size(rounds=3),
     "large": Size(
-        rounds=5, names=4, single_samples=20, per_call=(25, 50, 100), attributed_names=8, attributed_samples=100,
-        snip_layers=6, indexed_layers=6, growth_names=(4, 8, 16), growth_variations=(2, 4, 8), impact_names=8,
-        impact_samples=32, impact_heads=((4, 2), (9, 0), (15, 7), (20, 4)), audit_rounds=3,
+        rounds=5, names=4, single_samples=20, per_call=(25, 50, 100), exact_variations=10, attributed_names=8,
+        attributed_samples=100, snip_layers=6, indexed_layers=6, growth_names=(4, 8, 16), growth_variations=(2, 4, 8),
+        impact_names=8, impact_samples=32, impact_heads=((4, 2), (9, 0), (15, 7), (20, 4)), audit_rounds=3,
     ),
 }  # fmt: skip
 
@@ -123,6 +130,15 @@ class Bench:
     @property
     def scenario(self) -> Any:
         return self.scenarios[SCENARIO]
+
+    def load(self, key: str) -> Any:
+        """Another model of the registry, or the one there is where it stands in for all."""
+        from excise.models import load_model, load_registry
+
+        if self.model_files:
+            return self.loaded
+        registry, _ = load_registry()
+        return load_model(registry[key], registry, home=self.home)
 
     def prompts(self, names: int, variations: Sequence[str] = (VARIATION,)) -> pl.DataFrame:
         from excise.scenarios import expand
@@ -242,6 +258,53 @@ def sampling(bench: Bench) -> None:
         "`answer_distributions`, exact", ours, *faster(spent["exact"], spent["ours"]),
         f"{len(asked)} names; mass left over at most {max(leftovers):.2%}",
     )  # fmt: skip
+
+
+def exact_answers(bench: Bench) -> None:
+    """Bounds of enumerated answers, and where many samples fall."""
+    from excise.completions import complete
+    from excise.distributions import answers_of, smd_bounds
+    from excise.exact import exact_completions
+    from excise.metrics import standardized_mean_difference
+
+    size, outcome = bench.size, bench.scenario.outcome
+    loaded = bench.load("planted-general")
+    groups = bench.scenario.comparison.majority, bench.scenario.comparison.minority
+    bench.report.section(
+        "Exact answers",
+        f"The SMD of enumerated answers, whatever the unread ones are, beside that of {size.exact_samples:,} samples "
+        f"a name; {size.exact_names} names of each group, planted-general. Such a sample has a standard error of its "
+        "own, told by 20 parts of it, which does not shrink with what is left unread: where it is half of the bound's "
+        "width, a sample falls outside now and then.",
+        ("variation", "left over at most", "prefixes read", "visited by 100 samples", "SMD by enumeration",
+         f"SMD of {size.exact_samples:,} samples", "outside by, in standard errors"),
+    )  # fmt: skip
+    for variation in list(bench.scenario.variations)[: size.exact_variations]:
+        prompts = bench.prompts(size.exact_names, [variation])
+        exact, work = exact_completions(loaded, prompts, bench.parameters(), outcome=outcome, samples=None)
+        drawn, _ = complete(loaded, prompts, size.exact_samples, bench.parameters(), outcome=outcome)
+        visited = {
+            (prompt, *ids[:length])
+            for prompt, ids in drawn.filter(pl.col("sample") < 100).select("prompt_id", "token_ids").rows()
+            for length in range(len(ids))
+        }
+        listed = [answers_of(rows, rows["subject"].unique(maintain_order=True).to_list())
+                  for rows in (exact.filter(group=group) for group in groups)]  # fmt: skip
+        bounds = smd_bounds(*listed, *outcome.scored_range, winsorize=(0.05, 0.95))
+
+        def sampled(rows: pl.DataFrame) -> float:
+            both = (rows.filter(group=group)["value"].drop_nulls().to_numpy() for group in groups)
+            return standardized_mean_difference(*both, winsorize=(0.05, 0.95))
+
+        found = sampled(drawn)
+        parts = [sampled(drawn.filter(pl.col("sample") % 20 == part)) for part in range(20)]
+        error = statistics.stdev(parts) / math.sqrt(len(parts))
+        outside = max(bounds.lowest - found, found - bounds.highest, 0.0) / max(error, 1e-12)
+        bench.report.row(
+            variation, f"{exact['leftover'].max():.4f}", f"{work.tokens:,}", f"{len(visited):,}",
+            f"[{bounds.lowest:.4f}, {bounds.highest:.4f}]", f"{found:.4f} (s.e. {error:.4f})",
+            f"{outside:.1f}" if outside else "inside",
+        )  # fmt: skip
 
 
 def attribution(bench: Bench) -> None:
@@ -400,6 +463,46 @@ def masks(bench: Bench) -> None:
     bench.report.row(
         "`set_difference`, exact k-th value", "`topk` and `isin`", *faster(spent["ours"], spent["topk"]),
         f"{len(scores)} matrices, {sum(pair[0].size for pair in scores) / 1e6:.1f} M weights",
+    )  # fmt: skip
+    masks_of_a_scenario(bench)
+
+
+def masks_of_a_scenario(bench: Bench) -> None:
+    """All masks that the published strategy needs for a scenario, against the sampling of one batch of its prompts."""
+    from excise.attribution import attribute
+    from excise.sampling import sample
+    from excise.strategies import build_masks, load_strategies
+
+    prompts = bench.prompts(1)
+    strategy = load_strategies()["set_difference"].model_copy(update={"controls": ()})
+    (file,) = attribute(
+        bench.loaded, prompts, bench.answers(prompts, 4), comparison=bench.scenario.comparison,
+        outcome=bench.scenario.outcome, scores=[strategy.score], permutations=0, seed=0, folder=bench.folder,
+    )  # fmt: skip
+    # What is in a file takes no part in how long its masks take.
+    files = [replace(file, variation=variation) for variation in bench.scenario.variations]
+    made: list[int] = []
+
+    def built() -> None:
+        with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+
+            def store(mask: Any) -> Path:
+                path = Path(folder) / f"{len(list(Path(folder).iterdir()))}.safetensors"
+                mask.save(path)
+                return path
+
+            masks = build_masks(bench.loaded, [strategy], files, random_draws=0, permutations=0, seed=0, store=store)
+            made.append(sum(1 for _ in masks))
+
+    asked = bench.tokens(bench.prompts(bench.size.batch_names))
+    samples = [range(bench.size.samples)] * len(asked)
+    spent = alternating(
+        bench.size.rounds, ours=built, batch=lambda: sample(bench.loaded, asked, samples, bench.parameters()) and None
+    )
+    bench.report.row(
+        f"the {made[0]} masks of a scenario, two levels", f"one batch of {len(asked)} prompts by `sample`",
+        *faster(spent["ours"], spent["batch"]),
+        f"set_difference of {len(files)} variations, files included; {bench.size.samples} samples a name",
     )  # fmt: skip
 
 
@@ -686,6 +789,91 @@ def _peak(work: Callable[[], object]) -> int | None:
     return max(0, told("VmHWM") - before)
 
 
+def memory(bench: Bench) -> None:
+    """The peak of memory of pruning, asking and scoring a model, in processes of their own."""
+    bench.report.section(
+        "Memory",
+        f"The most that a process held beyond what it held with the model loaded ({MODEL}, float32), and model and "
+        "that together as a multiple of the model. Keys and values, logits and answers are among it.",
+        ("work", "beyond the model", "together, models"),
+    )
+    for title, work in MEMORY_WORKS.items():
+        context = multiprocessing.get_context("spawn")
+        told = context.SimpleQueue()
+        process = context.Process(target=_measure_alone, args=(work, bench.loaded.key, bench.model_files, bench.home,
+                                                               bench.size, told))  # fmt: skip
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise AssertionError(f"{title}: the process ended with {process.exitcode}")
+        size, beyond = told.get()
+        if beyond is None:
+            bench.report.row(title, "-", "-")
+        else:
+            bench.report.row(title, f"{beyond / 2**20:,.0f} of {size / 2**20:,.0f} MiB", f"{1 + beyond / size:.2f}")
+
+
+def _pruned_and_asked(bench: Bench) -> None:
+    """A mask of 5 % of the weights, as set differences have: the answers of 100 samples, and a text's losses."""
+    from excise.completions import complete
+    from excise.masks import Mask, pruned, random_like
+    from excise.perplexity import text_windows, window_losses
+
+    shapes = {linear.key: linear.shape for linear in bench.loaded.topology.linears}
+    rng = np.random.default_rng(0)
+    like = Mask({key: _random_bits(rng, math.prod(shape)) for key, shape in shapes.items()}, shapes)
+    mask = random_like(like, 0)
+    outcome = bench.scenario.outcome
+    complete(bench.loaded, bench.prompts(bench.size.names), bench.size.samples, bench.parameters(), outcome=outcome,
+             mask=mask)  # fmt: skip
+    text = " ".join(bench.prompts(bench.size.names)["text"].to_list() * 4)
+    with pruned(bench.loaded, mask):
+        window_losses(bench.loaded, text_windows(bench.loaded, text))
+
+
+def _scored(score: str, accumulators: int | None) -> Callable[[Bench], None]:
+    return functools.partial(_score_alone, score, accumulators)
+
+
+def _score_alone(score: str, accumulators: int | None, bench: Bench) -> None:
+    from excise.attribution import attribute, gradients
+
+    if accumulators is not None:
+        gradients.ACCUMULATOR_BYTES = accumulators
+    prompts = bench.prompts(bench.size.names)
+    with tempfile.TemporaryDirectory() as folder:
+        attribute(
+            bench.loaded, prompts, bench.answers(prompts, 4), comparison=bench.scenario.comparison,
+            outcome=bench.scenario.outcome, scores=[score], permutations=0, seed=0, folder=Path(folder),
+        )  # fmt: skip
+
+
+MEMORY_WORKS: dict[str, Callable[[Bench], None]] = {
+    "asking and losses under a mask of 6 % of the weights": _pruned_and_asked,
+    "input norms": _scored("wanda", None),
+    "`gap_gradient`, all layers at once (2 GiB granted)": _scored("gap_gradient", None),
+    "`gap_gradient`, a layer at a time": _scored("gap_gradient", 1),
+    "SNIP, a layer at a time": _scored("snip", 1),
+}
+
+
+def _measure_alone(
+    work: Callable[[Bench], None], key: str, files: tuple[Path, ...], home: Path, size: Size, told: Any
+) -> None:
+    """In a new process: bytes of the model's weights, and of the peak beyond them."""
+    from excise.models import load_model, load_registry
+    from excise.scenarios import load_scenarios
+
+    registry, _ = load_registry(files)
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = load_model(registry[key], registry, home=home)
+        bench = Bench(loaded, load_scenarios()[0], size, Path(folder), Report(), home, files)
+        small = replace(bench, size=replace(size, names=1, samples=2))
+        work(small)  # what is imported and compiled on the way
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in loaded.model.parameters())
+        told.put((weights, _peak(lambda: work(bench))))
+
+
 def head_impacts(bench: Bench) -> None:
     """Weighing answers anew against drawing them anew."""
     from excise.completions import complete
@@ -747,10 +935,11 @@ def head_impacts(bench: Bench) -> None:
         )  # fmt: skip
 
 
-TITLES = ("Sampling", "Attribution", "Masks", "Head impacts", "Orchestration", "Growth")
+TITLES = ("Sampling", "Exact answers", "Attribution", "Masks", "Head impacts", "Orchestration", "Growth", "Memory")
 """The order of the page."""
 SECTIONS: dict[str, Callable[[Bench], None]] = {
-    each.__name__: each for each in (sampling, attribution, masks, orchestration, growth, head_impacts)
+    each.__name__: each
+    for each in (sampling, exact_answers, attribution, masks, orchestration, growth, memory, head_impacts)
 }
 
 
