@@ -210,7 +210,8 @@ def test_every_section_fills_its_table(model, tiny_model, tmp_path, monkeypatch)
         section(made)
     page = bench.page(made.report, "small", 0.5)
     assert [title for title, *_ in made.report.sections] == [
-        "Sampling", "Exact answers", "Attribution", "Masks", "Orchestration", "Growth", "Memory", "Head impacts"
+        "Sampling", "Exact answers", "Attribution", "Masks", "Orchestration", "Orchestration at the paper's size",
+        "Growth", "Memory", "Head impacts",
     ]  # fmt: skip
     for _, _, header, rows, _ in made.report.sections:
         assert rows
