@@ -146,23 +146,27 @@ def _sums(
     layout; "heads/K" [heads], the Fisher information of each head's removal, of an output projection K; and
     "sampled/K" [n], that of the weights of any matrix K at the places `looked_at`, flat indices of its logical shape.
     """
-    modules = {linear.module: linear for linear in block}
     own = {linear.key for linear in block}
-    everything = [linear for linear in loaded.topology.linears if linear.key in own or linear.key in looked_at]
+    by_module: dict[str, list[Linear]] = {}
+    for linear in loaded.topology.linears:
+        if linear.key in own or linear.key in looked_at:
+            by_module.setdefault(linear.module, []).append(linear)
     done, state = parts.begun(part)
     sums = {name: torch.from_numpy(each) for name, each in state.items()}
-    for module, linear in modules.items():
-        for name in (f"gradient/{module}", f"fisher/{module}"):
-            zeros = sums.get(name, torch.zeros(loaded.model.get_submodule(module).weight.shape))
-            sums[name] = zeros.to(linear.device(loaded.model))
     for linear in block:
+        for kind in ("gradient", "fisher"):
+            name = f"{kind}/{linear.module}"
+            if name not in sums:
+                sums[name] = torch.zeros(loaded.model.get_submodule(linear.module).weight.shape)
+            sums[name] = sums[name].to(linear.device(loaded.model))
         if linear.role == "o":
             sums.setdefault(f"heads/{linear.key}", torch.zeros(loaded.topology.heads))
     for key, places in looked_at.items():
         sums.setdefault(f"sampled/{key}", torch.zeros(len(places)))
     signs = np.random.default_rng(seed)
     report(done)
-    with recorded(loaded, {linear.module for linear in everything}) as calls:
+    with recorded(loaded, by_module) as calls:
+        of_block = {linear.module: calls[linear.module] for linear in block}
         for start in range(0, len(trees), batch):
             packed = pack(trees[start : start + batch], len(trunk))
             sign = torch.from_numpy(signs.choice((-1.0, 1.0), size=len(packed.edge_visits)))
@@ -174,10 +178,9 @@ def _sums(
                 # Score vectors of different draws are uncorrelated at an edge, so signs per edge with the square root
                 # of its frequency have the same expected square as signs per answer.
                 signed = (score * sign.to(score) * visits[:, 1].clamp(min=0).sqrt()).sum()
-                fisher = output_gradients(signed, calls, again=True)
-                gradient = output_gradients((score * visits[:, 0]).sum(), calls)
-            with torch.no_grad():
-                _add(loaded, everything, looked_at, calls, gradient, fisher, sums)
+                _add("fisher", loaded, by_module, looked_at, calls, output_gradients(signed, calls, again=True), sums)
+                deltas = output_gradients((score * visits[:, 0]).sum(), of_block)
+                _add("gradient", loaded, by_module, looked_at, calls, deltas, sums)
             for each in calls.values():
                 each.clear()
             done = min(start + batch, len(trees))
@@ -186,31 +189,27 @@ def _sums(
     return sums
 
 
+@torch.no_grad()
 def _add(
-    loaded: LoadedModel, linears: Sequence[Linear], looked_at: Mapping[str, torch.Tensor], calls: Calls,
-    gradient: dict[str, list[torch.Tensor]], fisher: dict[str, list[torch.Tensor]], sums: dict[str, torch.Tensor],
+    kind: str, loaded: LoadedModel, by_module: Mapping[str, Sequence[Linear]], looked_at: Mapping[str, torch.Tensor],
+    calls: Calls, deltas: dict[str, list[torch.Tensor]], sums: dict[str, torch.Tensor],
 ) -> None:  # fmt: skip
-    """Add a batch to `_sums`: of the parameters that have sums, and of the places looked at in any."""
-    by_module: dict[str, list[Linear]] = {}
-    for linear in linears:
-        by_module.setdefault(linear.module, []).append(linear)
-    for module, own in by_module.items():
-        inputs = [given for given, _ in calls[module]]
-
-        def total(deltas: Sequence[torch.Tensor], of: Linear = own[0], inputs=inputs) -> torch.Tensor:
-            return sum(weight_gradient(of, *pair) for pair in zip(inputs, deltas, strict=True))
-
-        if f"gradient/{module}" in sums:
-            sums[f"gradient/{module}"] += total(gradient.pop(module))
-        piece = total(fisher.pop(module))
-        for linear in own:
-            if f"heads/{linear.key}" in sums:
-                sums[f"heads/{linear.key}"] += _by_head(loaded, linear, linear.of(piece)).square().cpu()
-            if linear.key in looked_at:
-                places = looked_at[linear.key].to(piece.device)
-                sums[f"sampled/{linear.key}"] += linear.of(piece).reshape(-1)[places].square().cpu()
-        if f"fisher/{module}" in sums:
-            sums[f"fisher/{module}"] += piece.square_()
+    """Add a batch to `_sums`: its gradient, or the square of that as Fisher information."""
+    for module in list(deltas):
+        pairs = zip((given for given, _ in calls[module]), deltas.pop(module), strict=True)
+        linears = by_module[module]
+        piece = sum(weight_gradient(linears[0], *pair) for pair in pairs)
+        if kind == "fisher":
+            for linear in linears:
+                if f"heads/{linear.key}" in sums:
+                    sums[f"heads/{linear.key}"] += _by_head(loaded, linear, linear.of(piece)).square().cpu()
+            piece.square_()
+            for linear in linears:
+                if linear.key in looked_at:
+                    places = looked_at[linear.key].to(piece.device)
+                    sums[f"sampled/{linear.key}"] += linear.of(piece).reshape(-1)[places].cpu()
+        if f"{kind}/{module}" in sums:
+            sums[f"{kind}/{module}"] += piece
 
 
 def _by_head(loaded: LoadedModel, linear: Linear, gradient: torch.Tensor) -> torch.Tensor:
