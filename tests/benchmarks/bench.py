@@ -8,7 +8,9 @@ claim about the code. Masks at an 8B model's size are `eight_billion`.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
+import gc
 import inspect
 import math
 import multiprocessing
@@ -20,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -889,7 +891,15 @@ def _measure_alone(
         small = replace(bench, size=replace(size, names=1, samples=2))
         work(small)  # what is imported and compiled on the way
         weights = sum(parameter.numel() * parameter.element_size() for parameter in loaded.model.parameters())
+        _give_back()
         told.put((weights, _peak(lambda: work(bench))))
+
+
+def _give_back() -> None:
+    """Freed memory that the allocator keeps goes back to the system, or it would hide what is asked for again."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # other systems have no such call
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def head_impacts(bench: Bench) -> None:
