@@ -20,6 +20,45 @@ os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "1")
 
 ARCHITECTURES = ("llama", "gpt2", "gpt_neo", "gptj", "gpt_neox", "qwen2", "gemma2", "mistral")
 
+def _cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# Workers of pytest-xdist share the cores. Libraries read these when they are first imported, which is after this.
+THREADS = max(1, _cores() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ.setdefault(name, str(THREADS))
+
+# Files of a minute and more, the longest first, so that no worker begins one when the others have nothing left. Two of
+# them use the default model, which the first one to need it converts for half a minute: they do not begin together.
+LONGEST = (
+    "end_to_end/test_default_model.py",
+    "assets/test_chain.py",
+    "end_to_end/test_kills.py",
+    "end_to_end/test_planted_heads.py",
+    "pipelines/test_heads.py",
+    "pipelines/test_paper.py",
+    "end_to_end/test_ui.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """`-n auto`: every core this process may use; by itself pytest-xdist counts physical ones of the whole machine."""
+    return _cores()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers the longest files come first; one process keeps the usual order."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        here = Path(__file__).parent
+        rank = {here / file: place for place, file in enumerate(LONGEST)}
+        items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
