@@ -6,6 +6,7 @@ milliseconds. Nothing here imitates the project's own code; tests of one stage k
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "1")
 
-ARCHITECTURES = ("llama", "gpt2", "gpt_neo", "gptj", "gpt_neox", "qwen2", "gemma2", "mistral")
 
 def _cores() -> int:
     """The cores this process may use."""
@@ -58,6 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
+ARCHITECTURES = ("llama", "gpt2", "gpt_neo", "gptj", "gpt_neox", "qwen2", "gemma2", "mistral")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -321,9 +322,17 @@ def open_house(folder: Path, model: Path) -> House:
     return house
 
 
+def blank(figure: Any, stem: Path) -> Any:
+    """In place of `excise.figures.save`, where nobody looks at pictures: writing them takes a third of a small run."""
+    from excise.figures import SavedFigure
+
+    return SavedFigure(b"", stem.with_suffix(".png"), stem.with_suffix(".svg"))
+
+
 @pytest.fixture
-def house(tmp_path: Path, tiny_model: Callable[..., Path]) -> House:
-    """A fresh house with the scenario `lamp` and a tiny model that answers with numbers."""
+def house(tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> House:
+    """A fresh house with the scenario `lamp` and a tiny model that answers with numbers; it keeps no pictures."""
+    monkeypatch.setattr("excise.figures.save", blank)
     return open_house(tmp_path / "house", tiny_model("llama", numeric=True))
 
 
@@ -332,6 +341,18 @@ def audited(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., 
     """A house after `audit_scenario` of tiny|lamp, with the run's result. Shared: read it, do not change it."""
     house = open_house(tmp_path_factory.mktemp("audited") / "house", tiny_model("llama", numeric=True))
     return house, house.run("audit_scenario", "tiny|lamp")
+
+
+@pytest.fixture
+def copied(audited: tuple[House, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
+    """The audited house once more, to be changed: all files and tables, and an instance that knows of no run."""
+    import dagster as dg
+
+    monkeypatch.setattr("excise.figures.save", blank)
+    original, result = audited
+    assert result.success
+    shutil.copytree(original.folder, tmp_path / "house")
+    return House(tmp_path / "house", dg.DagsterInstance.ephemeral())
 
 
 @pytest.fixture(scope="session")
