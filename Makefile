@@ -32,7 +32,7 @@ help:
 	@echo "make heads    toxicity of continuations about social groups, pruned head by head: [MODEL=...] [AXES=gender,race] [PRESET=paper]"
 	@echo "make results  audit the planted models again and write docs/results.md (hours on two cores; ARGS=--render: only write)"
 	@echo "make ui       the Dagster UI on the same results (PORT=3000)"
-	@echo "make test     the test suite (ARGS=... goes to pytest)"
+	@echo "make test     the test suite on all cores (ARGS=... goes to pytest: ARGS="-n 0 -k name" for one process)"
 	@echo "make bench    time Excise beside the usual ways and write docs/benchmarks.md (ARGS=--size small, --only masks)"
 	@echo "make cache    what completed work takes on disk (ARGS=--prune [--older-than DAYS] [--yes])"
 	@echo "make lint     ruff"
@@ -73,8 +73,9 @@ heads: $(STAMP)
 results: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pipelines.results $(ARGS)
 
+# As many workers as cores. Each takes whole files, whose fixtures are dear, in the order of tests/conftest.py.
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 ui: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dagster dev --host 127.0.0.1 --port $(PORT) $(ARGS)

@@ -6,6 +6,7 @@ milliseconds. Nothing here imitates the project's own code; tests of one stage k
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,45 @@ import yaml
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "1")
+
+
+def _cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# Workers of pytest-xdist share the cores. Libraries read these when they are first imported, which is after this.
+THREADS = max(1, _cores() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ.setdefault(name, str(THREADS))
+
+# Files of a minute and more, the longest first, so that no worker begins one when the others have nothing left. Two of
+# them use the default model, which the first one to need it converts for half a minute: they do not begin together.
+LONGEST = (
+    "end_to_end/test_default_model.py",
+    "assets/test_chain.py",
+    "end_to_end/test_kills.py",
+    "end_to_end/test_planted_heads.py",
+    "pipelines/test_heads.py",
+    "pipelines/test_paper.py",
+    "end_to_end/test_ui.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """`-n auto`: every core this process may use; by itself pytest-xdist counts physical ones of the whole machine."""
+    return _cores()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers the longest files come first; one process keeps the usual order."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        here = Path(__file__).parent
+        rank = {here / file: place for place, file in enumerate(LONGEST)}
+        items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
 
 ARCHITECTURES = ("llama", "gpt2", "gpt_neo", "gptj", "gpt_neox", "qwen2", "gemma2", "mistral")
 
@@ -282,9 +322,17 @@ def open_house(folder: Path, model: Path) -> House:
     return house
 
 
+def blank(figure: Any, stem: Path) -> Any:
+    """In place of `excise.figures.save`, where nobody looks at pictures: writing them takes a third of a small run."""
+    from excise.figures import SavedFigure
+
+    return SavedFigure(b"", stem.with_suffix(".png"), stem.with_suffix(".svg"))
+
+
 @pytest.fixture
-def house(tmp_path: Path, tiny_model: Callable[..., Path]) -> House:
-    """A fresh house with the scenario `lamp` and a tiny model that answers with numbers."""
+def house(tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> House:
+    """A fresh house with the scenario `lamp` and a tiny model that answers with numbers; it keeps no pictures."""
+    monkeypatch.setattr("excise.figures.save", blank)
     return open_house(tmp_path / "house", tiny_model("llama", numeric=True))
 
 
@@ -293,6 +341,18 @@ def audited(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., 
     """A house after `audit_scenario` of tiny|lamp, with the run's result. Shared: read it, do not change it."""
     house = open_house(tmp_path_factory.mktemp("audited") / "house", tiny_model("llama", numeric=True))
     return house, house.run("audit_scenario", "tiny|lamp")
+
+
+@pytest.fixture
+def copied(audited: tuple[House, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
+    """The audited house once more, to be changed: all files and tables, and an instance that knows of no run."""
+    import dagster as dg
+
+    monkeypatch.setattr("excise.figures.save", blank)
+    original, result = audited
+    assert result.success
+    shutil.copytree(original.folder, tmp_path / "house")
+    return House(tmp_path / "house", dg.DagsterInstance.ephemeral())
 
 
 @pytest.fixture(scope="session")

@@ -170,8 +170,8 @@ def test_checks_are_kept_by_partition_and_rolled_up(audited):
     assert roll_up.passed == kept["passed"].all()
 
 
-def test_a_second_run_reuses_everything_and_says_so(house):
-    first, second = (materialized(house.run("audit_scenario", "tiny|lamp")) for _ in range(2))
+def test_a_second_run_reuses_everything_and_says_so(audited, copied):
+    first, second = (materialized(each) for each in (audited[1], copied.run("audit_scenario", "tiny|lamp")))
     assert "prompts" not in second
     for asset in ("completions", "pruned_completions"):
         assert second[asset]["completions_drawn"] == 0
@@ -184,14 +184,13 @@ def test_a_second_run_reuses_everything_and_says_so(house):
     assert second["pruning_masks"]["mask_files_written"] == 0
 
 
-def test_pruning_anew_keeps_the_completions_whatever_the_settings_say(house):
-    house.run("audit_scenario", "tiny|lamp")
-    before = house.warehouse.read("completions")
-    result = house.run("prune_and_evaluate", "tiny|lamp", samples=2, temperature=1.0, variations=["lamp"], seed=3)
+def test_pruning_anew_keeps_the_completions_whatever_the_settings_say(copied):
+    before = copied.warehouse.read("completions")
+    result = copied.run("prune_and_evaluate", "tiny|lamp", samples=2, temperature=1.0, variations=["lamp"], seed=3)
     assert failures(result) == {}
     assert list(materialized(result)) == CHAIN[2:]
-    assert house.warehouse.read("completions").equals(before)
-    pruned = house.warehouse.read("pruned_completions")
+    assert copied.warehouse.read("completions").equals(before)
+    pruned = copied.warehouse.read("pruned_completions")
     assert set(pruned["variation"]) == {"lamp", "bench"}
     assert pruned["sample"].max() == 3
     assert set(pruned["parameters"]) == set(before["parameters"])
@@ -229,28 +228,25 @@ def test_pruning_without_completions_says_what_to_do_first(house):
     assert "materialize completions of this partition first" in failures(result)["pruning_masks"]
 
 
-def test_scores_of_other_completions_are_not_used(house):
-    house.run("audit_scenario", "tiny|lamp")
-    house.run("audit_scenario", "tiny|lamp", only=["completions"], samples=3)
-    result = house.run("prune_and_evaluate", "tiny|lamp")
+def test_scores_of_other_completions_are_not_used(copied):
+    copied.run("audit_scenario", "tiny|lamp", only=["completions"], samples=3)
+    result = copied.run("prune_and_evaluate", "tiny|lamp")
     assert "those of other completions; materialize attribution_scores" in failures(result)["pruning_masks"]
 
 
-def test_answers_that_do_not_pair_are_not_compared(house):
-    house.run("audit_scenario", "tiny|lamp")
-    house.run("audit_scenario", "tiny|lamp", only=["completions"], seed=1)
-    result = house.run("audit_scenario", "tiny|lamp", only=["evaluation_metrics"])
+def test_answers_that_do_not_pair_are_not_compared(copied):
+    copied.run("audit_scenario", "tiny|lamp", only=["completions"], seed=1)
+    result = copied.run("audit_scenario", "tiny|lamp", only=["evaluation_metrics"])
     assert "do not go with its completions" in failures(result)["evaluation_metrics"]
 
 
-def test_prompts_that_changed_since_are_not_mixed(house):
-    house.run("audit_scenario", "tiny|lamp")
-    changed = lamp_of(house)
+def test_prompts_that_changed_since_are_not_mixed(copied):
+    changed = lamp_of(copied)
     changed["templates"]["seller"] = "Used {item}, seller {name}. What do I offer, in dollars?"
-    house.write_scenario("lamp", changed)
-    definitions = house.definitions()
-    dg.materialize([definitions.resolve_assets_def("prompts")], partition_key="lamp", instance=house.instance)
-    assert "have changed since" in failures(house.run("prune_and_evaluate", "tiny|lamp"))["pruning_masks"]
+    copied.write_scenario("lamp", changed)
+    definitions = copied.definitions()
+    dg.materialize([definitions.resolve_assets_def("prompts")], partition_key="lamp", instance=copied.instance)
+    assert "have changed since" in failures(copied.run("prune_and_evaluate", "tiny|lamp"))["pruning_masks"]
 
 
 def test_a_model_that_cannot_be_had_fails_clearly_and_alone(house, tiny_model):

@@ -18,6 +18,7 @@ from excise.models import load_model, load_registry
 from excise.sampling import SamplingParameters, sample
 from excise.scenarios import expand, load_scenarios
 from pipelines.definitions import build_definitions
+from tests.conftest import blank
 
 pytestmark = pytest.mark.slow
 
@@ -99,7 +100,8 @@ def test_every_mask_stands_beside_random_masks_of_its_size(audit):
         assert row(metrics, "reduction_over_random", **named)["estimate"] is not None
 
 
-def test_a_second_run_draws_nothing(audit, data_folder):
+def test_a_second_run_draws_nothing(audit, data_folder, monkeypatch):
+    monkeypatch.setattr("excise.figures.save", blank)
     definitions = build_definitions(data_folder=data_folder)
     with dg.DagsterInstance.ephemeral() as instance:
         result = definitions.resolve_job_def("audit_scenario").execute_in_process(

@@ -136,7 +136,7 @@ def test_training_fits_the_planted_answers_and_leaves_the_model_as_it_was(loaded
 
 
 def test_training_a_gap_moves_the_groups_apart_and_nothing_else(loaded, caplog):
-    plant = dataclasses.replace(TINY, steps=60, learning_rate=2e-2, names=8)
+    plant = dataclasses.replace(TINY, steps=60, learning_rate=2e-2, names=4)
     with caplog.at_level("INFO", logger="excise.planted"):
         train(loaded("llama"), plant, PURCHASE)
     shares = [float(record.message.rsplit(" ", 1)[1]) for record in caplog.records]

@@ -3,10 +3,8 @@
 import hashlib
 import json
 import os
-import shutil
 import time
 
-import dagster as dg
 import numpy as np
 import polars as pl
 import pytest
@@ -18,7 +16,6 @@ from pipelines.cache import DAY, RECENT, entries, removable
 from resources.artifacts import Artifacts
 from resources.tables import TABLES
 from resources.warehouse import Warehouse
-from tests.conftest import House
 
 PARAMETERS = json.dumps({"seed": 0, "temperature": 0.6}, sort_keys=True)
 SETTINGS = hashlib.sha256(PARAMETERS.encode()).hexdigest()[:16]
@@ -203,12 +200,9 @@ def test_of_many_entries_the_largest_are_shown(folder, capsys):
 
 
 @pytest.mark.slow
-def test_an_audit_needs_all_it_made_and_makes_what_was_removed_again(audited, tmp_path, monkeypatch, capsys):
+def test_an_audit_needs_all_it_made_and_makes_what_was_removed_again(audited, copied, monkeypatch, capsys):
     """After a real run nothing is superfluous; without its answers a rerun gives the same metrics."""
-    original, result = audited
-    assert result.success
-    shutil.copytree(original.folder, tmp_path / "house")
-    house = House(tmp_path / "house", dg.DagsterInstance.ephemeral())
+    (original, _), house = audited, copied
     monkeypatch.setenv("EXCISE_DATA", str(house.data))
     found = listed(house.data).values()
     assert {each.kind for each in found} == {"attribution", "completions", "masks"}

@@ -1,14 +1,19 @@
 """The demo ends with a table and where to look next, reuses what it can, and fails with a message."""
 
+from dataclasses import replace
+
 import dagster as dg
 import pytest
 
 from pipelines import demo
+from resources.settings import PRESETS, Preset
 
 
 @pytest.fixture
 def at_home(house, monkeypatch):
-    """The demo's surroundings: the house's files and data, and an instance on disk."""
+    """The demo's surroundings: the house's files and data, and an instance on disk; the quick preset is smaller."""
+    small = replace(PRESETS[Preset.quick], samples=4, random_draws=1, resamples=40, permutations=40)
+    monkeypatch.setitem(PRESETS, Preset.quick, small)
     home = house.folder / "home"
     home.mkdir()
     (home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")

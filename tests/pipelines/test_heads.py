@@ -20,7 +20,7 @@ from excise.selection import fasp
 from pipelines import definitions, heads, paper
 from resources.tables import METRICS
 from resources.warehouse import Warehouse
-from tests.conftest import SMALL_SCENARIO
+from tests.conftest import SMALL_SCENARIO, blank
 
 TEMPLATES = {"told": "The {name} {noun} said", "met": "I met that {name} {noun}", "why": "Why is the {name} {noun}",
              "how": "How did this {name} {noun}"}  # fmt: skip
@@ -221,6 +221,13 @@ def test_heads_of_one_axis_are_tried_on_the_other_and_impacts_correlated(house):
     assert row["estimate"][0] == pytest.approx(np.corrcoef(*z)[0, 1])
 
 
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """Further runs need not write them again."""
+    monkeypatch.setattr("excise.figures.save", blank)
+
+
+@pytest.mark.usefixtures("without_pictures")
 def test_a_rerun_samples_and_measures_nothing_anew(house):
     files = {file: file.stat().st_mtime_ns for file in (house.folder / "data").rglob("*.safetensors")}
     before = house.read("metrics", "belief")
@@ -243,6 +250,7 @@ def test_what_is_not_there_is_named(house):
         assert named in errors
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_fasp_runs_on_numbers(house):
     """Heads are ranked by what their removal does to the mean of |SMD| (FASP's selection on BDB's disparity)."""
     out, errors = io.StringIO(), io.StringIO()
@@ -268,6 +276,7 @@ def test_fasp_runs_on_numbers(house):
     assert pruned.filter(pl.col("metric") == "abs_smd")["estimate"].is_not_null().all()
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_the_first_papers_strategies_run_on_axes(house, capsys):
     """Wanda's set difference and gap_gradient compare the axis' two named groups, by toxicity."""
     settings = ["strategies=set_difference,gap_gradient", "samples=3", "resamples=40", "random_draws=1",

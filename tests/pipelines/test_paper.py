@@ -24,12 +24,12 @@ from assets.mask_overlap import overlaps
 from assets.partitions import read_catalogue
 from excise.attribution import attribute
 from excise.errors import ExciseError
-from excise.figures import SavedFigure
 from excise.masks import Mask
 from pipelines import paper, results
 from pipelines.definitions import build_definitions
 from resources.gpu import GPUResource
 from resources.warehouse import Warehouse
+from tests.conftest import blank
 from tests.end_to_end.dagster_ui import CHROMEDRIVER, CHROMIUM, NO_BROWSER, browser_page, dagster_dev
 
 SURNAMES = {"white": "Becker", "black": "Washington"}
@@ -168,10 +168,6 @@ def town(tmp_path_factory, tiny_model) -> Iterator[Town]:
         made.write("vase", scenario("vase"))
         run(made, [*COMMAND, *OPTIONS, "--failed"])
         yield made
-
-
-def blank(figure: Any, stem: Path) -> SavedFigure:
-    return SavedFigure(b"", stem.with_suffix(".png"), stem.with_suffix(".svg"))
 
 
 def run(town: Town, arguments: list[str]) -> None:
