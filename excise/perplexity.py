@@ -34,7 +34,7 @@ SIZE = 256
 """Default window. Short, because the embedded text is: intervals need many windows more than long ones."""
 PAPER_STRIDE = 512
 TOKENS_AT_ONCE = {"cpu": 1 << 11, "mps": 1 << 12, "cuda": 1 << 14}
-LOGITS_AT_ONCE = {"cpu": 1 << 24, "mps": 1 << 25, "cuda": 1 << 27}
+LOGITS_AT_ONCE = {"cpu": 1 << 22, "mps": 1 << 24, "cuda": 1 << 26}
 
 Mode = Literal["sliding", "paper"]
 

@@ -22,7 +22,7 @@ from excise.tree import Rows, common_prefix, logits_of
 
 PREFILL_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 8192}
 """Tokens of a first batch, by device; halved whenever memory runs out."""
-LOGIT_ROWS = 512
+LOGIT_ROWS = 128
 """Next-token distributions held at once."""
 
 

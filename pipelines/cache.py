@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from excise.attribution import PARTS
 from excise.completions import UNPRUNED, settings_key
 from excise.errors import ExciseError
 from excise.exact import sampling_settings
@@ -87,6 +88,9 @@ def entries(artifacts: Artifacts, warehouse: Warehouse) -> list[Entry]:
         named = dict(tables[table].select("path", "model").unique("path").iter_rows())
         for file in (root / "artifacts" / kind).rglob("[!.]*.safetensors"):
             path = artifacts.relative(file)
+            if file.parent.suffix == PARTS:
+                add("unfinished", path, [file], "")
+                continue
             name, needed = path.removeprefix(f"artifacts/{kind}/"), table if path in named else ""
             add(kind, name, [file], needed, named.get(path, ""))
     for folder in ("cache", "artifacts", "figures"):

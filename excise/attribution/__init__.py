@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from excise.tree import AnswerTree
 
 SCORES = ("wanda", "attention", "snip", "gap_gradient")
+PARTS = ".parts"
+"""Suffix of the folder beside a file of scores that holds what there is of it while it is made."""
 VERSION = "3"
 """Part of every file's address; to be raised when a score's computation changes."""
 GAP_GRADIENT_KEEP = 0.01
@@ -84,7 +86,7 @@ def attribute(
             if not reused:
                 some = prompts.filter(pl.col("prompt_id").is_in(rows["prompt_id"].unique().to_list()))
                 measure = {"wanda": _input_norms, "attention": _attention, "gap_gradient": _gap_gradient}
-                parts, label = Parts(path.with_suffix(".parts")), f"{score} {variation}"
+                parts, label = Parts(path.with_suffix(PARTS)), f"{score} {variation}"
                 if score == "snip":
                     _write_snip(path, loaded, some, rows, comparison, progress, label, parts)
                 else:

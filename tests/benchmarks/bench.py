@@ -609,8 +609,7 @@ def profiles(bench: Bench, settings: dict[str, Any], rounds: int) -> list[dict[s
              "relabellings": 1, "resamples": 20, "permutations": 20, "levels": ["prompt_specific"]}  # fmt: skip
     found: list[dict[str, float]] = []
     for number in range(rounds + 1):
-        data = bench.folder / f"data_{number}"
-        data.mkdir()
+        data = Path(tempfile.mkdtemp(dir=bench.folder))
         (data / "models").symlink_to(bench.home, target_is_directory=True)
         definitions = build_definitions(
             data_folder=data,
@@ -1058,7 +1057,8 @@ def main() -> int:
     with _prepared(SIZES[given.size]) as bench:
         for name in [given.only] if given.only else [each for each in SECTIONS if each not in ON_DEMAND]:
             print(name, flush=True)
-            SECTIONS[name](bench)
+            spent = measured(functools.partial(SECTIONS[name], bench))
+            print(f"  ({spent.clock:.0f} s)", flush=True)
         clock, processor = (now - then for now, then in zip(measured_since(), began, strict=True))
         import torch
 

@@ -123,8 +123,9 @@ def test_files_are_needed_by_the_table_that_names_them(folder):
 def test_unfinished_files_are_nobody_s(folder):
     made(folder / "cache" / "completions" / MODEL / "unpruned" / SETTINGS / ".1.partial")
     made(folder / "artifacts" / "masks" / ".1.safetensors.2.part")
+    made(folder / "artifacts" / "attribution" / "wanda" / "1.parts" / "norms.begun.safetensors")
     assert {each.kind for each in listed(folder).values()} == {"unfinished"}
-    assert len(listed(folder)) == 2
+    assert len(listed(folder)) == 3
 
 
 def test_what_may_go_is_unneeded_or_old_and_never_just_used(folder):
