@@ -33,7 +33,7 @@ help:
 	@echo "make results  audit the planted models again and write docs/results.md (hours on two cores; ARGS=--render: only write)"
 	@echo "make ui       the Dagster UI on the same results (PORT=3000)"
 	@echo "make test     the test suite on all cores (ARGS=... goes to pytest: ARGS="-n 0 -k name" for one process)"
-	@echo "make bench    time Excise beside the usual ways and write docs/benchmarks.md (ARGS=--size small, --only masks)"
+	@echo "make bench    time Excise beside the usual ways and write docs/benchmarks.md (ARGS=--size small, --only masks, --all)"
 	@echo "make cache    what completed work takes on disk (ARGS=--prune [--older-than DAYS] [--yes])"
 	@echo "make lint     ruff"
 	@echo "make clean    remove caches and builds; results in data/ and the history of runs stay"

@@ -813,7 +813,8 @@ def memory(bench: Bench) -> None:
     bench.report.section(
         "Memory",
         f"The most that a process held beyond what it held with the model loaded ({MODEL}, float32), and model and "
-        "that together as a multiple of the model. Keys and values, logits and answers are among it.",
+        "that together as a multiple of the model. Keys and values, logits, activations and answers are among it; they "
+        "do not grow with the width of a model as its weights do.",
         ("work", "beyond the model", "together, models"),
     )
     for title, work in MEMORY_WORKS.items():
@@ -832,22 +833,21 @@ def memory(bench: Bench) -> None:
             bench.report.row(title, f"{beyond / 2**20:,.0f} of {size / 2**20:,.0f} MiB", f"{1 + beyond / size:.2f}")
 
 
-def _pruned_and_asked(bench: Bench) -> None:
-    """A mask of 5 % of the weights, as set differences have: the answers of 100 samples, and a text's losses."""
-    from excise.completions import complete
-    from excise.masks import Mask, pruned, random_like
+def _pruned(bench: Bench) -> None:
+    """The losses of a text without a sixteenth of the weights, a little more than set differences take out."""
+    from excise.masks import Mask, pruned
     from excise.perplexity import text_windows, window_losses
 
     shapes = {linear.key: linear.shape for linear in bench.loaded.topology.linears}
     rng = np.random.default_rng(0)
-    like = Mask({key: _random_bits(rng, math.prod(shape)) for key, shape in shapes.items()}, shapes)
-    mask = random_like(like, 0)
-    outcome = bench.scenario.outcome
-    complete(bench.loaded, bench.prompts(bench.size.names), bench.size.samples, bench.parameters(), outcome=outcome,
-             mask=mask)  # fmt: skip
+    mask = Mask({key: _random_bits(rng, math.prod(shape)) for key, shape in shapes.items()}, shapes)
     text = " ".join(bench.prompts(bench.size.names)["text"].to_list() * 4)
     with pruned(bench.loaded, mask):
         window_losses(bench.loaded, text_windows(bench.loaded, text))
+
+
+def _asked(bench: Bench) -> None:
+    bench.answers(bench.prompts(bench.size.exact_names), bench.size.samples)
 
 
 def _scored(score: str, accumulators: int | None) -> Callable[[Bench], None]:
@@ -868,7 +868,8 @@ def _score_alone(score: str, accumulators: int | None, bench: Bench) -> None:
 
 
 MEMORY_WORKS: dict[str, Callable[[Bench], None]] = {
-    "asking and losses under a mask of 6 % of the weights": _pruned_and_asked,
+    "6 % of the weights pruned, losses of a text": _pruned,
+    "100 samples a name, 16 names": _asked,
     "input norms": _scored("wanda", None),
     "`gap_gradient`, as granted by default (2 GiB for sums)": _scored("gap_gradient", None),
     "`gap_gradient`, three layers at a time (100 MiB for sums)": _scored("gap_gradient", 100 << 20),
@@ -887,7 +888,7 @@ def _measure_alone(
     with tempfile.TemporaryDirectory() as folder:
         loaded = load_model(registry[key], registry, home=home)
         bench = Bench(loaded, load_scenarios()[0], size, Path(folder), Report(), home, files)
-        small = replace(bench, size=replace(size, names=1, samples=2))
+        small = replace(bench, size=replace(size, names=1, exact_names=1, samples=2))
         work(small)  # what is imported and compiled on the way
         weights = sum(parameter.numel() * parameter.element_size() for parameter in loaded.model.parameters())
         _give_back()
@@ -973,8 +974,8 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
         sampling, exact_answers, attribution, masks, orchestration, paper_partition, growth, memory, head_impacts
     )
 }
-ON_DEMAND = ("paper_partition",)
-"""Sections that are measured only where `--only` names them."""
+ON_DEMAND = ("orchestration", "paper_partition", "growth", "memory")
+"""Sections that take minutes each: measured where `--only` names them or `--all` asks for all; else they stay."""
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
@@ -1050,12 +1051,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Measure Excise against plain references; write docs/benchmarks.md.")
     parser.add_argument("--size", choices=SIZES, default="default")
     parser.add_argument("--only", choices=SECTIONS, help="one section alone; the others stay on the page as they are")
+    parser.add_argument("--all", action="store_true", help=f"also {', '.join(ON_DEMAND)}, which take minutes each")
     parser.add_argument("--out", type=Path, default=PAGE, help="the page")
     given = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     began = measured_since()
     with _prepared(SIZES[given.size]) as bench:
-        for name in [given.only] if given.only else [each for each in SECTIONS if each not in ON_DEMAND]:
+        usual = [each for each in SECTIONS if given.all or each not in ON_DEMAND]
+        for name in [given.only] if given.only else usual:
             print(name, flush=True)
             spent = measured(functools.partial(SECTIONS[name], bench))
             print(f"  ({spent.clock:.0f} s)", flush=True)
