@@ -462,7 +462,7 @@ class LoadedModel:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """Where the weights are: one device, or several over which the model is spread (`place`)."""
+        """Where the weights are: one device, or several over which the model is spread (`placement`)."""
         return tuple(dict.fromkeys(map(str, _placed(self.model).values()))) or (str(self.device),)
 
     def last_hidden(self, tokens: torch.Tensor, **others: Any) -> torch.Tensor:
@@ -596,10 +596,13 @@ def _from_pretrained(
         # Gemma 2 caps its attention scores, which only the eager attention computes.
         attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
         tokenizer = AutoTokenizer.from_pretrained(source, revision=spec.revision)
+        places = placed(config, dtype)
         model = AutoModelForCausalLM.from_pretrained(
             source, revision=spec.revision, dtype=dtype, attn_implementation=attention, use_safetensors=True,
-            device_map=placed(config, dtype),
+            device_map=places,
         )  # fmt: skip
+    except ExciseError as error:  # it does not fit
+        raise ExciseError(f"models.yaml: {spec.key}: {error}") from None
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         where = f"hub {spec.hub!r}" if spec.hub else f"folder {source}"
         raise ExciseError(
