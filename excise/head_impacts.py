@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +24,7 @@ from excise.errors import ExciseError
 from excise.masks import Mask, heads_mask
 from excise.perplexity import Window, perplexity, perplexity_difference
 from excise.progress import Progress, silent
+from excise.tensor_files import save_tensors
 
 if TYPE_CHECKING:
     from excise.continuation import Part
@@ -254,18 +253,7 @@ class _Store:
         if self.folder is None:
             self.memory[address, name] = numbers
             return
-        from safetensors.numpy import save_file
-
-        path = self._path(address, name)
-        partial = path.with_name(f".{uuid.uuid4().hex}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"numbers": np.ascontiguousarray(numbers)}, partial)
-            os.replace(partial, path)
-        except OSError as error:
-            raise ExciseError(
-                f"{path}: head impacts cannot be written ({error}); free space or move EXCISE_DATA"
-            ) from error
+        save_tensors(self._path(address, name), {"numbers": numbers})
 
 
 def _address(kind: str, loaded: LoadedModel, *content: object) -> str:

@@ -1,8 +1,8 @@
 """Attribution: what each weight contributes, from the unpruned model's prompts and answers.
 
 Here is the one entry to all scores of a variation and the files they are kept in; each score has a module of its own. A
-file is addressed by what decides its content, so a score that is there already is never computed again. Turning scores
-into masks belongs to `excise.strategies`.
+file is addressed by what decides its content, so a score that is there already is never computed again, and one that
+was begun goes on (`parts`). Turning scores into masks belongs to `excise.strategies`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from excise.errors import ExciseError
 from excise.models import LoadedModel
 from excise.progress import Progress, silent
 from excise.scenarios import Comparison, NumberOutcome, ToxicityOutcome
+from excise.tensor_files import save_tensors
 
 if TYPE_CHECKING:
     from excise.attribution.gap_gradient import GapGradient
@@ -93,7 +94,7 @@ def attribute(
                     tensors, metadata = measure[score](
                         loaded, some, rows, comparison, outcome, permutations, seed, progress, label, parts
                     )
-                    _save(path, tensors, metadata)
+                    save_tensors(path, tensors, metadata)
                 parts.clear()
             files.append(
                 AttributionFile(variation, score, path, path.stat().st_size, reused, time.perf_counter() - started)
@@ -299,18 +300,6 @@ def _gap_gradient(loaded, prompts, rows, comparison, outcome, permutations, seed
         "disparity": repr(float(found.disparity)), "damping": repr(float(found.damping)), "spread": repr(spread),
         "shapes": json.dumps(found.shapes),
     }  # fmt: skip
-
-
-def _save(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    from safetensors.numpy import save_file
-
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}, partial, metadata=metadata)
-        os.replace(partial, path)
-    except OSError as error:
-        raise ExciseError(f"{path}: cannot be written ({error}); free space or move EXCISE_DATA") from error
 
 
 def _save_stream(

@@ -15,7 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from excise.attribution.gradients import Calls, blocks, output_gradients, recorded, weight_gradient
+from excise.attribution.gradients import (
+    Calls,
+    block_by_block,
+    blocks,
+    output_gradients,
+    recorded,
+    weight_gradient,
+)
 from excise.attribution.parts import Parts
 from excise.models import Linear, LoadedModel
 from excise.progress import Progress, silent
@@ -106,26 +113,21 @@ def gap_gradient(
     linears = [linear for block in some for linear in block]
     sampled = _sampled_places(linears, seed)
     damping = math.nan
+
+    def best_of(block: list[Linear], part: str, report: Callable[[int], None]) -> dict[str, np.ndarray]:
+        # The first block's passes go back through all layers, so they tell the median of all.
+        first = block is some[0]
+        looked_at = sampled if first else {}
+        sums = _sums(loaded, trunk, trees, parameters, block, looked_at, seed, batch, report, parts, part)
+        median = _median_harm(loaded, linears, sampled, sums, len(trees)) if first else damping
+        found = {"damping": np.array(median)}
+        for linear in block:
+            found |= _best(loaded, linear, sums, disparity, len(trees), keep, median)
+        return found
+
     candidates: dict[str, Candidates] = {}
     heads = Heads(*np.zeros((2, loaded.topology.layers, loaded.topology.heads), dtype=np.float32))
-    for number, block in enumerate(some):
-        part = f"{block[0].key}-{block[-1].key}"
-        found = parts.finished(part)
-        if found is None:
-
-            def report(done: int, before: int = number * len(trees)) -> None:
-                progress(label, before + done, len(some) * len(trees))
-
-            # The first block's passes go back through all layers, so they tell the median of all.
-            looked_at = sampled if number == 0 else {}
-            sums = _sums(loaded, trunk, trees, parameters, block, looked_at, seed, batch, report, parts, part)
-            if number == 0:
-                damping = _median_harm(loaded, linears, sampled, sums, len(trees))
-            found = {"damping": np.array(damping)}
-            for linear in block:
-                found |= _best(loaded, linear, sums, disparity, len(trees), keep, damping)
-            if len(some) > 1:
-                parts.finish(part, found)
+    for block, found in block_by_block(some, len(trees), best_of, parts, progress, label):
         damping = found["damping"].item()
         for linear in block:
             candidates[linear.key] = Candidates(*(found[f"{linear.key}/{name}"] for name in ("index", "drop", "harm")))

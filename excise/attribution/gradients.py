@@ -7,12 +7,15 @@ What is made of them is in `snip` and `gap_gradient`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
+from excise.attribution.parts import Parts
 from excise.models import Linear, LoadedModel
+from excise.progress import Progress
 
 ACCUMULATOR_BYTES = 2 << 30
 """What the sums kept of layers at once may fill, where a card has no more room to spare."""
@@ -82,6 +85,33 @@ def blocks(
         [linear for some in layers[start : start + layers_at_once] for linear in some]
         for start in range(0, len(layers), layers_at_once)
     ]
+
+
+def block_by_block(
+    some: Sequence[list[Linear]],
+    units: int,
+    compute: Callable[[list[Linear], str, Callable[[int], None]], dict[str, np.ndarray]],
+    parts: Parts,
+    progress: Progress,
+    label: str,
+) -> Iterator[tuple[list[Linear], dict[str, np.ndarray]]]:
+    """Each block with what `compute` makes of it, or has made of it before a run was killed.
+
+    compute: of a block, its name among the parts, and a function that is told how many of `units` are done. A single
+    block is not kept when it is finished: the file it is for follows at once.
+    """
+    for number, linears in enumerate(some):
+        part = f"{linears[0].key}-{linears[-1].key}"
+        found = parts.finished(part)
+        if found is None:
+
+            def report(done: int, before: int = number * units) -> None:
+                progress(label, before + done, len(some) * units)
+
+            found = compute(linears, part, report)
+            if len(some) > 1:
+                parts.finish(part, found)
+        yield linears, found
 
 
 def _room(device: torch.device) -> int:

@@ -7,10 +7,8 @@ layers, are written as often as writing takes a small share of the time. What is
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from excise.errors import ExciseError
+from excise.tensor_files import save_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +53,7 @@ class Parts:
         if self._clock() - self._kept_at < size / BYTES_PER_SECOND / SHARE:
             return
         tensors = {name: tensor.cpu().numpy() for name, tensor in state.items()}
-        self._write(f"{part}.begun", tensors | {"done": np.array(done)})
+        save_tensors(self._path(f"{part}.begun"), tensors | {"done": np.array(done)})
         self._kept_at = self._clock()
 
     def finished(self, part: str) -> dict[str, np.ndarray] | None:
@@ -65,7 +64,7 @@ class Parts:
         """Keep what a part has come to; its state goes."""
         if self.folder is None:
             return
-        self._write(part, tensors)
+        save_tensors(self._path(part), tensors)
         self._path(f"{part}.begun").unlink(missing_ok=True)
 
     def clear(self) -> None:
@@ -88,21 +87,3 @@ class Parts:
             return None
         except (OSError, SafetensorError) as error:
             raise ExciseError(f"{self._path(name)}: cannot be read ({error}); delete it") from error
-
-    def _write(self, name: str, tensors: Mapping[str, np.ndarray]) -> None:
-        from safetensors.numpy import save_file
-
-        path = self._path(name)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-        try:
-            # Another process that has finished may remove the folder at any moment.
-            for _ in range(3):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    save_file({key: np.ascontiguousarray(each) for key, each in tensors.items()}, partial)
-                    os.replace(partial, path)
-                    return
-                except FileNotFoundError:
-                    continue
-        except OSError as error:
-            raise ExciseError(f"{path}: cannot be written ({error}); free space or move EXCISE_DATA") from error

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from excise.attribution.gradients import blocks, output_gradients, recorded, weight_gradient
+from excise.attribution.gradients import block_by_block, blocks, output_gradients, recorded, weight_gradient
 from excise.attribution.parts import Parts
 from excise.errors import ExciseError
 from excise.models import Linear, LoadedModel
@@ -74,28 +74,23 @@ def _scores(
     # Rows of like length share a pass, so that little of it is padding.
     rows = [row for row in range(len(answers)) if weights[row].any()]
     rows.sort(key=lambda row: len(answers[row][0]) + len(answers[row][1]))
+
+    def scores_of(linears: Sequence[Linear], part: str, report: Callable[[int], None]) -> dict[str, np.ndarray]:
+        gradients = _absolute_gradients(loaded, trunk, answers, weights, rows, linears, batch, report, parts, part)
+        found = {}
+        for place, linear in enumerate(linears):
+            own = np.empty((weightings, *linear.shape), dtype=np.float32)
+            size = linear.weight(loaded.model).detach().float().abs()
+            for weighting, gradient in enumerate(gradients[linear.module]):
+                score = (linear.of(gradient) * size.to(gradient.device)).reshape(linear.shape).cpu().numpy()
+                np.divide(score, divisor[weighting], out=own[weighting], casting="same_kind")
+            found[linear.key] = own
+            if all(other.module != linear.module for other in linears[place + 1 :]):
+                del gradients[linear.module]
+        return found
+
     some = blocks(loaded, roles, max(weightings, 1), layers_at_once)
-    for number, linears in enumerate(some):
-        part = f"{linears[0].key}-{linears[-1].key}"
-        found = parts.finished(part)
-        if found is None:
-
-            def report(done: int, before: int = number * len(rows)) -> None:
-                progress(label, before + done, len(some) * len(rows))
-
-            gradients = _absolute_gradients(loaded, trunk, answers, weights, rows, linears, batch, report, parts, part)
-            found = {}
-            for place, linear in enumerate(linears):
-                own = np.empty((weightings, *linear.shape), dtype=np.float32)
-                size = linear.weight(loaded.model).detach().float().abs()
-                for weighting, gradient in enumerate(gradients[linear.module]):
-                    score = (linear.of(gradient) * size.to(gradient.device)).reshape(linear.shape).cpu().numpy()
-                    np.divide(score, divisor[weighting], out=own[weighting], casting="same_kind")
-                found[linear.key] = own
-                if all(other.module != linear.module for other in linears[place + 1 :]):
-                    del gradients[linear.module]
-            if len(some) > 1:
-                parts.finish(part, found)
+    for linears, found in block_by_block(some, len(rows), scores_of, parts, progress, label):
         for linear in linears:
             yield linear.key, found.pop(linear.key)
 

@@ -163,6 +163,16 @@ class Bench:
         return complete(self.loaded, prompts, samples, self.parameters(), outcome=self.scenario.outcome)[0]
 
 
+    def scored(self, score: str, prompts: pl.DataFrame, answers: pl.DataFrame, folder: Path) -> list[Any]:
+        """The files of a score, one per variation."""
+        from excise.attribution import attribute
+
+        return attribute(
+            self.loaded, prompts, answers, comparison=self.scenario.comparison, outcome=self.scenario.outcome,
+            scores=[score], permutations=0, seed=0, folder=folder,
+        )  # fmt: skip
+
+
 RATIOS = ("ours", "reference", "times as fast", "by processor time", "setting")
 
 
@@ -311,7 +321,6 @@ def exact_answers(bench: Bench) -> None:
 
 def attribution(bench: Bench) -> None:
     """Wanda norms in one pass over trees, SNIP in one pass over layers."""
-    from excise.attribution import attribute
     from excise.attribution.snip import snip
 
     size, loaded = bench.size, bench.loaded
@@ -336,11 +345,7 @@ def attribution(bench: Bench) -> None:
 
     def ours() -> None:
         with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
-            (file,) = attribute(
-                loaded, prompts, answers, comparison=comparison, outcome=bench.scenario.outcome, scores=["wanda"],
-                permutations=0, seed=0, folder=Path(folder),
-            )  # fmt: skip
-            bytes_of["ours"] = file.bytes
+            bytes_of["ours"] = sum(file.bytes for file in bench.scored("wanda", prompts, answers, Path(folder)))
 
     def dense() -> None:
         with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
@@ -471,16 +476,12 @@ def masks(bench: Bench) -> None:
 
 def masks_of_a_scenario(bench: Bench) -> None:
     """All masks that the published strategy needs for a scenario, against the sampling of one batch of its prompts."""
-    from excise.attribution import attribute
     from excise.sampling import sample
     from excise.strategies import build_masks, load_strategies
 
     prompts = bench.prompts(1)
     strategy = load_strategies()["set_difference"].model_copy(update={"controls": ()})
-    (file,) = attribute(
-        bench.loaded, prompts, bench.answers(prompts, 4), comparison=bench.scenario.comparison,
-        outcome=bench.scenario.outcome, scores=[strategy.score], permutations=0, seed=0, folder=bench.folder,
-    )  # fmt: skip
+    (file,) = bench.scored(strategy.score, prompts, bench.answers(prompts, 4), bench.folder)
     # What is in a file takes no part in how long its masks take.
     files = [replace(file, variation=variation) for variation in bench.scenario.variations]
     made: list[int] = []
@@ -691,7 +692,6 @@ class Clocks:
 
 def growth(bench: Bench) -> None:
     """Cost against names, samples and variations."""
-    from excise.attribution import attribute
     from excise.completions import complete
 
     size = bench.size
@@ -715,10 +715,7 @@ def growth(bench: Bench) -> None:
 
         def work() -> None:
             with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
-                attribute(
-                    bench.loaded, prompts, answers, comparison=bench.scenario.comparison,
-                    outcome=bench.scenario.outcome, scores=["wanda"], permutations=0, seed=0, folder=Path(folder),
-                )  # fmt: skip
+                bench.scored("wanda", prompts, answers, Path(folder))
 
         return work
 
@@ -817,11 +814,11 @@ def memory(bench: Bench) -> None:
         "do not grow with the width of a model as its weights do.",
         ("work", "beyond the model", "together, models"),
     )
-    for title, work in MEMORY_WORKS.items():
+    for title, (work, granted) in MEMORY_WORKS.items():
         context = multiprocessing.get_context("spawn")
         told = context.SimpleQueue()
-        process = context.Process(target=_measure_alone, args=(work, bench.loaded.key, bench.model_files, bench.home,
-                                                               bench.size, told))  # fmt: skip
+        process = context.Process(target=_measure_alone, args=(work, granted, bench.loaded.key, bench.model_files,
+                                                               bench.home, bench.size, told))  # fmt: skip
         process.start()
         process.join()
         if process.exitcode:
@@ -854,38 +851,30 @@ def _asked(bench: Bench) -> None:
     bench.answers(bench.prompts(bench.size.exact_names), bench.size.samples)
 
 
-def _scored(score: str, accumulators: int | None) -> Callable[[Bench], None]:
-    return functools.partial(_score_alone, score, accumulators)
-
-
-def _score_alone(score: str, accumulators: int | None, bench: Bench) -> None:
-    from excise.attribution import attribute, gradients
-
-    if accumulators is not None and bench.size.samples > 2:
-        gradients.ACCUMULATOR_BYTES = accumulators
+def _scored(score: str, bench: Bench) -> None:
     prompts = bench.prompts(bench.size.names)
     with tempfile.TemporaryDirectory() as folder:
-        attribute(
-            bench.loaded, prompts, bench.answers(prompts, 4), comparison=bench.scenario.comparison,
-            outcome=bench.scenario.outcome, scores=[score], permutations=0, seed=0, folder=Path(folder),
-        )  # fmt: skip
+        bench.scored(score, prompts, bench.answers(prompts, 4), Path(folder))
 
 
-MEMORY_WORKS: dict[str, Callable[[Bench], None]] = {
-    "6 % of the weights pruned": _pruned,
-    "losses of a text, 2,048 tokens a pass": _read,
-    "100 samples a name, 16 names": _asked,
-    "input norms": _scored("wanda", None),
-    "`gap_gradient`, as granted by default (2 GiB for sums)": _scored("gap_gradient", None),
-    "`gap_gradient`, three layers at a time (100 MiB for sums)": _scored("gap_gradient", 100 << 20),
-    "SNIP, three layers at a time (100 MiB for sums)": _scored("snip", 100 << 20),
+_gap = functools.partial(_scored, "gap_gradient")
+MEMORY_WORKS: dict[str, tuple[Callable[[Bench], None], int]] = {
+    "6 % of the weights pruned": (_pruned, 2 << 30),
+    "losses of a text, 2,048 tokens a pass": (_read, 2 << 30),
+    "100 samples a name, 16 names": (_asked, 2 << 30),
+    "input norms": (functools.partial(_scored, "wanda"), 2 << 30),
+    "`gap_gradient`, as granted by default (2 GiB for sums)": (_gap, 2 << 30),
+    "`gap_gradient`, three layers at a time (100 MiB for sums)": (_gap, 100 << 20),
+    "SNIP, three layers at a time (100 MiB for sums)": (functools.partial(_scored, "snip"), 100 << 20),
 }
+"""What is done, and the bytes that gradients kept at once may fill."""
 
 
 def _measure_alone(
-    work: Callable[[Bench], None], key: str, files: tuple[Path, ...], home: Path, size: Size, told: Any
+    work: Callable[[Bench], None], granted: int, key: str, files: tuple[Path, ...], home: Path, size: Size, told: Any
 ) -> None:
     """In a new process: bytes of the model's weights, and of the peak beyond them."""
+    from excise.attribution import gradients
     from excise.models import load_model, load_registry
     from excise.scenarios import load_scenarios
 
@@ -897,6 +886,7 @@ def _measure_alone(
         work(small)  # what is imported and compiled on the way
         weights = sum(parameter.numel() * parameter.element_size() for parameter in loaded.model.parameters())
         _give_back()
+        gradients.ACCUMULATOR_BYTES = granted
         told.put((weights, _peak(lambda: work(bench))))
 
 
@@ -1078,7 +1068,8 @@ def main() -> int:
 
 
 def measured_since() -> tuple[float, float]:
-    return time.perf_counter(), time.process_time()
+    """The clock, and processors' work of this process and of those it has started."""
+    return time.perf_counter(), sum(os.times()[:4])
 
 
 if __name__ == "__main__":

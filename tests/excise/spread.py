@@ -43,16 +43,13 @@ SCENARIO = Scenario(
     templates={"plain": "A used {item} of {name}. What should I offer? One number."},
     variations={"lamp": Variation(fields={"item": "lamp"})},
 )  # fmt: skip
+# What a device takes at once: cards that are none take as much as cards.
 BUDGETS = (
     sampling.PREFILL_TOKENS, exact.CACHE_COLUMNS, continuation.PASS_TOKENS, continuation.FOREST_COLUMNS,
     continuation.RESIDENT_BYTES,
 )  # fmt: skip
-
-
 GRADIENTS = ("head gradient", "snip", "gap_gradient")
 """Work that goes backwards, which torch does on no card that is none: there gradients are zeros in the right places."""
-
-
 LAST_NORMS = ("norm", "ln_f", "final_layer_norm")
 
 

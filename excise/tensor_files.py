@@ -1,0 +1,45 @@
+"""Files of tensors that appear under their names only when they are whole.
+
+Here is how safetensors are written, so that no reader meets half a file and a full disk is said in plain words. What is
+in them is decided where it is computed; masks have a format of their own in `excise.masks`.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from excise.errors import ExciseError
+
+
+def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors, in full or not at all; folders are made where they lack.
+
+    Raises ExciseError, naming the file, where it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    whole = {key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        # Another process that has finished the same work may remove the folder of its parts at any moment.
+        for tries_left in (2, 1, 0):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file(whole, partial, metadata=dict(metadata or {}) or None)
+                os.replace(partial, path)
+                return
+            except (FileNotFoundError, SafetensorError):
+                if path.parent.is_dir() or not tries_left:
+                    raise
+    except (OSError, SafetensorError) as error:
+        raise ExciseError(f"{path}: cannot be written ({error}); free space or move EXCISE_DATA") from error
+    finally:
+        with suppress(OSError):  # it has its name by now, or there never was a folder for it
+            partial.unlink()
