@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -23,13 +22,14 @@ from pathlib import Path
 import polars as pl
 
 from excise.answers import parse_completion
-from excise.encoding import encode
+from excise.encoding import continued, encode, reader
 from excise.errors import ExciseError
 from excise.masks import Mask, pruned
 from excise.models import LoadedModel
 from excise.progress import Progress, silent
 from excise.sampling import Draw, SamplingParameters, sample
 from excise.scenarios import NumberOutcome, ToxicityOutcome
+from excise.table_files import read_table, save_table
 from excise.toxicity import ScoreCache, Scorer, score_texts, scored_text
 
 UNPRUNED = "unpruned"
@@ -38,9 +38,10 @@ COMPLETIONS_SCHEMA = {
     "model": pl.String, "scenario": pl.String, "variation": pl.String, "template": pl.String, "group": pl.String,
     "subject": pl.String, "prompt_id": pl.String, "sample": pl.Int64, "text": pl.String, "value": pl.Float64,
     "finished": pl.Boolean, "tokens": pl.Int64, "token_ids": pl.List(pl.Int64), "seed": pl.Int64,
-    "model_fingerprint": pl.String, "parameters": pl.String,
+    "model_fingerprint": pl.String, "parameters": pl.String, "prompt_hash": pl.String,
 }  # fmt: skip
-"""token_ids: the generated tokens, the stop token included where the answer is finished."""
+"""token_ids: the generated tokens, the stop token included where the answer is finished. text: what they say, up to the
+first special token among them. prompt_hash: `excise.encoding.prompt_hash`."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,7 @@ class CompletionCache:
 
     def read(self, address: str) -> pl.DataFrame:
         files = sorted((self.folder / address).glob("*.parquet"))
-        frames = []
-        for file in files:
-            try:
-                frames.append(pl.read_parquet(file))
-            except (pl.exceptions.PolarsError, OSError) as error:
-                raise ExciseError(f"{file}: cannot be read as cached answers ({error}); delete it") from error
+        frames = [read_table(file) for file in files]
         return (
             pl.concat(frames).unique(["prompt", "sample"], keep="first", maintain_order=True)
             if frames
@@ -97,25 +93,11 @@ class CompletionCache:
         )
 
     def add(self, address: str, rows: pl.DataFrame) -> None:
-        folder = self.folder / address
-        name = uuid.uuid4().hex
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            rows.write_parquet(folder / f".{name}.partial")
-        except OSError as error:
-            raise ExciseError(
-                f"{folder}: the completion cache cannot be written ({error}); free space or move EXCISE_DATA"
-            ) from error
-        os.replace(folder / f".{name}.partial", folder / f"{name}.parquet")
+        save_table(self.folder / address / f"{uuid.uuid4().hex}.parquet", rows)
 
     def size(self) -> int:
         """Bytes on disk."""
         return sum(file.stat().st_size for file in self.folder.rglob("*.parquet"))
-
-
-def prompt_key(tokens: Sequence[int]) -> str:
-    """What a prompt is called in the cache: 24 hex digits of its tokens' hash."""
-    return hashlib.sha256(json.dumps(list(tokens)).encode()).hexdigest()[:24]
 
 
 def settings_key(settings: str) -> str:
@@ -155,8 +137,8 @@ def complete(
     elif scorer is None:
         raise ExciseError("completions: toxicity needs a scorer; name one of excise.toxicity")
     loaded = loaded.asked_for(outcome)
-    encoded = encode(loaded, prompts)
-    keys = [prompt_key(prompt.tokens) for prompt in encoded]
+    encoded = encode(loaded, prompts, new_tokens=parameters.max_new_tokens)
+    keys = [prompt.hash for prompt in encoded]
     settings = json.dumps(asdict(parameters), sort_keys=True)
     address = cache_address(loaded, mask, settings)
     known = (cache.read(address) if cache else pl.DataFrame(schema=CACHE_SCHEMA)).filter(
@@ -201,33 +183,38 @@ def complete(
             )
     seconds = time.perf_counter() - started
     answers = pl.concat([known, *fresh])
-    texts = [
-        loaded.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True)
-        for ids, finished in answers.select("token_ids", "finished").iter_rows()
+    read = reader(loaded)
+    read_answers = [
+        read(ids[:-1] if finished else ids) for ids, finished in answers.select("token_ids", "finished").iter_rows()
     ]
-    answers = answers.with_columns(pl.Series("text", texts, pl.String))
+    answers = answers.with_columns(
+        pl.Series("text", [text for text, _ in read_answers], pl.String),
+        pl.Series("ended", [ended for _, ended in read_answers], pl.Boolean),
+    )
+    rows = (
+        prompts.rename({"text": "asked"})  # the rows' text is the answer's
+        .with_columns(pl.Series("prompt_hash", keys))
+        .with_row_index("order")
+        .join(answers.rename({"prompt": "prompt_hash"}), on="prompt_hash", how="inner")
+        .sort("order", "sample")
+    )
     if outcome.kind == "number":
+        prefixes = rows["answer_prefix"] if "answer_prefix" in rows.columns else [""] * rows.height
+        whole = zip(prefixes, *rows["text", "finished", "ended"], strict=True)
         values = [
-            None if (value := parse_completion(text, finished)) is None else outcome.scored(value)
-            for text, finished in zip(texts, answers["finished"], strict=True)
+            None
+            if (value := parse_completion(continued(prefix or "", text), finished or ended)) is None
+            else outcome.scored(value)
+            for prefix, text, finished, ended in whole
         ]
     else:
-        asked = dict(zip(keys, prompts["text"], strict=True))
-        found = [scored_text(asked[prompt], text, outcome.scored) for prompt, text in answers["prompt", "text"].rows()]
+        found = [scored_text(asked, text, outcome.scored) for asked, text in rows["asked", "text"].rows()]
         values = [None if math.isnan(score) else score for score in score_texts(scorer, found, cache=scores)]
-    answers = answers.with_columns(pl.Series("value", values, pl.Float64))
-    rows = (
-        prompts.drop("text")  # the rows' text is the answer's
-        .with_columns(pl.Series("prompt", keys))
-        .with_row_index("order")
-        .join(answers, on="prompt", how="inner")
-        .sort("order", "sample")
-        .with_columns(
-            model=pl.lit(loaded.key), tokens=pl.col("token_ids").list.len().cast(pl.Int64), seed=pl.lit(parameters.seed,
-            pl.Int64), model_fingerprint=pl.lit(loaded.fingerprint), parameters=pl.lit(settings),
-        )
-        .select(pl.col(name).cast(kind) for name, kind in COMPLETIONS_SCHEMA.items())
-    )  # fmt: skip
+    rows = rows.with_columns(
+        pl.Series("value", values, pl.Float64),
+        model=pl.lit(loaded.key), tokens=pl.col("token_ids").list.len().cast(pl.Int64), seed=pl.lit(parameters.seed,
+        pl.Int64), model_fingerprint=pl.lit(loaded.fingerprint), parameters=pl.lit(settings),
+    ).select(pl.col(name).cast(kind) for name, kind in COMPLETIONS_SCHEMA.items())  # fmt: skip
     drawn = sum(frame.height for frame in fresh)
     tokens = sum(int(frame["token_ids"].list.len().sum()) for frame in fresh)
     return rows, Work(drawn, rows.height - drawn, seconds if drawn else 0.0, tokens, peak_memory(loaded.devices))

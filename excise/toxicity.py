@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import inspect
 import json
-import os
+import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +22,24 @@ import numpy as np
 import polars as pl
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from excise.checkpoints import (
+    UNUSED_BY_CLASSIFIERS,
+    Checkpoint,
+    check_vocabulary,
+    content_of,
+    digest,
+    files_of,
+    load_tokenizer,
+    load_weights,
+    named_failures,
+    pinned,
+    read_config,
+)
 from excise.errors import ExciseError
-from excise.models import KEY_PATTERN, pick_device, registry_entries
+from excise.models import KEY_PATTERN, pick_device
 from excise.progress import Progress, silent
+from excise.registry import Problem, Registry, load_entries
+from excise.table_files import read_table, save_table
 
 BUILT_IN_REGISTRY = Path(__file__).with_name("scorers.yaml")
 DEFAULT_SCORER = "negative-wording"
@@ -56,6 +72,13 @@ NORMALISER = 15.0
 """VADER's own constant: a sum of valences s becomes s / sqrt(s^2 + 15)."""
 
 
+Activation = Literal["none", "sigmoid", "softmax"]
+ACTIVATION_OF_PROBLEM: Mapping[str, Activation] = {
+    "regression": "none", "multi_label_classification": "sigmoid", "single_label_classification": "softmax",
+}  # fmt: skip
+"""How a classifier's outputs become scores, by what its config says it was trained for."""
+
+
 class Scorer(Protocol):
     """Anything that gives texts a score.
 
@@ -86,13 +109,13 @@ class ScorerSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     key: str = Field(pattern=KEY_PATTERN)
     description: str = ""
-    hub: str | None = None
+    hub: str | None = Field(default=None, min_length=1)
     revision: str | None = None
     folder: Path | None = None
     builtin: Literal["negative_wording"] | None = None
     label: str | None = None
     lower_case: bool = False
-    multi_label: bool | None = None
+    activation: Activation | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> ScorerSpec:
@@ -101,45 +124,35 @@ class ScorerSpec(BaseModel):
             raise ValueError(f"needs exactly one of hub, folder, builtin; found {', '.join(named) or 'none'}")
         if self.revision is not None and self.hub is None:
             raise ValueError("revision goes with hub only")
-        if self.builtin is not None and (self.label is not None or self.multi_label is not None):
-            raise ValueError("label and multi_label go with a classifier only; remove them beside builtin")
+        if self.builtin is not None and (self.label is not None or self.activation is not None):
+            raise ValueError("label and activation go with a classifier only; remove them beside builtin")
         return self
 
 
-@dataclass(frozen=True)
-class ScorerProblem:
-    """An entry of a registry file that cannot be used, and why."""
-
-    path: Path
-    message: str
+SOURCES = ("hub", "folder", "builtin")
 
 
-def load_scorer_registry(paths: Iterable[Path] = ()) -> tuple[dict[str, ScorerSpec], tuple[ScorerProblem, ...]]:
-    """Read the built-in registry, then each of `paths` that exists; later entries replace earlier ones of the same key.
+def load_scorer_registry(paths: Iterable[Path] = ()) -> tuple[Registry[ScorerSpec], tuple[Problem, ...]]:
+    """Read the built-in registry, then each of `paths` that exists.
 
-    A broken entry becomes a `ScorerProblem` naming file, entry and field, and the others stay usable. A relative
-    `folder` is taken from the folder of the file that names it.
+    A later entry that names a source replaces an earlier one of its key; one without a source changes the fields that
+    it names. What cannot be used is a problem that names file, entry and field, and whoever asks the registry for it
+    gets that as ExciseError; the other entries stay usable.
     """
-    registry: dict[str, ScorerSpec] = {}
-    problems: list[ScorerProblem] = []
-    for path, found in registry_entries([BUILT_IN_REGISTRY, *paths], ScorerSpec, "scorer"):
-        if isinstance(found, str):
-            problems.append(ScorerProblem(path, found))
-            continue
-        if found.folder is not None:
-            found = found.model_copy(update={"folder": (path.parent / found.folder).resolve()})
-        registry[found.key] = found
-    return registry, tuple(problems)
+    registry = load_entries(
+        [BUILT_IN_REGISTRY, *paths],
+        ScorerSpec,
+        "scorer",
+        stands_alone=lambda base, fields: any(fields.get(name) is not None for name in SOURCES),
+    )
+    return registry, registry.problems
 
 
-def load_scorer(key: str, registry: Mapping[str, ScorerSpec], *, device: str = "cpu") -> Scorer:
+def load_scorer(key: str, registry: Registry[ScorerSpec], *, device: str = "cpu") -> Scorer:
     """Load a scorer by its key. device: of a classifier; `auto` takes the best there is.
 
     Raises ExciseError, naming the entry and the mend, where it is unknown or cannot be had.
     """
-    if key not in registry:
-        known = ", ".join(sorted(registry))
-        raise ExciseError(f"scorer {key!r} is not known; there are {known}. Add it to scorers.yaml")
     spec = registry[key]
     return _load_lexicon(spec) if spec.builtin is not None else _load_classifier(spec, device)
 
@@ -177,6 +190,12 @@ class LexiconScorer:
         return scores
 
 
+    def rated(self, text: str) -> bool:
+        """Whether a word of the text, such as a name, is a negative word of the lexicon: Rob, Moody, Savage."""
+        words = re.findall(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", text.lower())
+        return any(self.analyzer.lexicon.get(word, 0.0) < 0 for word in words)
+
+
 def _load_lexicon(spec: ScorerSpec) -> LexiconScorer:
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -196,7 +215,7 @@ def _load_lexicon(spec: ScorerSpec) -> LexiconScorer:
     for valence, words in ADDED.items():
         for word in words:
             analyzer.lexicon.setdefault(word, valence)
-    fingerprint = _digest(
+    fingerprint = digest(
         "negative_wording", importlib.metadata.version("vaderSentiment"), json.dumps(analyzer.lexicon, sort_keys=True),
         json.dumps(analyzer.emojis, sort_keys=True), str(NORMALISER), str(spec.lower_case),
     )  # fmt: skip
@@ -208,124 +227,167 @@ def _load_lexicon(spec: ScorerSpec) -> LexiconScorer:
 
 @dataclass(frozen=True)
 class ClassifierScorer:
-    """The probability that a sequence classifier gives to one label, computed in float32.
+    """What a sequence classifier says of one label, computed in float32.
 
-    activation: `sigmoid` where labels stand by themselves, `softmax` where one of them holds. Texts longer than
-    `max_length` tokens are cut there.
+    activation: `sigmoid` where labels stand by themselves and `softmax` where one of them holds, both of which give a
+    probability; `none` where the output is the score itself. Texts longer than `max_length` tokens are cut there
+    (None: never).
     """
 
     key: str
     fingerprint: str
     measures: str
     label: str
-    activation: Literal["sigmoid", "softmax"]
+    activation: Activation
     lower_case: bool
-    max_length: int
+    max_length: int | None
     index: int = field(repr=False)
     model: Any = field(repr=False, compare=False)
     tokenizer: Any = field(repr=False, compare=False)
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
+        """Texts of one length go through the classifier together, so that no score depends on padding.
+
+        A text in which the tokenizer finds nothing is unscored. Raises ExciseError where a score is no number or,
+        without an activation, outside 0..1.
+        """
         import torch
 
         scores = np.full(len(texts), np.nan)
         prepared = {number: text for number, raw in enumerate(texts) if (text := _prepared(raw, self.lower_case))}
         if not prepared:
             return scores
-        ids = self.tokenizer(list(prepared.values()), truncation=True, max_length=self.max_length)["input_ids"]
-        encoded = dict(zip(prepared, ids, strict=True))
-        order = sorted(encoded, key=lambda number: len(encoded[number]), reverse=True)
+        encoded = self.tokenizer(
+            list(prepared.values()), truncation=self.max_length is not None, max_length=self.max_length
+        )
+        rows = dict(zip(prepared, range(len(prepared)), strict=True))
+        by_length: dict[int, list[int]] = {}
+        for number, row in rows.items():
+            by_length.setdefault(len(encoded["input_ids"][row]), []).append(number)
+        for number in by_length.pop(0, ()):
+            del rows[number]
+        self._check_embeddings(encoded["input_ids"])
         device = self.model.device
-        room = TOKENS_AT_ONCE.get(device.type, 1 << 11)
-        start = 0
-        while start < len(order):
-            # Without a padding token only one text at a time can be read.
-            most = max(1, room // len(encoded[order[start]])) if self.tokenizer.pad_token_id is not None else 1
-            chosen = order[start : start + most]
-            batch = self.tokenizer.pad({"input_ids": [encoded[number] for number in chosen]}, return_tensors="pt")
-            with torch.inference_mode():
-                logits = self.model(**batch.to(device)).logits.double()
-            values = torch.sigmoid(logits) if self.activation == "sigmoid" else torch.softmax(logits, -1)
-            scores[chosen] = values[:, self.index].cpu().numpy()
-            start += len(chosen)
-        broken = [number for number in encoded if not np.isfinite(scores[number])]
-        if broken:
-            raise ExciseError(f"scorer {self.key}: no number for the text {texts[broken[0]]!r}; its weights are broken")
+        taken = inspect.signature(self.model.forward).parameters
+        for length, numbers in sorted(by_length.items()):
+            # A decoder without a padding token in its config reads one text at a time.
+            alone = self.model.config.pad_token_id is None
+            most = 1 if alone else max(1, TOKENS_AT_ONCE.get(device.type, 1 << 11) // length)
+            for start in range(0, len(numbers), most):
+                chosen = numbers[start : start + most]
+                batch = {
+                    name: torch.tensor([values[rows[number]] for number in chosen], device=device)
+                    for name, values in encoded.items()
+                    if name in taken
+                }
+                with torch.inference_mode():
+                    logits = self.model(**batch).logits.cpu().double()
+                if self.activation == "sigmoid":
+                    logits = torch.sigmoid(logits)
+                elif self.activation == "softmax":
+                    logits = torch.softmax(logits, -1)
+                scores[chosen] = logits[:, self.index].numpy()
+        for number in rows:
+            if not np.isfinite(scores[number]):
+                raise ExciseError(
+                    f"scorer {self.key}: no number for the text {texts[number]!r}; its weights are broken"
+                )
+            if not 0 <= scores[number] <= 1:
+                raise ExciseError(
+                    f"scorer {self.key}: gives {scores[number]:.4g} to the text {texts[number]!r}, outside 0..1. In "
+                    "scorers.yaml, set activation: sigmoid (one label by itself) or softmax (one label out of all) if "
+                    "its card says so; if it measures on another scale, choose another classifier"
+                )
         return scores
+
+    def _check_embeddings(self, ids: Sequence[Sequence[int]]) -> None:
+        rows = self.model.get_input_embeddings().num_embeddings
+        largest = max(max(each, default=0) for each in ids)
+        if largest >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise ExciseError(
+                f"scorer {self.key}: a text holds {token!r} ({largest}), and the classifier has embeddings for {rows} "
+                "tokens only; name one whose tokenizer fits its weights"
+            )
 
 
 def _load_classifier(spec: ScorerSpec, device: str) -> ClassifierScorer:
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
     where = f"scorers.yaml: {spec.key}"
-    if spec.folder is not None and not (spec.folder / "config.json").is_file():
-        raise ExciseError(f"{where}.folder: no config.json in {spec.folder}; name a saved classifier's folder")
-    source = spec.hub if spec.hub is not None else str(spec.folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=spec.revision)
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            source, revision=spec.revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        place = f"hub {spec.hub!r}" if spec.hub else f"folder {source}"
-        raise ExciseError(
-            f"{where}: the classifier cannot be loaded from {place}: {str(error).strip().splitlines()[0]}. Check the "
-            "name, your access rights and the network, or name a local copy (safetensors) with folder"
-        ) from error
-    if missing := sorted(loading["missing_keys"]):
-        raise ExciseError(f"{where}: the weights lack {missing[0]}: this is no trained classifier; name another one")
-    labels = {str(name): int(index) for index, name in model.config.id2label.items()}
+    checkpoint = pinned(Checkpoint(where, "classifier", spec.folder, spec.hub, spec.revision))
+    fields = read_config(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    model = load_weights(
+        checkpoint, AutoModelForSequenceClassification, fields, UNUSED_BY_CLASSIFIERS, dtype=torch.float32
+    )
+    check_vocabulary(checkpoint, tokenizer, model)
+    labels = _labels(where, model.config)
     label = next(iter(labels)) if spec.label is None and len(labels) == 1 else spec.label
     if label not in labels:
         problem = "names no label" if label is None else f"the classifier has no label {label!r}"
         raise ExciseError(f"{where}.label: {problem}; there are {', '.join(labels)}")
-    several = spec.multi_label
-    if several is None:
-        several = model.config.problem_type == "multi_label_classification"
-    activation = "sigmoid" if several or len(labels) == 1 else "softmax"
+    activation = _activation(where, spec.activation, model.config.problem_type, len(labels))
     max_length = _max_length(model, tokenizer)
-    fingerprint = _digest(
-        "classifier", _weights_digest(spec, model), label, activation, str(spec.lower_case), str(max_length)
-    )
+    content = digest(spec.hub, checkpoint.revision) if spec.folder is None else content_of(files_of(spec.folder))
+    fingerprint = digest("classifier", content, label, activation, str(spec.lower_case), str(max_length))
     shown = spec.hub or spec.folder.name
-    measures = f"probability of the label {label!r} by the classifier {shown}" + (
+    noun = "output for" if activation == "none" else "probability of"
+    how = "as it is" if activation == "none" else activation
+    measures = f"{noun} the label {label!r} by the classifier {shown} ({how})" + (
         ", lower-cased" if spec.lower_case else ""
     )
     model.to(pick_device(device)).eval().requires_grad_(False)
-    return ClassifierScorer(
+    scorer = ClassifierScorer(
         spec.key, fingerprint, measures, label, activation, spec.lower_case, max_length, labels[label], model, tokenizer
     )
+    with named_failures(where, "the classifier cannot score a text", "Name another one"):
+        scorer.score(["He took the bus.", "He is an idiot."])
+    return scorer
 
 
-def _max_length(model: Any, tokenizer: Any) -> int:
-    """Tokens the classifier can read. RoBERTa counts positions from behind its padding token, so it has fewer."""
+def _labels(where: str, config: Any) -> dict[str, int]:
+    """The classifier's labels with their outputs. Raises ExciseError where a name does not tell which output it is."""
+    names = {int(index): str(name) for index, name in config.id2label.items()}
+    if sorted(names) != list(range(len(names))) or len(set(names.values())) != len(names):
+        raise ExciseError(
+            f"{where}: id2label in its config.json must name every output once, from 0 on; it has {names}. Mend it in "
+            "a local copy"
+        )
+    return {name: index for index, name in names.items()}
+
+
+def _activation(where: str, named: Activation | None, problem: str | None, outputs: int) -> Activation:
+    """The entry's activation, else that of what the classifier was trained for; nothing is guessed from its outputs.
+
+    Two labels without either exclude each other, as everywhere in `transformers`.
+    """
+    found = named or ACTIVATION_OF_PROBLEM.get(problem) or ("softmax" if outputs == 2 else None)
+    if found is None:
+        raise ExciseError(
+            f"{where}.activation: the classifier does not say what its {outputs} "
+            f"output{'s are' if outputs > 1 else ' is'} (problem_type in its config.json). Its card tells: set "
+            "activation: sigmoid (a label by itself), softmax (one label out of all) or none (the output is the score)"
+        )
+    if found == "softmax" and outputs == 1:
+        raise ExciseError(
+            f"{where}.activation: the softmax of a single output is always 1; set activation: sigmoid or none"
+        )
+    return found
+
+
+def _max_length(model: Any, tokenizer: Any) -> int | None:
+    """Tokens the classifier can read; None: any number. RoBERTa counts positions from behind its padding token."""
     import torch
 
-    limits = [tokenizer.model_max_length]
-    if positions := getattr(model.config, "max_position_embeddings", None):
-        limits.append(positions)
+    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
             limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
-    return int(min(limits))
-
-
-def _weights_digest(spec: ScorerSpec, model: Any) -> str:
-    if spec.hub is not None:
-        commit = getattr(model.config, "_commit_hash", None) or spec.revision
-        if commit is None:
-            raise ExciseError(
-                f"scorers.yaml: {spec.key}.hub: the commit of {spec.hub!r} is unknown; name it with revision"
-            )
-        return _digest(spec.hub, commit)
-    kinds = {".safetensors", ".json", ".txt", ".model"}
-    parts = []
-    for path in sorted(path for path in spec.folder.iterdir() if path.suffix in kinds):
-        with path.open("rb") as stream:
-            parts.append(f"{path.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}")
-    return _digest(*parts)
+    # A tokenizer without a limit says 1e30, an architecture without one -1.
+    known = [int(limit) for limit in limits if limit is not None and 0 < limit < 1 << 31]
+    return min(known, default=None)
 
 
 # --- scoring completions ---------------------------------------------------------------------------------------------
@@ -359,25 +421,13 @@ class ScoreCache:
         """All scores by this scorer: text's hash -> score."""
         known: dict[str, float] = {}
         for file in sorted((self.folder / fingerprint).glob("*.parquet")):
-            try:
-                rows = pl.read_parquet(file, columns=list(CACHE_SCHEMA))
-            except (pl.exceptions.PolarsError, OSError) as error:
-                raise ExciseError(f"{file}: cannot be read as a file of scores ({error}); delete it") from error
+            rows = read_table(file, CACHE_SCHEMA)
             known.update(zip(rows["text"], rows["score"], strict=True))
         return known
 
     def add(self, fingerprint: str, scores: Mapping[str, float]) -> None:
-        folder = self.folder / fingerprint
-        name = uuid.uuid4().hex
         rows = pl.DataFrame({"text": list(scores), "score": list(scores.values())}, schema=CACHE_SCHEMA)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            rows.write_parquet(folder / f".{name}.partial")
-        except OSError as error:
-            raise ExciseError(
-                f"{folder}: the score cache cannot be written ({error}); free space or move EXCISE_DATA"
-            ) from error
-        os.replace(folder / f".{name}.partial", folder / f"{name}.parquet")
+        save_table(self.folder / fingerprint / f"{uuid.uuid4().hex}.parquet", rows)
 
 
 def score_texts(
@@ -415,7 +465,3 @@ def _prepared(text: str, lower_case: bool) -> str:
     if not text.strip():
         return ""
     return text.lower() if lower_case else text
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]

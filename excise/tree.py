@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from excise.errors import ExciseError
 from excise.models import LoadedModel
 
 
@@ -79,10 +80,25 @@ class Rows:
 
 
 def logits_of(loaded: LoadedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Next-token logits, float32 [..., vocabulary], of last hidden states [..., hidden], on the device of those."""
+    """Next-token logits, float32 [..., vocabulary], of last hidden states [..., hidden], on the device of those.
+
+    Raises ExciseError, naming the model, where they are not finite; a token alone may have -inf, and is never drawn.
+    """
     logits = loaded.model.get_output_embeddings()(hidden).to(hidden.device).float()
+    if not logits.detach().amax(dim=-1).isfinite().all():  # before they are capped, which would hide it
+        raise not_finite(loaded, "logits")
     cap = getattr(loaded.model.config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def not_finite(loaded: LoadedModel, what: str) -> ExciseError:
+    """The error for numbers of a model that are NaN or infinite. what: which numbers."""
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    return ExciseError(
+        f"models.yaml: {loaded.key}: the model's {what} are not finite in {dtype}: its weights hold NaN or infinity, "
+        f"or numbers too large for {dtype}. Check the weights, or try another dtype (dtype: float32 in its entry; an "
+        "Apple GPU takes float16 by itself)"
+    )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING
 import dagster as dg
 from pydantic import Field
 
-from excise.errors import ExciseError
+from resources.artifacts import data_root
 from resources.locks import file_lock
+from resources.watch import Stage
 
 if TYPE_CHECKING:
     from excise.models import LoadedModel, ModelSpec
+    from excise.registry import Registry
 
 # The model this process loaded last: (what it was asked for, the model). Steps of one run share a process.
 _in_memory: tuple[tuple, LoadedModel] | None = None
@@ -39,24 +41,25 @@ class GPUResource(dg.ConfigurableResource):
 
     @contextmanager
     def model(
-        self, key: str, registry: Mapping[str, ModelSpec], *, waiting: Callable[[str], None] | None = None
+        self, key: str, registry: Registry[ModelSpec], *, stage: Stage | None = None
     ) -> Iterator[LoadedModel]:
         """The model `key` of the registry, in memory and on the device, which is ours for the length of the block.
 
-        `waiting` gets a message while another process has the device, and where a model is larger than the cards.
+        `stage` is told while another process has the device, and where a model is larger than the cards; others who
+        wait are told of it.
         Raises ExciseError, saying what is missing and the mend, where the model cannot be had.
         """
-        if key not in registry:
-            raise ExciseError(f"models.yaml: there is no model {key!r}; there are {', '.join(sorted(registry))}")
         from excise.models import pick_device
 
+        spec = registry[key]
         device = pick_device(self.device)
-        lock = Path(self.lock_folder) / f"excise-{os.getuid()}-{device.type}{device.index or ''}.lock"
+        lock = Path(self.lock_folder).expanduser() / f"excise-{os.getuid()}-{device.type}{device.index or ''}.lock"
         mend = "set lock_folder of the resource gpu to a folder you may write to"
-        with file_lock(lock, what=f"the device {device}", mend=mend, waiting=waiting):
-            loaded = self._load(key, registry)
-            if len(loaded.devices) > 1 and "cpu" in loaded.devices and waiting:
-                waiting(f"{key} is larger than the cards: layers that stay in main memory make every pass slow")
+        work, tell = (stage.work, stage.tell) if stage else ("", None)
+        with file_lock(lock, what=f"the device {device}", work=work, mend=mend, waiting=tell):
+            loaded = self._load(spec, registry)
+            if len(loaded.devices) > 1 and "cpu" in loaded.devices and tell:
+                tell(f"{key} is larger than the cards: layers that stay in main memory make every pass slow")
             _forget_peak(loaded)
             yield loaded
 
@@ -71,19 +74,18 @@ class GPUResource(dg.ConfigurableResource):
             "peak_memory_mb": round(peak_memory(loaded.devices) / 2**20),
         }
 
-    def _load(self, key: str, registry: Mapping[str, ModelSpec]) -> LoadedModel:
+    def _load(self, spec: ModelSpec, registry: Registry[ModelSpec]) -> LoadedModel:
         global _in_memory
-        from excise.models import load_model
+        from excise.models import load_model, state_of
 
-        spec = registry[key]
-        asked = (spec, registry.get(spec.base) if spec.base else None, self.device, self.dtype)
+        asked = (state_of(spec, registry), self.device, self.dtype)
         if _in_memory is not None and _in_memory[0] == asked:
             return _in_memory[1]
         _evict()
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        home = Path(self.folder).absolute() / "models"
+        home = data_root(self.folder) / "models"
         loaded = load_model(spec, registry, device=self.device, dtype=self.dtype, home=home)
         _in_memory = (asked, loaded)
         return loaded

@@ -2,7 +2,8 @@
 
 Numbers are those of the CPU, bit for bit, but an operation on tensors of two cards, or of a card and the CPU, fails
 where it would fail on real ones. So a machine without a card can show that a model spread over several still works.
-`on_cards` registers the device for the rest of the process: run it in one of its own.
+`on_cards` registers the device for the rest of the process: run it in one of its own. Cards may lack a dtype, as an
+Apple GPU lacks float64.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ DEVICE = "cards"
 CPU = torch.device("cpu")
 ANYWHERE = ("copy_", "to", "_to_copy", "lift_fresh")
 """Operations that take tensors of several devices."""
+LACKING: set[torch.dtype] = set()
+"""Dtypes that no card has."""
 INDICES_OF_THE_CPU = ("index", "index_put_", "index_put", "_unsafe_index")
 """Operations whose indices may be the CPU's."""
 
@@ -58,6 +61,11 @@ def _run(function: Any, given: tuple, named: dict) -> Any:
         return each.held if isinstance(each, OnCard) else CPU if isinstance(each, torch.device) else each
 
     found = function(*tree_map(on_cpu, given), **tree_map(on_cpu, named))
+    of_cards = any(isinstance(each, OnCard) for each in tree_leaves((given, named)))
+    for each in tree_leaves(found):
+        # What comes from a card in another dtype is converted there.
+        if isinstance(each, torch.Tensor) and each.dtype in LACKING and (card is not None or of_cards):
+            raise TypeError(f"{name}: cannot convert a tensor of {DEVICE} to {each.dtype}, which these lack")
     if function._schema.is_mutable:  # what was changed is returned as it is
         changed = named.get("out", given[0])
         return changed if found is not None else None
@@ -92,8 +100,8 @@ class _Cards(TorchDispatchMode):
 
 
 @contextmanager
-def on_cards() -> Iterator[None]:
-    """The device `cards` with as many cards as are named, for the block."""
+def on_cards(*lacking: torch.dtype) -> Iterator[None]:
+    """The device `cards` with as many cards as are named, for the block. lacking: dtypes that they do not have."""
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     if torch._C._get_privateuse1_backend_name() != DEVICE:
@@ -102,9 +110,11 @@ def on_cards() -> Iterator[None]:
     torch._C._set_only_lift_cpu_tensors(True)
     # Tensors that wrap others cannot be viewed in inference mode.
     torch.inference_mode = lambda mode=True: torch.no_grad() if mode else nullcontext()
+    LACKING.update(lacking)
     try:
         with _Cards():
             yield
     finally:
+        LACKING.clear()
         torch._C._set_only_lift_cpu_tensors(before)
         torch.inference_mode = inference_mode

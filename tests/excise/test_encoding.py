@@ -39,7 +39,7 @@ def metaspace_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
     bytes_ = [f"<0x{value:02X}>" for value in range(256)]
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=420, special_tokens=["<unk>", "<s>", *bytes_], show_progress=False
+        vocab_size=300, special_tokens=["<unk>", "<s>", *bytes_], show_progress=False
     )
     tokenizer.train_from_iterator([*NAMES[:2], "A car is offered by"] * 5, trainer)
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(

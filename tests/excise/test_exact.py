@@ -7,6 +7,7 @@ a part was hidden on purpose.
 import math
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -475,6 +476,22 @@ def test_bounds_hold_for_whatever_was_left_out(tails):
     assert np.isfinite(width).mean() > 0.5, "infinite bounds hold anything"
 
 
+@pytest.mark.trial(1)
+def test_bounds_of_an_smd_without_deviation_are_not_those_of_no_gap():
+    certain = [group_answers([value] * 2, [1.0, 1.0], [0, 1], [0.0, 0.0]) for value in (500.0, 300.0)]
+    for tails in (None, (0.05, 0.95)):
+        assert np.isnan(m.weighted_smd(*(each.counted() for each in certain), (np.ones((1, 2)),) * 2, tails)).all()
+        found = smd_bounds(*certain, 1, 1000, tails)
+        assert np.isnan([found.lowest, found.highest]).all()
+        same = smd_bounds(certain[0], certain[0], 1, 1000, tails)
+        assert (same.lowest, same.highest) == (0, 0)
+    # the unread answers may be the same figure, too: then there is no deviation, and no limit to the SMD
+    hidden = [group_answers([value] * 2, [0.9, 0.9], [0, 1], [0.1, 0.1]) for value in (500.0, 300.0)]
+    found = smd_bounds(*hidden, 400, 400, None)
+    assert 0 < found.lowest < 10
+    assert found.highest == np.inf
+
+
 def test_bounds_of_a_mean_are_attained_and_no_wider():
     """1 % of the answers hidden: the mean is highest with all of it at the upper end, lowest with all at the lower."""
     known = group_answers([10, 20], [0.5, 0.49], [0, 0], [0.01])
@@ -609,3 +626,29 @@ def test_a_group_that_never_answers_is_null():
 def test_rows_that_are_no_distribution_are_refused(spoil, named):
     with pytest.raises(ExciseError, match=named):
         measured(spoil(frame(PAIR)))
+
+
+@pytest.mark.trial(35)
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        ({"samples": 9}, False),
+        ({"parameters": replace(DIGITS, seed=77)}, False),
+        ({"max_nodes": 1500}, True),
+        ({"leftover": 0.06}, True),
+        ({"parameters": replace(DIGITS, temperature=0.7)}, True),
+        ({"parameters": replace(DIGITS, top_p=0.55)}, True),
+    ],
+)
+def test_what_decides_a_tree_decides_its_address_and_nothing_else(
+    loaded, some_prompts, scenario, tmp_path, change, again
+):
+    model, cache = loaded("llama", numeric=True), CompletionCache(tmp_path)
+    asked = {"leftover": 0.05, "max_nodes": 2000, "samples": 4, "parameters": DIGITS}
+    for options in (asked, asked | change):
+        options = dict(options)
+        rows, work = exact_completions(
+            model, some_prompts, options.pop("parameters"), outcome=scenario.outcome, cache=cache, **options
+        )
+        assert rows["leftover"].null_count() == 0
+    assert (work.drawn > 0) == again

@@ -57,7 +57,7 @@ WHEEL = "wheel: {package: p, file: f, install: p==1}"
         ("{hub: a/b, low_rank: x}", ["bad", "base and low_rank"]),
         ("{folder: c, revision: main}", ["bad", "revision", "hub"]),
         ("{hub: 3}", ["bad.hub"]),
-        ("[hub]", ["bad", "hub or folder"]),
+        ("[hub]", ["bad", "hub, revision, folder"]),
         ("words", ["bad"]),
         ("{" + WHEEL + "}", ["bad.wheel.sha256"]),
         ("{base: nowhere, low_rank: x}", ["bad.base", "nowhere"]),
@@ -71,7 +71,7 @@ def test_a_broken_entry_is_named_and_the_others_stay(tmp_path, entry, words):
     assert registry["sound"].hub == "a/b"
     assert set(load_registry()[0]) < set(registry)
     (problem,) = problems
-    assert problem.path == path
+    assert problem.file == path
     assert str(path) in problem.message
     assert all(word in problem.message for word in words), problem.message
 
@@ -91,14 +91,11 @@ def test_a_key_that_cannot_be_a_partition_is_refused(tmp_path, key):
     [
         ("m: {hub: a/b}\nm: {hub: a/c}\n", "'m' stands twice"),
         ("m: {hub: a/b, hub: a/c}\n", "'hub' stands twice"),
-        ("m: {hub: [\n", "YAML"),
-        ("- hub\n", "model keys"),
         ("m: !!python/object:os.system {}\n", "YAML"),
         ("? [a]\n: {hub: a/b}\n", "YAML"),
-        ("m: \udcff", "YAML"),
     ],
 )
-def test_a_broken_file_is_named_and_the_built_in_models_stay(tmp_path, text, words):
+def test_a_broken_mapping_is_named_and_the_built_in_models_stay(tmp_path, text, words):
     path = tmp_path / "models.yaml"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     other = write(tmp_path / "other.yaml", "sound: {hub: a/b}\n")
@@ -107,6 +104,22 @@ def test_a_broken_file_is_named_and_the_built_in_models_stay(tmp_path, text, wor
     (problem,) = problems
     assert str(path) in problem.message
     assert words in problem.message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("m: {hub: [\n", "YAML"), ("- hub\n", "model keys"), ("m: \udcff", "YAML")]
+)
+def test_a_file_that_cannot_be_read_may_have_changed_any_model(tmp_path, text, words):
+    path = tmp_path / "models.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    registry, problems = load_registry([path, write(tmp_path / "other.yaml", "sound: {hub: a/b}\n")])
+    assert set(registry) == {"sound"}
+    assert set(registry.known) == {*load_registry()[0], "sound"}
+    (problem,) = problems
+    for key in ("smollm2-135m-instruct", "m"):
+        with pytest.raises(ExciseError, match=words) as error:
+            registry[key]
+        assert problem.message in str(error.value)
 
 
 def test_a_base_that_cannot_be_had_takes_its_descendants_along(tmp_path):
@@ -118,7 +131,7 @@ def test_a_base_that_cannot_be_had_takes_its_descendants_along(tmp_path):
     )
     registry, problems = load_registry([path])
     assert set(registry) - set(load_registry()[0]) == {"sound"}
-    assert {problem.path for problem in problems} == {path}
+    assert {problem.file for problem in problems} == {path}
     for key in ("grandchild", "child", "a", "b"):
         assert any(f"{path}: {key}.base" in problem.message for problem in problems), key
 
@@ -137,8 +150,12 @@ def test_later_entries_replace_earlier_ones_and_paths_are_the_file_s(tmp_path):
     registry, problems = load_registry([path])
     spec = registry["smollm2-135m-instruct"]
     assert (spec.folder, spec.chat_template) == (tmp_path / "mine", tmp_path / "sub" / "t.jinja")
-    assert registry["planted-neutral"] == load_registry()[0]["planted-neutral"]  # a broken entry replaces nothing
-    assert problems
+    # A broken entry is not replaced by the built-in one of its key, nor is what rests on it.
+    for key in ("planted-neutral", "planted-specific"):
+        assert key in registry.known
+        with pytest.raises(ExciseError, match=r"planted-neutral\.oops"):
+            registry[key]
+    assert len(problems) == 3
 
 
 # Loading
@@ -375,6 +392,31 @@ def test_a_planted_model_is_its_base_plus_up_times_down(tiny_model, tmp_path, ar
     assert again.fingerprint not in (planted.fingerprint, plain.fingerprint)
 
 
+@pytest.mark.parametrize(
+    ("base", "own", "expected"),
+    [
+        ({}, {}, ("chat", "own")),
+        ({"prompt_format": "raw"}, {}, ("raw", None)),
+        ({"chat_template": "other"}, {}, ("chat", "other")),
+        ({"chat_template": "other"}, {"prompt_format": "raw"}, ("raw", None)),
+        ({"prompt_format": "raw"}, {"chat_template": "other"}, ("chat", "other")),
+        ({"chat_template": "other"}, {"chat_template_name": "default"}, ("chat", "own")),
+    ],
+)
+def test_a_planted_model_is_asked_like_its_base_unless_it_says_how(tiny_model, tmp_path, base, own, expected):
+    other = write(tmp_path / "other.jinja", "other {{ messages[0]['content'] }}")
+    base, own = ({name: other if value == "other" else value for name, value in given.items()} for given in (base, own))
+    parent = ModelSpec(key="base", folder=tiny_model("llama"), dtype="bfloat16", **base)
+    plain = load_model(parent, {}, device="cpu", home=tmp_path)
+    path = save_low_rank(tmp_path / "change.safetensors", low_rank(plain.topology))
+    spec = ModelSpec(key="planted", base="base", low_rank=path, **own)
+    planted = load_model(spec, {"base": parent}, device="cpu", home=tmp_path)
+    template = planted.tokenizer.chat_template if planted.prompt_format == "chat" else None
+    shown = None if template is None else "other" if template.startswith("other") else "own"
+    assert (planted.prompt_format, shown) == expected
+    assert planted.dtype == torch.bfloat16
+
+
 def without_down(path, factors):
     save_file({f"{key}.up": up for key, (up, _) in factors.items()}, path)
 
@@ -387,6 +429,9 @@ def without_down(path, factors):
         (without_down, "down"),
         (lambda path, factors: save_low_rank(path, {"9.q": factors["1.q"]}), r"9\.q is no matrix of base"),
         (lambda path, factors: save_low_rank(path, {"1.q": factors["1.up"]}), r"1\.q has shape"),
+        (lambda path, factors: save_low_rank(path, {"1.q": (factors["1.q"][0], torch.ones(3, 48))}), "multiplied"),
+        (lambda path, factors: save_low_rank(path, {}), "holds nothing"),
+        (lambda path, factors: save_file({"1.q.up": torch.ones(48, 2), "1.q.bias": torch.ones(48)}, path), "1.q.bias"),
     ],
 )
 def test_a_low_rank_file_of_another_model_is_said(tiny_model, tmp_path, write_file, words):

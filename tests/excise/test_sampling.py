@@ -393,7 +393,13 @@ class Memory:
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 bytes")],
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 bytes"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 18.00 GiB, max allowed: 18.13 GiB)"),
+        RuntimeError("Invalid buffer size: 24.00 GiB"),
+        MemoryError(),
+    ],
 )
 def test_out_of_memory_halves_the_batch_and_loses_nothing(loaded, texts, error):
     model = loaded("llama")

@@ -1,5 +1,7 @@
 """A score is what its classifier or lexicon says of the text alone: whatever the batch, the order or the cache."""
 
+import dataclasses
+import json
 import math
 import shutil
 
@@ -8,6 +10,7 @@ import polars as pl
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from excise.errors import ExciseError
 from excise.toxicity import (
@@ -44,14 +47,14 @@ IDENTITIES = (
 def classifier(tiny_model, tmp_path_factory):
     """`classifier("bert")`: a folder with a tiny random sequence classifier and a tokenizer. Options: config fields."""
 
-    def make(kind, *, seed=0, labels=LABELS, **config):
+    def make(kind, *, seed=0, labels=LABELS, problem_type="single_label_classification", **config):
         folder = tmp_path_factory.mktemp(kind)
         tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model("gpt2"))
         tokenizer.save_pretrained(folder)
         made = {"bert": transformers.BertConfig, "roberta": transformers.RobertaConfig}[kind](
             vocab_size=304, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
             max_position_embeddings=200, pad_token_id=0, initializer_range=0.5, id2label=dict(enumerate(labels)),
-            label2id={label: index for index, label in enumerate(labels)}, **config,
+            label2id={label: index for index, label in enumerate(labels)}, problem_type=problem_type, **config,
         )  # fmt: skip
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -156,17 +159,177 @@ def test_labels_that_stand_by_themselves_by_sigmoid(classifier):
     folder = classifier("roberta", problem_type="multi_label_classification")
     expected = float(torch.sigmoid(logits_by_hand(folder, TEXTS[0])[1]))
     assert load(folder).score(TEXTS[:1])[0] == pytest.approx(expected, abs=1e-5)
-    forced = load(classifier("roberta"), multi_label=True)
+    forced = load(classifier("roberta"), activation="sigmoid")
     assert forced.score(TEXTS[:1])[0] == pytest.approx(expected, abs=1e-5)
-    alone = load(folder, multi_label=False).score(TEXTS[:1])[0]
+    alone = load(folder, activation="softmax").score(TEXTS[:1])[0]
     assert alone == pytest.approx(float(torch.softmax(logits_by_hand(folder, TEXTS[0]), -1)[1]), abs=1e-5)
 
 
-def test_the_only_label_of_a_single_logit_is_a_sigmoid_and_needs_no_name(classifier):
-    folder = classifier("bert", labels=("toxic",))
-    scorer = load(folder, label=None)
+def test_the_only_label_needs_no_name(classifier):
+    scorer = load(classifier("bert", labels=("toxic",), problem_type="multi_label_classification"), label=None)
     assert scorer.label == "toxic"
-    assert scorer.score(TEXTS[:1])[0] == pytest.approx(float(torch.sigmoid(logits_by_hand(folder, TEXTS[0])[0])), 1e-4)
+    assert "'toxic'" in scorer.measures
+
+
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+ACTIVATIONS = {
+    "none": lambda logits: logits,
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda logits: torch.softmax(logits, -1),
+}
+
+
+@pytest.mark.trial(11)
+@pytest.mark.parametrize(
+    ("labels", "problem", "named", "used"),
+    [
+        (("toxic",), REGRESSION, None, "none"),
+        (("toxic",), REGRESSION, "sigmoid", "sigmoid"),
+        (("toxic",), MULTI, None, "sigmoid"),
+        (("toxic",), None, "sigmoid", "sigmoid"),
+        (("toxic",), None, "none", "none"),
+        (LABELS, REGRESSION, None, "none"),
+        (LABELS, MULTI, None, "sigmoid"),
+        (LABELS, SINGLE, None, "softmax"),
+        (LABELS, SINGLE, "sigmoid", "sigmoid"),
+        (LABELS, None, "softmax", "softmax"),
+        (("calm", "toxic"), None, None, "softmax"),
+    ],
+)
+def test_an_output_becomes_a_score_as_the_classifier_was_trained_or_the_entry_says(
+    classifier, labels, problem, named, used
+):
+    """The classifier's outputs for this text lie in 0..1, so that every reading of them gives a score."""
+    folder = classifier("bert", labels=labels, problem_type=problem)
+    weights = load_file(folder / "model.safetensors")
+    weights["classifier.weight"] *= 0.001
+    weights["classifier.bias"][:] = torch.linspace(0.3, 0.6, len(labels))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    scorer = load(folder, label=labels[-1], **({} if named is None else {"activation": named}))
+    expected = float(ACTIVATIONS[used](logits_by_hand(folder, TEXTS[0]))[-1])
+    assert scorer.activation == used
+    assert scorer.score(TEXTS[:1])[0] == pytest.approx(expected, abs=1e-6)
+    assert scorer.measures.startswith("output for" if used == "none" else "probability of")
+    assert (used in scorer.measures) == (used != "none")
+
+
+@pytest.mark.trial(11)
+@pytest.mark.parametrize("labels", [("toxic",), LABELS])
+def test_what_an_output_is_is_asked_where_nothing_says_it(classifier, labels):
+    with pytest.raises(ExciseError, match=r"tiny\.activation: the classifier does not say what .* activation: sigmoid"):
+        load(classifier("bert", labels=labels, problem_type=None), label=labels[0])
+
+
+def test_a_softmax_over_one_output_is_refused(classifier):
+    folder = classifier("bert", labels=("toxic",), problem_type=None)
+    with pytest.raises(ExciseError, match=r"tiny\.activation: the softmax of a single output is always 1"):
+        load(folder, label="toxic", activation="softmax")
+
+
+@pytest.mark.trial(11)
+@pytest.mark.parametrize("bias", [1.5, -0.2])
+def test_an_output_that_is_no_score_of_0_to_1_is_refused(classifier, bias):
+    folder = classifier("bert", labels=("toxic",), problem_type=REGRESSION)
+    weights = load_file(folder / "model.safetensors")
+    weights["classifier.weight"].zero_()
+    weights["classifier.bias"].fill_(bias)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExciseError, match=rf"scorer tiny: gives {bias} to the text .* outside 0\.\.1.*activation"):
+        load(folder, label=None)
+    scorer = load(folder, label=None, activation="sigmoid")
+    np.testing.assert_allclose(scorer.score(TEXTS), 1 / (1 + math.exp(-bias)), atol=1e-6)
+
+
+def test_an_output_that_leaves_0_to_1_for_some_text_is_refused_there(classifier):
+    scorer = load(classifier("bert", labels=("toxic",), problem_type=None), label=None, activation="sigmoid")
+    scorer = dataclasses.replace(scorer, activation="none")
+    with torch.no_grad():
+        scorer.model.classifier.bias.fill_(7)
+    with pytest.raises(ExciseError, match="outside 0"):
+        scorer.score(TEXTS)
+
+
+def test_a_classifier_that_fails_on_any_text_is_refused(classifier):
+    folder = classifier("bert")
+    weights = load_file(folder / "model.safetensors")
+    weights["classifier.bias"][0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExciseError, match="broken"):
+        load(folder)
+
+
+def test_labels_that_do_not_name_one_output_each_are_refused(classifier):
+    folder = classifier("bert")
+    path = folder / "config.json"
+    plain = json.loads(path.read_text())
+    for names in ({0: "toxicity", 1: "insult", 2: "insult"}, {1: "a", 2: "b", 3: "insult"}):
+        path.write_text(json.dumps(plain | {"id2label": names}))
+        with pytest.raises(ExciseError, match="id2label"):
+            load(folder)
+
+
+def gpt2_classifier(folder, tiny_model, **config):
+    """A tiny GPT-2 that classifies by its last token."""
+    transformers.AutoTokenizer.from_pretrained(tiny_model("gpt2")).save_pretrained(folder)
+    made = transformers.GPT2Config(
+        vocab_size=304, n_embd=32, n_head=4, n_layer=2, n_positions=200, initializer_range=0.5, eos_token_id=1,
+        bos_token_id=None, id2label={0: "mild", 1: "harsh"}, label2id={"mild": 0, "harsh": 1}, **config,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        transformers.AutoModelForSequenceClassification.from_config(made).float().save_pretrained(folder)
+    return folder
+
+
+def configure_tokenizer(folder, **fields):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.trial(21)
+@pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2", "gpt2 with a padding token", "gpt2 with another one"])
+@pytest.mark.parametrize("tokenizer", [{"pad_token": None}, {}, {"padding_side": "left"}])
+def test_a_score_is_that_of_the_text_alone(classifier, tiny_model, tmp_path, kind, tokenizer):
+    """Whether there is a padding token, which one, and on which side it would stand."""
+    if kind.startswith("gpt2"):
+        padding = {"gpt2": None, "gpt2 with a padding token": 0, "gpt2 with another one": 7}[kind]
+        folder = gpt2_classifier(tmp_path, tiny_model, pad_token_id=padding)
+    else:
+        folder = classifier(kind, labels=("mild", "harsh"))
+    configure_tokenizer(folder, **tokenizer)
+    scorer = load(folder, label="harsh")
+    assert (scorer.tokenizer.pad_token_id is None) == ("pad_token" in tokenizer)
+    texts = [*(text.replace("\n", " ") for text in TEXTS), "Yes", "Not", "Yet", TEXTS[1]]
+    expected = [float(torch.softmax(logits_by_hand(folder, text), -1)[1]) for text in texts]
+    np.testing.assert_allclose(scorer.score(texts), expected, atol=1e-5)
+
+
+def test_a_text_in_which_the_tokenizer_finds_nothing_is_unscored(classifier):
+    folder = classifier("bert")
+    path = folder / "tokenizer.json"
+    strip = {"type": "Replace", "pattern": {"Regex": "[\u200b]"}, "content": ""}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": strip}))
+    scores = load(folder).score(["\u200b", "He ran."])
+    assert np.isnan(scores).tolist() == [True, False]
+
+
+def test_a_tokenizer_without_a_limit_leaves_that_of_the_classifier_or_none(classifier, tiny_model, tmp_path):
+    folder = classifier("bert")
+    configure_tokenizer(folder, model_max_length=int(1e30))
+    assert load(folder).max_length == 200
+    config = transformers.XLNetConfig(
+        vocab_size=304, d_model=32, n_layer=1, n_head=4, d_inner=48, pad_token_id=0, initializer_range=0.5,
+        id2label={0: "mild", 1: "harsh"}, label2id={"mild": 0, "harsh": 1},
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        transformers.AutoModelForSequenceClassification.from_config(config).float().save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(tiny_model("gpt2")).save_pretrained(tmp_path)
+    endless = load(tmp_path, label="harsh")
+    assert endless.max_length is None
+    text = TEXTS[0] * 20
+    expected = float(torch.softmax(logits_by_hand(tmp_path, text), -1)[1])
+    np.testing.assert_allclose(endless.score([text, "Yes"])[0], expected, atol=1e-5)
 
 
 def test_another_label_gives_another_score(classifier):
@@ -202,7 +365,7 @@ def test_the_fingerprint_changes_with_what_decides_the_score(classifier, tmp_pat
     shutil.copytree(folder, tmp_path / "copy")
     same, moved = load(folder), load(tmp_path / "copy")
     others = [
-        load(folder, label="threat"), load(folder, lower_case=True), load(folder, multi_label=True),
+        load(folder, label="threat"), load(folder, lower_case=True), load(folder, activation="sigmoid"),
         load(classifier("bert", seed=1)),
     ]  # fmt: skip
     assert same.fingerprint == moved.fingerprint
@@ -219,7 +382,7 @@ def test_a_label_that_is_not_there_is_answered_with_those_that_are(classifier):
 
 
 def test_a_model_without_a_trained_head_is_refused(tiny_model):
-    with pytest.raises(ExciseError, match=r"the weights lack score\.weight: this is no trained classifier"):
+    with pytest.raises(ExciseError, match=r"the weights lack score\.weight\. This is no trained classifier"):
         load(tiny_model("gpt2"), label="LABEL_0")
 
 
@@ -275,14 +438,14 @@ def test_the_users_scorers_come_after_and_may_replace_them(tmp_path, classifier)
     assert problems == ()
     assert registry["toxic-bert"].hub == "own/one"
     assert load_scorer("mine", registry).label == "threat"
-    with pytest.raises(ExciseError, match=r"scorer 'other' is not known; there are detoxify-unbiased, mine"):
+    with pytest.raises(ExciseError, match=r"no scorer 'other'; .* negative-wording, detoxify-unbiased"):
         load_scorer("other", registry)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: {hub: x/y, folder: z}", "a: Value error, needs exactly one of hub, folder, builtin; found hub, folder"),
+        ("a: {hub: x/y, folder: z}", "a: needs exactly one of hub, folder, builtin; found hub, folder"),
         ("a: {label: toxic}", "found none"),
         ("a: {folder: z, revision: v1}", "revision goes with hub only"),
         ("a: {builtin: negative_wording, label: toxic}", "go with a classifier only"),
@@ -293,7 +456,7 @@ def test_the_users_scorers_come_after_and_may_replace_them(tmp_path, classifier)
         ("a: {hub: x/y, key: a}", "a.key"),
         ("- a", "must map scorer keys"),
         ("a: {hub: x/y}\na: {hub: x/z}", "stands twice"),
-        ("a: {hub: x/y", "cannot be read as YAML"),
+        ("a: {hub: x/y", "not valid YAML"),
     ],
 )
 def test_a_mistake_is_named_and_takes_no_other_entry_down(tmp_path, text, message):
@@ -302,7 +465,7 @@ def test_a_mistake_is_named_and_takes_no_other_entry_down(tmp_path, text, messag
     good = tmp_path / "more.yaml"
     good.write_text("b: {hub: x/y, label: toxic}")
     registry, problems = load_scorer_registry([file, good])
-    assert [problem.path for problem in problems] == [file]
+    assert [problem.file for problem in problems] == [file]
     assert str(file) in problems[0].message
     assert message in problems[0].message
     assert "b" in registry
