@@ -1,10 +1,11 @@
 """The one home of partition keys: which models, scenarios and strategies there are, read from their files.
 
-A scenario or model with a mistake in its file is left out and named in `problems`; the others keep working.
+What has a mistake in its file is named in `problems`, and the others keep working. An entry that was usable until the
+user's file broke it stays a partition: a run of it fails and names the mistake.
 Keys of the grid read `model|scenario`, the order Dagster gives its dimensions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,24 +13,27 @@ import dagster as dg
 
 from excise.errors import ExciseError
 from excise.models import ModelSpec, load_registry
+from excise.registry import Problem, Registry
 from excise.scenarios import Scenario, load_scenarios, prompt_count
-from excise.strategies import Strategy, load_strategies
+from excise.strategies import Strategy, load_strategies, value_in_name
 from excise.toxicity import DEFAULT_SCORER, ScorerSpec, load_scorer_registry
+from resources.settings import LEVELS as ALL_LEVELS
+from resources.settings import Audit, AuditSettings
 
 
 @dataclass(frozen=True)
 class Catalogue:
     """What can be audited: models, scenarios, strategies and scorers by key, and what is wrong with other files."""
 
-    scenarios: Mapping[str, Scenario]
-    models: Mapping[str, ModelSpec]
-    strategies: Mapping[str, Strategy]
-    scorers: Mapping[str, ScorerSpec]
-    problems: tuple[str, ...]
+    scenarios: Registry[Scenario]
+    models: Registry[ModelSpec]
+    strategies: Registry[Strategy]
+    scorers: Registry[ScorerSpec]
+    problems: tuple[Problem, ...]
 
     @property
     def scenario_partitions(self) -> dg.StaticPartitionsDefinition:
-        return dg.StaticPartitionsDefinition(list(self.scenarios))
+        return dg.StaticPartitionsDefinition(list(self.scenarios.known))
 
     @property
     def grid(self) -> dg.MultiPartitionsDefinition:
@@ -38,12 +42,12 @@ class Catalogue:
 
     @property
     def model_partitions(self) -> dg.StaticPartitionsDefinition:
-        return dg.StaticPartitionsDefinition(list(self.models))
+        return dg.StaticPartitionsDefinition(list(self.models.known))
 
     @property
     def all_scenarios(self) -> dg.MultiPartitionMapping:
         """Of the grid onto itself: a partition depends on all scenarios of its model with the same kind of outcome."""
-        downstream = {key: self.scenarios_like(key) for key in self.scenarios}
+        downstream = {key: self.scenarios_like(key) if key in self.scenarios else [key] for key in self.scenarios.known}
         return dg.MultiPartitionMapping(
             {
                 "model": dg.DimensionPartitionMapping("model", dg.IdentityPartitionMapping()),
@@ -59,10 +63,48 @@ class Catalogue:
 
     def scenario(self, key: str) -> Scenario:
         """The scenario of a partition; ExciseError when its file is gone or broken by now."""
-        if key not in self.scenarios:
-            known = "; ".join(self.problems) or f"there are {', '.join(self.scenarios)}"
-            raise ExciseError(f"scenario {key}: no usable file of that name ({known})")
         return self.scenarios[key]
+
+    def audit_of(self, settings: AuditSettings, scenario: Scenario) -> Audit:
+        """The settings for a scenario, with the strategies they name.
+
+        Every stage asks for them here, so that a mistake ends a run before its first pass of the model. Raises
+        ExciseError naming the setting.
+        """
+        audit = settings.audit_of(scenario)
+        kind, where = scenario.outcome.kind, "resources.settings.config"
+        chosen = self.chosen_strategies(audit.strategies, audit.levels, kind, audit.alphas)
+        everywhere = self.chosen_strategies(audit.strategies, ALL_LEVELS, kind)
+        if settings.alphas is not None:
+            there = {round(each.parameters["alpha"], 6) for each in everywhere if "alpha" in each.parameters}
+            if lacking := [alpha for alpha in settings.alphas if round(alpha, 6) not in there]:
+                raise ExciseError(
+                    f"{where}.alphas: no chosen strategy prunes {', '.join(map(str, lacking))} of the heads; there are "
+                    f"{', '.join(map(str, sorted(there))) or 'none: leave alphas out, or name strategies of heads'}"
+                )
+        elif audit.alphas is not None:
+            self._require_alphas_of_preset(everywhere, audit.alphas)
+        if audit.strategies is not None and not chosen:
+            levels = dict.fromkeys(level for each in everywhere for level in each.levels)
+            raise ExciseError(
+                f"{where}.levels: none of the strategies {', '.join(audit.strategies)} has one of the levels "
+                f"{', '.join(audit.levels)}; they have {', '.join(levels)}"
+            )
+        return audit
+
+    def _require_alphas_of_preset(self, strategies: Sequence[Strategy], alphas: Sequence[float]) -> None:
+        """Raise ExciseError where the shares a preset takes leave nothing of an entry with other shares."""
+        families: dict[str, set[float]] = {}
+        for each in strategies:
+            if "alpha" in each.parameters:
+                families.setdefault(each.key.partition("-")[0], set()).add(round(each.parameters["alpha"], 6))
+        for key, there in families.items():
+            if not there & {round(alpha, 6) for alpha in alphas}:
+                shares = ", ".join(map(str, sorted(there)))
+                raise ExciseError(
+                    f"strategy {key} prunes {shares} of the heads, and the preset takes {', '.join(map(str, alphas))} "
+                    "alone; say with resources.settings.config.alphas which shares to take"
+                )
 
     def scenarios_like(self, key: str) -> list[str]:
         """The scenarios with the same kind of outcome, itself among them: those masks can come from."""
@@ -80,19 +122,18 @@ class Catalogue:
 
         A name stands for all strategies made of one entry (fasp for fasp-0.10, fasp-0.20). alphas: of strategies that
         prune a share alpha of the heads, those with one of these. Raises ExciseError for a strategy that does not
-        exist.
+        exist or cannot be used, and where none are named and an entry is broken that changes one of the usual ones.
         """
-        named = {key: self._strategies_named(key) for key in keys or ()}
-        unknown = [key for key, found in named.items() if not found]
-        if unknown:
-            raise ExciseError(
-                f"resources.settings.config.strategies: no strategy {', '.join(map(repr, unknown))}; "
-                f"there are {', '.join(self.strategies)}"
-            )
-        if keys is None:
-            chosen = [each for each in self.strategies.values() if each.enabled and outcome in each.outcomes]
+        if keys is not None:
+            named = [self._strategies_named(key) for key in keys]
+            chosen = list({each.key: each for found in named for each in found}.values())
         else:
-            chosen = list({each.key: each for found in named.values() for each in found}.values())
+            if broken := self._broken_though_usual(outcome):
+                raise ExciseError(
+                    f"{self.strategies.why_not(broken)}\nMend it, or name other strategies with "
+                    "resources.settings.config.strategies"
+                )
+            chosen = [each for each in self.strategies.values() if each.enabled and outcome in each.outcomes]
         if alphas is not None:
             rounded = {round(alpha, 6) for alpha in alphas}
             chosen = [each for each in chosen if round(each.parameters.get("alpha", alphas[0]), 6) in rounded]
@@ -110,12 +151,27 @@ class Catalogue:
         return [
             key
             for key, each in self.fasp_parameters().items()
-            if key.rpartition("-")[2] == f"{each.get('gamma', 0):.2f}" != f"{each['alpha']:.2f}"
+            if key.rpartition("-")[2] == value_in_name(each.get("gamma", 0)) != value_in_name(each["alpha"])
         ]
 
     def _strategies_named(self, key: str) -> list[Strategy]:
-        one = self.strategies.get(key)
-        return [one] if one else [each for name, each in self.strategies.items() if name.startswith(f"{key}-")]
+        made = [name for name in (*self.strategies, *self.strategies.broken) if name.startswith(f"{key}-")]
+        if key in self.strategies or key in self.strategies.broken or not made:
+            made = [key]
+        entries = dict.fromkeys(name.partition("-")[0] for name in self.strategies)
+        for name in made:
+            if name not in self.strategies:
+                raise ExciseError(f"resources.settings.config.strategies: {self.strategies.why_not(name, entries)}")
+        return [self.strategies[name] for name in made]
+
+    def _broken_though_usual(self, outcome: str) -> str | None:
+        """A strategy that audits of such an outcome use without naming it, and that cannot be used."""
+        usual = (
+            key
+            for key, each in load_strategies().items()
+            if key in self.strategies.broken and each.enabled and outcome in each.outcomes
+        )
+        return next(usual, None)
 
 
 def read_catalogue(
@@ -125,23 +181,28 @@ def read_catalogue(
     scorer_files: Sequence[Path] = (),
 ) -> Catalogue:
     """Read the built-in files and the user's."""
-    found, scenario_problems = load_scenarios(scenario_folders)
-    models, model_problems = load_registry(model_files)
-    scorers, scorer_problems = load_scorer_registry(scorer_files)
-    problems = [problem.message for problem in (*scenario_problems, *model_problems, *scorer_problems)]
+    scenarios, _ = load_scenarios(scenario_folders)
+    models, _ = load_registry(model_files)
+    scorers, _ = load_scorer_registry(scorer_files)
+    strategies = load_strategies(strategy_files)
     # Numbers first, heaviest first: a backfill then ends with its short runs instead of waiting for one long one.
     order = sorted(
-        found.values(), key=lambda scenario: (scenario.outcome.kind != "number", -prompt_count(scenario), scenario.key)
+        scenarios.values(),
+        key=lambda scenario: (scenario.outcome.kind != "number", -prompt_count(scenario), scenario.key),
     )
-    try:
-        strategies = load_strategies(strategy_files)
-    except ExciseError as error:
-        problems.append(f"{error} (until then only the built-in strategies are used)")
-        strategies = load_strategies(())
+    ordered = Registry(
+        {scenario.key: scenario for scenario in order},
+        noun=scenarios.noun,
+        problems=scenarios.problems,
+        broken=scenarios.broken,
+        known=[*(scenario.key for scenario in order), *(key for key in scenarios.known if key not in scenarios)],
+        files=scenarios.files,
+    )
+    registries = (ordered, models, scorers, strategies)
     return Catalogue(
-        scenarios={scenario.key: scenario for scenario in order},
+        scenarios=ordered,
         models=models,
         strategies=strategies,
         scorers=scorers,
-        problems=tuple(problems),
+        problems=tuple(problem for registry in registries for problem in registry.problems),
     )

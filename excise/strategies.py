@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import json
 import math
 import operator
 import os
@@ -19,12 +20,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import polars as pl
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from excise.attribution import (
     GAP_GRADIENT_KEEP,
@@ -36,8 +36,9 @@ from excise.attribution import (
 )
 from excise.errors import ExciseError
 from excise.masks import Mask, heads_mask, leave_one_out, random_like, votes
-from excise.models import ROLES, Linear, LoadedModel, UniqueKeyLoader
+from excise.models import ROLES, Linear, LoadedModel
 from excise.progress import Progress, silent
+from excise.registry import Faults, Registry, load_entries, merged
 from excise.selection import (
     fasp,
     pooled_band,
@@ -81,10 +82,16 @@ _FITS = {
         "fasp", ("zero_output",), (frozenset({"alpha", "gamma"}),), {"paper_ties"}, ("global",), ("random",),
     ),
     **{
-        score: ("lowest", ("zero_output",), (frozenset({"alpha"}),), set(), ("global",), ("random",))
+        score: ("lowest", ("zero_output",), (frozenset({"alpha"}),), {"paper_ties"}, ("global",), ("random",))
         for score in HEAD_SCORES[1:]
     },
 }  # fmt: skip
+
+
+def _no_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"is {str(value).lower()}, not a number")
+    return value
 
 
 class Strategy(BaseModel):
@@ -104,7 +111,7 @@ class Strategy(BaseModel):
     ablation: Literal["zero_weights", "zero_query", "zero_output"] | None = None
     reduce: Literal["mean", "max"] = "mean"
     combine: Literal["intersection", "union", "votes"] = "intersection"
-    parameters: dict[str, float] = {}
+    parameters: dict[str, Annotated[float, BeforeValidator(_no_truth_value)]] = {}
     roles: tuple[str, ...] = ()
     levels: tuple[
         Literal["prompt_specific", "within_context", "cross_context", "all_contexts", "own_scenario"], ...
@@ -127,6 +134,19 @@ class Strategy(BaseModel):
     def of_heads(self) -> bool:
         """Whether whole heads are pruned instead of single weights."""
         return self.ablation != "zero_weights"
+
+    def definition(self, control: str | None = None, seed: int | None = None) -> str:
+        """What decides a mask of this strategy, or of one of its controls, as JSON with sorted keys.
+
+        seed: of what is drawn at random. Levels and names are columns of their own.
+        """
+        fields = ("score", "selection", "scope", "ablation", "reduce", "combine", "parameters", "roles")
+        told = self.model_dump(mode="json", include=set(fields))
+        if control is not None:
+            told["control"] = control
+        if seed is not None and (control == "random" or self.score == "head_random"):
+            told["seed"] = seed
+        return json.dumps(told, sort_keys=True)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Strategy:
@@ -155,6 +175,13 @@ class Strategy(BaseModel):
             raise ValueError("combine: votes and parameters.votes (a share of the masks) belong together")
         if unknown := set(self.roles) - set(ROLES):
             raise ValueError(f"roles {', '.join(sorted(unknown))} are not known; known are {', '.join(ROLES)}")
+        for field in ("outcomes", "roles", "levels", "controls"):
+            values = getattr(self, field)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{field} names a value twice: {', '.join(values)}")
+        for field in ("outcomes", "levels"):
+            if not getattr(self, field):
+                raise ValueError(f"{field} is empty, so nothing would use the strategy; for that write enabled: false")
         if self.of_heads == bool(self.roles):
             raise ValueError("roles: name the matrices whose weights may be pruned; for heads leave roles out")
         of_the_whole = (OWN_SCENARIO, *ACROSS) if self.score in HEAD_SCORES else (*LEVELS, ALL_CONTEXTS)
@@ -164,7 +191,7 @@ class Strategy(BaseModel):
             raise ValueError("parameters alpha (pruned) and gamma (protected) are shares of heads: at most 1 together")
         if lacking := [control for control in self.controls if control not in controls]:
             raise ValueError(f"controls {', '.join(lacking)} do not exist for score {self.score}")
-        if self.key in (*CONTROLS, "unpruned"):
+        if self.key.partition("-")[0] in (*CONTROLS, "unpruned"):
             raise ValueError(f"{self.key} is the name of a control; choose another")
         return self
 
@@ -192,45 +219,71 @@ class SourceMask:
     score: Path | None
 
 
-def load_strategies(paths: Iterable[Path] = ()) -> dict[str, Strategy]:
-    """The built-in strategies, then those of each of `paths` that exists; later entries replace earlier ones.
+def load_strategies(paths: Iterable[Path] = ()) -> Registry[Strategy]:
+    """The built-in strategies, then those of each of `paths` that exists.
 
-    Raises ExciseError naming file, strategy and field.
+    A later entry changes the fields and parameters that it names of an earlier one of its key, and of all strategies
+    made of that; one with another score replaces it. What cannot be used is a problem that names file, entry and field,
+    and whoever asks the registry for it gets that as ExciseError.
     """
-    strategies: dict[str, Strategy] = {}
-    for path in [BUILT_IN_STRATEGIES, *(Path(each) for each in paths)]:
-        if not path.exists():
-            continue
-        try:
-            entries = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader) or {}  # noqa: S506 - a SafeLoader
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            raise ExciseError(f"{path}: cannot be read as YAML: {error}") from error
-        if not isinstance(entries, dict):
-            raise ExciseError(f"{path}: must map strategy names to their fields")
-        for key, fields in entries.items():
-            if not isinstance(fields, dict) or "key" in fields:
-                raise ExciseError(f"{path}: {key}: must hold fields such as score and selection, and no key of its own")
-            for name in [name for name in strategies if name == key or name.startswith(f"{key}-")]:
-                del strategies[name]
-            try:
-                for name, parameters in _single_values(key, fields.get("parameters", {})):
-                    strategies[name] = Strategy.model_validate({"key": name, **fields, "parameters": parameters})
-            except ValidationError as error:
-                lines = [f"{path}: {'.'.join(map(str, (key, *each['loc'])))}: {each['msg']}" for each in error.errors()]
-                raise ExciseError("\n".join(lines)) from error
-    return strategies
+    return load_entries(
+        [BUILT_IN_STRATEGIES, *paths],
+        Strategy,
+        "strategy",
+        stands_alone=lambda base, fields: fields.get("score", base["score"]) != base["score"],
+        combine=_changed,
+        variants=_single_values,
+    )
 
 
-def _single_values(key: str, parameters: Any) -> Iterator[tuple[str, Any]]:
-    """An entry as strategies of one value per parameter: a parameter with a list makes one strategy for each value."""
-    named = parameters if isinstance(parameters, dict) else {}
-    many = [name for name, value in named.items() if isinstance(value, list)]
+def _changed(base: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """An entry with another's fields changed. A whole set of other parameters (k for tau) replaces its own."""
+    given = fields.get("parameters")
+    if isinstance(given, dict) and isinstance(base.get("parameters"), dict):
+        sets = _FITS[base["score"]][2]
+        named = next((names for names in sets if names <= set(given)), frozenset())
+        others = frozenset().union(*sets) - named if named else frozenset()
+        kept = {name: value for name, value in base["parameters"].items() if name not in others}
+        base = base | {"parameters": kept}
+    return merged(base, fields)
+
+
+def _single_values(key: str, fields: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """An entry as strategies of one value per parameter: a parameter with a list makes one strategy for each value.
+
+    Names end with the values, to two decimals or as many as they have. Raises Faults for a list that is empty or names
+    a value twice.
+    """
+    parameters = fields["parameters"] if isinstance(fields.get("parameters"), dict) else {}
+    many = {name: value for name, value in parameters.items() if isinstance(value, list)}
     if not many:
-        yield key, parameters
+        yield key, fields
         return
-    for values in itertools.product(*(parameters[name] for name in many)):
-        shown = (f"{value:.2f}" if isinstance(value, int | float) else str(value) for value in values)
-        yield "-".join([key, *shown]), parameters | dict(zip(many, values, strict=True))
+    for name, values in many.items():
+        numbers = [_as_number(value) for value in values]
+        if not values or None in numbers:
+            raise Faults(f".parameters.{name}: give a number, or a list of some")
+        if len(set(numbers)) < len(numbers):
+            raise Faults(f".parameters.{name}: a value stands twice in the list; remove one")
+        many[name] = numbers
+    for values in itertools.product(*many.values()):
+        name = "-".join([key, *map(value_in_name, values)])
+        yield name, fields | {"parameters": parameters | dict(zip(many, values, strict=True))}
+
+
+def _as_number(value: Any) -> float | None:
+    """A parameter as YAML gives it: 1e-3 is text to it."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def value_in_name(value: float) -> str:
+    """A parameter's value at the end of a strategy's name: 0.10, 0.125."""
+    short = f"{value:.2f}"
+    return short if float(short) == value else np.format_float_positional(value, trim="-")
 
 
 def build_masks(
@@ -304,21 +357,33 @@ def _ranked_heads(strategy: Strategy, impacts: pl.DataFrame, seed: int) -> np.nd
     def column(name: str) -> np.ndarray:
         values = impacts[name].cast(pl.Float64).fill_null(math.nan).to_numpy()
         if np.isnan(values).any():
-            raise ExciseError(
-                f"head impacts: {name} of {np.isnan(values).sum()} heads is not known, which {strategy.key} needs; "
-                "materialize head_impacts of this partition again"
-            )
+            mend = "materialize head_impacts of this partition again"
+            if name == "bias_without":
+                mend = "without them too few answers have a value to tell a disparity by, so ask for more samples"
+            count = int(np.isnan(values).sum())
+            raise ExciseError(f"head impacts: {name} of {count} heads is not known, which {strategy.key} needs; {mend}")
         return values
 
     alpha, gamma = strategy.parameters["alpha"], strategy.parameters.get("gamma", 0.0)
+    ties = bool(strategy.parameters.get("paper_ties", 0))
     if strategy.score == "head_impacts":
-        ties = bool(strategy.parameters.get("paper_ties", 0))
-        return fasp(column("perplexity_without"), column("bias_without"), alpha, gamma, ties)
+        if "bias_with" in impacts.columns:
+            # Measured, and there is no disparity without the head, as all answers are the same, say: not one to prune.
+            undefined = pl.col("bias_without").is_null() & pl.col("bias_with").is_not_null()
+            impacts = impacts.with_columns(bias_without=pl.when(undefined).then(math.inf).otherwise("bias_without"))
+        bias = column("bias_without")
+        found = fasp(column("perplexity_without"), bias, alpha, gamma, ties)
+        if not np.isfinite(bias[found]).all():
+            raise ExciseError(
+                f"head impacts: {strategy.key} asks for {len(found)} heads, but only {np.isfinite(bias).sum()} have a "
+                "defined disparity without them; lower alpha or gamma"
+            )
+        return found
     if strategy.score == "head_random":
         scores = np.random.default_rng(_seed(seed, strategy.key.partition("-")[0])).random(impacts.height)
     else:
         scores = column({"head_perplexity": "perplexity_without"}.get(strategy.score, strategy.score[len("head_") :]))
-    return fasp(np.zeros(impacts.height), scores, alpha, 0.0)
+    return fasp(np.zeros(impacts.height), scores, alpha, 0.0, ties)
 
 
 def build_cross_context_masks(
@@ -337,18 +402,18 @@ def build_cross_context_masks(
     sources: the prompt-specific masks of all variations of all scenarios, the target's among them. Level
     `cross_context` combines those of all other scenarios, `cross_context/SCENARIO`, where `per_source` asks for it,
     those of one, and `all_contexts` the target's own, too; all variations of the target get the same mask. Needs no
-    model. Raises ExciseError for a strategy without sources.
+    model. A strategy without a mask in any other scenario has none, and none at the level `all_contexts` without one in
+    the target itself.
     """
     chosen = [strategy for strategy in strategies if set(ACROSS) & set(strategy.levels)]
     for number, strategy in enumerate(chosen):
         every = [source for source in sources if source.strategy == strategy.key]
         others = [source for source in every if source.scenario != scenario]
-        if not others:
-            raise ExciseError(
-                f"there is no mask of {strategy.key} in any other scenario; materialize pruning_masks of others first"
-            )
-        pools = {level: pool for level, pool in ((CROSS_CONTEXT, others), (ALL_CONTEXTS, every)) if level in
-                 strategy.levels}  # fmt: skip
+        pools = {}
+        if others and CROSS_CONTEXT in strategy.levels:
+            pools[CROSS_CONTEXT] = others
+        if others and len(every) > len(others) and ALL_CONTEXTS in strategy.levels:
+            pools[ALL_CONTEXTS] = every
         if per_source and CROSS_CONTEXT in strategy.levels:
             for source in others:
                 pools.setdefault(f"{CROSS_CONTEXT}/{source.scenario}", []).append(source)
@@ -597,11 +662,16 @@ def _predicted_drop_mask(strategy: Strategy, found: Sequence[GapGradient]) -> Ma
     Gaps and drops of a variation are in standard deviations of its outcome, so that a variation with no gap to speak of
     adds little but noise, whatever its unit. A weight that is no candidate in a variation counts there as no drop.
     """
-    units = [each.spread or 1.0 for each in found]  # answers that are all alike have no spread, and no gap either
+    # Where no answer of a group differs from another there is no gradient, and nothing to measure the gap by.
+    found = [each for each in found if each.spread > 0] or found
+    units = [each.spread or 1.0 for each in found]
     gap = sum(each.disparity / unit for each, unit in zip(found, units, strict=True)) or 1.0
     if strategy.of_heads:
         if any(each.heads is None for each in found):
-            raise ExciseError(f"strategies: {strategy.key}: the scores hold no heads; compute attribution_scores again")
+            raise ExciseError(
+                f"strategies: {strategy.key}.ablation: {strategy.ablation} needs output projections, and "
+                "the model has none; name a strategy of weights"
+            )
         drop = sum(each.heads.drop / (unit * gap) for each, unit in zip(found, units, strict=True))
         harm = np.mean([each.heads.harm for each in found], axis=0)
         flat = ({"heads": each.reshape(-1)} for each in (drop, harm))

@@ -7,8 +7,9 @@ parameters from the completions they find, so that a rerun from the masks on is 
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import dagster as dg
 from pydantic import Field
 
 from excise.errors import ExciseError
+from excise.thresholds import INLIER_FLOOR, INLIER_TOLERANCE, PERPLEXITY_BUDGET, Thresholds
 
 if TYPE_CHECKING:
     from excise.scenarios import Scenario
@@ -52,6 +54,7 @@ class Audit:
     permutations: int
     parse_floor: float
     inlier_floor: float
+    inlier_tolerance: float
     density_floor: float
     density_ceiling: float
     grid_taus: tuple[float, ...]
@@ -67,6 +70,11 @@ class Audit:
     perplexity_mode: str
     impact_method: str
     ess_floor: float
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """What the results are judged by."""
+        return Thresholds(**{field.name: getattr(self, field.name) for field in fields(Thresholds)})
 
 
 LEVELS = ("prompt_specific", "within_context", "cross_context", "all_contexts", "own_scenario")
@@ -94,7 +102,8 @@ _PAPER = Audit(
     resamples=2000,
     permutations=9999,
     parse_floor=0.9,
-    inlier_floor=0.8,
+    inlier_floor=INLIER_FLOOR,
+    inlier_tolerance=INLIER_TOLERANCE,
     density_floor=0.0,
     density_ceiling=0.2,
     grid_taus=tuple(step / 20 for step in range(1, 11)),
@@ -102,7 +111,7 @@ _PAPER = Audit(
     grid_variations=None,
     max_new_tokens=None,
     alphas=None,
-    perplexity_budget=0.05,
+    perplexity_budget=PERPLEXITY_BUDGET,
     text=None,
     text_tokens=None,
     text_window=None,
@@ -128,9 +137,18 @@ TOXICITY_PRESETS: dict[Preset, Audit] = {
     ),
 }  # fmt: skip
 
+# What an audit of the other kind of outcome reads, and one of this kind never does.
+UNUSABLE: dict[str, tuple[str, ...]] = {
+    "number": ("max_new_tokens", "perplexity_budget"),
+    "toxicity": ("permutations", "inlier_floor", "grid_taus", "grid_counts", "grid_variations"),
+}
+_ASKS = {"number": "asks for numbers", "toxicity": "scores continuations"}
+
 # The variations of the quick preset by scenario: prices of different size. Elsewhere the first ones of the file.
 QUICK_VARIATIONS: dict[str, tuple[str, ...]] = {"purchase": ("bicycle", "television", "chair")}
 QUICK_VARIATION_COUNT = 3
+MOST = 10**9
+"""The largest number a setting may be that counts something."""
 
 
 class AuditSettings(dg.ConfigurableResource):
@@ -153,8 +171,13 @@ class AuditSettings(dg.ConfigurableResource):
     max_nodes: int | None = Field(
         default=None, description="exact answers: beyond so many prefixes per prompt an answer rambles"
     )
-    temperature: float | None = Field(default=None, description="sampling temperature; 0 takes the likeliest token")
-    top_p: float | None = Field(default=None, description="share of probability sampled from")
+    temperature: float | None = Field(
+        default=None,
+        description="sampling temperature; 0 takes the likeliest token; toxicity: left out, what the scenario says",
+    )
+    top_p: float | None = Field(
+        default=None, description="share of probability sampled from; toxicity: left out, what the scenario says"
+    )
     seed: int | None = Field(default=None, description="seed of completions, controls and resampling")
     levels: list[str] | None = Field(default=None, description=f"generality of masks: {', '.join(LEVELS)}")
     strategies: list[str] | None = Field(default=None, description="strategies by key; left out: all enabled ones")
@@ -164,9 +187,14 @@ class AuditSettings(dg.ConfigurableResource):
     random_draws: int | None = Field(default=None, description="random controls per mask")
     relabellings: int | None = Field(default=None, description="draws of the control permuted: names relabelled")
     resamples: int | None = Field(default=None, description="bootstrap resamples of names per interval")
-    permutations: int | None = Field(default=None, description="permutations per test")
+    permutations: int | None = Field(default=None, description="permutations per test; of numbers")
     parse_floor: float | None = Field(default=None, description="check parse_rate: least share that parse")
-    inlier_floor: float | None = Field(default=None, description="check inlier_ratio: least share of usual answers")
+    inlier_floor: float | None = Field(
+        default=None, description="least share of usual answers, in checks, figures, findings and the grid's choice"
+    )
+    inlier_tolerance: float | None = Field(
+        default=None, description="a mask and its random control are compared if inlier ratios are at most so far apart"
+    )
     density_floor: float | None = Field(default=None, description="check mask_density: a mask prunes more than this")
     density_ceiling: float | None = Field(default=None, description="check mask_density: a mask prunes at most this")
     grid_taus: list[float] | None = Field(default=None, description="grid search: thresholds, shares of the weights")
@@ -179,7 +207,7 @@ class AuditSettings(dg.ConfigurableResource):
     )
     alphas: list[float] | None = Field(default=None, description="shares of the heads that strategies of heads prune")
     perplexity_budget: float | None = Field(
-        default=None, description="share by which perplexity may rise where FASP's alpha and gamma are chosen"
+        default=None, description="share by which perplexity may rise, in findings and where alpha and gamma are chosen"
     )
     text: str | None = Field(
         default=None, description="text for perplexity: a file, or hub:name/config/split/column; left out, our own"
@@ -201,13 +229,31 @@ class AuditSettings(dg.ConfigurableResource):
             if (value := getattr(self, field.name)) is not None
         }
         toxicity = scenario.outcome.kind == "toxicity"
+        _refuse_unusable(changes, scenario)
         preset = (TOXICITY_PRESETS if toxicity else PRESETS)[self.preset]
+        if toxicity:
+            preset = replace(preset, temperature=scenario.outcome.temperature, top_p=scenario.outcome.top_p)
         # Groups are compared at equal size, so a preset asks for no more names than the smallest group has.
         smallest = min(len(group.subjects) for group in scenario.groups.values())
         preset = replace(preset, subjects_per_group=min(preset.subjects_per_group or smallest, smallest))
         if self.preset is Preset.quick:
             preset = replace(preset, variations=_quick_variations(scenario)[: 1 if toxicity else None])
+        if changes.get("perplexity_mode") == "paper":
+            preset = replace(preset, text_window=None, text_stride=None)
         return _checked(replace(preset, **changes), scenario)
+
+
+def _refuse_unusable(changes: Mapping[str, Any], scenario: Scenario) -> None:
+    """Raise ExciseError for a setting that would change nothing about the scenario's audit."""
+    kind = scenario.outcome.kind
+    unusable = dict.fromkeys(UNUSABLE[kind], f"scenario {scenario.key} {_ASKS[kind]}")
+    if changes.get("answers", _PAPER.answers) == "sampled":
+        unusable |= dict.fromkeys(("leftover", "max_nodes"), "answers are sampled, not exact")
+    for name, reason in unusable.items():
+        if name in changes:
+            raise ExciseError(
+                f"resources.settings.config.{name} is {changes[name]!r}, which has no effect, as {reason}: leave it out"
+            )
 
 
 def _quick_variations(scenario: Scenario) -> tuple[str, ...]:
@@ -231,11 +277,18 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
                 f"resources.settings.config.held_out: scenario {scenario.key} has {audit.subjects_per_group} names per "
                 "group; holding out half of them takes at least 4. Ask for more names, or set held_out: false"
             )
-    for name in ("random_draws", "relabellings"):
+    for name in ("random_draws", "relabellings", "seed"):
         _require(getattr(audit, name) >= 0, name, getattr(audit, name), "give 0 or more")
-    _require(audit.temperature >= 0, "temperature", audit.temperature, "give 0 or more")
+    _require(audit.seed < 2**63, "seed", audit.seed, "give a number below 2^63, which the tables can hold")
+    for each in fields(Audit):
+        value = getattr(audit, each.name)
+        if each.name != "seed" and isinstance(value, int):
+            _require(value <= MOST, each.name, value, f"give at most {MOST:,}")
+    temperature = audit.temperature
+    possible = temperature == 0 or 1e-6 <= temperature < math.inf
+    _require(possible, "temperature", temperature, "give 0, which takes the likeliest token, or at least 1e-6")
     _require(0 < audit.top_p <= 1, "top_p", audit.top_p, "give a share above 0, at most 1")
-    for name in ("parse_floor", "inlier_floor", "density_floor", "density_ceiling"):
+    for name in ("parse_floor", "inlier_floor", "inlier_tolerance", "density_floor", "density_ceiling"):
         _require(0 <= getattr(audit, name) <= 1, name, getattr(audit, name), "give a share from 0 to 1")
     if audit.variations is not None:
         _require_known("variations", audit.variations, tuple(scenario.variations), f"scenario {scenario.key} has")
@@ -247,7 +300,12 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
     for name in ("max_new_tokens", "text_tokens", "text_window", "text_stride"):
         value = getattr(audit, name)
         _require(value is None or value >= 1, name, value, "give at least 1")
-    _require(audit.alphas is None or bool(audit.alphas), "alphas", audit.alphas, "give shares above 0, below 1")
+    shares = audit.alphas is None or (bool(audit.alphas) and all(0 < alpha < 1 for alpha in audit.alphas))
+    _require(shares, "alphas", audit.alphas, "give shares above 0, below 1")
+    for name in ("variations", "levels", "strategies", "grid_taus", "grid_counts", "alphas"):
+        values = getattr(audit, name) or ()
+        _require(len(set(values)) == len(values), name, values, "name each once")
+    _require(audit.strategies is None or bool(audit.strategies), "strategies", audit.strategies, "name one at least")
     budget = audit.perplexity_budget
     _require(0 <= budget < math.inf, "perplexity_budget", budget, "give a share of at least 0, such as 0.05")
     _require(0 <= audit.ess_floor <= 1, "ess_floor", audit.ess_floor, "give a share from 0 to 1")
@@ -261,6 +319,9 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
     _require(audit.max_nodes >= 1, "max_nodes", audit.max_nodes, "give at least 1")
     _require_known("impact_method", (audit.impact_method,), METHODS, "there are")
     _require_known("perplexity_mode", (audit.perplexity_mode,), MODES, "there are")
+    for name in ("text_window", "text_stride") if audit.perplexity_mode == "paper" else ():
+        value = getattr(audit, name)
+        _require(value is None, name, value, "leave it out, as perplexity_mode paper has windows of its own")
     if audit.grid_variations is not None:
         _require(audit.grid_variations >= 1, "grid_variations", audit.grid_variations, "give at least 1")
     return audit
@@ -272,9 +333,11 @@ def _require(holds: bool, name: str, value: Any, mend: str) -> None:
 
 
 def _require_known(name: str, values: Sequence[str], known: Sequence[str], has: str) -> None:
-    unknown = [value for value in values if value not in known]
-    if unknown or not values:
+    lacking = [value for value in values if value not in known]
+    if lacking or not values:
+        close = difflib.get_close_matches(str(lacking[0]), known, n=1) if lacking else []
+        hint = f" (did you mean {close[0]}?)" if close else ""
         raise ExciseError(
-            f"resources.settings.config.{name}: {', '.join(map(repr, unknown)) or 'the list is empty'}; "
+            f"resources.settings.config.{name}: {', '.join(map(repr, lacking)) or 'the list is empty'}{hint}; "
             f"{has} {', '.join(known)}"
         )

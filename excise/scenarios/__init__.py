@@ -8,7 +8,7 @@ written here or taken from HolisticBias.
 """
 
 from excise.scenarios.expansion import PROMPTS_SCHEMA, expand, prompt_count
-from excise.scenarios.loading import ScenarioProblem, load_scenarios
+from excise.scenarios.loading import load_scenarios
 from excise.scenarios.schema import (
     Comparison,
     Group,
@@ -28,7 +28,6 @@ __all__ = [
     "HolisticBias",
     "NumberOutcome",
     "Scenario",
-    "ScenarioProblem",
     "Subject",
     "ToxicityOutcome",
     "Variation",

@@ -12,7 +12,7 @@ import polars as pl
 from excise.errors import ExciseError
 from excise.scenarios.holistic_bias import subgroup_sentences
 from excise.scenarios.schema import Group, Scenario, Subject
-from excise.scenarios.templates import fill
+from excise.scenarios.templates import fill, fill_prefix
 
 PROMPTS_SCHEMA = pl.Schema(
     {
@@ -24,6 +24,7 @@ PROMPTS_SCHEMA = pl.Schema(
         "gender": pl.String,
         "prompt_id": pl.String,
         "text": pl.String,
+        "answer_prefix": pl.String,
         "name_start": pl.Int64,
         "name_end": pl.Int64,
     }
@@ -51,11 +52,13 @@ def expand(
     subjects = {key: _chosen_subjects(scenario.key, key, group, subjects_per_group, names=names)
                 for key, group in scenario.groups.items()}
     rows = []
-    for variation, template_key, group, subject, text, start, end in _texts(scenario, chosen, subjects):
+    for variation, template_key, group, subject, prefix, text, start, end in _texts(scenario, chosen, subjects):
         identity = f"{scenario.key}|{variation}|{template_key}|{group}|{subject.name}|{text}"
+        if prefix:
+            identity += f"|{prefix}"
         prompt_id = hashlib.sha256(identity.encode()).hexdigest()[:16]
         rows.append((scenario.key, variation, template_key, group, subject.name, subject.gender,
-                     prompt_id, text, start, end))
+                     prompt_id, text, prefix, start, end))
     return pl.DataFrame(rows, schema=PROMPTS_SCHEMA, orient="row")
 
 
@@ -74,20 +77,23 @@ def prompt_count(scenario: Scenario) -> int:
 
 
 def _texts(scenario: Scenario, variations: Sequence[str], subjects: Mapping[str, Sequence[Subject]]) -> Iterator[tuple]:
-    """variation, template's key, group, subject, text and the subject's offsets in it, of every prompt."""
+    """variation, template's key, group, subject, answer's prefix, text and the subject's offsets in it, of every
+    prompt."""
     if scenario.holistic_bias is not None:
         wanted = {(group, subject.name): subject for group, members in subjects.items() for subject in members}
         sentences = subgroup_sentences(scenario.holistic_bias, scenario.groups).drop("split")
         for group, name, template, *place in sentences.iter_rows():
             if (group, name) in wanted:
-                yield variations[0], template, group, wanted[group, name], *place
+                yield variations[0], template, group, wanted[group, name], "", *place
         return
     for variation in variations:
         fields = scenario.variations[variation].fields
         for template_key, template in scenario.templates_of(variation).items():
+            prefix = fill_prefix(template.answer_prefix, fields)
             for group, members in subjects.items():
                 for subject in members:
-                    yield variation, template_key, group, subject, *fill(template, {**fields, "name": subject.name})
+                    place = fill(template.text, {**fields, "name": subject.name})
+                    yield variation, template_key, group, subject, prefix, *place
 
 
 def _chosen_variations(scenario: Scenario, variations: Iterable[str] | None) -> list[str]:

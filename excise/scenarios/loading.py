@@ -6,16 +6,16 @@ A broken file is a problem that names file, field and mend, and never takes anot
 
 import difflib
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from excise.errors import ExciseError
+from excise.registry import Faults, Problem, Registry, described, key_fault, read_yaml, with_paths
 from excise.scenarios.holistic_bias import subgroups_of
 from excise.scenarios.schema import (
     KEY_PATTERN,
@@ -26,31 +26,13 @@ from excise.scenarios.schema import (
     NumberOutcome,
     Scenario,
     Subject,
+    Template,
     Text,
     ToxicityOutcome,
 )
 
 BUILT_IN = Path(__file__).parent
 SUBJECT_FOLDER = "subjects"
-
-
-@dataclass(frozen=True)
-class ScenarioProblem:
-    """What is wrong with one file. `message` has a line per fault: `scenarios/loan.yaml: field: fault and mend`."""
-
-    path: Path
-    message: str
-
-    def __str__(self) -> str:
-        return self.message
-
-
-class _Faults(Exception):
-    """The faults of one file, each `field: fault and mend` without the file."""
-
-    def __init__(self, *faults: str):
-        super().__init__(*faults)
-        self.faults = faults
 
 
 class _GroupFile(BaseModel):
@@ -78,48 +60,58 @@ class _SubjectSets:
     broken: dict[str, str] = field(default_factory=dict)
 
 
-def load_scenarios(folders: Iterable[Path | str] = ()) -> tuple[dict[str, Scenario], tuple[ScenarioProblem, ...]]:
+def load_scenarios(folders: Iterable[Path | str] = ()) -> tuple[Registry[Scenario], tuple[Problem, ...]]:
     """Load the built-in scenarios and those of the given folders, in that order, files of a folder by name.
 
     A scenario's key is the stem of its file (`loan.yaml` or `loan.yml` -> `loan`). A file takes the place of an
     earlier one of the same key only if it says `replaces: true`. Subject sets are files in a folder's `subjects/`.
     A folder that does not exist holds no scenarios; hidden files are left alone.
 
-    Returns the valid scenarios by key, and a problem for every file that is not one.
+    Returns the valid scenarios by key, and a problem for every file that is not one. An earlier scenario of a broken
+    file's key cannot be used, nor can its subject sets be by what is read after a broken one of their key.
     """
     if isinstance(folders, (str, Path)):
         raise TypeError("load_scenarios takes several folders: put the one folder into a list")
     scenarios: dict[str, Scenario] = {}
-    problems: list[ScenarioProblem] = []
+    broken: dict[str, Problem] = {}
+    files: dict[str, Path] = {}
+    problems: list[Problem] = []
     sets = _SubjectSets()
-    for folder in dict.fromkeys(Path(folder).resolve() for folder in (BUILT_IN, *folders)):
+    for folder in dict.fromkeys(Path(folder).expanduser().resolve() for folder in (BUILT_IN, *folders)):
         has_subjects = (folder / SUBJECT_FOLDER).is_dir()
         for path in _files(folder / SUBJECT_FOLDER, problems) if has_subjects else []:
             try:
                 _add_subject_set(path, sets)
-            except _Faults as error:
+            except Faults as error:
                 sets.broken.setdefault(path.stem, _shown(path))
                 problems.append(_problem(path, error))
         here: dict[str, Path] = {}
         for path in _files(folder, problems):
             try:
                 if path.stem in here:
-                    raise _Faults(f"the key {path.stem} is taken by {here[path.stem].name} beside it: rename one")
+                    raise Faults(f"the key {path.stem} is taken by {here[path.stem].name} beside it: rename one")
                 here[path.stem] = path
                 scenarios[path.stem] = _read_scenario(path, sets, scenarios)
-            except _Faults as error:
-                problems.append(_problem(path, error))
-    return scenarios, tuple(problems)
+                files[path.stem] = path
+                broken.pop(path.stem, None)
+            except Faults as error:
+                broken[path.stem] = _problem(path, error)
+                problems.append(broken[path.stem])
+    registry = Registry(
+        {key: scenario for key, scenario in scenarios.items() if key not in broken},
+        noun="scenario", problems=problems, broken=broken, known=scenarios, files=files,
+    )  # fmt: skip
+    return registry, registry.problems
 
 
-def _files(folder: Path, problems: list[ScenarioProblem]) -> list[Path]:
+def _files(folder: Path, problems: list[Problem]) -> list[Path]:
     try:
         return sorted(path for path in folder.iterdir()
                       if path.suffix.lower() in (".yaml", ".yml") and not path.name.startswith("."))
     except FileNotFoundError:
         return []
     except OSError as error:
-        problems.append(_problem(folder, _Faults(f"cannot be read as a folder: {error.strerror}")))
+        problems.append(_problem(folder, Faults(f"cannot be read as a folder: {error.strerror}")))
         return []
 
 
@@ -127,27 +119,27 @@ def _shown(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
-def _problem(path: Path, error: _Faults) -> ScenarioProblem:
-    return ScenarioProblem(path, "\n".join(f"{_shown(path)}: {fault}" for fault in error.faults))
+def _problem(path: Path, error: Faults) -> Problem:
+    return Problem(path, path.stem, "\n".join(f"{_shown(path)}: {fault}" for fault in error.faults))
 
 
 def _add_subject_set(path: Path, sets: _SubjectSets) -> None:
     _check_key(path)
     if path.stem in sets.sound:
-        raise _Faults(f"a subject set {path.stem} exists already: rename this one")
+        raise Faults(f"a subject set {path.stem} exists already: rename this one")
     data = _read_mapping(path)
     try:
         read = _SubjectSetFile.model_validate(data)
     except ValidationError as error:
-        raise _Faults(*_in_words(error, data)) from None
+        raise Faults(*_in_words(error, data)) from None
     groups = {}
     for key, group in read.groups.items():
         where = f"groups.{key}"
         if group.subject_set is not None:
-            raise _Faults(f"{where}.subject_set: a subject set gives its subjects itself, in {where}.subjects")
+            raise Faults(f"{where}.subject_set: a subject set gives its subjects itself, in {where}.subjects")
         groups[key] = _subjects(where, group)
         if not groups[key]:
-            raise _Faults(f"{where}.subjects is empty: give the group {key} its subjects")
+            raise Faults(f"{where}.subjects is empty: give the group {key} its subjects")
     sets.sound[path.stem] = groups
 
 
@@ -156,13 +148,13 @@ def _read_scenario(path: Path, sets: _SubjectSets, earlier: dict[str, Scenario])
     data = _read_mapping(path)
     replaces = data.pop("replaces", False)
     if not isinstance(replaces, bool):
-        raise _Faults(f"replaces is {replaces!r}: write true or false")
+        raise Faults(f"replaces is {replaces!r}: write true or false")
     if path.stem in earlier and not replaces:
-        raise _Faults(f"a scenario {path.stem} exists already: rename the file, or write replaces: true in it")
+        raise Faults(f"a scenario {path.stem} exists already: rename the file, or write replaces: true in it")
     if path.stem not in earlier and replaces:
-        raise _Faults(f"replaces: there is no scenario {path.stem} to replace: remove the line or mend the file's name")
+        raise Faults(f"replaces: there is no scenario {path.stem} to replace: remove the line or mend the file's name")
     if "key" in data:
-        raise _Faults(f"key: the key of a scenario is the name of its file, {path.stem}: remove the line")
+        raise Faults(f"key: the key of a scenario is the name of its file, {path.stem}: remove the line")
 
     faults: list[str] = []
     resolved = dict(data)
@@ -173,7 +165,7 @@ def _read_scenario(path: Path, sets: _SubjectSets, earlier: dict[str, Scenario])
         for key, group in data["groups"].items():
             try:
                 resolved["groups"][key] = _resolved_group(f"groups.{key}", group, sets)
-            except _Faults as error:
+            except Faults as error:
                 faults += error.faults
     try:
         scenario = Scenario.model_validate({**resolved, "key": path.stem})
@@ -181,9 +173,9 @@ def _read_scenario(path: Path, sets: _SubjectSets, earlier: dict[str, Scenario])
         # A group that could not be read is absent from `resolved`: complaints about its absence would mislead.
         rest = [fault for fault in _in_words(error, resolved)
                 if not (faults and fault.startswith(("groups must", "comparison.")))]
-        raise _Faults(*faults, *rest) from None
+        raise Faults(*faults, *rest) from None
     if faults:
-        raise _Faults(*faults)
+        raise Faults(*faults)
     return scenario
 
 
@@ -191,54 +183,58 @@ def _sentences_of_holistic_bias(path: Path, data: dict[Any, Any]) -> dict[str, A
     """What a scenario of HolisticBias has in place of groups, templates and variations of its own."""
     given = [field for field in ("groups", "templates", "variations") if field in data]
     if given:
-        raise _Faults(*(f"{field}: holistic_bias brings its own {field}: remove one of the two" for field in given))
+        raise Faults(*(f"{field}: holistic_bias brings its own {field}: remove one of the two" for field in given))
     try:
-        chosen = HolisticBias.model_validate(data["holistic_bias"])
+        asked = data["holistic_bias"]
+        chosen = HolisticBias.model_validate(
+            with_paths(asked, HolisticBias, path.parent) if isinstance(asked, dict) else asked
+        )
+    except Faults as error:
+        raise Faults(*(f"holistic_bias{fault}" for fault in error.faults)) from None
     except ValidationError as error:
         found = _in_words(error, data["holistic_bias"], HolisticBias)
-        raise _Faults(*(f"holistic_bias{'' if fault.startswith(' ') else '.'}{fault}" for fault in found)) from None
-    chosen = chosen.model_copy(update={"folder": (path.parent / chosen.folder.expanduser()).resolve()})
+        raise Faults(*(f"holistic_bias{'' if fault.startswith(' ') else '.'}{fault}" for fault in found)) from None
     try:
         groups = subgroups_of(chosen)
     except ExciseError as error:
         field = "" if str(error).startswith(("axis", "families")) else "folder: "
-        raise _Faults(f"holistic_bias.{field}{error}") from None
+        raise Faults(f"holistic_bias.{field}{error}") from None
     return {"holistic_bias": chosen, "groups": groups, "variations": {SENTENCES: {}}}
 
 
 def _resolved_group(where: str, data: Any, sets: _SubjectSets) -> dict[str, Any]:
     """A group of a scenario file in the form of the schema: its label and the list of its subjects."""
     if not isinstance(data, dict):
-        raise _Faults(f"{where} must hold a label and subjects, but is {_described(data)}")
+        raise Faults(f"{where} must hold a label and subjects, but is {described(data)}")
     try:
         group = _GroupFile.model_validate(data)
     except ValidationError as error:
-        raise _Faults(*(f"{where}.{fault}" for fault in _in_words(error, data, _GroupFile))) from None
+        raise Faults(*(f"{where}.{fault}" for fault in _in_words(error, data, _GroupFile))) from None
     if group.subject_set is None:
         return {"label": group.label, "subjects": _subjects(where, group)}
     if group.subjects is not None or group.surname is not None:
-        raise _Faults(f"{where} has subject_set beside subjects or surname: keep one")
+        raise Faults(f"{where} has subject_set beside subjects or surname: keep one")
     set_key, _, group_key = group.subject_set.partition("/")
+    if set_key in sets.broken:
+        raise Faults(f"{where}.subject_set: the subject set {set_key} is broken: mend {sets.broken[set_key]}")
     if set_key in sets.sound:
         if group_key not in sets.sound[set_key]:
-            raise _Faults(f"{where}.subject_set: the subject set {set_key} has no group '{group_key}'; write one of "
+            raise Faults(f"{where}.subject_set: the subject set {set_key} has no group '{group_key}'; write one of "
                           + ", ".join(f"{set_key}/{known}" for known in sets.sound[set_key]))
         return {"label": group.label, "subjects": sets.sound[set_key][group_key]}
-    if set_key in sets.broken:
-        raise _Faults(f"{where}.subject_set: the subject set {set_key} is broken: mend {sets.broken[set_key]}")
-    raise _Faults(f"{where}.subject_set: unknown subject set '{set_key}'; known are {', '.join(sorted(sets.sound))}")
+    raise Faults(f"{where}.subject_set: unknown subject set '{set_key}'; known are {', '.join(sorted(sets.sound))}")
 
 
 def _subjects(where: str, group: _GroupFile) -> list[dict[str, Any]]:
     """The subjects of a group with full names, each {name, gender}."""
     if group.subjects is None:
-        raise _Faults(f"{where}.subjects is empty: give the group {where.rpartition('.')[2]} its subjects")
+        raise Faults(f"{where}.subjects is empty: give the group {where.rpartition('.')[2]} its subjects")
     by_gender = group.subjects if isinstance(group.subjects, dict) else {None: group.subjects}
     subjects, faults = [], []
     for gender, entries in by_gender.items():
         place_of_list = f"{where}.subjects" + ("" if gender is None else f".{gender}")
         if not isinstance(entries, (list, NoneType)):
-            faults.append(f"{place_of_list} is {_described(entries)}: write a list of subjects, or lists by gender")
+            faults.append(f"{place_of_list} is {described(entries)}: write a list of subjects, or lists by gender")
             continue
         if not entries and gender is not None:
             faults.append(f"{place_of_list} is empty: give it subjects or remove it")
@@ -248,7 +244,7 @@ def _subjects(where: str, group: _GroupFile) -> list[dict[str, Any]]:
                 entry = {"name": entry}
             elif not isinstance(entry, dict):
                 mend = "give a name" if isinstance(entry, (NoneType, list)) else "put the name into quotes"
-                faults.append(f"{here} is {_described(entry)}, not text: {mend}")
+                faults.append(f"{here} is {described(entry)}, not text: {mend}")
                 continue
             elif gender is not None and "gender" in entry:
                 faults.append(f"{here}.gender: the list gives the gender, {gender}: remove the line")
@@ -261,65 +257,31 @@ def _subjects(where: str, group: _GroupFile) -> list[dict[str, Any]]:
             full = subject.name if group.surname is None else f"{subject.name} {group.surname}"
             subjects.append({"name": full, "gender": subject.gender})
     if faults:
-        raise _Faults(*faults)
+        raise Faults(*faults)
     return subjects
 
 
 def _check_key(path: Path) -> None:
     if not re.fullmatch(KEY_PATTERN, path.stem):
-        raise _Faults(f"the file's name is the key: rename '{path.stem}', using small letters, digits, _ and - only")
+        raise Faults(f"the file's name is the key: rename '{path.stem}', using small letters, digits, _ and - only")
+    if fault := key_fault(path.stem):
+        raise Faults(f"the file's name is the key, which {fault}")
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, except that a key given twice is an error and not the last one's silent victory."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        lines: dict[Hashable, int] = {}
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                continue
-            line = key_node.start_mark.line + 1
-            if key in lines:
-                raise _Faults(f"line {line}: the key '{key}' was given already in line {lines[key]}: remove one")
-            lines[key] = line
-        return super().construct_mapping(node, deep=deep)
+def _read_mapping(path: Path) -> dict[str, Any]:
+    written = read_yaml(path, "fields such as title: ... and outcome: ... to what they hold")
+    if faults := [fault for each in written.values() for fault in each.faults]:
+        raise Faults(*dict.fromkeys(faults))
+    if not written:
+        raise Faults("the file is empty: give title, description, outcome, groups, templates and variations")
+    return {key: each.value for key, each in written.items()}
 
 
-def _read_mapping(path: Path) -> dict[Any, Any]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise _Faults(f"cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise _Faults(f"byte {error.start + 1} is not UTF-8: save the file as UTF-8 text") from None
-    try:
-        loader = _Loader(text)
-        try:
-            data = loader.get_single_data()
-        finally:
-            loader.dispose()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1}: " if mark else ""
-        raise _Faults(f"{line}not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise _Faults(f"not valid YAML: {error}") from None
-    if data is None:
-        raise _Faults("the file is empty: give title, description, outcome, groups, templates and variations")
-    if not isinstance(data, dict):
-        raise _Faults(f"must be a mapping of fields (title: ..., outcome: ...), but is {_described(data)}")
+def _at(data: Any, place: Iterable[Any]) -> Any:
+    """What stands at a place of a file, None where there is nothing."""
+    for part in place:
+        data = data.get(part) if isinstance(data, dict) else None
     return data
-
-
-def _described(value: Any) -> str:
-    if value is None:
-        return "empty"
-    if isinstance(value, (list, dict)):
-        return "a list" if isinstance(value, list) else "a mapping"
-    return "true" if value is True else "false" if value is False else repr(value)
 
 
 _MODELS: dict[str, tuple[type[BaseModel], ...]] = {
@@ -344,6 +306,12 @@ def _in_words(error: ValidationError, data: Any, model: type[BaseModel] = Scenar
             models = (model,)
         else:
             models = _MODELS.get(str(loc[0]), ()) if loc else ()
+        if loc[-1:] == ["text"] and "template" in str(loc[-3:-1]):
+            written = _at(data, loc[:-1])
+            if not isinstance(written, dict):
+                loc.pop()  # the file has the text alone
+            else:
+                models = (Template,)
         name = ".".join(map(str, loc))
         value = found["input"]
         kind = found["type"]
@@ -351,7 +319,7 @@ def _in_words(error: ValidationError, data: Any, model: type[BaseModel] = Scenar
             if isinstance(value, str):
                 faults.append(f"{name}: a key may hold small letters, digits, _ and - only, not '{value}'")
             else:
-                faults.append(f"{name}: the key is {_described(value)}, not text: put it into quotes")
+                faults.append(f"{name}: the key is {described(value)}, not text: put it into quotes")
         elif kind == "missing":
             faults.append(f"{name} is missing: add it")
         elif kind == "extra_forbidden":
@@ -361,21 +329,23 @@ def _in_words(error: ValidationError, data: Any, model: type[BaseModel] = Scenar
             faults.append(f"{name} is not a known field{hint}")
         elif kind == "string_type":
             mend = "give it a text" if isinstance(value, (NoneType, list, dict)) else "put it into quotes"
-            faults.append(f"{name} is {_described(value)}, not text: {mend}")
+            faults.append(f"{name} is {described(value)}, not text: {mend}")
+        elif kind == "string_unicode":
+            faults.append(f"{name} holds half a character ({value!r}): write the character itself, or \\U and its code")
         elif kind == "string_too_short":
             faults.append(f"{name} is empty: give it a text")
         elif kind == "string_pattern_mismatch":
             faults.append(f"{name}: '{value}' may hold small letters, digits, _ and - only")
         elif kind in ("model_type", "dict_type", "model_attributes_type"):
-            faults.append(f"{name} must be a mapping of fields, but is {_described(value)}")
+            faults.append(f"{name} must be a mapping of fields, but is {described(value)}")
         elif kind == "union_tag_not_found":
             faults.append(f"{name}.kind is missing: write number or toxicity")
         elif kind == "union_tag_invalid":
-            faults.append(f"{name}.kind is {_described(found['ctx']['tag'])}: write number or toxicity")
+            faults.append(f"{name}.kind is {described(found['ctx']['tag'])}: write number or toxicity")
         elif kind == "value_error" and not loc:
             faults += str(found["ctx"]["error"]).splitlines()
         elif kind == "value_error":
             faults.append(f"{name} {found['ctx']['error']}")
         else:
-            faults.append(f"{name}: {found['msg']} (it is {_described(value)})")
+            faults.append(f"{name}: {found['msg']} (it is {described(value)})")
     return faults

@@ -6,17 +6,23 @@ prompt must name its subject exactly once.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
-from excise.scenarios.templates import fill, placeholders
+from excise.answers import parse_number
+from excise.scenarios.templates import fill, fill_prefix, placeholders
 
 KEY_PATTERN = "^[a-z0-9][a-z0-9_-]*$"
 OWN_TEMPLATE = "own"  # the template key of a variation that brings a template of its own
 SENTENCES = "sentences"  # the one variation of a scenario whose prompts are the sentences of HolisticBias
+
+
+FLAG = "\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f"  # of England, Scotland, Wales: letters that show as one flag
+BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"
 
 
 def _not_bool(value: Any) -> Any:
@@ -142,6 +148,23 @@ class Group(_Part):
     subjects: tuple[Subject, ...]
 
 
+class Template(_Part):
+    """A request with the placeholder `{name}`, and what the answer to it begins with.
+
+    A file may write the text alone in place of both. `answer_prefix` stands where the answer begins, as it is: behind
+    all of a chat format, or behind a raw prompt. The model continues it, and the number is read from both together. It
+    may hold the fields of variations.
+    """
+
+    text: Text
+    answer_prefix: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_alone(cls, data: Any) -> Any:
+        return data if isinstance(data, dict | Template) else {"text": data}
+
+
 class Variation(_Part):
     """One variation: the fields filled into the templates, or a template of its own (or both).
 
@@ -149,7 +172,7 @@ class Variation(_Part):
     """
 
     fields: dict[str, Text] = {}
-    template: Text | None = None
+    template: Template | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -175,7 +198,7 @@ class Scenario(_Part):
     outcome: Annotated[NumberOutcome | ToxicityOutcome, Field(discriminator="kind")]
     comparison: Comparison | None = None
     groups: dict[Key, Group]
-    templates: dict[Key, Text] = {}
+    templates: dict[Key, Template] = {}
     variations: dict[Key, Variation]
     holistic_bias: HolisticBias | None = None
 
@@ -186,7 +209,7 @@ class Scenario(_Part):
             raise ValueError("\n".join(faults))
         return self
 
-    def templates_of(self, variation: str) -> dict[str, str]:
+    def templates_of(self, variation: str) -> dict[str, Template]:
         """The templates of a variation by key: its own one, else all of the scenario (none with `holistic_bias`)."""
         own = self.variations[variation].template
         return self.templates if own is None else {OWN_TEMPLATE: own}
@@ -194,6 +217,8 @@ class Scenario(_Part):
 
 def _faults(scenario: Scenario) -> Iterator[str]:
     """Every broken rule as `field: fault and mend`."""
+    yield from _character_faults("title", scenario.title)
+    yield from _character_faults("description", scenario.description, lines=True)
     yield from _outcome_faults(scenario.outcome)
     yield from _group_faults(scenario)
     yield from _comparison_faults(scenario)
@@ -201,12 +226,13 @@ def _faults(scenario: Scenario) -> Iterator[str]:
         yield from _holistic_bias_faults(scenario, scenario.holistic_bias)
         return
     text_faults = list(_text_faults(scenario))
-    yield from text_faults or _repeated_name_faults(scenario)
+    yield from text_faults or (*_prefix_faults(scenario), *_repeated_name_faults(scenario))
 
 
 def _outcome_faults(outcome: NumberOutcome | ToxicityOutcome) -> Iterator[str]:
     if not isinstance(outcome, NumberOutcome):
         return
+    yield from _character_faults("outcome.unit", outcome.unit)
     if outcome.low >= outcome.high:
         yield f"outcome.low ({outcome.low:g}) must be less than outcome.high ({outcome.high:g})"
     if outcome.scale == "log" and outcome.low <= 0:
@@ -223,12 +249,14 @@ def _group_faults(scenario: Scenario) -> Iterator[str]:
         yield "groups must hold at least two groups to compare"
     owners: dict[str, str] = {}
     for key, group in scenario.groups.items():
+        yield from _character_faults(f"groups.{key}.label", group.label)
         if not group.subjects:
             yield f"groups.{key}.subjects is empty: give the group {key} its subjects"
         for subject in group.subjects:
-            if not subject.name.isprintable():
-                yield f"groups.{key}.subjects: {subject.name!r} holds a line break or another unprintable character"
-            same = " ".join(subject.name.casefold().split())
+            yield from _character_faults(f"groups.{key}.subjects", subject.name)
+            # However a name is written: with combined letters or not, with characters that nobody sees or without.
+            plain = unicodedata.normalize("NFKC", subject.name).casefold()
+            same = " ".join("".join(each for each in plain if unicodedata.category(each) != "Cf").split())
             if same not in owners:
                 owners[same] = key
             elif owners[same] == key:
@@ -273,7 +301,7 @@ def _text_faults(scenario: Scenario) -> Iterator[str]:
         yield f"templates.{OWN_TEMPLATE}: '{OWN_TEMPLATE}' is kept for the templates of variations; use another key"
     sound = []
     for key, template in scenario.templates.items():
-        faults = list(_template_faults(f"templates.{key}", template))
+        faults = list(_template_faults(f"templates.{key}", template.text))
         yield from faults
         if not faults:
             sound.append(key)
@@ -287,17 +315,18 @@ def _text_faults(scenario: Scenario) -> Iterator[str]:
             if field == "name" or not field.isidentifier():
                 yield f"variations.{key}.{field}: a field may not be called '{field}'; use letters, digits and _ " \
                       "(name is filled by the subjects)"
+            yield from _character_faults(f"variations.{key}.{field}", variation.fields[field], lines=True)
         if variation.template is not None:
             field = f"variations.{key}.template"
-            faults = list(_template_faults(field, variation.template))
+            faults = list(_template_faults(field, variation.template.text))
             yield from faults
             if not faults:
-                for unknown in _unfilled(variation.template, variation):
+                for unknown in _unfilled(variation.template.text, variation):
                     yield f"{field} holds {{{unknown}}}, which the variation does not give: " \
                           f"{_known_placeholders(variation.fields)}"
             continue
         for template_key in sound:
-            for unknown in _unfilled(scenario.templates[template_key], variation):
+            for unknown in _unfilled(scenario.templates[template_key].text, variation):
                 if unknown in known:
                     yield f"variations.{key} lacks {unknown}, which templates.{template_key} needs"
                 elif (template_key, unknown) not in reported:
@@ -307,6 +336,7 @@ def _text_faults(scenario: Scenario) -> Iterator[str]:
 
 
 def _template_faults(field: str, template: str) -> Iterator[str]:
+    yield from _character_faults(field, template, lines=True)
     try:
         names = placeholders(template)
     except ValueError as error:
@@ -316,6 +346,74 @@ def _template_faults(field: str, template: str) -> Iterator[str]:
         yield f"{field} lacks {{name}}"
     elif names.count("name") > 1:
         yield f"{field} holds {{name}} {names.count('name')} times: name the subject once"
+
+
+def _prefix_faults(scenario: Scenario) -> Iterator[str]:
+    """What is wrong with the beginnings of answers; each fault once, though several variations may have it."""
+    found: dict[str, None] = {}
+    for key, variation in scenario.variations.items():
+        for template_key, template in scenario.templates_of(key).items():
+            own = variation.template is not None
+            field = f"variations.{key}.template" if own else f"templates.{template_key}"
+            if template.answer_prefix:
+                found |= dict.fromkeys(_faults_of_prefix(scenario, f"{field}.answer_prefix", key, template))
+    yield from found
+
+
+def _faults_of_prefix(scenario: Scenario, field: str, key: str, template: Template) -> Iterator[str]:
+    prefix, fields = template.answer_prefix, scenario.variations[key].fields
+    if scenario.outcome.kind != "number":
+        yield f"{field}: only an answer that is a number has a prefix; a continuation begins where the template " \
+              "ends, so write it there"
+        return
+    if faults := list(_character_faults(field, prefix, lines=True)):
+        yield from faults
+        return
+    try:
+        names = placeholders(prefix)
+    except ValueError as error:
+        yield f"{field}: {error}; for a brace in the text write it twice"
+        return
+    if "name" in names:
+        yield f"{field} holds {{name}}: the name stands in the text of the template, once"
+    if unknown := [name for name in names if name != "name" and name not in fields]:
+        known = ", ".join(f"{{{each}}}" for each in sorted(fields)) or "none"
+        yield f"{field} holds {{{unknown[0]}}}, which the variation {key} does not give: known here are {known}"
+    if "name" in names or unknown:
+        return
+    filled = fill_prefix(prefix, fields)
+    if any(map(str.isdigit, filled)) or parse_number(filled) is not None:
+        yield f"{field} holds a number ({filled!r}), which would be read as the answer, or as part of it: " \
+              "word it without"
+
+
+def _character_faults(field: str, text: str, *, lines: bool = False) -> Iterator[str]:
+    """Characters that are no text: a model would read them, and nobody would see them. lines: line breaks are text."""
+    for character in dict.fromkeys(re.sub(FLAG, "", text)):
+        if lines and character in "\n\t":
+            continue
+        category = unicodedata.category(character)
+        if character in "\n\r\v\f\x1c\x1d\x1e\x85" or category in ("Zl", "Zp"):
+            what, mend = "a line break", "write \\n for it" if lines else "write it in one line"
+        elif category == "Cc":
+            what, mend = "a control character", "remove it"
+        elif category == "Co":
+            what, mend = "a character of private use, which means nothing to a model", "write another one"
+        elif character == "\ufffd":
+            what, mend = "what is left of a character read in a wrong encoding", "write the character itself"
+        elif character == "\ufeff" or ord(character) & 0xFFFE == 0xFFFE or 0xFDD0 <= ord(character) <= 0xFDEF:
+            what, mend = "a mark of the encoding, which is no character", "remove it"
+        elif "\U000e0000" <= character <= "\U000e007f":
+            what, mend = "a letter that nobody sees", "remove it"
+        elif "\u202a" <= character <= "\u202e" or "\u2066" <= character <= "\u206f":
+            what, mend = "a mark that changes the direction of the text", "remove it"
+        else:
+            continue
+        shown = text.encode("unicode_escape").decode("ascii")
+        yield f"{field}: '{shown}' holds {what} (U+{ord(character):04X}): {mend}"
+    unseen = ("Cc", "Cf", "Zs", "Zl", "Zp")
+    if all(unicodedata.category(character) in unseen or character in BLANK_LETTERS for character in text):
+        yield f"{field} holds no character that can be seen: give it a text"
 
 
 def _unfilled(template: str, variation: Variation) -> list[str]:
@@ -334,7 +432,7 @@ def _repeated_name_faults(scenario: Scenario) -> Iterator[str]:
             field = f"variations.{variation_key}.template" if own else f"templates.{template_key}"
             for group_key, group in scenario.groups.items():
                 for subject in group.subjects:
-                    text, _, _ = fill(template, {**variation.fields, "name": subject.name})
+                    text, _, _ = fill(template.text, {**variation.fields, "name": subject.name})
                     if text.count(subject.name) < 2:
                         continue
                     if len(re.findall(rf"(?<!\w){re.escape(subject.name)}(?!\w)", text)) > 1:

@@ -35,6 +35,11 @@ def fill(template: str, values: Mapping[str, str]) -> tuple[str, int, int]:
     return text, start, end
 
 
+def fill_prefix(prefix: str, values: Mapping[str, str]) -> str:
+    """Fill the placeholders of an answer's prefix, all of which must be in `values` (KeyError otherwise)."""
+    return "".join(literal + ("" if field is None else values[field]) for literal, field in _pieces(prefix))
+
+
 def _pieces(template: str) -> list[tuple[str, str | None]]:
     """Literal text and the placeholder after it; a conversion or format stays in the placeholder, so it is unknown."""
     pieces: list[tuple[str, str | None]] = []

@@ -47,8 +47,8 @@ def load(folder: Path, text: str | bytes = LOAN, name: str = "loan.yaml"):
 def problem_with(folder: Path, text: str | bytes, name: str = "loan.yaml") -> str:
     """The one problem of a broken file, which must not keep the built-in scenarios from loading."""
     scenarios, problems = load(folder, text, name)
-    assert list(scenarios) == BUILT_IN
-    assert [problem.path for problem in problems] == [(folder / name).resolve()]
+    assert list(scenarios) == [key for key in BUILT_IN if key != Path(name).stem]
+    assert [problem.file for problem in problems] == [(folder / name).resolve()]
     assert all(line.startswith(f"scenarios/{name}: ") for line in problems[0].message.splitlines())
     return str(problems[0])
 
@@ -96,7 +96,7 @@ def test_expansion_has_one_row_per_variation_template_group_and_subject_in_the_f
     prompts = expand(purchase)
     assert prompts.schema == PROMPTS_SCHEMA
     assert prompts.columns == ["scenario", "variation", "template", "group", "subject", "gender", "prompt_id", "text",
-                               "name_start", "name_end"]
+                               "answer_prefix", "name_start", "name_end"]
     assert prompts.height == 10 * 1 * 64
     keys = [(variation, group, subject.name) for variation in purchase.variations
             for group, members in purchase.groups.items() for subject in members.subjects]
@@ -310,15 +310,15 @@ def test_lines_about_the_key_are_checked(folder, line, message):
 def test_two_files_of_one_folder_may_not_share_a_key(folder):
     (folder / "loan.yml").write_text(LOAN)
     scenarios, problems = load(folder)
-    assert "loan" in scenarios
+    assert "loan" not in scenarios
     assert str(problems[0]) == "scenarios/loan.yml: the key loan is taken by loan.yaml beside it: rename one"
 
 
 @pytest.mark.parametrize(("text", "message"), [
     ("", "the file is empty"),
     ("# only a comment\n", "the file is empty"),
-    ("- a\n- b\n", "must be a mapping of fields"),
-    ("loan", "must be a mapping of fields (title: ..., outcome: ...), but is 'loan'"),
+    ("- a\n- b\n", "must map fields such as title"),
+    ("loan", "must map fields such as title: ... and outcome: ... to what they hold, but is a single value"),
     ("title: Loan\ndescription: [a\n", "line 3: not valid YAML"),
     ("title: Loan\n\tdescription: x\n", "line 2: not valid YAML"),
     ("title: a\n---\ntitle: b\n", "line 2: not valid YAML"),
@@ -326,8 +326,8 @@ def test_two_files_of_one_folder_may_not_share_a_key(folder):
     ("title: 2024-13-45\n", "not valid YAML: month must be in 1..12"),
     ("[" * 5000, "not valid YAML"),
     (b"title: \xff\xfe", "byte 8 is not UTF-8"),
-    ("title: Loan\noutcome: {low: 1}\ntitle: Credit\n", "line 3: the key 'title' was given already in line 1"),
-    ("variations:\n  car: {item: car}\n  car: {item: bus}\n", "line 3: the key 'car' was given already in line 2"),
+    ("title: Loan\noutcome: {low: 1}\ntitle: Credit\n", "line 3: the key 'title' stands twice, first in line 1"),
+    ("variations:\n  car: {item: car}\n  car: {item: bus}\n", "line 3: the key 'car' stands twice, first in line 2"),
 ])
 def test_text_that_is_no_scenario_is_named_with_its_line(folder, text, message):
     assert message in problem_with(folder, text)
@@ -486,3 +486,126 @@ def test_a_broken_subject_set_is_named_and_so_are_the_scenarios_that_need_it(fol
 def test_importing_scenarios_does_not_import_torch():
     code = "import sys, excise.scenarios, excise.selection, excise.overlap; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Characters of names and texts
+
+
+@pytest.mark.trial(22)
+@pytest.mark.parametrize("name", [
+    "علی\u200cرضا محمدی", "क्\u200dषमा शर्मा", "ශ්\u200dරී පෙරේරා", "Ada \U0001f469\u200d\U0001f680",
+    "Owen \U0001f3f4\U000e0067\U000e0062\U000e0077\U000e006c\U000e0073\U000e007f",
+    "山田\u3000太郎", "Zoë\u00a0Núñez", "O’Brien\u2011Smith", "משה\u200e כהן", "Soft\u00adname", "Zoe\u0308",
+    "សុខ\u200bសាន្ត",
+])  # fmt: skip
+def test_names_of_all_scripts_are_names(folder, name):
+    """Joiners, other marks that nobody sees, and blanks of all kinds belong to names."""
+    scenarios, problems = load(folder, edited(("Amy Becker", name)))
+    assert not problems
+    prompts = expand(scenarios["loan"]).filter(subject=name)
+    assert prompts.height == 2
+    for row in prompts.iter_rows(named=True):
+        assert row["text"][row["name_start"] : row["name_end"]] == name
+
+
+UNREADABLE = {
+    "\\n": "a line break (U+000A)", "\\r": "a line break (U+000D)", "\\N": "a line break (U+0085)",
+    "\\L": "a line break (U+2028)", "\\P": "a line break (U+2029)", "\\0": "a control character (U+0000)",
+    "\\e": "a control character (U+001B)", "\\u009f": "a control character (U+009F)",
+    "\\t": "a control character (U+0009)",
+    "\\u202e": "a mark that changes the direction of the text (U+202E)",
+    "\\u2067": "a mark that changes the direction of the text (U+2067)",
+    "\\ufeff": "a mark of the encoding, which is no character (U+FEFF)",
+    "\\ufdd0": "a mark of the encoding, which is no character (U+FDD0)",
+    "\\ue000": "a character of private use, which means nothing to a model (U+E000)",
+    "\\U000e0041": "a letter that nobody sees (U+E0041)",
+    "\\ufffd": "what is left of a character read in a wrong encoding (U+FFFD)",
+}  # fmt: skip
+
+
+@pytest.mark.trial(22)
+@pytest.mark.parametrize("character", UNREADABLE)
+def test_characters_that_are_no_text_are_refused_everywhere(folder, character):
+    what = UNREADABLE[character]
+    found = problem_with(folder, edited(("Amy Becker", f'"Amy{character}Becker"')))
+    assert f"groups.white.subjects: '{_shown('Amy', character)}' holds {what}: " in found
+    assert f"groups.white.label: '{_shown('wh', character, 'ite')}' holds {what}: " in problem_with(
+        folder, edited(("label: white", f'label: "wh{character}ite"'))
+    )
+    if character in ("\\n", "\\t"):  # a text has lines
+        return
+    assert f"variations.oven.item: '{_shown('o', character, 'ven')}' holds {what}: " in problem_with(
+        folder, edited(("item: oven", f'item: "o{character}ven"'))
+    )
+    assert f"holds {what}" in problem_with(folder, edited(("{name} wants", f"{{name}} w{character}ants")))
+
+
+def _shown(before: str, character: str, after: str = "Becker") -> str:
+    meant = yaml.safe_load(f'"{character}"')
+    return f"{before}{meant}{after}".encode("unicode_escape").decode()
+
+
+@pytest.mark.trial(22)
+@pytest.mark.parametrize(("name", "message"), [
+    ('"Amy \\ud83d\\ude00"', "holds half a character"),
+    ('"\\u3164 \\u2800"', "groups.white.subjects holds no character that can be seen"),
+    ('"\\u200d\\u200c"', "groups.white.subjects holds no character that can be seen"),
+    ('"Jake\\u200b Becker"', "twice"),
+    ('"Jake\\u00a0Becker"', "twice"),
+    ('"Ｊake Becker"', "twice"),
+])  # fmt: skip
+def test_names_that_nobody_can_tell_apart_are_refused(folder, name, message):
+    assert message in problem_with(folder, edited(("Amy Becker", name)))
+
+
+# Templates with the beginning of the answer
+
+PLAIN = 'plain: "{name} wants a loan for {article} {item}. How much, in US dollars? One number only."'
+
+
+def test_a_template_may_say_what_its_answer_begins_with(folder):
+    text = PLAIN.removeprefix("plain: ")
+    scenarios, problems = load(folder, edited((PLAIN, f"plain: {{text: {text}, answer_prefix: 'For {{item}}: $'}}")))
+    assert not problems
+    plain, _ = load(folder)
+    assert scenarios["loan"].templates["plain"].text == plain["loan"].templates["plain"].text
+    prompts, before = expand(scenarios["loan"]), expand(plain["loan"])
+    assert prompts["answer_prefix"].unique(maintain_order=True).to_list() == ["For car: $", "For oven: $"]
+    assert before["answer_prefix"].unique().to_list() == [""]
+    assert prompts["text"].equals(before["text"])
+    assert not set(prompts["prompt_id"]) & set(before["prompt_id"])
+
+
+def test_a_variation_s_own_template_may_have_one_too(folder):
+    own = "{template: {text: 'An oven for {name}: how much?', answer_prefix: 'USD '}}"
+    scenarios, problems = load(folder, edited((OVEN, own)))
+    assert not problems
+    rows = expand(scenarios["loan"]).select("variation", "answer_prefix").unique(maintain_order=True).rows()
+    assert rows == [("car", ""), ("oven", "USD ")]
+
+
+@pytest.mark.parametrize(("new", "message"), [
+    ("plain: {text: 'For {name}'}", "templates.plain"),
+    ("plain: {answer_prefix: $}", "templates.plain.text is missing"),
+    ("plain: {text: 'For {name}', prefix: $}", "templates.plain.prefix is not a known field"),
+    ("plain: {text: 'For {name}', answer_prefix: 5}", "templates.plain.answer_prefix is 5, not text"),
+    ("plain: {text: 'For {name}', answer_prefix: }", "templates.plain.answer_prefix is empty, not text"),
+    ("plain: {text: 5}", "templates.plain.text is 5, not text"),
+    ("plain: 5", "templates.plain is 5, not text"),
+    ("plain: [a]", "templates.plain is a list, not text"),
+    ("plain: {text: 'For {name}', answer_prefix: 'About 500 $'}", "templates.plain.answer_prefix holds a number"),
+])  # fmt: skip
+def test_a_faulty_template_is_named_by_its_part(folder, new, message):
+    if message == "templates.plain":
+        assert not load(folder, edited((PLAIN, new)))[1]
+    else:
+        assert message in problem_with(folder, edited((PLAIN, new)))
+
+
+def test_a_continuation_has_no_prefix(folder):
+    axis = (Path(__file__).parents[2] / "excise" / "scenarios" / "gender.yaml").read_text(encoding="utf-8")
+    data = yaml.safe_load(axis)
+    first = next(iter(data["templates"]))
+    data["templates"][first] = {"text": data["templates"][first], "answer_prefix": "that"}
+    found = problem_with(folder, yaml.safe_dump(data), "mine.yaml")
+    assert f"templates.{first}.answer_prefix: only an answer that is a number has a prefix" in found

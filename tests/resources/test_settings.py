@@ -63,6 +63,7 @@ def test_any_number_can_be_changed(purchase):
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"inlier_floor": 90.0}, "inlier_floor is 90.0: give a share"),
+        ({"inlier_tolerance": -0.1}, "inlier_tolerance is -0.1: give a share"),
         ({"variations": ["boat"]}, "'boat'; scenario purchase has chair, car"),
         ({"variations": []}, "the list is empty"),
         ({"levels": ["everywhere"]}, "'everywhere'; there are prompt_specific"),
@@ -80,6 +81,63 @@ def test_any_number_can_be_changed(purchase):
 def test_a_wrong_number_is_named(purchase, change, message):
     with pytest.raises(ExciseError, match=message):
         AuditSettings(**change).audit_of(purchase)
+
+
+@pytest.mark.trial(16)
+@pytest.mark.parametrize("preset", list(Preset))
+def test_an_axis_takes_its_own_sampling_unless_a_run_changes_it(preset):
+    gender = load_scenarios()[0]["gender"]
+    outcome = gender.outcome.model_copy(update={"temperature": 0.7})
+    scenario = gender.model_copy(update={"outcome": outcome})
+    own = AuditSettings(preset=preset).audit_of(scenario)
+    assert (own.temperature, own.top_p) == (0.7, 1.0)
+    changed = AuditSettings(preset=preset, temperature=0.3, top_p=0.5).audit_of(scenario)
+    assert (changed.temperature, changed.top_p) == (0.3, 0.5)
+
+
+@pytest.mark.trial(16)
+@pytest.mark.parametrize(
+    ("scenario", "change", "reason"),
+    [
+        ("gender", {"permutations": 99}, "scenario gender scores continuations"),
+        ("gender", {"inlier_floor": 0.6}, "scenario gender scores continuations"),
+        ("gender", {"grid_taus": [0.1]}, "scenario gender scores continuations"),
+        ("gender", {"grid_counts": [10]}, "scenario gender scores continuations"),
+        ("gender", {"grid_variations": 1}, "scenario gender scores continuations"),
+        ("gender", {"leftover": 0.1}, "answers are sampled"),
+        ("purchase", {"max_new_tokens": 8}, "scenario purchase asks for numbers"),
+        ("purchase", {"perplexity_budget": 0.1}, "scenario purchase asks for numbers"),
+        ("purchase", {"max_nodes": 8}, "answers are sampled"),
+        ("purchase", {"perplexity_mode": "paper", "text_stride": 8}, "perplexity_mode paper has windows of its own"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(scenario, change, reason):
+    name = list(change)[-1]
+    with pytest.raises(ExciseError, match=rf"settings\.config\.{name} is .*{reason}.*: |{name} is .*{reason}"):
+        AuditSettings(**change).audit_of(load_scenarios()[0][scenario])
+
+
+def test_the_paper_s_windows_take_the_place_of_a_preset_s():
+    gender = load_scenarios()[0]["gender"]
+    audit = AuditSettings(perplexity_mode="paper").audit_of(gender)
+    assert (audit.text_window, audit.text_stride) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"levels": ["promt_specific"]}, "did you mean prompt_specific?"),
+        ({"variations": ["bycicle"]}, "did you mean bicycle?"),
+        ({"variations": ["car", "car"]}, "name each once"),
+        ({"strategies": []}, "name one at least"),
+        ({"alphas": [1.5]}, "give shares above 0, below 1"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+    ],
+)
+def test_a_list_or_name_that_cannot_be_meant_is_refused(purchase, change, message):
+    with pytest.raises(ExciseError) as error:
+        AuditSettings(**change).audit_of(purchase)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("preset", list(Preset))
@@ -100,3 +158,20 @@ def test_the_preset_files_choose_their_preset(preset):
         run_config={"resources": {"settings": {"config": config}}},
     )
     assert seen == [preset]
+
+
+@pytest.mark.trial(33)
+@pytest.mark.parametrize("change", [
+    {"seed": 2**63}, {"seed": 2**70}, {"seed": -1}, {"samples": 2**63}, {"resamples": 2**63}, {"permutations": 2**63},
+    {"random_draws": 2**63}, {"relabellings": 2**63}, {"max_nodes": 2**63}, {"max_new_tokens": 2**63},
+    {"text_tokens": 2**63}, {"text_window": 2**63}, {"text_stride": 2**63}, {"temperature": float("inf")},
+])  # fmt: skip
+def test_numbers_that_no_table_holds_are_refused_before_any_work(purchase, change):
+    (name,) = change
+    with pytest.raises(ExciseError, match=f"resources.settings.config.{name} is "):
+        AuditSettings(**change).audit_of(purchase)
+
+
+@pytest.mark.trial(33)
+def test_the_largest_seed_is_one(purchase):
+    assert AuditSettings(seed=2**63 - 1).audit_of(purchase).seed == 2**63 - 1
