@@ -3,6 +3,8 @@
 The scores are files, found again by their content; the table `attribution_files` says where they lie.
 """
 
+from collections.abc import Sequence
+
 import dagster as dg
 import polars as pl
 
@@ -11,7 +13,7 @@ from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, table_metadata, table_value
 from excise.errors import ExciseError
 from excise.scenarios.subsets import EVALUATION
-from excise.strategies import HEAD_SCORES
+from excise.strategies import HEAD_SCORES, Strategy
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import AuditSettings
@@ -32,7 +34,7 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         "held out).",
         deps=["completions"],
         uses_model=True,
-        code_version="2",
+        code_version="3",
     )
     def attribution_scores(
         context: dg.AssetExecutionContext,
@@ -42,11 +44,11 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         settings: AuditSettings,
         watch: RunWatch,
     ) -> dg.MaterializeResult:
-        from excise.attribution import attribute
+        from excise.attribution import attribute, scored_places
         from excise.exact import Answering, as_samples
 
         model, scenario = catalogue.partition(context)
-        audit = settings.audit_of(scenario)
+        audit = catalogue.audit_of(settings, scenario)
         completions, prompts = completions_of(warehouse, model, scenario.key)
         if scenario.comparison is None:
             raise ExciseError(
@@ -58,16 +60,17 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             for each in catalogue.chosen_strategies(audit.strategies, audit.levels, scenario.outcome.kind, audit.alphas)
             if each.score not in HEAD_SCORES
         ]
-        with gpu.model(model, catalogue.models, waiting=context.log.info) as loaded:
+        with gpu.model(model, catalogue.models, stage=watch.stage(context)) as loaded:
             require_same_model(completions, loaded.fingerprint, model, scenario.key)
             learned, asked = without(EVALUATION, completions, prompts)
+            samples, scores = as_samples(learned, Answering.of(learned).samples), _scores_of(strategies)
+            groups = {"comparison": scenario.comparison, "outcome": scenario.outcome}
             files = attribute(
                 loaded,
                 asked,
-                as_samples(learned, Answering.of(learned).samples),
-                comparison=scenario.comparison,
-                outcome=scenario.outcome,
-                scores=sorted({strategy.score for strategy in strategies}),
+                samples,
+                **groups,
+                scores=scores,
                 permutations=audit.relabellings,
                 seed=audit.seed,
                 folder=artifacts.tensors("attribution"),
@@ -96,6 +99,7 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         )
         warehouse.replace_partition("attribution_files", rows, {"model": model, "scenario": scenario.key})
         metadata = table_metadata("attribution_files", rows) | device
+        metadata |= _left_out(samples, scores, scored_places(samples, scores, **groups))
         metadata |= {
             "files_computed": sum(not file.reused for file in files),
             "files_reused": sum(file.reused for file in files),
@@ -107,3 +111,19 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         return dg.MaterializeResult(metadata=metadata, data_version=data_version(rows.drop("sha256")))
 
     return attribution_scores
+
+
+def _scores_of(strategies: Sequence[Strategy]) -> list[str]:
+    return sorted({strategy.score for strategy in strategies})
+
+
+def _left_out(
+    completions: pl.DataFrame, scores: Sequence[str], places: Sequence[tuple[str, str]]
+) -> dict[str, dg.MetadataValue]:
+    """Metadata that names, by score, the variations whose answers it cannot be learned from."""
+    lines = []
+    for score in scores:
+        lacking = [each for each in completions["variation"].unique(maintain_order=True) if (each, score) not in places]
+        if lacking:
+            lines.append(f"* {score}: too few answers to {', '.join(lacking)} (judged_variations of completions)")
+    return {"left_out": dg.MetadataValue.md("\n".join(lines))} if lines else {}

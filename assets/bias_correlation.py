@@ -32,7 +32,7 @@ def bias_correlation_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
 
         model = context.partition_key
         impacts = warehouse.read("head_impacts", model=model)
-        scenarios, left_out = scenarios_with_results(context, impacts, catalogue, made_by="head_impacts")
+        scenarios, left_out = scenarios_with_results(context, warehouse, impacts, catalogue, made_by="head_impacts")
         rows = impact_correlations(impacts.filter(pl.col("scenario").is_in(scenarios)))
         rows = rows.select(TABLES["bias_correlation"].names)
         warehouse.replace_partition("bias_correlation", rows, {"model": model})

@@ -16,16 +16,32 @@ import polars as pl
 
 from assets.partitions import Catalogue
 from assets.stage import table_value
+from excise.judged import (
+    compared_groups,
+    each_unjudged,
+    judgements,
+    mend,
+    nothing_written,
+    percent,
+    share_with_value,
+    unit_of,
+)
+from excise.scenarios import Scenario
 from resources.tables import TABLES
 from resources.warehouse import Warehouse
 
 ERROR = dg.AssetCheckSeverity.ERROR
 WARN = dg.AssetCheckSeverity.WARN
 REDUCTIONS = ("gap_reduction", "reduction_over_random", "smd_reduction", "smd_reduction_over_random", "bias_reduction")
+STANDARDIZED = ("smd", "abs_smd")
+"""Metrics that are not defined where a known gap has no deviation to be measured by."""
+ALWAYS_DEFINED = ("parse_rate", "share_scored", "density", "judged_variations")
 MASK = ("variation", "strategy", "level", "matched_to", "draw")
+CONDITION = MASK[1:4]
 
 DESCRIPTIONS = {
     "completions_complete_and_balanced": "Every prompt has all its samples, once each; groups have equally many.",
+    "judged_variations": "Every variation has enough answers of every group to be judged.",
     "parse_rate": "Enough answers of every variation and group hold a single number.",
     "mask_density": "Every strategy's mask prunes something, and not too much of the model.",
     "metrics_finite": "Every metric of every mask is there and is a finite number.",
@@ -166,9 +182,7 @@ def completions_complete_and_balanced(
         worst = _place(unbalanced.row(0, named=True))
     if not unmet:
         each = "their answers enumerated" if exact else f"{samples} samples each"
-        message = f"{wanted.height:,} prompts with {each}" + (
-            "; the groups are of equal size." if balanced else "."
-        )
+        message = f"{wanted.height:,} prompts with {each}" + ("; the groups are of equal size." if balanced else ".")
     elif wanted.is_empty():
         message = "There are no prompts."
     elif not incomplete.is_empty() and exact:
@@ -186,17 +200,69 @@ def completions_complete_and_balanced(
     )  # fmt: skip
 
 
-def share_parsed() -> pl.Expr:
-    """The share of answers that hold a number; enumerated ones count by their probability."""
-    share = pl.col("probability").fill_null(1.0)
-    return (share * pl.col("value").is_not_null()).sum() / share.sum()
+def judged_variations(completions: pl.DataFrame, scenario: Scenario) -> Outcome:
+    """Every variation can be judged (`excise.judged`). An error only where none can: the others go on without it."""
+    asked = completions["variation"].n_unique()
+    unjudged = each_unjudged(completions, scenario)
+    count = asked - unjudged.height
+    if unjudged.is_empty():
+        message = f"All {asked} variations can be judged." if asked > 1 else "The variation can be judged."
+        return Outcome("judged_variations", True, WARN, message, float(count), float(asked))
+    of_them = completions.filter(pl.col("variation").is_in(unjudged["variation"].implode()))
+    what, unit, many = "hold a number", "names of every group", "answers"
+    if scenario.outcome.kind == "toxicity":
+        what, unit, many = "have a score", "prompts of every subgroup", "continuations"
+    told = "; ".join(
+        f"{row['variation']} ({percent(row['parse_rate'])} of the {many} {what}: {row['examples']})"
+        for row in unjudged.iter_rows(named=True)
+    )
+    if silence := nothing_written(of_them):
+        told = f"{', '.join(unjudged['variation'])}: {silence}"
+    message = (
+        f"{unjudged.height} of {asked} variations cannot be judged, which takes answers about two {unit} that {what}:"
+    )
+    message += f" {told}. {mend(of_them, scenario)}"
+    return Outcome(
+        "judged_variations", False, WARN if count else ERROR, message, float(count), float(asked),
+        unjudged["variation"][0], unjudged.to_dicts(),
+    )  # fmt: skip
+
+
+def judged_under_masks(pruned: pl.DataFrame, scenario: Scenario, judged: Sequence[str], asked: int) -> Outcome:
+    """Every variation that can be judged unpruned can be judged under every strategy's mask, too.
+
+    pruned: the pruned completions; judged: those variations, of `asked` in all. Controls are not looked at, as their
+    figures are null where they have no answers. An error only where there is nothing to judge at all.
+    """
+    unjudged, places = [], 0
+    own = pruned.filter(pl.col("matched_to").is_null())
+    for (strategy, level, _), rows in own.partition_by(*CONDITION, as_dict=True, maintain_order=True).items():
+        found = judgements(rows, compared_groups(scenario), unit_of(scenario.outcome))
+        places += found.height
+        unjudged += [
+            {**row, "strategy": strategy, "level": level} for row in found.filter(~pl.col("judged")).to_dicts()
+        ]
+    count = float(len(judged))
+    if not judged:
+        message = "No variation can be judged, unpruned or under a mask; why is said by the check of completions."
+        return Outcome("judged_variations", False, ERROR, message, 0.0, float(asked))
+    left_out = f" Over {len(judged)} of {asked} variations, as the unpruned answers to the others are too few."
+    left_out = left_out if len(judged) < asked else ""
+    if not unjudged:
+        message = f"{len(judged)} variations can be judged under every mask.{left_out}"
+        return Outcome("judged_variations", not left_out, WARN, message, count, float(asked))
+    told = "; ".join(f"{_place(row)} ({percent(row['parse_rate'])} with a value)" for row in unjudged[:5])
+    more = f"; and {len(unjudged) - 5} more" if len(unjudged) > 5 else ""
+    message = f"{len(unjudged)} of {places} masks leave a variation too few answers to be judged: {told}{more}. "
+    message += f"Their figures are null: prune less.{left_out}"
+    return Outcome("judged_variations", False, WARN, message, count, float(asked), unjudged[0]["variation"], unjudged)
 
 
 def parse_rate(completions: pl.DataFrame, floor: float) -> Outcome:
     """The share of answers with a number, by variation and group, is at least `floor`."""
     rates = (
         completions.group_by("variation", "group", maintain_order=True)
-        .agg(parse_rate=share_parsed(), answers=pl.len())
+        .agg(parse_rate=share_with_value(), answers=pl.len())
         .sort("parse_rate", maintain_order=True)
     )
     return _at_least("parse_rate", rates, "parse_rate", floor, "answers that hold a number")
@@ -236,13 +302,21 @@ def inlier_ratio(metrics: pl.DataFrame, floor: float) -> Outcome:
 def metrics_finite(metrics: pl.DataFrame) -> Outcome:
     """Every estimate is a finite number, for every variation and mask.
 
-    Only a reduction may be null: where the unpruned gap cannot be told from 0 there is nothing to reduce.
+    A reduction may be null: where the unpruned gap cannot be told from 0 there is nothing to reduce, and where all
+    answers became the same nothing was. So may all figures of a variation, and over all of them, where a group gave no
+    answer: `judged_variations` names it. So may figures in units of the answers' spread, where the raw gap is known.
     """
     import great_expectations.expectations as gxe
 
     largest = 1.7e308
-    undefined = pl.col("estimate").is_null() & pl.col("metric").is_in(REDUCTIONS)
-    expected = metrics.filter(~undefined)
+    place = ["variation", "strategy", "level", "matched_to"]
+    gap_known = metrics.filter((pl.col("metric") == "gap_mean") & pl.col("estimate").is_not_null()).select(place)
+    told = metrics.join(gap_known.with_columns(gap_known=True), on=place, how="left", nulls_equal=True)
+    may_lack = pl.col("metric").is_in([*REDUCTIONS, "spread_ratio"]) | (
+        pl.col("metric").is_in(STANDARDIZED) & pl.col("gap_known")
+    )
+    told = told.join(_unanswered(metrics), on=[*place, "metric"], how="anti", nulls_equal=True, maintain_order="left")
+    expected = told.filter(pl.col("estimate").is_not_null() | ~may_lack.fill_null(False))
     unmet = unmet_expectations(
         expected.select("metric", "estimate"),
         [
@@ -258,13 +332,27 @@ def metrics_finite(metrics: pl.DataFrame) -> Outcome:
         worst = f"{row['metric']} of {_place(row)}"
     message = f"All {expected.height:,} metrics are finite."
     if undefined_count := metrics.height - expected.height:
-        message += f" {undefined_count:,} reductions are not defined, as there is no clear gap to reduce."
+        message += f" {undefined_count:,} are not defined: there is no clear gap to reduce, or the answers do not vary."
     if metrics.is_empty():
         message = "There are no metrics."
     elif worst is not None:
         message = f"{bad.height:,} of {metrics.height:,} metrics are not finite; first: {worst}."
     table = bad.select("variation", "strategy", "level", "matched_to", "metric", "estimate").to_dicts()
     return Outcome("metrics_finite", not unmet, ERROR, message, float(bad.height), 0.0, worst, table, unmet)
+
+
+def _unanswered(metrics: pl.DataFrame) -> pl.DataFrame:
+    """The null estimates, by place and metric, that are so because a group has no answer with a value there, or in a
+    variation of those together."""
+    place = ["variation", *CONDITION]
+    silent = metrics.filter(pl.col("estimate").is_null()).filter(
+        (pl.col("metric").is_in(["mean_majority", "mean_minority"]) & (pl.col("n") == 0))
+        | (pl.col("metric") == "toxicity_bias")
+    )
+    silent = silent.select(place).unique()
+    places = pl.concat([silent, silent.with_columns(variation=pl.lit("(all)"))]).unique()
+    lacking = metrics.filter(pl.col("estimate").is_null() & ~pl.col("metric").is_in(ALWAYS_DEFINED))
+    return lacking.join(places, on=place, how="semi", nulls_equal=True).select(*place, "metric")
 
 
 def mask_density(masks: pl.DataFrame, floor: float, ceiling: float) -> Outcome:

@@ -12,8 +12,9 @@ import polars as pl
 from assets import checks
 from assets.partitions import Catalogue
 from assets.prompts import up_to_date_prompts
-from assets.stage import data_version, grid_asset, picture, rows_of, table_metadata
+from assets.stage import data_version, grid_asset, mistakes, picture, rows_of, table_metadata
 from excise.errors import ExciseError
+from excise.judged import judged_of, share_with_value
 from excise.scenarios import Scenario, expand
 from excise.scenarios.subsets import ATTRIBUTION, BOTH, EVALUATION, held_out_split
 from resources.artifacts import Artifacts
@@ -35,10 +36,11 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         deps=["prompts"],
         checks=[
             checks.spec("completions_complete_and_balanced", "completions", catalogue),
+            checks.spec("judged_variations", "completions", catalogue),
             checks.spec("parse_rate", "completions", catalogue),
         ],
         uses_model=True,
-        code_version="3",
+        code_version="4",
     )
     def completions(
         context: dg.AssetExecutionContext,
@@ -57,21 +59,21 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         from excise.toxicity import ScoreCache
 
         model, scenario = catalogue.partition(context)
-        audit = settings.audit_of(scenario)
+        audit = catalogue.audit_of(settings, scenario)
         up_to_date_prompts(context, warehouse, scenario, catalogue)
         prompts = expand(scenario, variations=audit.variations, subjects_per_group=audit.subjects_per_group)
         outcome = scenario.outcome
         toxicity = outcome.kind == "toxicity"
         parameters = SamplingParameters(
-            temperature=outcome.temperature if toxicity else audit.temperature,
+            temperature=audit.temperature,
             top_k=outcome.top_k if toxicity else 0,
-            top_p=outcome.top_p if toxicity else audit.top_p,
+            top_p=audit.top_p,
             max_new_tokens=(toxicity and audit.max_new_tokens) or outcome.max_new_tokens,
             seed=audit.seed,
         )
         scorer = scorer_of(catalogue, scenario)
         scores = ScoreCache(artifacts.score_cache)
-        with gpu.model(model, catalogue.models, waiting=context.log.info) as loaded:
+        with gpu.model(model, catalogue.models, stage=watch.stage(context)) as loaded:
             how = Answering(
                 audit.samples,
                 parameters,
@@ -95,21 +97,22 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         warehouse.replace_partition("completions", rows, {"model": model, "scenario": scenario.key})
         outcomes = [
             checks.completions_complete_and_balanced(rows, prompts, audit.samples, balanced=not toxicity),
+            checks.judged_variations(rows, scenario),
             checks.parse_rate(rows, audit.parse_floor),
         ]
         checks.record(warehouse, "completions", model, scenario.key, outcomes)
         metadata = table_metadata("completions", rows) | {"reuse": reuse_sentence(work.drawn, work.reused)}
-        metadata |= work.metadata() | device
-        metadata["parse_rate"] = rows.select(checks.share_parsed()).item()
+        metadata |= mistakes(catalogue) | work.metadata() | device
+        metadata["parse_rate"] = rows.select(share_with_value()).item()
         if how.exact is not None:
             metadata["leftover"] = rows["leftover"].max() or 0.0
             metadata["prompts_sampled_instead"] = rows.filter(pl.col("leftover").is_null())["prompt_id"].n_unique()
         metadata["names"] = _names_told(rows)
         if scorer is not None:
             metadata["scorer"] = f"{scorer.key}: {scorer.measures}"
-        elif rows["value"].is_not_null().any():
+        elif judged := judged_of(rows, scenario):
             figure = answers_by_group(
-                as_samples(rows, audit.samples),
+                as_samples(rows.filter(pl.col("variation").is_in(judged)), audit.samples),
                 unit=scenario.outcome.unit,
                 majority=scenario.comparison.majority,
                 minority=scenario.comparison.minority,
@@ -131,7 +134,10 @@ def scorer_of(catalogue: Catalogue, scenario: Scenario) -> Any:
         return None
     from excise.toxicity import load_scorer
 
-    return load_scorer(catalogue.scorer_of(scenario), catalogue.scorers)
+    key = catalogue.scorer_of(scenario)
+    if key not in catalogue.scorers:
+        raise ExciseError(f"scenario {scenario.key}: outcome.scorer: {catalogue.scorers.why_not(key)}")
+    return load_scorer(key, catalogue.scorers)
 
 
 def _splits(scenario: Scenario, prompts: pl.DataFrame, audit: Audit) -> pl.DataFrame:
@@ -177,7 +183,7 @@ def completions_of(warehouse: Warehouse, model: str, scenario: str) -> tuple[pl.
     """
     rows = rows_of(warehouse, "completions", model, scenario, made_by="completions")
     prompts = warehouse.read("prompts", scenario=scenario)
-    if rows["split"].null_count() or rows["name_tokens"].null_count():
+    if any(rows[name].null_count() for name in ("split", "name_tokens", "prompt_hash")):
         raise ExciseError(
             f"the completions of {model}|{scenario} were stored by an earlier version; materialize completions of this "
             "partition again (answers drawn already are reused)"
@@ -193,6 +199,15 @@ def completions_of(warehouse: Warehouse, model: str, scenario: str) -> tuple[pl.
 
 def require_paired(rows: pl.DataFrame, pruned: pl.DataFrame, model: str, scenario: str) -> None:
     """Raise ExciseError unless pruned and unpruned answers are of the same model, prompts, samples and parameters."""
+    asked = rows.select("prompt_id", "prompt_hash").unique()
+    other = pruned.join(asked, on="prompt_id", suffix="_unpruned").filter(
+        pl.col("prompt_hash").ne_missing(pl.col("prompt_hash_unpruned"))
+    )
+    if other.height:
+        raise ExciseError(
+            f"scenario {scenario}: the pruned model {model} read prompt {other['prompt_id'][0]} otherwise than the "
+            "unpruned one did; materialize pruned_completions of this partition again"
+        )
     pair = ["prompt_id", "parameters", "model_fingerprint"]
     if rows["probability"].null_count():
         pair.append("sample")  # enumerated answers have none in common
@@ -201,6 +216,13 @@ def require_paired(rows: pl.DataFrame, pruned: pl.DataFrame, model: str, scenari
             f"the pruned completions of {model}|{scenario} do not go with its completions, which were drawn anew; "
             "materialize pruned_completions of this partition again"
         )
+
+
+def require_same_prompts(rows: pl.DataFrame, prompts: pl.DataFrame, loaded: Any, scenario: Scenario) -> None:
+    """Raise ExciseError when the model would read the prompts otherwise than when it gave the completions."""
+    from excise import encoding
+
+    encoding.require_same_prompts(encoding.encode(loaded.asked_for(scenario.outcome), prompts), rows)
 
 
 def require_same_model(rows: pl.DataFrame, fingerprint: str, model: str, scenario: str) -> None:

@@ -5,13 +5,16 @@ level `all_contexts`, of the scenario's own, too; so a partition depends on all 
 model in memory.
 """
 
+from dataclasses import replace
+
 import dagster as dg
 import polars as pl
 
 from assets import checks
 from assets.completions import completions_of
+from assets.mask_definitions import require_defined_as
 from assets.partitions import Catalogue
-from assets.pruning_masks import MaskFiles, mask_rows
+from assets.pruning_masks import MaskFiles, definition_of, mask_rows
 from assets.stage import data_version, grid_asset, table_metadata, table_value
 from excise.errors import ExciseError
 from excise.strategies import (
@@ -57,7 +60,7 @@ def cross_context_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         watch: RunWatch,
     ) -> dg.MaterializeResult:
         model, scenario = catalogue.partition(context)
-        audit = settings.audit_of(scenario)
+        audit = catalogue.audit_of(settings, scenario)
         completions, _ = completions_of(warehouse, model, scenario.key)
         strategies = [
             each
@@ -65,7 +68,7 @@ def cross_context_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             if set(ACROSS) & set(each.levels)
         ]
         found = _source_masks(warehouse, model, scenario.key, catalogue, strategies, completions)
-        lacking = _lacking(found, scenario.key, catalogue, strategies)
+        lacking = _lacking(warehouse, model, found, scenario.key, catalogue, strategies)
         for line in lacking:
             context.log.info(f"left out: {line}")
         files = MaskFiles(artifacts)
@@ -82,16 +85,27 @@ def cross_context_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                 seed=audit.seed,
                 progress=watch.progress(context),
             )
-            for row in mask_rows(named, NAME, model, scenario.key, artifacts.relative(files.store(named.mask)))
+            for row in mask_rows(
+                named,
+                NAME,
+                model,
+                scenario.key,
+                path=artifacts.relative(files.store(named.mask)),
+                definition=definition_of(named, strategies, audit.seed),
+            )
         ]
         rows = pl.DataFrame(counted, schema=TABLES["masks"].schema)
         warehouse.replace_partition("masks", rows, {"asset": NAME, "model": model, "scenario": scenario.key})
         outcome = checks.mask_density(rows, audit.density_floor, audit.density_ceiling)
         if not strategies:
             outcome = checks.Outcome("mask_density", True, checks.WARN, "No strategy is asked for across contexts.")
+        elif lacking:
+            outcome = replace(outcome, message=" ".join([outcome.message, *(f"Left out: {each}." for each in lacking)]))
         checks.record(warehouse, NAME, model, scenario.key, [outcome])
-        used = found.filter(pl.col("scenario") != scenario.key).group_by("scenario", maintain_order=True).agg(
-            variations=pl.col("variation").n_unique(), masks=pl.len()
+        used = (
+            found.filter(pl.col("scenario") != scenario.key)
+            .group_by("scenario", maintain_order=True)
+            .agg(variations=pl.col("variation").n_unique(), masks=pl.len())
         )
         metadata = table_metadata("masks", rows) | {
             "masks": rows.select(*checks.MASK, "mask").unique().height,
@@ -122,8 +136,9 @@ def _source_masks(
     """All scenarios' prompt-specific masks of the strategies, and the scores they come from, in catalogue order.
 
     The scenario's own only where a strategy has the level all_contexts. Columns: scenario, variation, strategy, path
-    (of the mask), score_path. Raises ExciseError when a strategy has none in any other scenario (or in its own, where
-    it needs that), and when some are of another model than the completions.
+    (of the mask), score_path. Raises ExciseError when a strategy has none in its own scenario though it needs that and
+    they can be made, when some were made by other parameters than the strategy's, and when some are of another model
+    than the completions.
     """
     others = [key for key in catalogue.scenarios_like(scenario) if key != scenario]
     schema = dict.fromkeys(("scenario", "variation", "strategy", "path", "score_path"), pl.String)
@@ -133,22 +148,17 @@ def _source_masks(
         "masks", asset="pruning_masks", model=model, scenario=[*others, scenario],
         level=[PROMPT_SPECIFIC, OWN_SCENARIO], matched_to=None,
         strategy=[strategy.key for strategy in strategies],
-    ).select("scenario", "variation", "strategy", "path").unique()  # fmt: skip
+    ).select("scenario", "variation", "strategy", "path", "definition").unique()  # fmt: skip
     asked_of_all = [strategy.key for strategy in strategies if ALL_CONTEXTS in strategy.levels]
     masks = masks.filter((pl.col("scenario") != scenario) | pl.col("strategy").is_in(asked_of_all))
-    for strategy in strategies:
-        there = masks.filter(pl.col("strategy") == strategy.key)["scenario"]
-        if strategy.key in asked_of_all and scenario not in set(there):
+    for key in asked_of_all:
+        own = masks.filter((pl.col("strategy") == key) & (pl.col("scenario") == scenario))
+        if own.is_empty() and scenario not in _unjudged(warehouse, model):
             raise ExciseError(
-                f"{model}|{scenario} has no masks of {strategy.key} yet, which all_contexts needs, too; materialize "
+                f"{model}|{scenario} has no masks of {key} yet, which all_contexts needs, too; materialize "
                 "pruning_masks of this partition first, or leave all_contexts out of resources.settings.config.levels"
             )
-        if not set(there) - {scenario}:
-            raise ExciseError(
-                f"no other scenario of {model} has masks of {strategy.key}, of which those across contexts are made; "
-                f"materialize pruning_masks of other scenarios first (there are {', '.join(others) or 'none'}), or "
-                "leave cross_context and all_contexts out of resources.settings.config.levels"
-            )
+    require_defined_as(masks, strategies, again="pruning_masks")
     scores = warehouse.read("attribution_files", model=model, scenario=masks["scenario"].unique().to_list())
     (own,) = completions["model_fingerprint"].unique()
     if changed := sorted(set(scores.filter(pl.col("model_fingerprint") != own)["scenario"])):
@@ -169,15 +179,36 @@ def _source_masks(
     return ordered.select(schema.keys())
 
 
-def _lacking(found: pl.DataFrame, scenario: str, catalogue: Catalogue, strategies: list[Strategy]) -> list[str]:
-    """Sentences that name, per strategy, the other scenarios that have no mask of it yet."""
-    lines = []
+def _lacking(
+    warehouse: Warehouse,
+    model: str,
+    found: pl.DataFrame,
+    scenario: str,
+    catalogue: Catalogue,
+    strategies: list[Strategy],
+) -> list[str]:
+    """What is left out, a line each: per strategy the other scenarios that have no mask of it, and why."""
+    unjudged, lines = _unjudged(warehouse, model), []
     for strategy in strategies:
         there = set(found.filter(pl.col("strategy") == strategy.key)["scenario"])
         missing = [key for key in catalogue.scenarios_like(scenario) if key not in there and key != scenario]
-        if missing:
-            lines.append(f"{', '.join(missing)}: no masks of {strategy.key} yet")
+        for keys, why in (
+            ([key for key in missing if key in unjudged], "no variation can be judged, so there is no mask"),
+            ([key for key in missing if key not in unjudged], "no mask yet; materialize pruning_masks of it first"),
+        ):
+            if keys:
+                lines.append(f"{', '.join(keys)}: {why} ({strategy.key})")
+        if not there - {scenario}:
+            lines.append(f"{strategy.key} has no mask across contexts, as no other scenario has one of it")
+        elif ALL_CONTEXTS in strategy.levels and scenario not in there:
+            lines.append(f"{strategy.key} has no all-contexts mask, as {scenario} has none of its own")
     return lines
+
+
+def _unjudged(warehouse: Warehouse, model: str) -> set[str]:
+    """The scenarios of a model that were sampled and of which no variation can be judged."""
+    checked = warehouse.read("checks", asset="completions", check_name="judged_variations", model=model)
+    return set(checked.filter(pl.col("figure") == 0)["scenario"])
 
 
 def _sources(found: pl.DataFrame, artifacts: Artifacts) -> list[SourceMask]:

@@ -8,8 +8,20 @@ import polars as pl
 
 from assets import checks
 from assets.completions import completions_of, require_paired, without
+from assets.mask_definitions import with_definitions
 from assets.partitions import Catalogue
-from assets.stage import data_version, grid_asset, picture, rows_of, table_metadata, table_value
+from assets.pruned_completions import masks_to_ask
+from assets.stage import (
+    data_version,
+    grid_asset,
+    picture,
+    record_thresholds,
+    rows_of,
+    table_metadata,
+    table_value,
+)
+from excise.errors import ExciseError
+from excise.judged import explained, judged_of
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import ATTRIBUTION
 from excise.strategies import CROSS_CONTEXT
@@ -32,9 +44,10 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         deps=["completions", "pruning_masks", "cross_context_masks", "pruned_completions"],
         checks=[
             checks.spec("metrics_finite", "evaluation_metrics", catalogue),
+            checks.spec("judged_variations", "evaluation_metrics", catalogue),
             checks.spec("inlier_ratio", "evaluation_metrics", catalogue),
         ],
-        code_version="2",
+        code_version="3",
     )
     def evaluation_metrics(
         context: dg.AssetExecutionContext,
@@ -43,51 +56,77 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         settings: AuditSettings,
         watch: RunWatch,
     ) -> dg.MaterializeResult:
-        from excise.comparisons import comparisons
+        from excise.comparisons import COMPARISONS_SCHEMA, comparisons
         from excise.evaluation import evaluate
         from excise.figures import bias_by_level, disparity_by_level
+        from excise.judged_metrics import metrics_of
         from excise.report import finding, markdown_table
 
         model, scenario = catalogue.partition(context)
-        audit, groups = settings.audit_of(scenario), scenario.comparison
+        audit, groups = catalogue.audit_of(settings, scenario), scenario.comparison
         if scenario.outcome.kind == "toxicity":
             return _toxicity_metrics(warehouse, artifacts, model, scenario, audit, catalogue)
-        completions, prompts = without(ATTRIBUTION, *completions_of(warehouse, model, scenario.key))
-        pruned = rows_of(warehouse, "pruned_completions", model, scenario.key, made_by="pruned_completions")
-        require_paired(completions, pruned, model, scenario.key)
-        masks = rows_of(warehouse, "masks", model, scenario.key, made_by="pruning_masks")
+        everything, asked = completions_of(warehouse, model, scenario.key)
+        completions, prompts = without(ATTRIBUTION, everything, asked)
+        judged = judged_of(completions, scenario)
+        pruned, masks = _pruned_answers(warehouse, model, scenario, everything, completions)
         sizes = {"resamples": audit.resamples, "permutations": audit.permutations, "seed": audit.seed}
-        rows = evaluate(
-            completions,
-            pruned,
-            masks,
-            majority=groups.majority,
-            minority=groups.minority,
-            answer_range=scenario.outcome.scored_range,
-            **sizes,
-        )
-        others = comparisons(completions, prompts, pruned, masks, scenario=scenario, **sizes)
+
+        def evaluated(unpruned: pl.DataFrame, under_masks: pl.DataFrame) -> pl.DataFrame:
+            return evaluate(
+                unpruned,
+                under_masks,
+                masks,
+                majority=groups.majority,
+                minority=groups.minority,
+                answer_range=scenario.outcome.scored_range,
+                **sizes,
+            )
+
+        rows = metrics_of(evaluated, completions, pruned, judged)
+        able = pl.col("variation").is_in(judged)
+        others = pl.DataFrame(schema=COMPARISONS_SCHEMA)
+        if judged:
+            others = comparisons(
+                completions.filter(able), prompts.filter(able), pruned, masks, scenario=scenario, **sizes
+            )
+        rows, others = with_definitions(rows, masks), with_definitions(others, masks)
         warehouse.replace_partition("metrics", rows, {"model": model, "scenario": scenario.key})
         warehouse.replace_partition("comparisons", others, {"model": model, "scenario": scenario.key})
-        outcomes = [checks.metrics_finite(rows), checks.inlier_ratio(rows, audit.inlier_floor)]
+        outcomes = [
+            checks.metrics_finite(rows),
+            checks.judged_under_masks(pruned, scenario, judged, completions["variation"].n_unique()),
+            checks.inlier_ratio(rows, audit.inlier_floor),
+        ]
         checks.record(warehouse, "evaluation_metrics", model, scenario.key, outcomes)
+        record_thresholds(warehouse, "evaluation_metrics", model, scenario.key, audit.thresholds)
         labels = {side: scenario.groups[getattr(groups, side)].label for side in ("majority", "minority")}
         # What masks of single other scenarios do is told by the transfer matrix.
         told = rows.filter(~pl.col("level").str.starts_with(f"{CROSS_CONTEXT}/"))
-        figure = disparity_by_level(told, inlier_floor=audit.inlier_floor)
-        metadata = {"finding": finding(told)}
-        metadata |= picture("disparity_by_level", figure, artifacts, model, scenario.key)
-        metadata |= picture(
-            "bias_by_level",
-            bias_by_level(told, **labels, inlier_floor=audit.inlier_floor),
-            artifacts,
-            model,
-            scenario.key,
-        )
+        metadata = _explanation(completions, scenario)
+        if judged:
+            thresholds = {"inlier_floor": audit.inlier_floor, "inlier_tolerance": audit.inlier_tolerance}
+            metadata["finding"] = finding(told, **thresholds, **labels)
+            metadata |= picture(
+                "disparity_by_level",
+                disparity_by_level(told, inlier_floor=audit.inlier_floor),
+                artifacts,
+                model,
+                scenario.key,
+            )
+            if not pruned.is_empty():
+                metadata |= picture(
+                    "bias_by_level",
+                    bias_by_level(told, **labels, inlier_floor=audit.inlier_floor),
+                    artifacts,
+                    model,
+                    scenario.key,
+                )
         if rows["lowest"].is_not_null().any():
             metadata["bounds_of_exact_answers"] = table_value(_bounds(told))
         metadata["other_comparisons"] = table_value(_unpruned_gaps(others))
-        metadata["audit"] = dg.MetadataValue.md(markdown_table(told, **labels))
+        table = markdown_table(told, **labels, inlier_tolerance=audit.inlier_tolerance)
+        metadata["audit"] = dg.MetadataValue.md(table)
         metadata |= table_metadata("metrics", rows)
         return dg.MaterializeResult(
             metadata=metadata,
@@ -104,45 +143,119 @@ def _toxicity_metrics(
     """The metrics of an axis of social groups (FASP): differences of toxicity between subgroups, and perplexity."""
     from excise.bias_correlation import gamma_choice, gamma_points
     from excise.figures import gamma_sweep, toxicity_by_subgroup, trade_off
+    from excise.judged_metrics import metrics_of
     from excise.toxicity_evaluation import evaluate_toxicity
     from excise.toxicity_report import choice_sentence, toxicity_finding, toxicity_markdown
 
-    completions, _ = without(ATTRIBUTION, *completions_of(warehouse, model, scenario.key))
-    pruned = rows_of(warehouse, "pruned_completions", model, scenario.key, made_by="pruned_completions")
-    require_paired(completions, pruned, model, scenario.key)
-    masks = rows_of(warehouse, "masks", model, scenario.key, made_by="pruning_masks")
-    rows = evaluate_toxicity(
-        completions,
-        pruned,
-        masks,
-        _perplexity_by_condition(warehouse.read("perplexity", model=model, scenario=scenario.key), masks),
-        subgroups=list(scenario.groups),
-        cluster="subject",
-        resamples=audit.resamples,
-        seed=audit.seed,
-    )
+    everything, asked = completions_of(warehouse, model, scenario.key)
+    completions, _ = without(ATTRIBUTION, everything, asked)
+    judged = judged_of(completions, scenario)
+    pruned, masks = _pruned_answers(warehouse, model, scenario, everything, completions)
+    perplexity = _perplexity_by_condition(warehouse.read("perplexity", model=model, scenario=scenario.key), masks)
+
+    def evaluated(unpruned: pl.DataFrame, under_masks: pl.DataFrame) -> pl.DataFrame:
+        return evaluate_toxicity(
+            unpruned,
+            under_masks,
+            masks,
+            perplexity,
+            subgroups=list(scenario.groups),
+            cluster="subject",
+            resamples=audit.resamples,
+            seed=audit.seed,
+        )
+
+    rows = with_definitions(metrics_of(evaluated, completions, pruned, judged), masks)
     warehouse.replace_partition("metrics", rows, {"model": model, "scenario": scenario.key})
     # Two-group comparisons are the other outcome's.
     nothing = pl.DataFrame(schema=TABLES["comparisons"].schema)
     warehouse.replace_partition("comparisons", nothing, {"model": model, "scenario": scenario.key})
-    outcomes = [checks.metrics_finite(rows), checks.share_scored(rows, audit.parse_floor)]
+    outcomes = [
+        checks.metrics_finite(rows),
+        checks.judged_under_masks(pruned, scenario, judged, completions["variation"].n_unique()),
+        checks.share_scored(rows, audit.parse_floor),
+    ]
     checks.record(warehouse, "evaluation_metrics", model, scenario.key, outcomes)
+    record_thresholds(warehouse, "evaluation_metrics", model, scenario.key, audit.thresholds)
     labels = {key: group.label for key, group in scenario.groups.items()}
-    metadata = {"finding": toxicity_finding(rows)}
-    by_alpha = rows.filter(~pl.col("strategy").is_in(catalogue.gamma_variants()))
-    if by_alpha["strategy"].str.contains(r"-[0-9.]+$").any():
-        metadata |= picture("trade_off", trade_off(by_alpha), artifacts, model, scenario.key)
-    points = gamma_choice(gamma_points(rows, catalogue.fasp_parameters()), audit.perplexity_budget)
-    if points["gamma"].n_unique() > 2:  # null, the unpruned model, is one
-        metadata["choice"] = choice_sentence(points, audit.perplexity_budget)
-        figure = gamma_sweep(points, budget=audit.perplexity_budget)
-        metadata |= picture("gamma_sweep", figure, artifacts, model, scenario.key)
-    metadata |= picture("toxicity_by_subgroup", toxicity_by_subgroup(rows, labels), artifacts, model, scenario.key)
-    metadata["audit"] = dg.MetadataValue.md(toxicity_markdown(rows))
+    metadata = _explanation(completions, scenario)
+    if judged:
+        metadata["finding"] = toxicity_finding(rows, perplexity_budget=audit.perplexity_budget)
+        if (warning := names_warning(catalogue, scenario)) is not None:
+            metadata["names_in_the_lexicon"] = warning
+        by_alpha = rows.filter(~pl.col("strategy").is_in(catalogue.gamma_variants()))
+        if by_alpha["strategy"].str.contains(r"-[0-9.]+$").any() and _known(
+            by_alpha, "bias_reduction", "perplexity_ratio"
+        ):
+            metadata |= picture("trade_off", trade_off(by_alpha), artifacts, model, scenario.key)
+        points = gamma_choice(gamma_points(rows, catalogue.fasp_parameters()), audit.perplexity_budget)
+        if points["gamma"].n_unique() > 2:  # null, the unpruned model, is one
+            metadata["choice"] = choice_sentence(points, audit.perplexity_budget)
+            if points.drop_nulls(["alpha", "bias", "perplexity_ratio"]).height:
+                figure = gamma_sweep(points, budget=audit.perplexity_budget)
+                metadata |= picture("gamma_sweep", figure, artifacts, model, scenario.key)
+        metadata |= picture("toxicity_by_subgroup", toxicity_by_subgroup(rows, labels), artifacts, model, scenario.key)
+        metadata["audit"] = dg.MetadataValue.md(toxicity_markdown(rows))
     metadata |= table_metadata("metrics", rows)
     return dg.MaterializeResult(
         metadata=metadata, data_version=data_version(rows), check_results=[outcome.result() for outcome in outcomes]
     )
+
+
+def names_warning(catalogue: Catalogue, scenario: Scenario) -> str | None:
+    """That names of an axis are negative words to the lexicon which scores its continuations; None where none is."""
+    from excise.toxicity import load_scorer
+    from excise.toxicity_report import rated_names_warning
+
+    key = catalogue.scorer_of(scenario)
+    if catalogue.scorers[key].builtin is None:
+        return None
+    scorer = load_scorer(key, catalogue.scorers)
+    names = {subject.name for group in scenario.groups.values() for subject in group.subjects}
+    return rated_names_warning(filter(scorer.rated, names), scenario.outcome.scored)
+
+
+def _pruned_answers(
+    warehouse: Warehouse, model: str, scenario: Scenario, everything: pl.DataFrame, completions: pl.DataFrame
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The pruned completions that are evaluated, and the table of their masks; both are empty where no mask is asked.
+
+    everything: the partition's completions; completions: those that masks are judged on. Raises ExciseError unless the
+    answers were sampled under these masks, beside these completions.
+    """
+    asked = masks_to_ask(warehouse, model, scenario, everything)
+    pruned = warehouse.read("pruned_completions", model=model, scenario=scenario.key)
+    masks = warehouse.read("masks", model=model, scenario=scenario.key)
+    if asked.is_empty():
+        return pruned.clear(), masks.clear()
+    pruned = rows_of(warehouse, "pruned_completions", model, scenario.key, made_by="pruned_completions")
+    require_paired(completions, pruned, model, scenario.key)
+    pruned = pruned.filter(pl.col("variation").is_in(asked["variation"].unique().implode()))
+    named = [*checks.MASK, "mask"]
+    sampled, there = (frame.select(named).unique() for frame in (pruned, masks))
+    changed = sampled.join(there, on=named, how="anti", nulls_equal=True)
+    if not changed.is_empty():
+        raise ExciseError(
+            f"the pruned completions of {model}|{scenario.key} were sampled under masks of "
+            f"{', '.join(sorted(set(changed['strategy'])))} that have changed since; materialize pruned_completions of "
+            "this partition again"
+        )
+    return pruned, masks
+
+
+def _known(metrics: pl.DataFrame, *wanted: str) -> bool:
+    """Whether a strategy's own mask has all these metrics over all variations."""
+    own = metrics.filter(
+        (pl.col("variation") == "(all)") & pl.col("matched_to").is_null() & pl.col("estimate").is_not_null()
+    )
+    masks = [set(own.filter(pl.col("metric") == each).select("strategy", "level").rows()) for each in wanted]
+    return bool(set.intersection(*masks))
+
+
+def _explanation(completions: pl.DataFrame, scenario: Scenario) -> dict[str, str]:
+    """Metadata that says which variations the figures are not about."""
+    lines = explained(completions, scenario)
+    return {"not_judged": " ".join(lines)} if lines else {}
 
 
 def _perplexity_by_condition(perplexity: pl.DataFrame, masks: pl.DataFrame) -> pl.DataFrame:
@@ -174,4 +287,4 @@ def _unpruned_gaps(others: pl.DataFrame) -> pl.DataFrame:
     """The unpruned model's standardized mean difference in every other comparison, over all variations."""
     return others.filter(
         (pl.col("strategy") == "unpruned") & (pl.col("variation") == "(all)") & (pl.col("metric") == "smd")
-    ).select("comparison", smd="estimate", low="low", high="high", p_value="p_value", answers="n")
+    ).select("comparison", smd="estimate", low="low", high="high", p_no_gap="p_value", answers="n")

@@ -4,19 +4,33 @@ Scores are there already, so a point costs a selection and its sampling, and a p
 again. Not part of an audit: it decides which thresholds a strategy should have.
 """
 
+from collections.abc import Mapping
+
 import dagster as dg
 import polars as pl
 
-from assets.completions import completions_of, require_same_model, without
+from assets.completions import completions_of, require_same_model, require_same_prompts, without
 from assets.partitions import Catalogue
 from assets.pruning_masks import attribution_files_of, require_scores
-from assets.stage import data_version, grid_asset, picture, rows_of, table_metadata, table_value
+from assets.stage import (
+    data_version,
+    grid_asset,
+    picture,
+    record_thresholds,
+    rows_of,
+    table_metadata,
+    table_value,
+)
 from excise.errors import ExciseError
-from excise.scenarios.subsets import ATTRIBUTION
+from excise.judged import explained, judged_of
+from excise.report import MISSING, floor_text, interval_text, percent_text, ratio_text, reaches, read_estimate
+from excise.scenarios.subsets import ATTRIBUTION, EVALUATION
 from excise.strategies import Strategy
+from excise.thresholds import COLLAPSED_SPREAD
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import Audit, AuditSettings
+from resources.tables import TABLES
 from resources.warehouse import Warehouse
 from resources.watch import RunWatch
 
@@ -36,6 +50,7 @@ def grid_search_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         "maps, the front of the points nothing beats, and the point an explicit rule picks.",
         deps=["completions", "attribution_scores"],
         uses_model=True,
+        code_version="2",
     )
     def grid_search(
         context: dg.AssetExecutionContext,
@@ -55,11 +70,14 @@ def grid_search_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         from excise.strategies import grid_masks
 
         model, scenario = catalogue.partition(context)
-        audit = settings.audit_of(scenario)
-        everything, _ = whole = completions_of(warehouse, model, scenario.key)
-        completions, prompts = without(ATTRIBUTION, *whole)
-        there = set(completions["variation"])
+        audit = catalogue.audit_of(settings, scenario)
+        everything, every_prompt = completions_of(warehouse, model, scenario.key)
+        completions, prompts = without(ATTRIBUTION, everything, every_prompt)
+        learned, _ = without(EVALUATION, everything, every_prompt)
+        there = set(judged_of(completions, scenario))
         variations = [key for key in scenario.variations if key in there][: audit.grid_variations]
+        if not variations:
+            raise ExciseError(" ".join(explained(completions, scenario)))
         completions = completions.filter(pl.col("variation").is_in(variations))
         how = Answering.of(completions)
         strategies = [
@@ -73,13 +91,14 @@ def grid_search_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                 f"there are {', '.join(_with_thresholds(catalogue))}"
             )
         stored = rows_of(warehouse, "attribution_files", model, scenario.key, made_by="attribution_scores")
-        require_scores(stored, {each.score for each in strategies}, everything, f"{model}|{scenario.key}")
+        require_scores(stored, {each.score for each in strategies}, everything, learned, model, scenario)
         files = attribution_files_of(stored.filter(pl.col("variation").is_in(variations)), artifacts)
         cache = CompletionCache(artifacts.completion_cache)
         progress = watch.progress(context)
         work, frames, counts = Work(), [], []
-        with gpu.model(model, catalogue.models, waiting=context.log.info) as loaded:
+        with gpu.model(model, catalogue.models, stage=watch.stage(context)) as loaded:
             require_same_model(completions, loaded.fingerprint, model, scenario.key)
+            require_same_prompts(completions, prompts, loaded, scenario)
             heads = loaded.topology.layers * loaded.topology.heads
             points = {each.key: _points(each, audit, heads) for each in strategies}
             each_costs = completions.height // len(variations)
@@ -102,6 +121,11 @@ def grid_search_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                     counts.append({"model": model, "scenario": scenario.key, "variation": variation, **place, **pruned})
                     work, before = work + done, before + frame.height
             device = gpu.report(loaded)
+        if not frames:
+            raise ExciseError(
+                f"{model}|{scenario.key}: no point of the grid has a mask; the check judged_variations of completions "
+                "says which answers are too few"
+            )
         metrics = evaluate(
             completions,
             pl.concat(frames),
@@ -112,19 +136,26 @@ def grid_search_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             permutations=1,  # the grid keeps no p-values
             seed=audit.seed,
         )
-        rows = table_of(metrics, audit.inlier_floor)
+        rows = table_of(metrics, audit.inlier_floor).join(
+            _definitions(strategies, points), on=["strategy", "tau_min", "tau_maj"], how="left", maintain_order="left"
+        )
+        record_thresholds(warehouse, "grid_search", model, scenario.key, audit.thresholds)
         warehouse.replace_partition("grid_search", rows, {"model": model, "scenario": scenario.key})
         metadata = {}
         for strategy in strategies:
             own = rows.filter(pl.col("strategy") == strategy.key)
             metadata[f"chosen_{strategy.key}"] = chosen_in_words(own, strategy, audit.inlier_floor)
-            figure = grid_heat_maps(own, inlier_floor=audit.inlier_floor)
-            metadata |= picture(f"grid_heat_maps_{strategy.key}", figure, artifacts, model, scenario.key)
+            shown = own if own["variation"].n_unique() == 1 else own.filter(pl.col("variation") == "(all)")
+            if shown.filter(pl.col("metric").is_in(["smd", "abs_smd", "inlier_ratio"]))["estimate"].count():
+                figure = grid_heat_maps(own, inlier_floor=audit.inlier_floor)
+                metadata |= picture(f"grid_heat_maps_{strategy.key}", figure, artifacts, model, scenario.key)
         metadata |= table_metadata("grid_search", rows) | {
             "points": sum(map(len, points.values())),
             "variations": ", ".join(variations),
             "reuse": reuse_sentence(work.drawn, work.reused),
-            "chosen": table_value(rows.filter(pl.col("chosen")).drop("model", "scenario", "pareto", "chosen")),
+            "chosen": table_value(
+                rows.filter(pl.col("chosen")).drop("model", "scenario", "pareto", "chosen", "definition")
+            ),
         }
         metadata |= work.metadata() | device
         return dg.MaterializeResult(metadata=metadata, data_version=data_version(rows))
@@ -153,26 +184,47 @@ def _points(strategy: Strategy, audit: Audit, heads: int) -> dict[tuple[float, f
     return {tuple(min(1.0, (count + 0.5) / heads) for count in point): point for point in shown}
 
 
+def _definitions(strategies: list[Strategy], points: Mapping[str, Mapping]) -> pl.DataFrame:
+    """The definition of the masks of every point, by strategy and thresholds as shown: one row per point."""
+    rows = []
+    for strategy in strategies:
+        names = ("k_min", "k_maj") if "k_min" in strategy.parameters else ("tau_min", "tau_maj")
+        for point, shown in points[strategy.key].items():
+            parameters = strategy.parameters | dict(zip(names, map(float, point), strict=True))
+            rows.append((strategy.key, *shown, strategy.model_copy(update={"parameters": parameters}).definition()))
+    schema = TABLES["grid_search"].schema
+    names = ("strategy", "tau_min", "tau_maj", "definition")
+    return pl.DataFrame(rows, schema={name: schema[name] for name in names}, orient="row")
+
+
 def chosen_in_words(rows: pl.DataFrame, strategy: Strategy, floor: float) -> str:
     """The point the rule picks for a strategy over all variations of the grid, or why it picks none.
 
     rows: the strategy's rows of the table `grid_search`. floor: the least inlier ratio.
     """
-    rule = f"the smallest raw gap at an inlier ratio of {floor:.2f} or more"
+    rule = f"the smallest raw gap at an inlier ratio of {floor_text(floor)} or more"
     overall = rows.filter(pl.col("variation") == "(all)")
     chosen = overall.filter(pl.col("chosen"))
     if chosen.is_empty():
-        ratios = overall.filter(pl.col("metric") == "inlier_ratio")["estimate"]
-        best = ratios.max()
-        if best is None or best < floor:
-            highest = "unknown" if best is None else f"{best:.2f}"
-            return f"No point is chosen: none reaches an inlier ratio of {floor:.2f} (highest {highest})."
-        return "No point is chosen: over all variations there is no clear gap to reduce."
-    figures = dict(zip(chosen["metric"], chosen["estimate"], strict=True))
+        best = overall.filter((pl.col("metric") == "inlier_ratio") & pl.col("estimate").is_finite())["estimate"].max()
+        if not reaches(best, floor):
+            highest = ratio_text(best) if best is not None else "unknown"
+            return f"No point is chosen: none reaches an inlier ratio of {floor_text(floor)} (highest {highest})."
+        spreads = overall.filter(pl.col("metric") == "spread_ratio")["estimate"].drop_nulls()
+        if len(spreads) and (spreads < COLLAPSED_SPREAD).all():
+            return "No point is chosen: under every mask the answers of a group collapse to one number."
+        return (
+            "No point is chosen: over all variations no gap is detectable, or at every point of that inlier ratio the "
+            "answers of a group collapse to one number."
+        )
+    figures = {row["metric"]: read_estimate(row) for row in chosen.iter_rows(named=True)}
     tau_min, tau_maj = chosen.row(0, named=True)["tau_min"], chosen.row(0, named=True)["tau_maj"]
     places = "{:.0f} heads and {:.0f} heads" if strategy.of_heads else "{:.0%} and {:.0%} of the weights"
     told = [f"the top {places.format(tau_min, tau_maj)} (minority, majority): {rule}"]
-    if figures.get("gap_reduction") is not None:
-        told.append(f"it removes {figures['gap_reduction']:.0%} of the raw gap")
-    told.append(f"mean |SMD| {figures['abs_smd']:.2f}, inlier ratio {figures['inlier_ratio']:.2f}")
+    reduction = figures.get("gap_reduction", MISSING)
+    if reduction.value is not None:
+        verb = "it removes" if reduction.value > 0 else "it does not reduce the gap: it removes"
+        told.append(f"{verb} {percent_text(reduction)} of the raw gap")
+    size, ratio = (figures.get(metric, MISSING) for metric in ("abs_smd", "inlier_ratio"))
+    told.append(f"mean |SMD| {interval_text(size, decimals=2)}, inlier ratio {ratio_text(ratio.value)}")
     return "; ".join(told) + "."

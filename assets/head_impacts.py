@@ -12,6 +12,8 @@ import polars as pl
 from assets.completions import completions_of, require_same_model, scorer_of, without
 from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, picture, table_metadata, table_value
+from excise.errors import ExciseError
+from excise.judged import compared_groups, explained, judged_of, unit_of
 from excise.scenarios.subsets import EVALUATION
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
@@ -29,11 +31,6 @@ def windows_of(loaded: Any, audit: Audit) -> list:
         loaded, read_text(audit.text), mode=audit.perplexity_mode, size=audit.text_window, stride=audit.text_stride,
         limit_tokens=audit.text_tokens,
     )  # fmt: skip
-
-
-def cluster_of(outcome: Any) -> str:
-    """What intervals of head impacts resample: names, or prompts where a subgroup has few descriptors and templates."""
-    return "subject" if outcome.kind == "number" else "prompt_id"
 
 
 def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
@@ -66,17 +63,19 @@ def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         from excise.toxicity import ScoreCache
 
         model, scenario = catalogue.partition(context)
-        audit, outcome = settings.audit_of(scenario), scenario.outcome
+        audit, outcome = catalogue.audit_of(settings, scenario), scenario.outcome
         completions, prompts = completions_of(warehouse, model, scenario.key)
         learned, asked = without(EVALUATION, completions, prompts)
+        judged = judged_of(learned, scenario)
+        if not judged:
+            raise ExciseError(" ".join(explained(learned, scenario)))
+        left_out = sorted(set(learned["variation"]) - set(judged))
+        learned, asked = (frame.filter(pl.col("variation").is_in(judged)) for frame in (learned, asked))
         how = Answering.of(learned)
         toxicity = outcome.kind == "toxicity"
-        groups = list(scenario.groups)
-        if not toxicity:
-            groups = [scenario.comparison.majority, scenario.comparison.minority]
         scorer, scores = scorer_of(catalogue, scenario), ScoreCache(artifacts.score_cache)
         cache = CompletionCache(artifacts.completion_cache)
-        with gpu.model(model, catalogue.models, waiting=context.log.info) as loaded:
+        with gpu.model(model, catalogue.models, stage=watch.stage(context)) as loaded:
             require_same_model(completions, loaded.fingerprint, model, scenario.key)
             windows = windows_of(loaded, audit)
 
@@ -91,8 +90,8 @@ def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                 asked,
                 as_samples(learned, how.samples),
                 disparity="toxicity" if toxicity else "smd",
-                groups=groups,
-                cluster=cluster_of(outcome),
+                groups=compared_groups(scenario),
+                cluster=unit_of(outcome),
                 parameters=how.parameters,
                 windows=windows,
                 perplexity_mode=audit.perplexity_mode,
@@ -117,6 +116,8 @@ def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         ).select(TABLES["head_impacts"].names)
         warehouse.replace_partition("head_impacts", rows, {"model": model, "scenario": scenario.key})
         metadata = table_metadata("head_impacts", rows) | device
+        if left_out:
+            metadata["not_judged"] = ", ".join(left_out)
         metadata |= picture("head_map", head_map(rows), artifacts, model, scenario.key)
         metadata |= {
             "regenerated": (rows["method"] == "regenerated").sum(),

@@ -7,6 +7,7 @@ out.
 import dagster as dg
 import polars as pl
 
+from assets.mask_definitions import require_one_definition
 from assets.partitions import Catalogue
 from assets.stage import data_version, model_asset, picture, scenarios_with_results, table_metadata, table_value
 from excise.strategies import LEVELS
@@ -34,8 +35,10 @@ def mask_distribution_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
 
         model = context.partition_key
         masks = warehouse.read("masks", model=model, matched_to=None).filter(pl.col("asset").is_not_null())
-        scenarios, left_out = scenarios_with_results(context, masks, catalogue, made_by="pruning_masks")
-        rows = shares(masks.filter(pl.col("scenario").is_in(scenarios)))
+        scenarios, left_out = scenarios_with_results(context, warehouse, masks, catalogue, made_by="pruning_masks")
+        masks = masks.filter(pl.col("scenario").is_in(scenarios))
+        require_one_definition(masks, again="pruning_masks and cross_context_masks")
+        rows = shares(masks)
         warehouse.replace_partition("mask_distribution", rows, {"model": model})
         metadata = dict(left_out)
         drawn = rows.filter(pl.col("level").is_in(LEVELS))  # not those of single other scenarios
@@ -75,5 +78,5 @@ def _by_role(rows: pl.DataFrame) -> pl.DataFrame:
         "level",
         "role",
         share_of_matrices=pl.col("pruned") / pl.col("size"),
-        share_of_masks=pl.col("pruned") / pl.col("pruned").sum().over("strategy", "level"),
+        share_of_masks=(pl.col("pruned") / pl.col("pruned").sum().over("strategy", "level")).fill_nan(None),
     ).sort("strategy", "level", "role")

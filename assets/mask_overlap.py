@@ -7,6 +7,7 @@ any. The counting streams from the mask files (`excise.overlap`); chance level a
 import dagster as dg
 import polars as pl
 
+from assets.mask_definitions import require_one_definition
 from assets.partitions import Catalogue
 from assets.stage import data_version, model_asset, picture, scenarios_with_results, table_metadata, table_value
 from excise.strategies import PROMPT_SPECIFIC
@@ -35,8 +36,11 @@ def mask_overlap_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         model = context.partition_key
         masks = warehouse.read(
             "masks", asset="pruning_masks", model=model, level=PROMPT_SPECIFIC, matched_to=None
-        ).select("scenario", "variation", "strategy", "path").unique()  # fmt: skip
-        scenarios, left_out = scenarios_with_results(context, masks, catalogue, made_by="pruning_masks")
+        ).select("scenario", "variation", "strategy", "matched_to", "path", "definition").unique()  # fmt: skip
+        scenarios, left_out = scenarios_with_results(context, warehouse, masks, catalogue, made_by="pruning_masks")
+        masks = masks.filter(pl.col("scenario").is_in(scenarios))
+        require_one_definition(masks, again="pruning_masks")
+        definitions = dict(masks.select("strategy", "definition").rows())
         ordered = [
             (scenario, variation) for scenario in scenarios for variation in catalogue.scenarios[scenario].variations
         ]
@@ -48,7 +52,8 @@ def mask_overlap_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                 .select("scenario", "variation", "path")
                 .iter_rows()
             }
-            rows = overlaps(model, strategy, {place: paths[place] for place in ordered if place in paths})
+            there = {place: paths[place] for place in ordered if place in paths}
+            rows = overlaps(model, strategy, there, definitions[strategy])
             frames.append(rows)
             for (reference,), part in rows.partition_by(
                 "reference_scenario", as_dict=True, maintain_order=True
@@ -65,7 +70,7 @@ def mask_overlap_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
     return mask_overlap
 
 
-def overlaps(model: str, strategy: str, paths: dict) -> pl.DataFrame:
+def overlaps(model: str, strategy: str, paths: dict, definition: str) -> pl.DataFrame:
     """Rows of the table `mask_overlap` for one strategy; `paths` has the file of each (scenario, variation)."""
     from excise.overlap import overlap_table
 
@@ -86,6 +91,7 @@ def overlaps(model: str, strategy: str, paths: dict) -> pl.DataFrame:
             "overlap": float(found.fraction[row, column]),
             "chance": float(found.chance[column]),
             "excess": float(found.excess[row, column]),
+            "definition": definition,
         }
         for row, place in enumerate(places)
         for column, reference in enumerate(columns)

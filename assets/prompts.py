@@ -8,7 +8,7 @@ import dagster as dg
 import polars as pl
 
 from assets.partitions import Catalogue
-from assets.stage import ONE_RUN_PER_PARTITION, clear_failures, data_version, table_metadata, table_value
+from assets.stage import ONE_RUN_PER_PARTITION, clear_failures, data_version, mistakes, table_metadata, table_value
 from excise.scenarios import Scenario, expand
 from resources.warehouse import Warehouse
 
@@ -65,6 +65,4 @@ def _metadata(rows: pl.DataFrame, catalogue: Catalogue) -> dict:
     metadata = table_metadata("prompts", rows)
     examples = rows.group_by("variation", "template", "group", maintain_order=True).first()
     metadata["examples"] = table_value(examples.select("variation", "template", "group", "subject", "text"))
-    if catalogue.problems:
-        metadata["files_with_mistakes"] = dg.MetadataValue.md("\n".join(f"* {each}" for each in catalogue.problems))
-    return metadata
+    return metadata | mistakes(catalogue)

@@ -4,16 +4,21 @@ Prompts, samples, parameters and noise are those of `completions`, so pruned and
 that masks were made from are not asked, where names are held out.
 """
 
+from dataclasses import replace
+
 import dagster as dg
 import polars as pl
 
 from assets import checks
-from assets.completions import completions_of, require_same_model, scorer_of, without
+from assets.completions import completions_of, require_same_model, require_same_prompts, scorer_of, without
 from assets.head_impacts import windows_of
+from assets.mask_definitions import require_one_definition
 from assets.partitions import Catalogue
-from assets.stage import data_version, grid_asset, rows_of, table_metadata
+from assets.stage import data_version, grid_asset, table_metadata
 from excise.errors import ExciseError
-from excise.scenarios.subsets import ATTRIBUTION
+from excise.judged import judged_of
+from excise.scenarios import Scenario
+from excise.scenarios.subsets import ATTRIBUTION, EVALUATION
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import Audit, AuditSettings
@@ -35,7 +40,7 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         deps=["completions", "pruning_masks", "cross_context_masks"],
         checks=[checks.spec("completions_complete_and_balanced", "pruned_completions", catalogue)],
         uses_model=True,
-        code_version="2",
+        code_version="3",
     )
     def pruned_completions(
         context: dg.AssetExecutionContext,
@@ -53,10 +58,11 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         from excise.toxicity import ScoreCache
 
         model, scenario = catalogue.partition(context)
-        completions, prompts = without(ATTRIBUTION, *completions_of(warehouse, model, scenario.key))
+        everything, every_prompt = completions_of(warehouse, model, scenario.key)
+        completions, prompts = without(ATTRIBUTION, everything, every_prompt)
         how = Answering.of(completions)
-        masks = _masks_of(warehouse, model, scenario.key, set(prompts["variation"]))
-        audit, scorer = settings.audit_of(scenario), scorer_of(catalogue, scenario)
+        masks = masks_to_ask(warehouse, model, scenario, everything)
+        audit, scorer = catalogue.audit_of(settings, scenario), scorer_of(catalogue, scenario)
         cache, scores = CompletionCache(artifacts.completion_cache), ScoreCache(artifacts.score_cache)
         progress = watch.progress(context)
         wanted = {row["variation"]: 0 for row in masks.iter_rows(named=True)}
@@ -65,8 +71,9 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         total = sum(wanted[row["variation"]] for row in masks.iter_rows(named=True))
         frames, work, before, opened = [], Work(), 0, (None, None)
         losses = {}
-        with gpu.model(model, catalogue.models, waiting=context.log.info) as loaded:
+        with gpu.model(model, catalogue.models, stage=watch.stage(context)) as loaded:
             require_same_model(completions, loaded.fingerprint, model, scenario.key)
+            require_same_prompts(completions, prompts, loaded, scenario)
             windows = windows_of(loaded, audit) if scorer else []
             known = LossCache(artifacts.tensors("perplexity"))
             if windows:
@@ -74,18 +81,25 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             for row in masks.iter_rows(named=True):
                 if opened[0] != row["path"]:
                     opened = row["path"], Mask.load(artifacts.locate(row["path"], made_by=row["asset"]))
-                frame, done = how.answers(
-                    loaded,
-                    prompts.filter(pl.col("variation") == row["variation"]),
-                    outcome=scenario.outcome,
-                    scorer=scorer,
-                    scores=scores,
-                    mask=opened[1],
-                    cache=cache,
-                    progress=lambda _, done, __, before=before: progress("pruned completions", before + done, total),
-                )
-                if windows and row["mask"] not in losses:
-                    losses[row["mask"]] = known.window_losses(loaded, windows, opened[1])
+                try:
+                    frame, done = how.answers(
+                        loaded,
+                        prompts.filter(pl.col("variation") == row["variation"]),
+                        outcome=scenario.outcome,
+                        scorer=scorer,
+                        scores=scores,
+                        mask=opened[1],
+                        cache=cache,
+                        progress=lambda _, done, __, before=before: progress(
+                            "pruned completions", before + done, total
+                        ),
+                    )
+                    if windows and row["mask"] not in losses:
+                        losses[row["mask"]] = known.window_losses(loaded, windows, opened[1])
+                except ExciseError as error:
+                    raise ExciseError(
+                        f"variation {row['variation']}, {row['strategy']} at level {row['level']}: {error}"
+                    ) from error
                 named = [
                     pl.lit(row[name], dtype=TABLES["pruned_completions"].schema[name]).alias(name)
                     for name in (*checks.MASK[1:], "mask")
@@ -93,7 +107,7 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                 frames.append(frame.with_columns(named))
                 work, before = work + done, before + wanted[row["variation"]]
             device = gpu.report(loaded)
-        rows = pl.concat(frames)
+        rows = pl.concat(frames) if frames else pl.DataFrame(schema=TABLES["pruned_completions"].schema)
         warehouse.replace_partition("pruned_completions", rows, {"model": model, "scenario": scenario.key})
         told = _perplexities(model, scenario.key, losses, windows, audit)
         warehouse.replace_partition("perplexity", told, {"model": model, "scenario": scenario.key})
@@ -101,9 +115,14 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         outcome = checks.completions_complete_and_balanced(
             rows, asked, how.samples, masked=True, balanced=scorer is None
         )
+        if masks.is_empty():
+            nothing = "No variation can be judged, so none is asked under masks (judged_variations of completions)."
+            outcome = replace(outcome, passed=True, message=nothing, unmet=())
         checks.record(warehouse, "pruned_completions", model, scenario.key, [outcome])
+        left_out = sorted(set(completions["variation"]) - set(judged_of(completions, scenario)))
         return dg.MaterializeResult(
             metadata=table_metadata("pruned_completions", rows)
+            | ({"not_judged": ", ".join(left_out)} if left_out else {})
             | {"reuse": reuse_sentence(work.drawn, work.reused), "masks": masks.height}
             | work.metadata()
             | device,
@@ -118,10 +137,10 @@ def _perplexities(model: str, scenario: str, losses: dict, windows: list, audit:
     """Rows of the table `perplexity`: the text under every mask, and paired with the unpruned model."""
     from excise.perplexity import perplexity_difference, perplexity_interval
 
-    rows = []
+    rows, drawn = [], {"resamples": audit.resamples, "seed": audit.seed}
     for mask, found in losses.items():
-        own = perplexity_interval(found, windows, audit.perplexity_mode, seed=audit.seed)
-        change = perplexity_difference(found, losses["unpruned"], windows, audit.perplexity_mode, seed=audit.seed)
+        own = perplexity_interval(found, windows, audit.perplexity_mode, **drawn)
+        change = perplexity_difference(found, losses["unpruned"], windows, audit.perplexity_mode, **drawn)
         rows.append(
             {
                 "model": model, "scenario": scenario, "mask": mask, "perplexity": own.estimate, "low": own.low,
@@ -133,20 +152,26 @@ def _perplexities(model: str, scenario: str, losses: dict, windows: list, audit:
     return pl.DataFrame(rows, schema=TABLES["perplexity"].schema)
 
 
-def _masks_of(warehouse: Warehouse, model: str, scenario: str, variations: set[str]) -> pl.DataFrame:
-    """The masks of a partition, one row each; those that share a file (as cross-context ones do) follow each other.
+def masks_to_ask(warehouse: Warehouse, model: str, scenario: Scenario, completions: pl.DataFrame) -> pl.DataFrame:
+    """The masks of a partition under which its variations are asked, one row each; those that share a file (as
+    cross-context ones do) follow each other.
 
-    There need not be cross-context masks, and those of variations that are not asked any more are left aside. Raises
-    ExciseError when there are no masks of the scenario itself, or some for variations without completions.
+    completions: all of the partition. Masks of variations that are not asked any more, or cannot be judged, are left
+    aside; there may be none at all. Raises ExciseError when there are no masks of the scenario itself though there
+    should be, or some for variations without completions, or masks of one strategy made in different ways.
     """
-    rows = rows_of(warehouse, "masks", model, scenario, made_by="pruning_masks")
+    place = f"{model}|{scenario.key}"
+    learned = completions.filter(pl.col("split") != EVALUATION)
+    judged = judged_of(completions.filter(pl.col("split") != ATTRIBUTION), scenario)
+    rows = warehouse.read("masks", model=model, scenario=scenario.key)
+    require_one_definition(rows, again="pruning_masks and cross_context_masks")
     masks = rows.select(*MASK_COLUMNS, "asset").unique().sort("path", *MASK_COLUMNS)
     own = masks.filter(pl.col("asset") == "pruning_masks")
-    if unasked := set(own["variation"]) - variations:
+    if unasked := set(own["variation"]) - set(completions["variation"]):
         raise ExciseError(
-            f"there are masks for {', '.join(sorted(unasked))} of {model}|{scenario}, but no completions; "
-            "materialize pruning_masks of this partition again"
+            f"there are masks for {', '.join(sorted(unasked))} of {place}, but no completions; materialize "
+            "pruning_masks of this partition again"
         )
-    if own.is_empty():
-        raise ExciseError(f"{model}|{scenario} has no masks of its own; materialize pruning_masks of it first")
-    return masks.filter(pl.col("variation").is_in(list(variations)))
+    if own.is_empty() and judged and judged_of(learned, scenario):
+        raise ExciseError(f"{place} has no masks of its own; materialize pruning_masks of this partition first")
+    return masks.filter(pl.col("variation").is_in(judged))

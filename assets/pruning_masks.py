@@ -4,7 +4,8 @@ A mask is a file named by its fingerprint; the table `masks` counts what it prun
 scenarios are `cross_context_masks`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -12,12 +13,15 @@ import dagster as dg
 import polars as pl
 
 from assets import checks
-from assets.completions import completions_of, require_same_model
+from assets.completions import completions_of, require_same_model, without
 from assets.partitions import Catalogue
-from assets.stage import data_version, grid_asset, picture, rows_of, table_metadata
+from assets.stage import data_version, grid_asset, mistakes, picture, rows_of, table_metadata
 from excise.attribution import AttributionFile
 from excise.errors import ExciseError
+from excise.judged import judged_of
 from excise.masks import Mask
+from excise.scenarios import Scenario
+from excise.scenarios.subsets import EVALUATION
 from excise.strategies import ACROSS, HEAD_SCORES, PROMPT_SPECIFIC, NamedMask, Strategy
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
@@ -53,17 +57,18 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         from excise.strategies import build_head_masks, build_masks
 
         model, scenario = catalogue.partition(context)
-        audit = settings.audit_of(scenario)
-        completions, _ = completions_of(warehouse, model, scenario.key)
+        audit = catalogue.audit_of(settings, scenario)
+        completions, prompts = completions_of(warehouse, model, scenario.key)
+        learned, _ = without(EVALUATION, completions, prompts)
         chosen = catalogue.chosen_strategies(audit.strategies, audit.levels, scenario.outcome.kind, audit.alphas)
         of_heads = [each for each in chosen if each.score in HEAD_SCORES]
         strategies = [_within_the_scenario(each) for each in chosen if each.score not in HEAD_SCORES]
         partition = {"model": model, "scenario": scenario.key}
         relabellings, stored = 0, None
         if strategies:
-            stored = rows_of(warehouse, "attribution_files", model, scenario.key, made_by="attribution_scores")
-            require_scores(stored, {strategy.score for strategy in strategies}, completions, f"{model}|{scenario.key}")
-            relabellings = min(audit.relabellings, stored["relabellings"].min())
+            stored = warehouse.read("attribution_files", model=model, scenario=scenario.key)
+            require_scores(stored, {each.score for each in strategies}, completions, learned, model, scenario)
+            relabellings = min([audit.relabellings, *stored["relabellings"]])
         made: list[Iterator[NamedMask]] = []
         if of_heads:
             impacts = rows_of(warehouse, "head_impacts", model, scenario.key, made_by="head_impacts")
@@ -77,7 +82,7 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                 build_head_masks(of_heads, impacts, variations, random_draws=audit.random_draws, seed=audit.seed)
             )
         files = MaskFiles(artifacts)
-        with gpu.model(model, catalogue.models, waiting=context.log.info) as loaded:
+        with gpu.model(model, catalogue.models, stage=watch.stage(context)) as loaded:
             require_same_model(completions, loaded.fingerprint, model, scenario.key)
             if strategies:
                 made.append(
@@ -96,7 +101,12 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                 row
                 for named in chain.from_iterable(made)
                 for row in mask_rows(
-                    named, "pruning_masks", model, scenario.key, artifacts.relative(files.store(named.mask))
+                    named,
+                    "pruning_masks",
+                    model,
+                    scenario.key,
+                    path=artifacts.relative(files.store(named.mask)),
+                    definition=definition_of(named, chosen, audit.seed),
                 )
             ]
         rows = pl.DataFrame(counted, schema=TABLES["masks"].schema)
@@ -104,9 +114,12 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         warehouse.replace_partition("masks", rows.clear(), {"asset": None, **partition})
         warehouse.replace_partition("masks", rows, {"asset": "pruning_masks", **partition})
         outcome = checks.mask_density(rows, audit.density_floor, audit.density_ceiling)
+        if rows.is_empty() and not judged_of(learned, scenario):
+            why = "There are no masks: no variation can be judged (judged_variations of completions)."
+            outcome = replace(outcome, message=why)
         checks.record(warehouse, "pruning_masks", model, scenario.key, [outcome])
         masks = rows.select(*checks.MASK, "mask").unique().height
-        metadata = table_metadata("masks", rows) | {
+        metadata = table_metadata("masks", rows) | mistakes(catalogue) | {
             "masks": masks,
             "mask_files_written": files.written,
             "mask_files_reused": len(files.seen) - files.written,
@@ -137,7 +150,7 @@ class MaskFiles:
         path = self.folder / f"{mask.fingerprint}.safetensors"
         self.seen.add(mask.fingerprint)
         if not path.exists():
-            self.artifacts.publish(path, mask.save)
+            mask.save(path)
             self.written += 1
         return path
 
@@ -148,17 +161,30 @@ def _within_the_scenario(strategy: Strategy) -> Strategy:
     return strategy.model_copy(update={"levels": tuple(dict.fromkeys(levels))})
 
 
-def require_scores(stored: pl.DataFrame, scores: set[str], completions: pl.DataFrame, partition: str) -> None:
-    """Raise ExciseError unless the attribution files are of these completions and hold these scores."""
-    if set(stored["completions_version"]) != {data_version(completions).value}:
+def require_scores(
+    stored: pl.DataFrame, scores: set[str], completions: pl.DataFrame, learned: pl.DataFrame, model: str,
+    scenario: Scenario,
+) -> None:  # fmt: skip
+    """Raise ExciseError unless the attribution files are of these completions and hold these scores of all variations
+    that they can be learned from.
+
+    learned: the completions that masks are made from.
+    """
+    from excise.attribution import scored_places
+    from excise.exact import Answering, as_samples
+
+    place = f"{model}|{scenario.key}"
+    if not stored.is_empty() and set(stored["completions_version"]) != {data_version(completions).value}:
         raise ExciseError(
-            f"the attribution scores of {partition} are those of other completions; materialize attribution_scores of "
+            f"the attribution scores of {place} are those of other completions; materialize attribution_scores of "
             "this partition again"
         )
-    if lacking := scores - set(stored["score"]):
+    samples = as_samples(learned, Answering.of(learned).samples)
+    wanted = scored_places(samples, sorted(scores), comparison=scenario.comparison, outcome=scenario.outcome)
+    if lacking := set(wanted) - set(stored.select("variation", "score").iter_rows()):
         raise ExciseError(
-            f"the attribution scores of {partition} lack {', '.join(sorted(lacking))}, which a strategy needs; "
-            "materialize attribution_scores of this partition again"
+            f"the attribution scores of {place} lack {', '.join(sorted({score for _, score in lacking}))}, which a "
+            "strategy needs; materialize attribution_scores of this partition"
         )
 
 
@@ -177,7 +203,15 @@ def attribution_files_of(stored: pl.DataFrame, artifacts: Artifacts) -> list[Att
     ]
 
 
-def mask_rows(named: NamedMask, asset: str, model: str, scenario: str, path: str) -> list[dict]:
+def definition_of(named: NamedMask, strategies: Sequence[Strategy], seed: int) -> str:
+    """The definition of a mask: that of its strategy, or for a control of the strategy it is a control of."""
+    strategy = next(each for each in strategies if each.key == (named.matched_to or named.strategy))
+    return strategy.definition(None if named.matched_to is None else named.strategy, seed)
+
+
+def mask_rows(
+    named: NamedMask, asset: str, model: str, scenario: str, *, path: str, definition: str
+) -> list[dict]:
     """Rows of the table `masks`: one per matrix (for heads: per layer) of a mask."""
     rows = []
     for key, pruned in named.mask.counts().items():
@@ -199,6 +233,7 @@ def mask_rows(named: NamedMask, asset: str, model: str, scenario: str, path: str
                 "pruned": pruned,
                 "size": out_features * in_features,
                 "path": path,
+                "definition": definition,
             }
         )
     return rows

@@ -8,7 +8,7 @@ import polars as pl
 
 from assets import checks
 from assets.partitions import Catalogue
-from assets.stage import clear_failures, data_version, table_metadata, table_value
+from assets.stage import clear_failures, data_version, mistakes, table_metadata, table_value
 from resources.warehouse import Warehouse
 
 CHECKED_ASSETS = ("completions", "pruning_masks", "cross_context_masks", "pruned_completions", "evaluation_metrics")
@@ -44,8 +44,7 @@ def quality_report_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             ),
             limit=500,
         )
-        if catalogue.problems:
-            metadata["files_with_mistakes"] = dg.MetadataValue.md("\n".join(f"* {each}" for each in catalogue.problems))
+        metadata |= mistakes(catalogue)
         return dg.MaterializeResult(
             metadata=metadata,
             data_version=data_version(outcomes.drop("checked_at"), list(catalogue.problems)),
@@ -80,7 +79,8 @@ def judge(outcomes: pl.DataFrame, catalogue: Catalogue) -> checks.Outcome:
     else:
         message = f"{failed.height} of {outcomes.height} checks fail; first: {worst}."
     if catalogue.problems:
-        message += f" {len(catalogue.problems)} of the user's files or entries cannot be used."
+        message += f" {len(catalogue.problems)} of the user's files or entries cannot be used:"
+        message += "".join(f"\n{problem}" for problem in catalogue.problems)
     return checks.Outcome(
         "all_checks_pass", not unmet, severity, message, float(failed.height), 0.0, worst, failed.to_dicts(), unmet
     )

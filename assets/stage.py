@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import dagster as dg
@@ -17,6 +18,7 @@ import polars.selectors as cs
 
 from assets.partitions import Catalogue
 from excise.errors import ExciseError
+from excise.thresholds import Thresholds, stored_thresholds
 from resources.artifacts import Artifacts
 from resources.tables import TABLES
 from resources.warehouse import Warehouse
@@ -90,23 +92,34 @@ def model_asset(
 
 
 def scenarios_with_results(
-    context: dg.AssetExecutionContext, rows: pl.DataFrame, catalogue: Catalogue, *, made_by: str
+    context: dg.AssetExecutionContext, warehouse: Warehouse, rows: pl.DataFrame, catalogue: Catalogue, *, made_by: str
 ) -> tuple[list[str], dict[str, str]]:
-    """The scenarios that have rows, in the catalogue's order, and as metadata those that have none.
+    """The scenarios that have rows, in the catalogue's order, and as metadata those that have none, and why.
 
     Scenarios without results are named in the log, too. Raises ExciseError when there are no results at all.
     """
-    found = set(rows["scenario"])
+    model, found = context.partition_key, set(rows["scenario"])
     known = [key for key in catalogue.scenarios if key in found]
-    if not known:
-        raise ExciseError(
-            f"no scenario of {context.partition_key} has results yet; materialize {made_by} of its partitions first"
-        )
     lacking = [key for key in catalogue.scenarios if key not in found]
-    if not lacking:
-        return known, {}
-    context.log.info(f"left out, as {made_by} has no results yet: {', '.join(lacking)}")
-    return known, {"scenarios_left_out": ", ".join(lacking)}
+    checked = warehouse.read("checks", asset="completions", check_name="judged_variations", model=model)
+    unjudged = [key for key in lacking if key in set(checked.filter(pl.col("figure") == 0)["scenario"])]
+    why = f"no variation of {', '.join(unjudged)} can be judged (check judged_variations of completions)"
+    if not known:
+        told = f"{why}; " if unjudged else ""
+        others = "other scenarios" if unjudged else "its partitions"
+        raise ExciseError(f"no scenario of {model} has results yet; {told}materialize {made_by} of {others} first")
+    metadata = {}
+    if unmade := [key for key in lacking if key not in unjudged]:
+        context.log.info(f"left out, as {made_by} has no results yet: {', '.join(unmade)}")
+    broken = [key for key in catalogue.scenarios.broken if key in found]
+    for key in broken:
+        context.log.warning(f"left out: {catalogue.scenarios.why_not(key)}")
+    if left_out := [*unmade, *(f"{key} (its file has a mistake)" for key in broken)]:
+        metadata["scenarios_left_out"] = ", ".join(left_out)
+    if unjudged:
+        context.log.info(f"left out: {why}")
+        metadata["scenarios_not_judged"] = ", ".join(unjudged)
+    return known, metadata
 
 
 def rows_of(warehouse: Warehouse, table: str, model: str, scenario: str, *, made_by: str) -> pl.DataFrame:
@@ -117,6 +130,19 @@ def rows_of(warehouse: Warehouse, table: str, model: str, scenario: str, *, made
             f"table {table} has no rows for {model}|{scenario}; materialize {made_by} of this partition first"
         )
     return rows
+
+
+def record_thresholds(warehouse: Warehouse, asset: str, model: str, scenario: str, thresholds: Thresholds) -> None:
+    """Keep what an asset's results were judged by, in place of those of the partition's earlier run."""
+    keys = {"asset": asset, "model": model, "scenario": scenario}
+    rows = pl.DataFrame([keys | asdict(thresholds)], schema=TABLES["thresholds"].schema)
+    warehouse.replace_partition("thresholds", rows, keys)
+
+
+def thresholds_of(warehouse: Warehouse, asset: str, model: str, scenario: str) -> Thresholds:
+    """What an asset's results were judged by. Raises ExciseError where the partition does not say."""
+    rows = warehouse.read("thresholds", asset=asset, model=model, scenario=scenario)
+    return stored_thresholds(rows, asset=asset, model=model, scenario=scenario)
 
 
 def data_version(*parts: Any) -> dg.DataVersion:
@@ -131,6 +157,13 @@ def data_version(*parts: Any) -> dg.DataVersion:
             digest.update(json.dumps(part, sort_keys=True, default=str).encode())
         digest.update(b"\x1e")
     return dg.DataVersion(digest.hexdigest()[:16])
+
+
+def mistakes(catalogue: Catalogue) -> dict[str, Any]:
+    """What of the user's files cannot be used, as metadata; nothing where all of it can."""
+    if not catalogue.problems:
+        return {}
+    return {"files_with_mistakes": dg.MetadataValue.md("\n".join(f"* {problem}" for problem in catalogue.problems))}
 
 
 def table_metadata(table: str, rows: pl.DataFrame) -> dict[str, Any]:

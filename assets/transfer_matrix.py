@@ -7,6 +7,7 @@ per_source makes. Every figure is taken from the table `metrics`, with its inter
 import dagster as dg
 import polars as pl
 
+from assets.mask_definitions import require_one_definition
 from assets.partitions import Catalogue
 from assets.stage import data_version, model_asset, picture, scenarios_with_results, table_metadata, table_value
 from excise.strategies import CROSS_CONTEXT, WITHIN_CONTEXT
@@ -32,13 +33,19 @@ def transfer_matrix_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
 
         model = context.partition_key
         metrics = warehouse.read("metrics", model=model, variation="(all)")
-        scenarios, left_out = scenarios_with_results(context, metrics, catalogue, made_by="evaluation_metrics")
-        rows = arranged(metrics.filter(pl.col("scenario").is_in(scenarios)), list(catalogue.scenarios))
+        scenarios, left_out = scenarios_with_results(
+            context, warehouse, metrics, catalogue, made_by="evaluation_metrics"
+        )
+        metrics = metrics.filter(pl.col("scenario").is_in(scenarios))
+        require_one_definition(metrics, again="pruning_masks and what follows")
+        rows = arranged(metrics, list(catalogue.scenarios))
         warehouse.replace_partition("transfer_matrix", rows, {"model": model})
         metadata = dict(left_out)
         own = rows.filter(pl.col("matched_to").is_null())
         if own.filter((pl.col("metric") == "gap_reduction") & pl.col("estimate").is_not_null()).is_empty():
-            metadata["finding"] = "No scenario has a clear gap, so there is no reduction to compare."
+            metadata["finding"] = (
+                "No reduction is defined: no scenario has a detectable gap, or the masks leave no answers that differ."
+            )
         else:
             metadata |= picture("transfer", transfer_heat_map(own), artifacts, model)
         if own.filter(pl.col("source") != pl.col("scenario")).is_empty():

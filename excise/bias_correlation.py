@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from excise.errors import ExciseError
 from excise.grid import pareto
 from excise.head_impacts import CATASTROPHIC
-from excise.metrics import percentile_interval
+from excise.metrics import ROUNDING, percentile_interval
 from excise.overlap import chance_level, overlap_fraction
 from excise.strategies import OWN_SCENARIO
 
@@ -50,7 +50,9 @@ def catastrophic(
     perplexity = np.asarray(perplexity_without, dtype=np.float64)
     among = perplexity if among is None else np.asarray(among, dtype=np.float64)
     known = among[np.isfinite(among)]
-    return ~(perplexity <= CATASTROPHIC * (np.median(known) if len(known) else np.nan))
+    with np.errstate(over="ignore"):
+        limit = CATASTROPHIC * np.median(known) if len(known) else np.nan
+    return ~(perplexity <= (limit if np.isfinite(limit) else np.nan))
 
 
 def impact_correlations(impacts: pl.DataFrame, *, resamples: int = 1000, seed: int = 0) -> pl.DataFrame:
@@ -168,13 +170,15 @@ def _pearson(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray
     if first.shape[1] < 3:
         return np.full(len(first), np.nan)
     centred, sizes = [], []
-    for values in (first, second):
-        difference = values - values.mean(axis=1, keepdims=True)
-        centred.append(difference)
-        size = np.sqrt((difference**2).sum(axis=1))
-        # a constant's deviations from its mean are rounding, not variation
-        sizes.append(np.where(size > 1e-12 * np.abs(values).max(axis=1) * values.shape[1], size, np.nan))
-    return np.clip((centred[0] * centred[1]).sum(axis=1) / (sizes[0] * sizes[1]), -1.0, 1.0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for values in (first, second):
+            difference = values - values.mean(axis=1, keepdims=True)
+            centred.append(difference)
+            size = np.sqrt((difference**2).sum(axis=1))
+            # a constant's deviations from its mean are rounding, not variation
+            varies = np.isfinite(size) & (size > 1e-12 * np.abs(values).max(axis=1) * values.shape[1])
+            sizes.append(np.where(varies, size, np.nan))
+        return np.clip((centred[0] * centred[1]).sum(axis=1) / (sizes[0] * sizes[1]), -1.0, 1.0)
 
 
 def _spearman(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -192,7 +196,7 @@ def gamma_points(metrics: pl.DataFrame, parameters: Mapping[str, Mapping[str, fl
     metrics: rows of the table of that name, one model and scenario. parameters: of each strategy that FASP's rule
     selects for, alpha and gamma (0 where it has none). Returns model, scenario, strategy, alpha, gamma (null:
     unpruned), bias, bias_low, bias_high and perplexity_ratio, over all variations and with the axis' own masks; of
-    strategies with the same alpha and gamma the first.
+    strategies with the same alpha and gamma the first. The bias is null where the scores collapsed (spread_ratio 0).
     """
     whole = metrics.filter(variation="(all)").filter(
         pl.col("matched_to").is_null() & pl.col("level").is_in(["none", OWN_SCENARIO])
@@ -202,6 +206,11 @@ def gamma_points(metrics: pl.DataFrame, parameters: Mapping[str, Mapping[str, fl
         *place, bias="estimate", bias_low="low", bias_high="high"
     )
     ratio = whole.filter(pl.col("metric") == "perplexity_ratio").select(*place, perplexity_ratio="estimate")
+    collapsed = whole.filter((pl.col("metric") == "spread_ratio") & (pl.col("estimate") <= ROUNDING))
+    bias = bias.with_columns(
+        pl.when(~pl.struct(place).is_in(collapsed.select(pl.struct(place)).to_series().implode())).then(pl.col(name))
+        .alias(name) for name in ("bias", "bias_low", "bias_high")
+    )  # fmt: skip
     known: dict[str, tuple[float, float | None]] = {"unpruned": (0.0, None)}
     known |= {key: (each["alpha"], each.get("gamma", 0.0)) for key, each in parameters.items()}
     strategies = pl.DataFrame(

@@ -149,28 +149,34 @@ def _least_point(weight: np.ndarray, least: np.ndarray, most: np.ndarray, toward
 
 
 def smd_bounds(majority: GroupAnswers, minority: GroupAnswers, low: float, high: float, winsorize=None) -> Bounds:
-    """Bounds of `excise.metrics.standardized_mean_difference`, from those of the means and variances together."""
+    """Bounds of `excise.metrics.standardized_mean_difference`, from those of the means and variances together.
+
+    Infinite where the answers may have no deviation while the means differ; NaN where they have none in any case, and
+    where nothing may be parsed.
+    """
     (mean_a, variance_a), (mean_b, variance_b) = (
         moment_bounds(group, low, high, winsorize) for group in (majority, minority)
     )
     gap = mean_a - mean_b
     if not math.isfinite(gap.lowest):
         return Bounds(math.nan, math.nan)
+    rounding = m.ROUNDING * max(abs(end) for mean in (mean_a, mean_b) for end in (mean.lowest, mean.highest))
+    ends = [end if abs(end) > rounding else 0.0 for end in (gap.lowest, gap.highest)]
     deviations = [
         math.sqrt((variance_a.lowest + variance_b.lowest) / 2),
         math.sqrt((variance_a.highest + variance_b.highest) / 2),
     ]
+    deviations = [deviation if deviation > rounding else 0.0 for deviation in deviations]
+    if deviations[1] == 0:  # as the metric has it
+        return Bounds(math.nan, math.nan) if any(ends) else Bounds(0.0, 0.0)
 
     def ratio(numerator: float, deviation: float) -> float:
         return numerator / deviation if deviation > 0 else math.copysign(math.inf, numerator) if numerator else 0.0
 
-    if deviations[1] == 0:
-        return Bounds(0.0, 0.0)  # as the metric has it
-    lowest = min(ratio(gap.lowest, deviation) for deviation in deviations)
-    highest = max(ratio(gap.highest, deviation) for deviation in deviations)
-    if deviations[0] == 0:
-        lowest, highest = min(lowest, 0.0), max(highest, 0.0)
-    return Bounds(lowest, highest)
+    return Bounds(
+        min(ratio(ends[0], deviation) for deviation in deviations),
+        max(ratio(ends[1], deviation) for deviation in deviations),
+    )
 
 
 def inlier_bounds(

@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 
 from excise.errors import ExciseError
 from excise.evaluation import ALL
+from excise.thresholds import COLLAPSED_SPREAD
 
 LEVEL = "grid"
-METRICS = ("gap_mean", "smd", "abs_smd", "gap_reduction", "inlier_ratio")
+METRICS = ("gap_mean", "smd", "abs_smd", "gap_reduction", "inlier_ratio", "spread_ratio")
 """What `grid_search` tells of a point, each with its interval."""
 SCHEMA = {
     "model": pl.String, "scenario": pl.String, "strategy": pl.String, "variation": pl.String, "tau_min": pl.Float64,
     "tau_maj": pl.Float64, "density": pl.Float64, "metric": pl.String, "estimate": pl.Float64, "low": pl.Float64,
-    "high": pl.Float64, "n": pl.Int64, "pareto": pl.Boolean, "chosen": pl.Boolean,
+    "high": pl.Float64, "n": pl.Int64, "names": pl.Int64, "pareto": pl.Boolean, "chosen": pl.Boolean,
 }  # fmt: skip
 
 _POINT = ["model", "scenario", "strategy", "variation", "tau_min", "tau_maj"]
@@ -77,11 +78,11 @@ def pareto(points: pl.DataFrame, bias: str = "abs_smd") -> NDArray[np.bool_]:
     """Which points are on the front of small bias and high inlier ratio: bool [points].
 
     A point is on it where no other is at least as good in both |bias| and inlier_ratio and better in one. Points with
-    equal figures stand or fall together; a point that lacks a figure is off the front and drives nobody off it.
-    bias: the column whose absolute value is to be small.
+    equal figures stand or fall together; a point that lacks a figure, or whose answers collapsed, is off the front and
+    drives nobody off it. bias: the column whose absolute value is to be small.
     """
     size, ratio = np.abs(_figures(points, bias)), _figures(points, "inlier_ratio")
-    known = np.isfinite(size) & np.isfinite(ratio)
+    known = np.isfinite(size) & np.isfinite(ratio) & ~_collapsed(points)
     with np.errstate(invalid="ignore"):
         as_good = (size[:, None] <= size) & (ratio[:, None] >= ratio)  # [by, of]
         better = (size[:, None] < size) | (ratio[:, None] > ratio)
@@ -91,14 +92,14 @@ def pareto(points: pl.DataFrame, bias: str = "abs_smd") -> NDArray[np.bool_]:
 def choose(points: pl.DataFrame, floor: float, gap: str = "gap_mean") -> int | None:
     """The row of the point the rule picks, None where no point reaches the floor.
 
-    Among points with inlier_ratio >= `floor` the one with the smallest |gap|, whatever its SMD, which noise alone
-    lowers; of equals the one of lower density, then of lower tau_min (then tau_maj). gap: the column of the raw gap.
-    Gaps and ratios that differ by rounding alone are equal.
+    Among points with inlier_ratio >= `floor` whose answers did not collapse the one with the smallest |gap|, whatever
+    its SMD, which noise alone lowers; of equals the one of lower density, then of lower tau_min (then tau_maj). gap:
+    the column of the raw gap. Gaps and ratios that differ by rounding alone are equal.
     """
     if points.is_empty():
         return None
     size, ratio = np.abs(_figures(points, gap)), _figures(points, "inlier_ratio")
-    allowed = np.flatnonzero(np.isfinite(size) & (ratio >= floor - _ROUNDING))
+    allowed = np.flatnonzero(np.isfinite(size) & (ratio >= floor - _ROUNDING) & ~_collapsed(points))
     if not len(allowed):
         return None
     smallest = size[allowed].min()
@@ -140,6 +141,13 @@ def _decoded(metrics: pl.DataFrame) -> pl.DataFrame:
         orient="row",
     )
     return own.rename({"strategy": "label"}).join(parts, on="label", maintain_order="left")
+
+
+def _collapsed(points: pl.DataFrame) -> NDArray[np.bool_]:
+    """Where less than `COLLAPSED_SPREAD` is left of the answers' spread; where it is not known, other figures tell."""
+    if "spread_ratio" not in points.columns:
+        return np.zeros(len(points), dtype=bool)
+    return _figures(points, "spread_ratio") < COLLAPSED_SPREAD
 
 
 def _figures(points: pl.DataFrame, column: str) -> NDArray[np.float64]:

@@ -19,12 +19,13 @@ import numpy as np
 import polars as pl
 
 from excise import metrics as m
-from excise.encoding import encode
+from excise.encoding import encode, require_same_prompts
 from excise.errors import ExciseError
 from excise.masks import Mask, heads_mask
 from excise.perplexity import Window, perplexity, perplexity_difference
 from excise.progress import Progress, silent
-from excise.tensor_files import save_tensors
+from excise.tensor_files import load_tensors, save_tensors
+from excise.thresholds import COLLAPSED_SPREAD
 
 if TYPE_CHECKING:
     from excise.continuation import Part
@@ -78,7 +79,8 @@ def head_impacts(
 
     prompts: rows of `excise.scenarios.expand`. completions: the unpruned model's, drawn with `parameters`, with
     `variation`, `group`, `prompt_id`, `sample`, `value` (the outcome; null = unparsed or unscored, no weight),
-    `token_ids` (the stop token included where the answer is finished) and the column `cluster`.
+    `token_ids` (the stop token included where the answer is finished) and the column `cluster`; `prompt_hash`, where it
+    is there, must be that of the prompts as the model reads them.
 
     disparity (`bias_*`): `toxicity` is FASP's sum over `groups` of |t_axis - t_s|; `smd` the mean over variations of
     |SMD| of the two `groups`, majority first, each winsorised at the unpruned model's 5th and 95th percentile; `gap`
@@ -88,7 +90,9 @@ def head_impacts(
     distances grows with noise, and weights make it. Intervals are 95 % paired bootstrap: of windows, and of clusters (a
     column of the completions) within groups. z_bias_half_1 and _2: the same from either half of every cluster's
     samples; they tell the noise of sampling (`split_half_reliability`), not that of the choice of clusters.
-    mean_without: mean outcome, of the winsorised values for `smd`.
+    mean_without: mean outcome, of the winsorised values for `smd`. Where removing a head makes a group's answers all
+    alike (`smd`: nearly so, `thresholds.COLLAPSED_SPREAD`), SMD and gap without it are undefined, and so is an SMD
+    without deviation: null, not 0.
 
     ess: effective sample size (sum w)^2 / sum w^2 as a share of the answers with an outcome, in all and in the group
     where it is smallest. mean_weight: over all answers; below 1 by what the unpruned model never answers.
@@ -103,6 +107,8 @@ def head_impacts(
     """
     chosen = _chosen_heads(loaded, heads)
     _check(prompts, completions, disparity, groups, cluster, method, regenerate)
+    if "prompt_hash" in completions.columns:
+        require_same_prompts(encode(loaded, prompts), completions)
     store = _Store(folder)
     perplexities = _perplexities(loaded, windows, perplexity_mode, chosen, store, resamples, seed, progress)
     layout = _Layout.of(completions, disparity, tuple(groups), cluster)
@@ -154,7 +160,8 @@ def split_half_reliability(impacts: pl.DataFrame, catastrophic: float = CATASTRO
 
     impacts: rows of `head_impacts`. Two rows: all heads, and without those whose perplexity_without exceeds
     `catastrophic` medians. The corrected figures are for the whole sample, by Spearman and Brown: 2 r / (1 + r). Null
-    with fewer than three heads or where a half does not vary. Columns: `RELIABILITY_SCHEMA`.
+    with fewer than three heads or where a half does not vary; corrected ones also where r is below -1/3, as a formula
+    for halves that agree would leave [-1, 1]. Columns: `RELIABILITY_SCHEMA`.
     """
     from scipy.stats import pearsonr, spearmanr
 
@@ -171,7 +178,7 @@ def split_half_reliability(impacts: pl.DataFrame, catastrophic: float = CATASTRO
         if some.height >= 3 and min(np.ptp(first), np.ptp(second)) > 0:
             for name, correlation in (("pearson", pearsonr), ("spearman", spearmanr)):
                 r = float(correlation(first, second).statistic)
-                row |= {name: r, f"{name}_corrected": 2 * r / (1 + r) if r > -1 else None}
+                row |= {name: r, f"{name}_corrected": 2 * r / (1 + r) if r > -1 / 3 else None}
         rows.append(row)
     return pl.DataFrame(rows, schema=RELIABILITY_SCHEMA)
 
@@ -240,14 +247,7 @@ class _Store:
     def read(self, address: str, name: str) -> np.ndarray:
         if self.folder is None:
             return self.memory[address, name]
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        path = self._path(address, name)
-        try:
-            return load_file(path)["numbers"]
-        except (OSError, KeyError, SafetensorError) as error:
-            raise ExciseError(f"{path}: cannot be read ({error}); delete it, and it is computed again") from error
+        return load_tensors(self._path(address, name))["numbers"]
 
     def write(self, address: str, name: str, numbers: np.ndarray) -> None:
         if self.folder is None:
@@ -488,8 +488,8 @@ class _Layout:
 
     def disparity(self, sums: np.ndarray, unpruned: np.ndarray) -> np.ndarray:
         """The disparity of each resample, [resamples + 1]; NaN where a group has no weight left."""
-        count, w, w2, wf, wf2 = sums
-        with np.errstate(invalid="ignore", divide="ignore"):
+        count, w, _, wf, _ = sums
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             offset = wf / w  # self-normalised within variation and group
             mean = self.centre[:, None] + offset
             if self.kind == "toxicity":
@@ -498,16 +498,16 @@ class _Layout:
                 return np.abs(total.sum(axis=0) / size.sum(axis=0) - total / size).sum(axis=0)
             # A variation to which the unpruned model gave a group no two answers says nothing about any head.
             known = (unpruned[0, :, 0] >= 2).all(axis=0)
-            difference = np.abs(mean[0] - mean[1])
+            variance, before = _variance(sums), _variance(unpruned)
+            # Answers that all became the same have no gap, and are no sign of a harmful head.
             if self.kind == "gap":
+                collapsed = (variance == 0) & (before > 0)
                 size = np.abs(self.centre[:, None] + unpruned[3] / unpruned[1]).mean(axis=0)
-                return _mean(difference / size, known)
-            # With w = 1 this is the sample variance with ddof 1; else its counterpart for weighted samples.
-            variance = (wf2 - w * offset**2) / (w - w2 / w)
-            # What rounding leaves of equal values is no spread.
-            variance = np.where(variance <= 1e-12 * offset**2, 0.0, variance)
-            deviation = np.sqrt(variance.mean(axis=0))
-            return _mean(np.where(deviation == 0, 0.0, difference / deviation), known)
+                found = np.abs(m.exact_difference(*mean)) / size
+            else:
+                collapsed = variance < COLLAPSED_SPREAD**2 * before
+                found = np.abs(m.standardized(mean, variance))
+            return _mean(np.where(collapsed.any(axis=0), np.nan, found), known)
 
     def excess_noise(self, sums: np.ndarray) -> float:
         """What a toxicity disparity of weighed answers is too large by, beside that of as many answers drawn anew.
@@ -553,6 +553,14 @@ class _Layout:
 
         by_group = [share(weight[self.group == index]) for index in range(len(self.groups))]
         return {"ess": share(weight[self.group >= 0]), "ess_smallest": min(by_group), "mean_weight": weight.mean()}
+
+
+def _variance(sums: np.ndarray) -> np.ndarray:
+    """Variances from sums [5, ...]: with w = 1 the sample variance with ddof 1, else its weighted counterpart."""
+    _, w, w2, wf, wf2 = sums
+    offset = wf / w
+    variance = (wf2 - w * offset**2) / (w - w2 / w)
+    return np.where(variance <= 1e-12 * offset**2, 0.0, variance)  # what rounding leaves of equal values is no spread
 
 
 def _mean(by_variation: np.ndarray, known: np.ndarray) -> np.ndarray:

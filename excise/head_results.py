@@ -13,6 +13,8 @@ import numpy as np
 import polars as pl
 
 from excise.head_impacts import split_half_reliability
+from excise.report import Estimate, interval_text, read_estimate
+from excise.thresholds import stored_thresholds
 from excise.toxicity_report import toxicity_finding, toxicity_markdown
 
 
@@ -21,6 +23,7 @@ def heads_markdown(
     impacts: pl.DataFrame,
     reweighting: pl.DataFrame,
     correlations: pl.DataFrame,
+    thresholds: pl.DataFrame,
     *,
     planted: Mapping[str, Sequence[tuple[int, int]]] | None = None,
 ) -> str:
@@ -28,6 +31,7 @@ def heads_markdown(
 
     metrics, impacts, reweighting, correlations: rows of the tables `metrics` (of toxicity scenarios), `head_impacts`,
     `reweighting` and `bias_correlation`, of one or more models. Any may be empty: its section is then one sentence.
+    thresholds: rows of that table, what each audit was judged by; ExciseError where they lack those of an audit.
     planted: (layer, head) pairs that were changed, by model.
     """
     parts = [
@@ -37,7 +41,7 @@ def heads_markdown(
         "## Head impacts: answers weighed anew against answers drawn anew\n\n" + _reweighting(reweighting),
         "## Reliability of head impacts\n\n" + _reliability(impacts),
         "## Heads that were changed on purpose\n\n" + _planted(impacts, planted or {}),
-        "## Every method's trade-off\n\n" + _trade_off(metrics),
+        "## Every method's trade-off\n\n" + _trade_off(metrics, thresholds),
         "## One axis' heads on another\n\n" + _correlation(correlations),
     ]
     return "\n\n".join(parts) + "\n"
@@ -47,19 +51,26 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
+def _figure(value: float | None, decimals: int, factor: float = 1.0, unit: str = "") -> str:
+    """The figure, `-` where it is not defined."""
+    if value is None or not np.isfinite(value):
+        return "-"
+    return interval_text(Estimate(factor * value), decimals=decimals) + unit
+
+
 def _places(frame: pl.DataFrame) -> list[tuple[tuple[str, str], pl.DataFrame]]:
     if frame.is_empty():
         return []
     return list(frame.partition_by("model", "scenario", as_dict=True, maintain_order=True).items())
 
 
-def agreement(rows: pl.DataFrame) -> dict[str, float]:
+def agreement(rows: pl.DataFrame) -> dict[str, float | None]:
     """How reweighted head impacts compare with regenerated ones, over heads that are not catastrophic.
 
     rows: of the table `reweighting`, one model and scenario. inside: share of heads whose reweighted z_bias lies in the
     regenerated one's interval. width: median ratio of the intervals' widths, reweighted over regenerated. speed:
     seconds of regenerating over those of reweighting. cost: how many times cheaper reweighting is at equal interval
-    width, if width falls with the root of the samples.
+    width, if width falls with the root of the samples. None where no such head was measured both ways.
     """
     usual = rows.filter(~pl.col("catastrophic")).drop_nulls(["z_reweighted", "z_regenerated", "low_regenerated"])
     inside = usual.select(
@@ -74,7 +85,8 @@ def agreement(rows: pl.DataFrame) -> dict[str, float]:
     speed = (usual["seconds_regenerated"] / usual["seconds_reweighted"]).median()
     correlation = usual.select(pl.corr("z_reweighted", "z_regenerated")).item()
     return {
-        "heads": usual.height, "inside": inside, "width": width, "speed": speed, "cost": speed / width**2,
+        "heads": usual.height, "inside": inside, "width": width, "speed": speed,
+        "cost": speed / width**2 if speed is not None and width else None,
         "correlation": correlation, "ess": usual["ess"].median(),
     }  # fmt: skip
 
@@ -86,9 +98,9 @@ def _reweighting(rows: pl.DataFrame) -> str:
     for (model, scenario), own in _places(rows):
         found = agreement(own)
         lines.append([
-            model, scenario, f"{found['heads']} of {own.height}", f"{100 * found['inside']:.0f} %",
-            f"{found['correlation']:.2f}", f"{found['ess']:.2f}", f"{found['width']:.2f}", f"{found['speed']:.1f}",
-            f"{found['cost']:.0f}",
+            model, scenario, f"{found['heads']} of {own.height}", _figure(found["inside"], 0, 100, " %"),
+            _figure(found["correlation"], 2), _figure(found["ess"], 2), _figure(found["width"], 2),
+            _figure(found["speed"], 1), _figure(found["cost"], 0),
         ])  # fmt: skip
     header = [
         "model", "scenario", "heads (not catastrophic)", "reweighted inside regenerated's interval", "correlation",
@@ -107,8 +119,8 @@ def _reliability(impacts: pl.DataFrame) -> str:
     lines = []
     for (model, scenario), own in _places(impacts):
         for row in split_half_reliability(own).iter_rows(named=True):
-            shown = ["-" if row[name] is None or np.isnan(row[name]) else f"{row[name]:.2f}" for name in
-                     ("pearson", "spearman", "pearson_corrected", "spearman_corrected")]  # fmt: skip
+            names = ("pearson", "spearman", "pearson_corrected", "spearman_corrected")
+            shown = [_figure(row[name], 2) for name in names]
             lines.append([model, scenario, row["among"].replace("_", " "), str(row["heads"]), *shown])
     header = ["model", "scenario", "among", "heads", "Pearson of halves", "Spearman of halves", "Pearson, both halves",
               "Spearman, both halves"]  # fmt: skip
@@ -126,9 +138,10 @@ def _planted(impacts: pl.DataFrame, planted: Mapping[str, Sequence[tuple[int, in
         ranked = own.sort("z_bias", descending=True, nulls_last=True).with_row_index("rank", offset=1)
         for layer, head in planted[model]:
             row = ranked.filter((pl.col("layer") == layer) & (pl.col("head") == head)).row(0, named=True)
+            z_bias = read_estimate({"estimate": row["z_bias"], "low": row["z_bias_low"], "high": row["z_bias_high"]})
             lines.append([
-                model, scenario, f"{layer}.{head}", f"{row['rank']} of {own.height}",
-                f"{row['z_bias']:.4f} [{row['z_bias_low']:.4f}, {row['z_bias_high']:.4f}]", f"{row['z_ppl']:.2f}",
+                model, scenario, f"{layer}.{head}", "-" if z_bias.value is None else f"{row['rank']} of {own.height}",
+                interval_text(z_bias, decimals=4), _figure(row["z_ppl"], 2),
             ])  # fmt: skip
     if not lines:
         return "No model with changed heads was measured yet: `make heads MODEL=planted-heads`."
@@ -136,10 +149,12 @@ def _planted(impacts: pl.DataFrame, planted: Mapping[str, Sequence[tuple[int, in
     return _table(header, lines) + "\n\nBy chance a changed head would rank in the middle."
 
 
-def _trade_off(metrics: pl.DataFrame) -> str:
+def _trade_off(metrics: pl.DataFrame, thresholds: pl.DataFrame) -> str:
     parts = []
     for (model, scenario), own in _places(metrics):
-        parts.append(f"### {model}: {scenario}\n\n{toxicity_finding(own)}\n\n{toxicity_markdown(own)}")
+        judged = stored_thresholds(thresholds, asset="evaluation_metrics", model=model, scenario=scenario)
+        finding = toxicity_finding(own, perplexity_budget=judged.perplexity_budget)
+        parts.append(f"### {model}: {scenario}\n\n{finding}\n\n{toxicity_markdown(own)}")
     return "\n\n".join(parts) or "No axis was evaluated yet: `make heads`."
 
 
@@ -152,7 +167,7 @@ def _correlation(correlations: pl.DataFrame) -> str:
     lines = [
         [row["model"], row["scenario"], row["other_scenario"], row["heads"].replace("_", " "),
          row["statistic"].replace("_", " "),
-         f"{row['estimate']:.2f}" + ("" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]")]
-        for row in rows.iter_rows(named=True) if row["estimate"] is not None
+         interval_text(read_estimate({name: row[name] for name in ("estimate", "low", "high")}), decimals=2)]
+        for row in rows.iter_rows(named=True)
     ]  # fmt: skip
     return _table(["model", "axis", "other axis", "among heads", "statistic", "estimate"], lines)

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from excise.errors import ExciseError
+from excise.tensor_files import save_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -142,18 +142,12 @@ class Mask:
         _check_same_shapes(self.shapes, other.shapes)
 
     def save(self, path: Path | str) -> None:
-        """Write the mask as safetensors, in full or not at all; folders are made where they lack."""
-        from safetensors.numpy import save_file
+        """Write the mask as safetensors, in full or not at all; folders are made where they lack.
 
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        Raises ExciseError, naming the file, where it cannot be written.
+        """
         metadata = {"format": _FORMAT, "shapes": json.dumps(self.shapes), "fingerprint": self.fingerprint}
-        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-        try:
-            save_file(dict(self.bits), unfinished, metadata=metadata)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        save_tensors(Path(path), self.bits, metadata)
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
@@ -401,6 +395,8 @@ def pruned(loaded: Any, mask: Mask) -> Iterator[Any]:
                     weight = linears[key].weight(loaded.model)
                     kept.append((key, _cut_out(weight, mask.bits[key], count)))
         yield loaded
+    except ExciseError as error:
+        raise ExciseError(f"under the mask {mask.fingerprint}: {error}") from error
     finally:
         hooks.close()
         with torch.no_grad():

@@ -5,23 +5,36 @@ All samples of one name share that name, so uncertainty comes from drawing *name
 vector of integer weights, one per name, and reusing one vector for two models makes their comparison a paired one.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import wasserstein_distance
 
 from excise.errors import ExciseError
+from excise.thresholds import SIGNIFICANCE
+
+ROUNDING = 1e-12
+"""Figures that differ by no more than this share of their size are equal: the rest is rounding."""
 
 _CELLS_AT_ONCE = 1 << 19  # of a resamples x values table, so that it stays in the processor's cache
 
 # --- plain functions of arrays ----------------------------------------------------------------------------------------
 
 
-def _parsed(answers) -> np.ndarray:
-    """The finite answers, float64 [n]."""
-    values = np.asarray(answers, dtype=np.float64).ravel()
-    return values[np.isfinite(values)]
+def _floats(values, what: str) -> np.ndarray:
+    """The values as float64 [n]; None is NaN."""
+    try:
+        return np.asarray(values, dtype=np.float64).ravel()
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ExciseError(f"{what}: not all are numbers ({error}); give floats, NaN for what is not known") from None
+
+
+def _parsed(answers, what: str) -> np.ndarray | None:
+    """The answers that are no NaN, float64 [n]; None where one is infinite, as then nothing can be computed of them."""
+    values = _floats(answers, what)
+    values = values[~np.isnan(values)]
+    return None if np.isinf(values).any() else values
 
 
 def _quantile_pair(quantiles, what: str) -> tuple[float, float]:
@@ -56,45 +69,79 @@ def standardized_mean_difference(majority, minority, winsorize=None) -> float:
 
     `majority`, `minority`: answers of each group, one-dimensional; NaN marks an unparsed answer and is dropped.
     `winsorize`: None, a pair of quantiles or a fraction; each group is clipped at its own percentiles first.
-    Positive: the majority gets more. 0.0 if the pooled deviation is 0, NaN if a group has fewer than two answers.
+    Positive: the majority gets more. NaN if a group has fewer than two answers, if one is infinite or a sum overflows,
+    and where the pooled deviation is 0 while the means differ; 0.0 where the means are equal, too (`standardized`).
     """
     quantiles = winsorize_quantiles(winsorize)
-    groups = [_parsed(majority), _parsed(minority)]
-    if min(len(group) for group in groups) < 2:
+    groups = [_parsed(majority, "majority"), _parsed(minority, "minority")]
+    if any(group is None or len(group) < 2 for group in groups):
         return float("nan")
-    if quantiles is not None:
-        groups = [np.clip(group, *np.quantile(group, quantiles)) for group in groups]
-    (mean_majority, var_majority), (mean_minority, var_minority) = map(_mean_and_variance, groups)
-    deviation = np.sqrt((var_majority + var_minority) / 2)
-    return float((mean_majority - mean_minority) / deviation) if deviation > 0 else 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        if quantiles is not None:
+            groups = [np.clip(group, *np.quantile(group, quantiles)) for group in groups]
+        means, variances = zip(*map(_mean_and_variance, groups), strict=True)
+        return float(standardized(means, variances))
+
+
+def standardized(means, variances) -> np.ndarray:
+    """(first mean - second mean) / sqrt(mean of both variances), [...].
+
+    means, variances: a pair of numbers or of arrays [...]. Groups of one answer each have no deviation to measure their
+    gap by: then the result is 0 where their means are equal and NaN, not 0, where they differ. Rounding is neither a
+    deviation nor a difference. NaN where a mean or a variance is not finite.
+    """
+    (first, second), (first_variance, second_variance) = np.asarray(means), np.asarray(variances)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        gap = exact_difference(first, second)
+        deviation = np.sqrt((first_variance + second_variance) / 2)
+        constant = deviation <= ROUNDING * np.maximum(np.abs(first), np.abs(second))
+        result = np.where(constant, np.where(gap == 0, 0.0, np.nan), gap / deviation)
+    return np.where(np.isfinite(gap) & np.isfinite(deviation), result, np.nan)
+
+
+def exact_difference(first, second) -> np.ndarray:
+    """first - second, exactly 0 where the two are finite and differ by no more than rounding."""
+    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        difference = first - second
+        equal = np.abs(difference) <= ROUNDING * np.maximum(np.abs(first), np.abs(second))
+    return np.where(equal & np.isfinite(first) & np.isfinite(second), 0.0, difference)
 
 
 def inlier_ratio(answers, baseline, quantiles=(0.05, 0.95)) -> float:
     """Share of all `answers` within the baseline's percentiles, bounds included. BDB, section 3; method A1.
 
     `answers`: the evaluated model's, NaN = unparsed, which counts as an outlier. `baseline`: the unpruned model's
-    answers to the same prompts, both groups pooled, NaN dropped. NaN without answers or without parsed baseline.
+    answers to the same prompts, both groups pooled, NaN dropped. NaN without answers or without parsed baseline, and
+    for a baseline that is not finite.
     """
     quantiles = _quantile_pair(quantiles, "inlier_ratio: quantiles")
-    answers = np.asarray(answers, dtype=np.float64).ravel()
-    reference = _parsed(baseline)
-    if not len(answers) or not len(reference):
+    answers, reference = _floats(answers, "answers"), _parsed(baseline, "baseline")
+    if reference is None or not len(answers) or not len(reference):
         return float("nan")
-    low, high = np.quantile(reference, quantiles)
+    with np.errstate(over="ignore", invalid="ignore"):
+        low, high = np.quantile(reference, quantiles)
+    if not np.isfinite([low, high]).all():
+        return float("nan")
     return float(np.mean((answers >= low) & (answers <= high)))
 
 
 def earth_movers_distance(majority, minority) -> float:
-    """Earth mover's distance between the groups' parsed answers, in their unit (method A1). NaN if a group has none."""
-    majority, minority = _parsed(majority), _parsed(minority)
-    if not len(majority) or not len(minority):
+    """Earth mover's distance between the groups' parsed answers, in their unit (method A1).
+
+    NaN if a group has none, or an infinite one, or the distance overflows.
+    """
+    groups = [_parsed(majority, "majority"), _parsed(minority, "minority")]
+    if any(group is None or not len(group) for group in groups):
         return float("nan")
-    return float(wasserstein_distance(majority, minority))
+    with np.errstate(over="ignore", invalid="ignore"):
+        distance = float(wasserstein_distance(*groups))
+    return distance if np.isfinite(distance) else float("nan")
 
 
 def parse_rate(answers) -> float:
     """Share of answers that could be parsed (finite). NaN without answers."""
-    answers = np.asarray(answers, dtype=np.float64).ravel()
+    answers = _floats(answers, "answers")
     return float(np.mean(np.isfinite(answers))) if len(answers) else float("nan")
 
 
@@ -102,27 +149,32 @@ def toxicity_bias(scores, subgroups: Sequence[Hashable]) -> float:
     """sum_s |t_axis - t_s|: how far the subgroups' mean toxicity strays from the axis's. FASP, section 3; method B1.
 
     `scores`: toxicity per continuation, in [0, 1], NaN = not scored and dropped; `subgroups`: the label of each.
-    t_axis is the mean over all continuations, so a larger subgroup pulls it harder. 0.0 for one subgroup, NaN for none.
+    t_axis is the mean over all continuations, so a larger subgroup pulls it harder. 0.0 for one subgroup, NaN for none
+    and where a score is infinite or a sum overflows.
     """
-    scores = np.asarray(scores, dtype=np.float64).ravel()
+    scores = _floats(scores, "scores")
     labels = list(subgroups)
     if len(labels) != len(scores):
         raise ExciseError(f"toxicity_bias: {len(scores)} scores but {len(labels)} subgroups; give one per score")
-    known = np.isfinite(scores)
+    known = ~np.isnan(scores)
     codes: dict[Hashable, int] = {}
     scored_labels = (label for label, keep in zip(labels, known, strict=True) if keep)
     index = np.array([codes.setdefault(label, len(codes)) for label in scored_labels], dtype=np.int64)
     if not len(index):
         return float("nan")
     totals, counts = np.bincount(index, scores[known]), np.bincount(index)
-    return float(np.abs(totals.sum() / counts.sum() - totals / counts).sum())
+    with np.errstate(over="ignore", invalid="ignore"):
+        bias = float(np.abs(totals.sum() / counts.sum() - totals / counts).sum())
+    return bias if np.isfinite(bias) else float("nan")
 
 
 def true_spread(deviations, variances) -> np.ndarray:
     """How far true deviations spread, [..., 1]: tau of `folded_noise`, whose arguments these are; 0 where noise alone
     explains what was observed."""
     deviations, variances = np.asarray(deviations, np.float64), np.asarray(variances, np.float64)
-    return np.sqrt(np.maximum(np.mean(deviations**2 - variances, axis=-1, keepdims=True), 0.0))
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        mean = (deviations**2 - variances).sum(axis=-1, keepdims=True) / np.float64(deviations.shape[-1])
+    return np.sqrt(np.maximum(mean, 0.0))
 
 
 def folded_noise(deviations, variances, spread=None) -> np.ndarray:
@@ -135,11 +187,14 @@ def folded_noise(deviations, variances, spread=None) -> np.ndarray:
     sqrt(2/pi) sigma where the true value is 0, by nothing where it is large. Which of the two holds is read off the
     observed d themselves. For true deviations spread normally with variance tau^2, which mean(d^2 - sigma^2)
     estimates without bias, the noise adds sqrt(2/pi) (sqrt(tau^2 + sigma_s^2) - tau) per subgroup. The full noise of
-    equal subgroups (the mean of a permutation test) taken off would be too much as soon as subgroups differ.
+    equal subgroups (the mean of a permutation test) taken off would be too much as soon as subgroups differ. NaN
+    without subgroups, and where a variance is not known.
     """
     variances = np.asarray(variances, np.float64)
     spread = true_spread(deviations, variances) if spread is None else spread
-    return np.sqrt(2 / np.pi) * (np.sqrt(spread**2 + variances) - spread).sum(axis=-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        noise = np.sqrt(2 / np.pi) * (np.sqrt(spread**2 + variances) - spread).sum(axis=-1)
+    return np.where(np.isfinite(noise) & (variances.shape[-1] > 0), noise, np.nan)
 
 
 def holm(p_values) -> np.ndarray:
@@ -151,6 +206,14 @@ def holm(p_values) -> np.ndarray:
     steps = p_values[order] * np.arange(len(order), 0, -1)
     adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
     return adjusted
+
+
+def rejected(p_holm: Mapping[str, float | None], level: float = SIGNIFICANCE) -> list[str]:
+    """What its own test rejects, in its order: those whose p-value, adjusted by `holm`, is below `level`.
+
+    None and NaN: not tested, so not rejected.
+    """
+    return [key for key, p_value in p_holm.items() if p_value is not None and p_value < level]
 
 
 # --- answers by name, and the metrics over resampled names ------------------------------------------------------------
@@ -183,12 +246,13 @@ class NamedAnswers:
     @property
     def sums(self) -> np.ndarray:
         """Sum of the parsed answers per name, float64 [names]."""
-        return np.diff(self.cumulative, axis=1) @ self.values
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.diff(self.cumulative, axis=1) @ self.values
 
 
 def named_answers(answers, name, names: int) -> NamedAnswers:
     """Count answers by name. answers: float [n], NaN = unparsed; name: int [n] in 0..names - 1, whose answer it is."""
-    answers = np.asarray(answers, dtype=np.float64).ravel()
+    answers = _floats(answers, "answers")
     name = np.asarray(name, dtype=np.int64).ravel()
     if len(answers) != len(name):
         raise ExciseError(f"named_answers: {len(answers)} answers but {len(name)} names; give the name of each answer")
@@ -248,8 +312,10 @@ def _quantiles_of_counts(values: np.ndarray, cumulative: np.ndarray, quantiles: 
             for rank in (below, above)
         )
         share = position - below
-        step = high - low
-        result[row, filled] = np.where(share >= 0.5, high - step * (1 - share), low + step * share)
+        with np.errstate(over="ignore", invalid="ignore"):
+            step = high - low
+            between = np.where(share >= 0.5, high - step * (1 - share), low + step * share)
+        result[row, filled] = np.where(np.isfinite(between), between, np.nan)
     return result
 
 
@@ -264,7 +330,7 @@ def weighted_quantiles(sample: NamedAnswers, weights: np.ndarray, quantiles: Seq
 def weighted_mean(sample: NamedAnswers, weights: np.ndarray) -> np.ndarray:
     """Mean of the parsed answers of each resample, [resamples]; NaN where there are none."""
     count = weights @ sample.parsed
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         return np.where(count > 0, (weights @ sample.sums) / count, np.nan)
 
 
@@ -280,13 +346,14 @@ def weighted_moments(sample: NamedAnswers, weights: np.ndarray, winsorize=None) 
         enough = count >= 2
         counts = np.diff(cumulative[enough], axis=1)
         clipped = np.clip(sample.values[None, :], low[enough, None], high[enough, None])
-        # Distances from the lower bound are exactly 0 for equal answers, whose variance must be exactly 0.
-        clipped -= low[enough, None]
-        shift = np.einsum("rv,rv->r", counts, clipped) / count[enough]
         chunk_mean, chunk_variance = np.full((2, len(count)), np.nan)
-        chunk_mean[enough] = low[enough] + shift
-        clipped -= shift[:, None]
-        chunk_variance[enough] = np.einsum("rv,rv,rv->r", counts, clipped, clipped) / (count[enough] - 1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            # Distances from the lower bound are exactly 0 for equal answers, whose variance must be exactly 0.
+            clipped -= low[enough, None]
+            shift = np.einsum("rv,rv->r", counts, clipped) / count[enough]
+            chunk_mean[enough] = low[enough] + shift
+            clipped -= shift[:, None]
+            chunk_variance[enough] = np.einsum("rv,rv,rv->r", counts, clipped, clipped) / (count[enough] - 1)
         mean[rows], variance[rows] = chunk_mean, chunk_variance
     return mean, variance
 
@@ -295,11 +362,17 @@ def weighted_smd(
     majority: NamedAnswers, minority: NamedAnswers, weights: tuple[np.ndarray, np.ndarray], winsorize=None
 ) -> np.ndarray:
     """`standardized_mean_difference` of each resample, [resamples]. weights: majority, minority [resamples, names]."""
-    mean_majority, var_majority = weighted_moments(majority, weights[0], winsorize)
-    mean_minority, var_minority = weighted_moments(minority, weights[1], winsorize)
-    deviation = np.sqrt((var_majority + var_minority) / 2)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(deviation == 0, 0.0, (mean_majority - mean_minority) / deviation)
+    moments = [
+        weighted_moments(group, weight, winsorize) for group, weight in zip((majority, minority), weights, strict=True)
+    ]
+    return standardized(*zip(*moments, strict=True))
+
+
+def spread(moments: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Standard deviation of each resample from its `weighted_moments`, [resamples]; 0 where it is rounding alone."""
+    mean, variance = moments
+    deviation = np.sqrt(variance)
+    return np.where(deviation <= ROUNDING * np.abs(mean), 0.0, deviation)
 
 
 def weighted_earth_movers_distance(
@@ -308,7 +381,8 @@ def weighted_earth_movers_distance(
     """`earth_movers_distance` of each resample, [resamples]: the area between the two distribution functions."""
     both = pooled(majority, minority)
     parts = both.cumulative[: majority.names, 1:-1], both.cumulative[majority.names :, 1:-1]
-    steps = np.diff(both.values)
+    with np.errstate(over="ignore"):
+        steps = np.diff(both.values)
     counts = weights[0] @ majority.parsed, weights[1] @ minority.parsed
     result = np.full(len(weights[0]), np.nan)
     defined = np.flatnonzero((counts[0] > 0) & (counts[1] > 0))
@@ -317,8 +391,9 @@ def weighted_earth_movers_distance(
         # counts divide the weights, not the table: far fewer divisions
         difference = (weights[0][chosen] / counts[0][chosen, None]) @ parts[0]
         difference -= (weights[1][chosen] / counts[1][chosen, None]) @ parts[1]
-        result[chosen] = np.abs(difference, out=difference) @ steps
-    return result
+        with np.errstate(over="ignore", invalid="ignore"):
+            result[chosen] = np.abs(difference, out=difference) @ steps
+    return np.where(np.isfinite(result), result, np.nan)
 
 
 def weighted_parse_rate(sample: NamedAnswers, weights: np.ndarray) -> np.ndarray:
@@ -340,12 +415,18 @@ def weighted_inlier_ratio(sample: NamedAnswers, weights: np.ndarray, bounds: np.
 
 
 def percentile_interval(resamples: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval. Undefined resamples (NaN) are left out; (NaN, NaN) if they are more than half."""
+    """Percentile bootstrap interval, (low, high).
+
+    Undefined resamples (NaN, infinite) are left out. They may lie anywhere, so where they are more than the interval
+    leaves out, 1 - confidence, it is (NaN, NaN).
+    """
+    resamples = np.asarray(resamples, dtype=np.float64)
     defined = resamples[np.isfinite(resamples)]
-    if not len(defined) or 2 * len(defined) < len(resamples):
+    if not len(defined) or len(resamples) - len(defined) > (1 - confidence) * len(resamples):
         return float("nan"), float("nan")
     tail = (1 - confidence) / 2
-    low, high = np.quantile(defined, (tail, 1 - tail))
+    with np.errstate(over="ignore", invalid="ignore"):
+        low, high = np.quantile(defined, (tail, 1 - tail))
     return float(low), float(high)
 
 
@@ -353,20 +434,22 @@ def percentile_interval(resamples: np.ndarray, confidence: float = 0.95) -> tupl
 
 
 def name_means(sample: NamedAnswers) -> np.ndarray:
-    """Mean parsed answer of every name, [names]; NaN for a name without any."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return sample.sums / sample.parsed
+    """Mean parsed answer of every name, [names]; NaN for a name without any, infinite where the sum overflows."""
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        means = sample.sums / sample.parsed
+    return np.where((sample.parsed > 0) & ~np.isfinite(means), np.inf, means)
 
 
 def gap_contributions(majority_change, minority_change) -> np.ndarray:
     """What each name adds to the change of the gap between the groups' means, [majority names + minority names].
 
     The inputs are the changes of each name's mean answer, pruned minus unpruned; a name without a pair is NaN and adds
-    nothing. All NaN if a group has no pair at all. The contributions sum to the change of the gap of name means.
+    nothing. All NaN if a group has no pair at all, or if a change is infinite. The contributions sum to the change of
+    the gap of name means.
     """
-    changes = [np.asarray(change, dtype=np.float64).ravel() for change in (majority_change, minority_change)]
-    paired = [np.isfinite(change) for change in changes]
-    if not all(known.any() for known in paired):
+    changes = [_floats(majority_change, "majority_change"), _floats(minority_change, "minority_change")]
+    paired = [~np.isnan(change) for change in changes]
+    if not all(known.any() for known in paired) or any(np.isinf(change).any() for change in changes):
         return np.full(sum(map(len, changes)), np.nan)
     return np.concatenate([
         sign * np.where(known, change, 0.0) / known.sum()
@@ -377,19 +460,29 @@ def gap_contributions(majority_change, minority_change) -> np.ndarray:
 def sign_flip_p_values(contributions: np.ndarray, draws: int, seed) -> np.ndarray:
     """Two-sided p-values of column sums under random signs of the rows, [tests].
 
-    contributions: [names, tests], from `gap_contributions`; all tests share their signs. (count + 1) / (draws + 1) with
-    count = draws whose sum is at least as far from 0 as the observed one. NaN for a column that holds NaN.
+    contributions: [names, tests], from `gap_contributions`; all tests share their signs, which depend on the numbers of
+    names and draws and on the seed alone, so that no p-value depends on what else is tested. (count + 1) / (draws + 1)
+    with count = draws whose sum is at least as far from 0 as the observed one. NaN for a column that is not finite, and
+    without names.
     """
     contributions = np.asarray(contributions, dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    observed = np.abs(contributions.sum(axis=0))
+    if draws < 1:
+        raise ExciseError(f"sign_flip_p_values: draws is {draws}; give 1 at least")
+    names, tests = contributions.shape
+    p_values = np.full(tests, np.nan)
+    with np.errstate(over="ignore", invalid="ignore"):
+        observed, size = np.abs(contributions.sum(axis=0)), np.abs(contributions).sum(axis=0)
+    defined = np.flatnonzero(np.isfinite(size)) if names else np.array([], dtype=np.int64)
+    # Drawn in one call: a generator of small numbers drops what is left of its buffer at the end of each.
+    signs = np.random.default_rng(seed).integers(0, 2, size=(draws, names), dtype=np.int8)
+    tested = contributions[:, defined]
     # sums of the same numbers in another order may differ in the last digits, and must count as equal
-    threshold = observed - 1e-9 * np.abs(contributions).sum(axis=0)
-    count = np.zeros(contributions.shape[1])
-    for rows in _row_chunks(draws, max(contributions.shape)):
-        signs = rng.integers(0, 2, size=(rows.stop - rows.start, len(contributions)), dtype=np.int8) * 2.0 - 1.0
-        count += (np.abs(signs @ contributions) >= threshold).sum(axis=0)
-    return np.where(np.isnan(observed), np.nan, (count + 1) / (draws + 1))
+    threshold = observed[defined] - 1e-9 * size[defined]
+    count = np.zeros(len(defined))
+    for rows in _row_chunks(draws, max(tested.shape)):
+        count += (np.abs((signs[rows] * 2.0 - 1.0) @ tested) >= threshold).sum(axis=0)
+    p_values[defined] = (count + 1) / (draws + 1)
+    return p_values
 
 
 def paired_permutation_test(majority_change, minority_change, draws: int = 9999, seed=0) -> float:
@@ -414,6 +507,7 @@ def permutation_p_value(observed: float, permuted: np.ndarray) -> float:
     """Two-sided (count + 1) / (draws + 1); an undefined draw counts as extreme. NaN if `observed` is undefined."""
     if not np.isfinite(observed):
         return float("nan")
-    size = np.abs(permuted)
-    extreme = ~(size < abs(observed) - 1e-9 * max(abs(observed), np.nanmax(size, initial=0.0)))
+    size = np.abs(np.asarray(permuted, dtype=np.float64))
+    largest = size[np.isfinite(size)].max(initial=abs(observed))
+    extreme = ~(size < abs(observed) - 1e-9 * largest)
     return float((extreme.sum() + 1) / (len(permuted) + 1))

@@ -16,7 +16,8 @@ import polars as pl
 from excise.errors import ExciseError
 from excise.report import (
     ALL_VARIATIONS,
-    COMPARABLE,
+    COLLAPSED,
+    FEW,
     MISSING,
     NO_COMPARISON,
     PROMPT_SPECIFIC,
@@ -25,15 +26,24 @@ from excise.report import (
     Estimate,
     MaskName,
     MetricTable,
+    at_most,
     density_text,
+    few_names_warning,
+    floor_text,
     interval_text,
     level_label,
     listed,
     mask_order,
+    per_cent,
     percent_text,
+    ratio_text,
+    reaches,
+    read_estimate,
     read_metrics,
-    scaled,
+    standing_out,
+    unpruned_gap,
 )
+from excise.thresholds import INLIER_TOLERANCE, Thresholds, stored_thresholds
 
 LEVELS = (PROMPT_SPECIFIC, "within_context", "cross_context", "all_contexts")
 OWN_SCENARIO = "own_scenario"
@@ -45,16 +55,21 @@ PUBLISHED = (
     "fasp", "fairness_only", "performance_only", "magnitude", "gradient", "random_heads",
 )  # fmt: skip
 """The papers' strategies, by what stands before a dash and a number."""
-EQUAL_USEFULNESS = 0.95
 
 BEATS_RANDOM = "beats random"
 NOT_BEYOND = "not beyond random"
 NO_YARDSTICK = "no yardstick"
-NOTHING_TO_REDUCE = "nothing to reduce"
+NO_REDUCTION = "no reduction"
+NO_GAP = "no gap detectable"
+NO_GAP_ON_AVERAGE = "no gap on average"
 NO_CONTROL = "no random control"
 NO_INTERVAL = "no interval"
 NO_ANSWERS = "no answers left to compare"
 NO_MASK = "no mask"
+ANSWERS_COLLAPSED = "answers collapsed"
+
+Judged = Mapping[tuple[str, str], Thresholds]
+"""What the audit of a (model, scenario) was judged by."""
 
 _MODELS = ("planted-general", "planted-specific", "planted-neutral")
 _POOLED = "(others)"
@@ -75,9 +90,9 @@ def results_markdown(
     grid: pl.DataFrame,
     localisation: pl.DataFrame,
     overlap: pl.DataFrame,
+    thresholds: pl.DataFrame,
     *,
     scenarios: Sequence[str] = (PLANTED_SCENARIO,),
-    inlier_floor: float = EQUAL_USEFULNESS,
     published: Sequence[str] = PUBLISHED,
 ) -> str:
     """The whole page as Markdown.
@@ -85,11 +100,12 @@ def results_markdown(
     metrics, masks, transfer, grid, overlap: rows of the tables `metrics`, `masks`, `transfer_matrix`, `grid_search` and
     `mask_overlap`, of one or more models. localisation: one row per mask with model, strategy, level, matched_to and
     the fields of `planted.localisation.EnergyShare`. Any may be empty: its section is then one sentence. `masks` only
-    tells heads from weights.
-    scenarios: those that get tables of all masks; the first is compared at equal usefulness, at inlier ratio
-    `inlier_floor`. published: strategies that are not ours.
+    tells heads from weights. thresholds: rows of that table, what each audit and grid search was judged by.
+    scenarios: those that get tables of all masks; the first is compared at equal usefulness, at the floor of the inlier
+    ratio of its grid search. published: strategies that are not ours.
 
-    Raises ExciseError where a frame lacks a column or gives a figure twice.
+    Raises ExciseError where a frame lacks a column or gives a figure twice, and where the thresholds of a partition are
+    not there.
     """
     for name, frame in (("transfer", transfer), ("grid", grid), ("localisation", localisation), ("overlap", overlap)):
         missing = [column for column in _COLUMNS[name] if column not in frame.columns]
@@ -97,16 +113,36 @@ def results_markdown(
             raise ExciseError(f"results: the frame {name} lacks the column(s) {', '.join(missing)}")
     tables = _metric_tables(metrics, scenarios)
     heads = _strategies_of_heads(masks)
+    judged = {
+        (model, scenario): stored_thresholds(thresholds, asset="evaluation_metrics", model=model, scenario=scenario)
+        for model, scenario in sorted(
+            {*tables, *(transfer.select("model", "scenario").rows() if len(transfer) else ())}
+        )
+    }
     sections = [
-        _GUIDE,
-        "## What each mask removes\n\n" + _masks_section(tables, heads),
-        "## Expected and found\n\n" + _expectation_section(tables),
-        "## At equal usefulness\n\n" + _equal_usefulness_section(tables, grid, scenarios[0], inlier_floor, published),
-        "## From one scenario to another\n\n" + _transfer_section(transfer),
+        "## What each mask removes\n\n" + _masks_section(tables, heads, judged),
+        "## Expected and found\n\n" + _expectation_section(tables, judged),
+        "## At equal usefulness\n\n" + _equal_usefulness_section(tables, grid, scenarios[0], thresholds, published),
+        "## From one scenario to another\n\n" + _transfer_section(transfer, judged),
         "## Where the masks lie, against where the change was planted\n\n" + _localisation_section(localisation),
         "## What masks share\n\n" + _overlap_section(overlap),
     ]
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join([_guide(judged, sections, tables), *sections]) + "\n"
+
+
+def _guide(judged: Judged, sections: Sequence[str], tables: Mapping[tuple[str, str], MetricTable]) -> str:
+    """How to read the page: the verdicts by the thresholds the audits were judged by."""
+    guide = _GUIDE.format(apart=_apart(judged))
+    if any(FEW in section for section in sections):
+        names = [each.names for table in tables.values() for each in table.estimates.values() if each.few_names]
+        guide += f"\n* {FEW} {few_names_warning(min(names)) if names else 'The interval comes from few names.'}"
+    return guide
+
+
+def _apart(judged: Judged) -> str:
+    """The largest difference of comparable inlier ratios, of all audits."""
+    tolerances = sorted({each.inlier_tolerance for each in judged.values()} or {INLIER_TOLERANCE})
+    return " or ".join(map(floor_text, tolerances)) + (", as the audit was set," if len(tolerances) > 1 else "")
 
 
 _GUIDE = f"""# Results
@@ -133,40 +169,51 @@ only with masks from purchases, and claims nothing on the third.
 * Brackets hold 95 % intervals from resampled names. Levels: *prompt-specific* masks come from the variation they are
   judged on, *within-context* masks from all other variations of the scenario, *cross-context* masks from all other
   scenarios, *all-contexts* masks from all scenarios, the judged one among them (ours).
-* Verdicts: *{BEATS_RANDOM}*: the interval beyond random lies above 0 and the inlier ratios of mask and control are at
-  most {COMPARABLE:.2f} apart. *{NO_YARDSTICK}*: they are further apart, so the two are different kinds of damage.
-  *{NOT_BEYOND}*: the interval reaches 0 or lies below it; an effect was not shown, which does not prove that there is
-  none. *{NOTHING_TO_REDUCE}*: the interval of the unpruned gap covers 0."""
+* Verdicts: *{BEATS_RANDOM}*: the interval beyond random lies above 0, the gap is reduced, and the inlier ratios of mask
+  and control are at most {{apart}} apart. *{NO_YARDSTICK}*: they are further apart, so the two are different kinds of
+  damage. *{NOT_BEYOND}*: the interval reaches 0 or lies below it; an effect was not shown, which does not prove that
+  there is none. *{NO_REDUCTION}*: the mask widens the gap, if less than random ones do. *{NO_GAP}*: the interval of the
+  unpruned gap covers 0, which does not prove that there is none. *{NO_GAP_ON_AVERAGE}*: it covers 0, but single
+  variations have a gap. *{ANSWERS_COLLAPSED}*: under the mask a group answers (nearly) always the same."""
 
 
 # ------------------------------------------------------------------------------------------------------------ verdicts
 
 
-def verdict(table: MetricTable, where: str, mask: MaskName) -> str:
+def verdict(table: MetricTable, where: str, mask: MaskName, tolerance: float = INLIER_TOLERANCE) -> str:
     """What the figures of a mask allow to say, in the words of the reading guide (method, part C).
 
-    where: a variation, or "(all)". Every reduction is undefined where there was nothing to reduce; where only this
-    mask's is, too few of its answers parsed.
+    where: a variation, or "(all)". tolerance: the setting `inlier_tolerance` of the audit. Every reduction is undefined
+    where no gap is detectable; where only this mask's is, too few of its answers parsed or they are all the same.
     """
-    beyond = table.get(where, mask, "reduction_over_random")
-    if table.get(where, mask, "gap_reduction").value is None:
-        if not table.get(where, UNPRUNED_MASK, "smd").has_interval:
+    if table.collapsed(where, mask):
+        return ANSWERS_COLLAPSED
+    reduction, beyond = (table.get(where, mask, metric) for metric in ("gap_reduction", "reduction_over_random"))
+    if reduction.value is None:
+        if not unpruned_gap(table, where)[1].has_interval:
             return NO_INTERVAL
-        others = (table.get(where, each, "gap_reduction").value for each in table.masks)
-        return NOTHING_TO_REDUCE if all(value is None for value in others) else NO_ANSWERS
+        others = [each for each in table.masks if not table.collapsed(where, each)]
+        unanswered = table.has(where, mask, "gap_mean") and table.get(where, mask, "gap_mean").value is None
+        if unanswered or any(table.get(where, each, "gap_reduction").value is not None for each in others):
+            return NO_ANSWERS
+        return NO_GAP_ON_AVERAGE if where == ALL_VARIATIONS and standing_out(table) else NO_GAP
+    if table.collapsed(where, mask.control):
+        return NO_YARDSTICK
     if beyond.value is None:
         return NO_CONTROL
-    if not table.comparable(where, mask):
+    if not table.comparable(where, mask, tolerance):
         return NO_YARDSTICK
     if not beyond.has_interval:
         return NO_INTERVAL
-    return BEATS_RANDOM if beyond.low > 0 else NOT_BEYOND
+    if beyond.low <= 0:
+        return NOT_BEYOND
+    return BEATS_RANDOM if reduction.value > 0 else NO_REDUCTION
 
 
 def expected_verdict(model: str, scenario: str, level: str) -> str | None:
     """What a method that finds the planted bias shows; None for a model without a known truth."""
     if model == "planted-neutral" or (model == "planted-specific" and scenario != PLANTED_SCENARIO):
-        return NOTHING_TO_REDUCE
+        return NO_GAP
     if model == "planted-specific":
         return NOT_BEYOND if level == "cross_context" else BEATS_RANDOM
     return BEATS_RANDOM if model == "planted-general" else None
@@ -175,7 +222,7 @@ def expected_verdict(model: str, scenario: str, level: str) -> str | None:
 # ------------------------------------------------------------------------------------------------------------ sections
 
 
-def _masks_section(tables: Mapping[tuple[str, str], MetricTable], heads: set[tuple[str, str]]) -> str:
+def _masks_section(tables: Mapping[tuple[str, str], MetricTable], heads: set[tuple[str, str]], judged: Judged) -> str:
     if not tables:
         return "No masks were evaluated yet."
     parts = []
@@ -184,10 +231,10 @@ def _masks_section(tables: Mapping[tuple[str, str], MetricTable], heads: set[tup
         before = {metric: table.get(where, UNPRUNED_MASK, metric) for metric in ("smd", "inlier_ratio", "gap_mean")}
         one = len(table.variations) == 1
         scope = table.variations[0] if one else f"all {len(table.variations)} variations"
-        told = f"Unpruned, {scope}: SMD {interval_text(before['smd'], decimals=2)}"
+        unpruned = f"Unpruned, {scope}: SMD {interval_text(before['smd'], decimals=2)}"
         if one:
-            told += f", raw gap {interval_text(before['gap_mean'])}"
-        told += f", inlier ratio {_ratio(before['inlier_ratio'])}."
+            unpruned += f", raw gap {interval_text(before['gap_mean'])}"
+        unpruned += f", inlier ratio {_ratio(before['inlier_ratio'])}."
         header = [
             "mask", "level", "density", *(["raw gap"] if one else []), "gap reduction, %", "beyond random, points",
             "SMD", "inlier ratio: mask, random", "verdict",
@@ -205,21 +252,27 @@ def _masks_section(tables: Mapping[tuple[str, str], MetricTable], heads: set[tup
                 density += " of heads"
             gap = f"{interval_text(Estimate(before['gap_mean'].value))} → {interval_text(of('gap_mean'))}"
             is_random = mask.strategy == RANDOM
+            told = "" if is_random else verdict(table, where, mask, judged[model, scenario].inlier_tolerance)
+            collapsed = bool(table.collapsed(where, mask))
             control = "" if is_random else f", {_ratio(table.get(where, mask.control, 'inlier_ratio'))}"
             rows.append([
                 f"· {mask.strategy}" if mask.is_control else f"**{mask.strategy}**", level_label(mask.level), density,
-                *([gap] if one else []), _in_percent(of("gap_reduction")),
-                _in_percent(of("reduction_over_random"), signed=True),
+                *([gap] if one else []), COLLAPSED if collapsed else per_cent(of("gap_reduction")),
+                "-" if collapsed else per_cent(of("reduction_over_random"), signed=True),
                 f"{interval_text(Estimate(before['smd'].value), decimals=2)} → {interval_text(of('smd'), decimals=2)}",
-                _ratio(of("inlier_ratio")) + control, "" if is_random else verdict(table, where, mask),
+                _ratio(of("inlier_ratio")) + control, told,
             ])  # fmt: skip
-        parts += [f"### {model}, {scenario}", told, _markdown(header, rows) if rows else "No masks were evaluated yet."]
+        parts += [
+            f"### {model}, {scenario}",
+            unpruned,
+            _markdown(header, rows) if rows else "No masks were evaluated yet.",
+        ]
     if any(mask.level not in (*LEVELS, "none") for table in tables.values() for mask in table.masks):
         parts.append("Masks that come from one other scenario alone stand under *From one scenario to another*.")
     return "\n\n".join(parts)
 
 
-def _expectation_section(tables: Mapping[tuple[str, str], MetricTable]) -> str:
+def _expectation_section(tables: Mapping[tuple[str, str], MetricTable], judged: Judged) -> str:
     known = {place: table for place, table in tables.items() if expected_verdict(*place, LEVELS[0]) is not None}
     strategies = list(dict.fromkeys(
         mask.strategy for table in known.values() for mask in table.masks
@@ -236,11 +289,13 @@ def _expectation_section(tables: Mapping[tuple[str, str], MetricTable]) -> str:
             cells = []
             for strategy in strategies:
                 mask = MaskName(strategy, level)
-                found = verdict(table, where, mask) if mask in present else NO_MASK
-                if found in (BEATS_RANDOM, NOT_BEYOND, NOTHING_TO_REDUCE):
+                tolerance = judged[model, scenario].inlier_tolerance
+                found = verdict(table, where, mask, tolerance) if mask in present else NO_MASK
+                if found in (BEATS_RANDOM, NOT_BEYOND, NO_REDUCTION, NO_GAP, NO_GAP_ON_AVERAGE):
+                    as_expected = (NOT_BEYOND if found == NO_REDUCTION else found) == expected
                     decided[strategy] += 1
-                    agreed[strategy] += found == expected
-                    cells.append(f"{'yes' if found == expected else '**no**'}: {found}")
+                    agreed[strategy] += as_expected
+                    cells.append(f"{'yes' if as_expected else '**no**'}: {found}")
                 else:
                     cells.append(f"open: {found}")
             rows.append([model, scenario, level_label(level), expected, *cells])
@@ -257,7 +312,7 @@ def _equal_usefulness_section(
     tables: Mapping[tuple[str, str], MetricTable],
     grid: pl.DataFrame,
     scenario: str,
-    floor: float,
+    thresholds: pl.DataFrame,
     published: Sequence[str],
 ) -> str:
     if not grid.is_empty():
@@ -265,12 +320,15 @@ def _equal_usefulness_section(
     if grid.is_empty():
         return "No grid search was run yet, so strategies cannot be compared at equal usefulness."
     parts = [
-        f"Masks in {scenario} at an inlier ratio of {floor:.2f} or more: for a strategy with two thresholds the point "
-        "of its grid with the smallest raw gap (prompt-specific masks), for all strategies their masks as configured, "
-        "of every level. A point of a grid is picked by the very answers it is judged on, which flatters it."
+        f"Masks in {scenario} at the floor of the inlier ratio or above it: for a strategy with two thresholds the "
+        "point of its grid with the smallest raw gap (prompt-specific masks), for all strategies their masks as "
+        "configured, of every level. A point of a grid is picked by the very answers it is judged on, which flatters "
+        "it."
     ]
     for model in _ordered(grid["model"]):
-        parts.append(f"### {model}")
+        floor = stored_thresholds(thresholds, asset="grid_search", model=model, scenario=scenario).inlier_floor
+        parts += [f"### {model}", f"Floor of the inlier ratio: {floor_text(floor)}."]
+        collapsed = []
         found, short = _grid_rows(grid.filter(pl.col("model") == model), floor)
         table = tables.get((model, scenario))
         for mask in table.masks if table else ():
@@ -280,7 +338,9 @@ def _equal_usefulness_section(
             ratio, reduction, smd, density = (
                 table.get(where, mask, metric) for metric in ("inlier_ratio", "gap_reduction", "smd", "density")
             )
-            if ratio.value is None or ratio.value < floor:
+            if table.collapsed(where, mask):
+                collapsed.append(f"{mask.strategy} {level_label(mask.level)}")
+            elif not reaches(ratio.value, floor):
                 short.append(f"{mask.strategy} {level_label(mask.level)} ({_ratio(ratio)})")
             else:
                 kind = f"{level_label(mask.level)}, as configured"
@@ -290,13 +350,15 @@ def _equal_usefulness_section(
             header = ["strategy", "", "mask", "variations", "density", "gap reduction, %", "SMD", "inlier ratio"]
             rows = [
                 [strategy, "published" if strategy.partition("-")[0] in published else "ours", thresholds, str(count),
-                 density_text(density), _in_percent(reduction), interval_text(smd, decimals=2), _ratio(ratio)]
+                 density_text(density), per_cent(reduction), interval_text(smd, decimals=2), _ratio(ratio)]
                 for strategy, thresholds, count, density, reduction, smd, ratio in found
             ]  # fmt: skip
             parts.append(_markdown(header, rows))
         parts.append(_compared(found, floor, published))
         if short:
             parts.append(f"Below the floor: {listed(short)}.")
+        if collapsed:
+            parts.append(f"Answers of a group collapse to one number, which is damage: {listed(collapsed)}.")
     return "\n\n".join(parts)
 
 
@@ -313,15 +375,15 @@ def _grid_rows(grid: pl.DataFrame, floor: float) -> tuple[list[tuple], list[str]
         chosen = own.filter(pl.col("chosen"))
         if chosen.is_empty():
             best = own.filter(pl.col("metric") == "inlier_ratio")["estimate"].max()
-            if best is not None and best >= floor:
-                short.append(f"{strategy} at no point, as there was no gap to choose by")
+            if reaches(best, floor):
+                short.append(f"{strategy} at no point, as no gap was detectable to choose by or answers collapsed")
             else:
                 short.append(f"{strategy} at every point of its grid (at most {_ratio(Estimate(best))})")
             continue
         first = chosen.row(0, named=True)
         if chosen.select("tau_min", "tau_maj").n_unique() > 1:
             raise ExciseError(f"results: the grid of {strategy} has more than one chosen point; run it again")
-        figures = {row["metric"]: _estimate(row) for row in chosen.iter_rows(named=True)}
+        figures = {row["metric"]: read_estimate(row) for row in chosen.iter_rows(named=True)}
         found.append((
             strategy, f"thresholds {first['tau_min']:g} / {first['tau_maj']:g}", len(variations),
             Estimate(first["density"]),
@@ -336,30 +398,40 @@ def _compared(found: list[tuple], floor: float, published: Sequence[str]) -> str
     for row in known:
         of[row[0].partition("-")[0] in published].append(row)
     best = {side: next(iter(rows), None) for side, rows in of.items()}
-    told = {
-        side: row and f"{row[0]} ({row[1]}), removes {percent_text(row[4])} of the raw gap"
-        for side, row in best.items()
-    }
+    told = {side: row and f"{row[0]} ({row[1]}), {_removes(row[4])}" for side, row in best.items()}
     if best[True] is None and best[False] is None:
-        return f"At inlier ratio {floor:.2f} or more there is nothing to compare."
+        return f"At inlier ratio {floor_text(floor)} or more there is nothing to compare."
     if best[True] is None:
         return f"The best of ours, {told[False]}; of the published strategies there is no figure at this usefulness."
     if best[False] is None:
         return f"The best published one, {told[True]}; of ours there is no figure at this usefulness."
-    ahead = 100 * (best[False][4].value - best[True][4].value)
+    first, second = best[False][4], best[True][4]
+    ahead = 100 * (first.value - second.value)
     side = "more" if ahead >= 0 else "less"
-    return (f"The best of ours, {told[False]}; the best published one, {told[True]}: ours removes {abs(ahead):.0f} "
-            f"percentage points {side}.")  # fmt: skip
+    if not (first.has_interval and second.has_interval):
+        doubt = ", without an interval"
+    else:
+        doubt = ", though their intervals overlap" if first.low <= second.high and second.low <= first.high else ""
+    return (
+        f"The best of ours, {told[False]}; the best published one, {told[True]}: ours removes {abs(ahead):.0f} "
+        f"percentage points {side}{doubt}."
+    )
 
 
-def _transfer_section(transfer: pl.DataFrame) -> str:
+def _removes(reduction: Estimate) -> str:
+    if reduction.value <= 0:
+        return f"does not reduce the raw gap ({percent_text(reduction)})"
+    return f"removes {percent_text(reduction)} of the raw gap"
+
+
+def _transfer_section(transfer: pl.DataFrame, judged: Judged) -> str:
     if transfer.is_empty():
         return "No transfer between scenarios was evaluated yet."
     parts = [
         "Reduction beyond random, in percentage points with its interval: rows are the scenario the masks come from, "
         f"columns the one they are judged on, {_POOLED} are all scenarios but that one. On the diagonal stand "
         f"within-context masks. `{NO_COMPARISON}`: inlier ratios of mask and random control are more than "
-        f"{COMPARABLE:.2f} apart. A dash: nothing to reduce, or not evaluated."
+        f"{_apart(judged)} apart. A dash: no gap detectable, answers that collapsed, or not evaluated."
     ]
     for model in _ordered(transfer["model"]):
         of_model = transfer.filter(pl.col("model") == model).with_columns(pl.col("source").fill_null(_POOLED))
@@ -369,19 +441,23 @@ def _transfer_section(transfer: pl.DataFrame) -> str:
             if key in figures:
                 raise ExciseError(f"results: the transfer of {row['strategy']} from {row['source']} to "
                                   f"{row['scenario']} gives {row['metric']} twice")  # fmt: skip
-            figures[key] = _estimate(row)
+            figures[key] = read_estimate(row)
         sources, scenarios = (
             sorted(set(of_model[side]), key=lambda key: (key == _POOLED, key != PLANTED_SCENARIO, key))
             for side in ("source", "scenario")
         )
         for strategy in sorted(set(of_model.filter(pl.col("matched_to").is_null())["strategy"])):
 
-            def cell(source: str, scenario: str, strategy: str = strategy, figures: Mapping = figures) -> str:
+            def cell(
+                source: str, scenario: str, strategy: str = strategy, figures: Mapping = figures, model: str = model
+            ) -> str:
                 beyond = figures.get((strategy, None, source, scenario, "reduction_over_random"), MISSING)
                 ratios = [figures.get((*mask, source, scenario, "inlier_ratio"), MISSING).value
                           for mask in ((strategy, None), (RANDOM, strategy))]  # fmt: skip
-                apart = beyond.value is not None and None not in ratios and abs(ratios[0] - ratios[1]) > COMPARABLE
-                return _in_percent(beyond, signed=True) + (NO_COMPARISON if apart else "")
+                tolerance = judged[model, scenario].inlier_tolerance
+                known = beyond.value is not None and None not in ratios
+                apart = known and not at_most(abs(ratios[0] - ratios[1]), tolerance)
+                return per_cent(beyond, signed=True) + (NO_COMPARISON if apart else "")
 
             own = of_model.filter((pl.col("strategy") == strategy) & pl.col("matched_to").is_null())
             there = [source for source in sources if source in set(own["source"])]
@@ -490,17 +566,8 @@ def _ordered(models: Iterable[str]) -> list[str]:
     return sorted(set(models), key=lambda model: (_MODELS.index(model) if model in _MODELS else len(_MODELS), model))
 
 
-def _estimate(row: Mapping) -> Estimate:
-    return Estimate(*(None if row[key] is None or math.isnan(row[key]) else row[key] for key in
-                      ("estimate", "low", "high")))  # fmt: skip
-
-
-def _in_percent(estimate: Estimate, *, signed: bool = False) -> str:
-    return interval_text(scaled(estimate, 100.0), decimals=0, signed=signed)
-
-
 def _ratio(estimate: Estimate) -> str:
-    return interval_text(Estimate(estimate.value), decimals=2)
+    return ratio_text(estimate.value)
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -202,9 +202,11 @@ def fasp(
 
     `perplexity_without` and `bias_without` hold the perplexity and the bias of the model after removing each of N
     heads, as [N] or [layers, heads]. The `int(gamma * N)` heads whose removal raises perplexity most are protected;
-    of the others the `int(N * alpha)` with the lowest bias are pruned. Equal scores are ranked by layer, then head.
-    `paper_ties` prunes every candidate whose bias equals the highest pruned one, as the released code does, and so
-    can prune more heads than asked for.
+    of the others the `int(N * alpha)` with the lowest bias are pruned, exactly so many. Equal scores are ranked by
+    layer, then head. Fractions are taken for the decimal numbers they stand for: .29 of 100 heads are 29.
+    `paper_ties` takes ties at both thresholds, as the released code does: candidates are all heads whose perplexity is
+    at or below the `N - int(gamma * N)`-th lowest, and pruned are all candidates whose bias is at or below the
+    `int(N * alpha)`-th lowest among them. So fewer heads may be protected and more pruned than asked for.
 
     Returns flat indices (layer * heads + head), ascending.
 
@@ -214,20 +216,24 @@ def fasp(
     heads = perplexity.size
     if heads == 0:
         raise ExciseError("perplexity_without holds no heads")
-    pruned = _count("alpha", alpha, heads)
-    protected = _count("gamma", gamma, heads)
+    pruned = _count("alpha", alpha, heads, _ROUNDING)
+    protected = _count("gamma", gamma, heads, _ROUNDING)
     if alpha + gamma > 1 + _ROUNDING or pruned > heads - protected:
         raise ExciseError(
             f"alpha ({alpha:g}) and gamma ({gamma:g}) ask to prune {pruned} and to protect {protected} "
             f"of {heads} heads: their sum may be 1 at most"
         )
+    candidates = _lowest(perplexity.reshape(-1), heads - protected, paper_ties)
+    return candidates[_lowest(bias.reshape(-1)[candidates], pruned, paper_ties)]
+
+
+def _lowest(scores: NDArray, count: int, ties: bool) -> NDArray[np.int64]:
+    """Indices of the `count` lowest scores, ascending; ties: and of all that equal the highest of them."""
     # A stable sort of the flat, row-major array ranks equal scores by layer, then head.
-    candidates = np.sort(np.argsort(perplexity.reshape(-1), kind="stable")[: heads - protected])
-    candidate_bias = bias.reshape(-1)[candidates]
-    ranking = np.argsort(candidate_bias, kind="stable")
-    if paper_ties and pruned:
-        return candidates[candidate_bias <= candidate_bias[ranking[pruned - 1]]].astype(np.int64)
-    return np.sort(candidates[ranking[:pruned]]).astype(np.int64)
+    ranking = np.argsort(scores, kind="stable")
+    if ties and count:
+        return np.flatnonzero(scores <= scores[ranking[count - 1]]).astype(np.int64)
+    return np.sort(ranking[:count]).astype(np.int64)
 
 
 def _top(name: str, array: NDArray, count: int, among: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
@@ -280,7 +286,7 @@ def _pair(first_name: str, first: ArrayLike, second_name: str, second: ArrayLike
     return a, b
 
 
-def _count(name: str, fraction: float, size: int) -> int:
+def _count(name: str, fraction: float, size: int, rounding: float = 0.0) -> int:
     if not 0 <= fraction <= 1:  # also refuses NaN
         raise ExciseError(f"{name} is {fraction:g}: it is a fraction between 0 and 1")
-    return int(fraction * size)
+    return int(fraction * size + rounding)

@@ -16,6 +16,9 @@ import numpy as np
 
 from excise.errors import ExciseError
 
+NO_ROOM = "free space on its disk, or set EXCISE_DATA to a folder you may write to"
+"""What to do where a file cannot be written."""
+
 
 def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors as safetensors, in full or not at all; folders are made where they lack.
@@ -39,7 +42,27 @@ def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappin
                 if path.parent.is_dir() or not tries_left:
                     raise
     except (OSError, SafetensorError) as error:
-        raise ExciseError(f"{path}: cannot be written ({error}); free space or move EXCISE_DATA") from error
+        raise ExciseError(f"{path}: cannot be written ({error}); {NO_ROOM}") from error
     finally:
         with suppress(OSError):  # it has its name by now, or there never was a folder for it
             partial.unlink()
+
+
+def load_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Read what `save_tensors` has written. Raises FileNotFoundError where there is no file.
+
+    Raises ExciseError, saying whether the file is out of reach or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ExciseError(f"{path}: cannot be read ({error}); mend its permissions or the disk") from error
+    except SafetensorError as error:
+        raise ExciseError(
+            f"{path}: is damaged ({error}); delete this file, and what was in it is made again"
+        ) from error

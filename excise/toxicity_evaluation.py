@@ -24,6 +24,7 @@ CLUSTERS = ("subject", "template", "both")
 _COMPLETIONS = ("model", "scenario", "variation", "template", "group", "subject", "prompt_id", "sample", "value")
 _PERPLEXITY = (*CONDITION, "variation", "draw", "perplexity", "low", "high")
 _SUBJECTS, _TEMPLATES, _LABELS = range(3)  # streams of random numbers
+_WINSORIZE = (0.05, 0.95)  # of a subgroup's scores, for their spread
 _CELLS_AT_ONCE = 1 << 22
 
 __all__ = ["CLUSTERS", "SCHEMA", "bias_from_sums", "debiased_bias", "evaluate_toxicity", "folded_noise"]
@@ -36,19 +37,24 @@ def bias_from_sums(sums: ArrayLike, counts: ArrayLike) -> NDArray[np.float64]:
     """sum_s |t_axis - t_s| from each subgroup's sum and number of scores (FASP, section 3; method, B1).
 
     sums, counts: [..., subgroups]; returns [...]. Equals `excise.metrics.toxicity_bias` of the scores written out. NaN
-    where a subgroup has no score: a sum over fewer subgroups is another quantity.
+    where a subgroup has no score: a sum over fewer subgroups is another quantity. NaN without subgroups, too.
     """
-    return np.abs(_deviations(np.asarray(sums, np.float64), np.asarray(counts, np.float64))).sum(axis=-1)
+    deviations = _deviations(np.asarray(sums, np.float64), np.asarray(counts, np.float64))
+    with np.errstate(over="ignore", invalid="ignore"):
+        bias = np.abs(deviations).sum(axis=-1)
+    return np.where(np.isfinite(bias) & (deviations.shape[-1] > 0), bias, np.nan)
 
 
 def debiased_bias(deviations: ArrayLike, variances: ArrayLike) -> NDArray[np.float64]:
     """sum_s |d_s| less its `folded_noise`, [...]. May be negative: then there is less than noise alone would give."""
-    return np.abs(np.asarray(deviations, np.float64)).sum(axis=-1) - folded_noise(deviations, variances)
+    with np.errstate(over="ignore", invalid="ignore"):
+        debiased = np.abs(np.asarray(deviations, np.float64)).sum(axis=-1) - folded_noise(deviations, variances)
+    return np.where(np.isfinite(debiased), debiased, np.nan)
 
 
 def _deviations(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """t_s - t_axis, [..., subgroups]."""
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         return sums / counts - sums.sum(axis=-1, keepdims=True) / counts.sum(axis=-1, keepdims=True)
 
 
@@ -107,16 +113,25 @@ class _Axis:
 @dataclass(frozen=True)
 class _Scores:
     """Scores of one variation (or several) under one mask, summed per subject and template, float64 [subjects,
-    templates] each: sum of the scores, number of scores, scores above the threshold, continuations."""
+    templates] each: sum of the scores, number of scores, scores above the threshold, continuations. spread_ratio: share
+    of the unpruned scores' spread that is left, the smallest over subgroups and variations; infinite where there was
+    none."""
 
     total: NDArray[np.float64]
     scored: NDArray[np.float64]
     toxic: NDArray[np.float64]
     answers: NDArray[np.float64]
+    spread_ratio: float
 
     def __add__(self, other: "_Scores") -> "_Scores":
         return _Scores(self.total + other.total, self.scored + other.scored, self.toxic + other.toxic,
-                       self.answers + other.answers)  # fmt: skip
+                       self.answers + other.answers,
+                       float(np.minimum(self.spread_ratio, other.spread_ratio)))  # fmt: skip
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether a subgroup's scores became all the same, or are too few to tell."""
+        return not self.spread_ratio > m.ROUNDING
 
 
 def _axis(completions: pl.DataFrame, subgroups: Sequence[str], cluster: str, resamples: int, seed: int) -> _Axis:
@@ -137,8 +152,27 @@ def _axis(completions: pl.DataFrame, subgroups: Sequence[str], cluster: str, res
     )  # fmt: skip
 
 
-def _scores(frame: pl.DataFrame, axis: _Axis, threshold: float, where: str, column: str = "value") -> _Scores:
-    """Sum up a frame of continuations. Raises ExciseError for what the unpruned completions do not have."""
+def _spreads(
+    frame: pl.DataFrame, axis: _Axis, before: Sequence[ev.Spread] | None = None
+) -> tuple[ev.Spread, ...]:  # fmt: skip
+    """Standard deviation of each subgroup's scores, clipped as those of the unpruned model, `before`."""
+    one, found = np.ones((1, 1)), []
+    for number, name in enumerate(axis.subgroups):
+        values = frame.filter(pl.col("group") == name)["value"].cast(pl.Float64).fill_null(np.nan).to_numpy()
+        sample = m.named_answers(values, np.zeros(len(values)), 1)
+        moments = m.weighted_moments(sample, one, _WINSORIZE)
+        found.append(ev.spread_of(sample, one, moments, _WINSORIZE, None if before is None else before[number]))
+    return tuple(found)
+
+
+def _scores(
+    frame: pl.DataFrame, axis: _Axis, threshold: float, where: str, column: str = "value",
+    before: Sequence[ev.Spread] | None = None,
+) -> _Scores:  # fmt: skip
+    """Sum up a frame of continuations. before: spreads of the unpruned model's, under a mask.
+
+    Raises ExciseError for what the unpruned completions do not have.
+    """
     lacking = [name for name in axis.subgroups if name not in set(frame["group"].unique())]
     if lacking:
         raise ExciseError(f"{where}: no completions for the subgroup {lacking[0]!r}; sample it, or leave it out")
@@ -159,7 +193,11 @@ def _scores(frame: pl.DataFrame, axis: _Axis, threshold: float, where: str, colu
         table = np.zeros((len(axis.subjects), len(axis.templates)))
         table[rows, columns] = sums[name].to_numpy()
         tables.append(table)
-    return _Scores(*tables)
+    ratio = np.inf
+    if before is not None:
+        after = _spreads(frame, axis, before)
+        ratio = float(np.min([ev.spread_ratio(*each)[0] for each in zip(after, before, strict=True)]))
+    return _Scores(*tables, ratio)
 
 
 # --- noise and permutations -------------------------------------------------------------------------------------------
@@ -209,11 +247,13 @@ def _permuted_biases(scores: _Scores, axis: _Axis, draws: int, seed: int) -> NDA
     Where templates alone are resampled the descriptors of every template are relabelled by themselves. None where
     labels cannot matter: one descriptor in each subgroup, moved as a whole, gives the same bias under any label.
     """
-    rng = np.random.default_rng([seed, _LABELS])
     within = axis.subject_weights is None
     units, templates = scores.total.shape
-    if units == len(axis.subgroups) and not (within and templates > 1):
+    asked = np.flatnonzero(scores.answers.any(axis=1))  # of this variation: others must not take their labels
+    if len(asked) == len(axis.subgroups) and not (within and templates > 1):
         return None
+    # One stream for each template, so that no draw depends on how many are made at a time.
+    streams = [np.random.default_rng([seed, _LABELS, *place]) for place in (np.ndindex(templates) if within else [()])]
     result = np.empty(draws)
     step = max(1, _CELLS_AT_ONCE // scores.total.size)
     for start in range(0, draws, step):
@@ -223,14 +263,16 @@ def _permuted_biases(scores: _Scores, axis: _Axis, draws: int, seed: int) -> NDA
             order = np.broadcast_to(np.arange(units)[:, None], (size, units, templates)).copy()
             for template in range(templates):
                 there = np.flatnonzero(scores.answers[:, template] > 0)
-                order[:, there, template] = rng.permuted(np.broadcast_to(there, (size, len(there))), axis=1)
+                order[:, there, template] = streams[template].permuted(
+                    np.broadcast_to(there, (size, len(there))), axis=1
+                )
             sums, counts = (
                 np.einsum("dut,us->ds", np.take_along_axis(table[None], order, axis=1), axis.member)
                 for table in (scores.total, scores.scored)
             )
         else:
-            order = rng.permuted(np.broadcast_to(np.arange(units), (size, units)), axis=1)
-            sums, counts = (table.sum(axis=1)[order] @ axis.member for table in (scores.total, scores.scored))
+            order = streams[0].permuted(np.broadcast_to(asked, (size, len(asked))), axis=1)
+            sums, counts = (table.sum(axis=1)[order] @ axis.member[asked] for table in (scores.total, scores.scored))
         result[start : start + size] = bias_from_sums(sums, counts)
     return result
 
@@ -270,6 +312,19 @@ def _counted(scores: _Scores, axis: _Axis, metric: str) -> int:
     if name != metric:
         return int(scores.scored[axis.group == axis.subgroups.index(name)].sum())
     return int(scores.scored.sum())
+
+
+def _names_behind(parts: Sequence[_Scores], axis: _Axis, metric: str) -> int:
+    """What is resampled behind a metric, the fewest over the parts: descriptors of the subgroup that has fewest,
+    templates, or the fewer of both."""
+    found = []
+    for scores in parts:
+        there = (scores.answers if metric == "share_scored" else scores.scored) > 0
+        if axis.subject_weights is not None:
+            found.append(int((there.any(axis=1) @ axis.member).min()))
+        if axis.template_weights is not None:
+            found.append(int(there.any(axis=0).sum()))
+    return min(found)
 
 
 def _pooled(parts: Sequence[_Scores]) -> _Scores:
@@ -313,19 +368,27 @@ def evaluate_toxicity(
       * prompt_toxicity_bias, prompt_mean_toxicity (unpruned): of the prompts alone, each once: the scorer's own gap.
       * toxicity_bias_if_equal (unpruned): the bias when labels do not matter, mean and 95 % of the permutations.
         all_equal_covered: 1 where the observed bias is not above 95 % of them, else 0.
-      * bias_reduction = 1 - bias / unpruned bias. reduction_over_random: minus the mean reduction of the random draws
-        matched to the strategy at this level (to a control: those of its strategy). bias_change and
-        mean_toxicity_change: pruned less unpruned, so that negative is better.
+      * spread_ratio (pruned): standard deviation of a subgroup's scores over that of the unpruned ones, the smallest of
+        the subgroups', over draws and variations. Clipped at the 5th and 95th percentile. Null where the unpruned
+        scores do not vary. Unlike those of numbers, scores may well keep a small part of their spread: that of a model
+        that is hardly ever toxic any more.
+      * bias_reduction = 1 - bias / unpruned bias; null where spread_ratio is 0, as a model that writes the same for
+        every subgroup has no bias, and no use. reduction_over_random: minus the mean reduction of the random draws
+        matched to the strategy at this level (to a control: those of its strategy), null where one collapsed.
+        bias_change and mean_toxicity_change: pruned less unpruned, so that negative is better.
       * perplexity; perplexity_ratio: over the unpruned one. Several draws or variations: their mean, the bounds are the
         outermost.
       * density: the share of the weights (or heads) that is pruned, as in `excise.evaluation`.
-      * estimate: of all continuations; for several draws of a control, the mean over the draws.
+      * estimate: of all continuations; for several draws of a control, the mean over the draws, null if one lacks it.
       * low, high: 95 % percentile interval over resampled clusters (and draws, if several), the same ones for all
         masks. Null if a subgroup has one descriptor, or if there is one template, and then so are the reductions.
         That of toxicity_bias never reaches 0, as noise only adds to it: look at the debiased one and all_equal_covered.
       * p_value on toxicity_bias of the unpruned model: subgroup labels do not matter (`resamples` permutations of the
         descriptors over the subgroups, one-sided). p_holm: adjusted over the variations.
       * n: continuations counted, of all draws; draws for perplexity, masks for density.
+      * names: what is resampled and has a score (share_scored: a continuation): descriptors of the subgroup with the
+        fewest, or templates, or the fewer of both; the fewest over draws and, for changes and reductions, the unpruned
+        continuations. Null for perplexity and density.
 
     Raises ExciseError for missing columns, fewer than two subgroups, more than one model or scenario, an unknown
     cluster, and a variation without a subgroup's completions.
@@ -355,6 +418,7 @@ def evaluate_toxicity(
     unpruned = {
         name: _scores(frame, axis, threshold, f"{scenario}/{name}") for (name,), frame in variations.items()
     }  # fmt: skip
+    spreads = {name: _spreads(frame, axis) for (name,), frame in variations.items()}
     conditions: dict[Condition, dict[str, dict[object, _Scores]]] = {}
     parts = {} if pruned.is_empty() else pruned.sort("draw", maintain_order=True).partition_by(
         *CONDITION, "variation", "draw", as_dict=True, maintain_order=True
@@ -364,7 +428,7 @@ def evaluate_toxicity(
         if variation not in unpruned:
             raise ExciseError(f"{where}: no unpruned completions to compare with; sample the unpruned model first")
         drawn = conditions.setdefault(tuple(condition), {}).setdefault(variation, {})
-        drawn[draw] = _scores(frame, axis, threshold, where)
+        drawn[draw] = _scores(frame, axis, threshold, where, before=spreads[variation])
 
     table = ev.MetricRows(model, scenario, axis.resampled)
     texts = _perplexities(perplexity)
@@ -404,31 +468,34 @@ def _unpruned_rows(
         p_value = None
         if metric == "toxicity_bias" and permuted is not None and np.isfinite(values[0]):
             p_value = m.permutation_p_value(float(values[0]), permuted)
-        table.add(variation, UNPRUNED, metric, values, _counted(scores, axis, metric), p_value)
+        n, names = _counted(scores, axis, metric), _names_behind([scores], axis, metric)
+        table.add(variation, UNPRUNED, metric, values, n, p_value, names=names)
         if p_value is not None:
-            _equal_rows(table, variation, float(values[0]), permuted, _counted(scores, axis, metric))
+            _equal_rows(table, variation, float(values[0]), permuted, n, names)
     if prompts is not None:
         found = _bias_measures(prompts, axis)
         for metric, source in (("prompt_toxicity_bias", "toxicity_bias"), ("prompt_mean_toxicity", "mean_toxicity")):
-            table.add(variation, UNPRUNED, metric, found[source], int(prompts.scored.sum()))
+            names = _names_behind([prompts], axis, metric)
+            table.add(variation, UNPRUNED, metric, found[source], int(prompts.scored.sum()), names=names)
     _perplexity_rows(table, texts, variation, UNPRUNED)
     table.add(variation, UNPRUNED, "density", 0.0, 0)
 
 
-def _equal_rows(table: ev.MetricRows, variation: str, bias: float, permuted: np.ndarray, n: int) -> None:
+def _equal_rows(table: ev.MetricRows, variation: str, bias: float, permuted: np.ndarray, n: int, names: int) -> None:
     known = permuted[np.isfinite(permuted)]
-    if not len(known):
-        return
-    table.add(variation, UNPRUNED, "toxicity_bias_if_equal", float(known.mean()), n)
+    if len(known) < 0.95 * len(permuted):
+        return  # the others could lie anywhere, and so could the percentiles
+    table.add(variation, UNPRUNED, "toxicity_bias_if_equal", float(known.mean()), n, names=names)
     _bounds(table, *np.quantile(known, (0.025, 0.975)))
     # sums of the same numbers in another order may differ in the last digits
     covered = bias <= np.quantile(known, 0.95) * (1 + 1e-9)
-    table.add(variation, UNPRUNED, "all_equal_covered", float(covered), n)
+    table.add(variation, UNPRUNED, "all_equal_covered", float(covered), n, names=names)
 
 
 def _bounds(table: ev.MetricRows, low: float | None, high: float | None) -> None:
-    """Give the last row bounds that do not come from resampled clusters."""
-    table.rows[-1] |= {"low": ev.finite_or_none(low), "high": ev.finite_or_none(high)}
+    """Give the last row bounds that do not come from resampled clusters; none where its estimate is not defined."""
+    if table.rows[-1]["estimate"] is not None:
+        table.rows[-1] |= {"low": ev.finite_or_none(low), "high": ev.finite_or_none(high)}
 
 
 @dataclass(frozen=True)
@@ -450,10 +517,13 @@ class _Measured:
     def reduction(
         self, drawn: dict[str, dict[object, _Scores]], chosen: Sequence[str], before: np.ndarray
     ) -> np.ndarray | None:
-        """1 - bias pruned / bias unpruned, [resamples + 1]; the bias of several draws is their mean. None: no draw."""
-        biases = [bias_from_sums(self.axis.weighted(each.total), self.axis.weighted(each.scored))
-                  for each in self.after(drawn, chosen)]  # fmt: skip
-        return ev.reduction_of(before, ev.mean_over_draws(biases, self.seed)) if biases else None
+        """1 - bias pruned / bias unpruned, [resamples + 1]; the bias of several draws is their mean. None: no draw, or
+        one whose scores collapsed."""
+        draws = self.after(drawn, chosen)
+        if not draws or any(each.collapsed for each in draws):
+            return None
+        biases = [bias_from_sums(self.axis.weighted(each.total), self.axis.weighted(each.scored)) for each in draws]
+        return ev.reduction_of(before, ev.mean_over_draws(biases, self.seed))
 
 
 def _pruned_rows(
@@ -467,17 +537,23 @@ def _pruned_rows(
     before = measured.before(chosen)
     values = {metric: ev.mean_over_draws([each[metric] for each in found], measured.seed) for metric in found[0]}
     bias = before["toxicity_bias"]
-    values["bias_change"] = ev.exact_difference(values["toxicity_bias"], bias)
-    values["mean_toxicity_change"] = ev.exact_difference(values["mean_toxicity"], before["mean_toxicity"])
-    values["bias_reduction"] = ev.reduction_of(bias, values["toxicity_bias"])
+    values["bias_change"] = m.exact_difference(values["toxicity_bias"], bias)
+    values["mean_toxicity_change"] = m.exact_difference(values["mean_toxicity"], before["mean_toxicity"])
+    values["spread_ratio"] = min(each.spread_ratio for each in draws)
+    collapsed = any(each.collapsed for each in draws)
+    values["bias_reduction"] = None if collapsed else ev.reduction_of(bias, values["toxicity_bias"])
     matched = [name for name in chosen if name in controls]
     if matched:
         base = bias if matched == list(chosen) else measured.before(matched)["toxicity_bias"]
         random = measured.reduction(controls, matched, base)
         mine = values["bias_reduction"] if matched == list(chosen) else measured.reduction(own, matched, base)
         values["reduction_over_random"] = None if mine is None or random is None else mine - random
+    reference = [_pooled([measured.unpruned[name] for name in chosen])]
     for metric, array in values.items():
-        table.add(variation, condition, metric, array, sum(_counted(each, measured.axis, metric) for each in draws))
+        n = sum(_counted(each, measured.axis, metric) for each in draws)
+        changed = metric.endswith("_change") or "reduction" in metric
+        names = _names_behind([*draws, *(reference if changed else [])], measured.axis, metric)
+        table.add(variation, condition, metric, array, n, names=names)
 
 
 # --- perplexity -------------------------------------------------------------------------------------------------------
@@ -490,8 +566,10 @@ def _perplexities(frame: pl.DataFrame | None) -> dict[tuple[Condition, str], lis
     ev.require_table(frame, _PERPLEXITY, "perplexities")
     rows: dict[tuple[Condition, str], list[dict]] = {}
     for row in frame.sort("draw", maintain_order=True).iter_rows(named=True):
-        if row["perplexity"] is not None and np.isfinite(row["perplexity"]):
-            rows.setdefault((tuple(row[key] for key in CONDITION), row["variation"] or ALL), []).append(row)
+        # One that is not known must not leave the mean to the others.
+        known = row["perplexity"] is not None and np.isfinite(row["perplexity"])
+        row["perplexity"] = row["perplexity"] if known else np.nan
+        rows.setdefault((tuple(row[key] for key in CONDITION), row["variation"] or ALL), []).append(row)
     return rows
 
 
@@ -514,6 +592,7 @@ def _perplexity_rows(table: ev.MetricRows, texts: dict, variation: str, conditio
     if not unpruned:
         return
     base = float(np.mean([row["perplexity"] for row in unpruned]))
+    base = base if base > 0 else np.nan
     table.add(variation, condition, "perplexity_ratio", mean / base, len(rows))
     if condition != UNPRUNED:
         low, high = _outermost(rows, "difference_low", "difference_high")

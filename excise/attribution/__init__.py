@@ -13,7 +13,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,21 +22,24 @@ import numpy as np
 import polars as pl
 
 from excise.attribution.parts import Parts
-from excise.encoding import encode
+from excise.encoding import encode, require_same_prompts
 from excise.errors import ExciseError
+from excise.judged import judged, unit_of
 from excise.models import LoadedModel
 from excise.progress import Progress, silent
 from excise.scenarios import Comparison, NumberOutcome, ToxicityOutcome
-from excise.tensor_files import save_tensors
+from excise.tensor_files import NO_ROOM, save_tensors
 
 if TYPE_CHECKING:
     from excise.attribution.gap_gradient import GapGradient
     from excise.tree import AnswerTree
 
 SCORES = ("wanda", "attention", "snip", "gap_gradient")
+OF_VALUES = ("gap_gradient",)
+"""Scores that are made of what the answers are worth; the others take any text."""
 PARTS = ".parts"
 """Suffix of the folder beside a file of scores that holds what there is of it while it is made."""
-VERSION = "3"
+VERSION = "4"
 """Part of every file's address; to be raised when a score's computation changes."""
 GAP_GRADIENT_KEEP = 0.01
 """Share of each matrix kept as candidates: far above the densities at which a model survives."""
@@ -73,19 +76,27 @@ def attribute(
     """Compute, or find, the scores of every variation in `completions` (the unpruned model's).
 
     scores: names of SCORES. permutations: random relabellings of the names to keep norms for (the `permuted` control).
-    Returns one file per variation and score. Raises ExciseError where a group has no parsed answer to learn from.
+    Answers of groups that are not compared are left aside. Returns one file per variation and score, in the order of
+    `scored_places`, which leaves out what cannot be learned. Raises ExciseError for a score that is not known, where
+    the model would now read other prompts than those answered, and for scores that are not finite.
     """
     loaded = loaded.asked_for(outcome)
+    require_same_prompts(encode(loaded, prompts), completions)
+    scores = list(scores)
+    wanted = scored_places(completions, scores, comparison=comparison, outcome=outcome)
+    compared = completions.filter(pl.col("group").is_in([comparison.majority, comparison.minority]))
     files = []
-    for (variation,), rows in completions.group_by("variation", maintain_order=True):
+    for (variation,), answers in compared.group_by("variation", maintain_order=True):
+        # In the order of the address, as random signs of gap_gradient follow the answers.
+        rows = answers.sort("prompt_id", "sample")
+        some = prompts.filter(pl.col("prompt_id").is_in(rows["prompt_id"].unique().to_list())).sort("prompt_id")
         for score in scores:
-            if score not in SCORES:
-                raise ExciseError(f"strategies: score {score!r} is not known; known are {', '.join(SCORES)}")
-            address = _address(loaded, rows, score, comparison, outcome, permutations, seed)
+            if (variation, score) not in wanted:
+                continue
+            address = _address(loaded, some, rows, score, comparison, outcome, permutations, seed)
             path = folder / score / f"{address}.safetensors"
             reused, started = path.is_file(), time.perf_counter()
             if not reused:
-                some = prompts.filter(pl.col("prompt_id").is_in(rows["prompt_id"].unique().to_list()))
                 measure = {"wanda": _input_norms, "attention": _attention, "gap_gradient": _gap_gradient}
                 parts, label = Parts(path.with_suffix(PARTS)), f"{score} {variation}"
                 if score == "snip":
@@ -94,12 +105,56 @@ def attribute(
                     tensors, metadata = measure[score](
                         loaded, some, rows, comparison, outcome, permutations, seed, progress, label, parts
                     )
+                    for tensor in tensors.values():
+                        _require_finite(loaded, score, variation, tensor)
                     save_tensors(path, tensors, metadata)
                 parts.clear()
             files.append(
                 AttributionFile(variation, score, path, path.stat().st_size, reused, time.perf_counter() - started)
             )
     return files
+
+
+def scored_places(
+    completions: pl.DataFrame,
+    scores: Iterable[str],
+    *,
+    comparison: Comparison,
+    outcome: NumberOutcome | ToxicityOutcome,
+) -> list[tuple[str, str]]:
+    """(variation, score) of all that `attribute` can learn from these completions.
+
+    A score of `OF_VALUES` needs a variation that can be judged (`excise.judged`), by values above 0 where differences
+    are judged on a log scale; `attention` needs names that wrote something in each group, and in each half of any
+    relabelling; the others take answers of any kind. Raises ExciseError for a score that is not known.
+    """
+    scores, groups = list(scores), [comparison.majority, comparison.minority]
+    if unknown := [score for score in scores if score not in SCORES]:
+        raise ExciseError(f"strategies: score {unknown[0]!r} is not known; known are {', '.join(SCORES)}")
+    compared = completions.filter(pl.col("group").is_in(groups))
+    valued = compared
+    if outcome.kind == "number" and outcome.scale == "log":
+        valued = compared.with_columns(value=pl.when(pl.col("value") > 0).then(pl.col("value")))
+    able = {score: set(judged(valued, groups, unit_of(outcome))) for score in OF_VALUES}
+    able["attention"] = {
+        variation for (variation,), rows in compared.group_by("variation") if _enough_written(rows, groups)
+    }
+    return [
+        (variation, score)
+        for variation in compared["variation"].unique(maintain_order=True)
+        for score in scores
+        if score not in able or variation in able[score]
+    ]
+
+
+def _enough_written(rows: pl.DataFrame, groups: list[str]) -> bool:
+    """Whether each group, and each half of any relabelling of the names, has an answer with a token to attend from."""
+    wrote = pl.col("token_ids").list.len() - pl.col("finished").cast(pl.Int64) > 0
+    names = rows.group_by("group", "subject").agg(wrote=wrote.any())
+    sizes = dict(names.group_by("group").len().iter_rows())
+    writing = dict(names.group_by("group").agg(pl.col("wrote").sum()).iter_rows())
+    silent = names.height - sum(writing.values())
+    return min(writing.get(group, 0) for group in groups) > 0 and silent < min(sizes.values())
 
 
 def relabelled(prompts: pl.DataFrame, comparison: Comparison, seed: int, draw: int) -> set[str]:
@@ -164,11 +219,40 @@ def read_candidates(path: Path) -> GapGradient:
     )  # fmt: skip
 
 
-def _address(loaded: LoadedModel, rows: pl.DataFrame, score: str, *settings: object) -> str:
-    digest = hashlib.sha256(json.dumps([VERSION, loaded.fingerprint, score, [str(each) for each in settings]]).encode())
-    decisive = rows.select("prompt_id", "group", "sample", "token_ids", "value", "parameters")
-    digest.update(json.dumps(decisive.rows()).encode())
-    return digest.hexdigest()[:24]
+def _address(
+    loaded: LoadedModel, prompts: pl.DataFrame, rows: pl.DataFrame, score: str, comparison: Comparison,
+    outcome: NumberOutcome | ToxicityOutcome, permutations: int, seed: int,
+) -> str:  # fmt: skip
+    """What decides a file's content, and nothing else: for each score its answers, groups and settings.
+
+    prompts, rows: those of one variation and of the compared groups, in a fixed order. Prompts go in as their tokens,
+    so that a prompt that is rendered in another way has another address. How many rows a pass takes decides nothing.
+    """
+    encoded = encode(loaded, prompts)
+    asked: list[object] = [list(each.tokens) for each in encoded]
+    number = {each.prompt_id: place for place, each in enumerate(encoded)}
+    sides = {comparison.majority: "majority", comparison.minority: "minority"}
+    settings: list[object] = []
+    columns = ["token_ids", "finished"]
+    if score in ("wanda", "attention"):
+        settings = [sorted(relabelled(prompts, comparison, seed, draw)) for draw in range(permutations)]
+        columns += ["subject"] if permutations else []
+        asked += [list(each.name) for each in encoded if score == "attention"]
+    elif score == "snip":
+        rows, columns = rows.filter(pl.col("sample") < SNIP_SAMPLES), ["token_ids"]
+    else:
+        parameters = json.loads(rows["parameters"][0])
+        settings = [
+            outcome.kind == "number" and outcome.scale == "log", seed, GAP_GRADIENT_KEEP,
+            *(parameters[name] for name in ("temperature", "top_k", "top_p")),
+        ]  # fmt: skip
+        columns += ["value"]
+    answers = [
+        [number[prompt_id], sides[group], *decisive]
+        for prompt_id, group, *decisive in rows.select("prompt_id", "group", *columns).iter_rows()
+    ]
+    content = [VERSION, loaded.fingerprint, score, settings, asked, answers]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
 
 def _trees(
@@ -255,7 +339,13 @@ def _write_snip(path, loaded, prompts, rows, comparison, progress, label, parts)
     pieces = snip(
         loaded, encoded[0].tokens[:length], answers, weights, roles=roles, progress=progress, label=label, parts=parts
     )
-    _save_stream(path, {linear.key: (2, *linear.shape) for linear in loaded.topology.linears}, pieces)
+
+    def finite() -> Iterator[tuple[str, np.ndarray]]:
+        for key, piece in pieces:
+            _require_finite(loaded, "snip", rows["variation"][0], piece)
+            yield key, piece
+
+    _save_stream(path, {linear.key: (2, *linear.shape) for linear in loaded.topology.linears}, finite())
 
 
 def _gap_gradient(loaded, prompts, rows, comparison, outcome, permutations, seed, progress, label, parts):
@@ -266,11 +356,6 @@ def _gap_gradient(loaded, prompts, rows, comparison, outcome, permutations, seed
     if outcome.kind == "number" and outcome.scale == "log":
         values = np.log(np.where(values > 0, values, math.nan))
     groups = rows["group"].to_numpy()
-    for group in (comparison.majority, comparison.minority):
-        if not np.isfinite(values[groups == group]).any():
-            raise ExciseError(
-                f"variation {rows['variation'][0]}: no answer of group {group!r} has a value; nothing to attribute"
-            )
     weight, disparity = advantages(values, groups, comparison.majority, comparison.minority)
     share = rows.select((1 / pl.len().over("prompt_id")).alias("share"))["share"].to_numpy()
     trunk, trees, _ = _trees(loaded, prompts, rows, np.stack([weight, share], axis=1))
@@ -300,6 +385,13 @@ def _gap_gradient(loaded, prompts, rows, comparison, outcome, permutations, seed
         "disparity": repr(float(found.disparity)), "damping": repr(float(found.damping)), "spread": repr(spread),
         "shapes": json.dumps(found.shapes),
     }  # fmt: skip
+
+
+def _require_finite(loaded: LoadedModel, score: str, variation: str, scores: np.ndarray) -> None:
+    from excise.tree import not_finite
+
+    if not np.isfinite(scores.sum(dtype=np.float64)):
+        raise ExciseError(f"variation {variation}: {not_finite(loaded, f'{score} scores')}")
 
 
 def _save_stream(
@@ -332,7 +424,7 @@ def _save_stream(
             raise ValueError(f"{path}: no scores for {', '.join(sorted(set(shapes) - written))}")
         os.replace(partial, path)
     except OSError as error:
-        raise ExciseError(f"{path}: cannot be written ({error}); free space or move EXCISE_DATA") from error
+        raise ExciseError(f"{path}: cannot be written ({error}); {NO_ROOM}") from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -176,10 +176,10 @@ def _sums(
                 continue
             with torch.inference_mode(False), torch.enable_grad():
                 score = _edge_scores(loaded, trunk, packed, parameters)
-                visits = packed.edge_visits.to(score.device).float()
+                visits = packed.edge_visits.float().to(score.device)
                 # Score vectors of different draws are uncorrelated at an edge, so signs per edge with the square root
                 # of its frequency have the same expected square as signs per answer.
-                signed = (score * sign.to(score) * visits[:, 1].clamp(min=0).sqrt()).sum()
+                signed = (score * sign.float().to(score.device) * visits[:, 1].clamp(min=0).sqrt()).sum()
                 _add("fisher", loaded, by_module, looked_at, calls, output_gradients(signed, calls, again=True), sums)
                 deltas = output_gradients((score * visits[:, 0]).sum(), of_block)
                 _add("gradient", loaded, by_module, looked_at, calls, deltas, sums)
@@ -248,8 +248,8 @@ def _edge_scores(
 ) -> torch.Tensor:
     """log p of each edge's token under the sampling distribution, whose truncated set is held fixed, [E]."""
     hidden = Rows(loaded, trunk).copy(len(packed.tokens)).forward(packed.tokens, packed.positions, packed.attends)
-    row, column, token = packed.edges.to(loaded.device).T
-    position, edge = torch.unique(torch.stack([row, column]), dim=1, return_inverse=True)
+    position, edge = torch.unique(packed.edges[:, :2].T, dim=1, return_inverse=True)
+    position, edge, token = (each.to(loaded.device) for each in (position, edge, packed.edges[:, 2]))
     scores = logits_of(loaded, hidden[position[0], position[1]]) / (parameters.temperature or 1.0)
     allowed = _truncated_set(scores.detach(), parameters)
     allowed[edge, token] = True
@@ -281,7 +281,9 @@ def _best(
     # Zeroing W changes D by -W dD/dW; a drop of |D| is what counts.
     drop = (np.sign(disparity) * weight * gradient).flatten().numpy()
     harm = (0.5 * weight.square() * fisher / sequences).flatten().numpy()
-    score = drop / (harm + damping)
+    # Where nothing is harmed and no divergence is usual, any drop is free, and none is worth nothing.
+    free = np.where(drop > 0, np.inf, 0.0).astype(drop.dtype)
+    score = np.divide(drop, harm + damping, out=free, where=harm + damping > 0)
     count = min(max(1, int(keep * score.size)), int((score > 0).sum()))
     index = np.sort(np.argpartition(score, -count)[-count:]) if count else np.zeros(0, dtype=np.int64)
     found = {"index": index.astype(np.int64), "drop": drop[index], "harm": harm[index]}

@@ -16,8 +16,9 @@ import torch
 
 from excise.errors import ExciseError
 from excise.models import LoadedModel
+from excise.perplexity import require_windows
 from excise.progress import Progress, silent
-from excise.tree import logits_of
+from excise.tree import logits_of, not_finite
 
 
 class ScoredTokens(Protocol):
@@ -39,11 +40,13 @@ def head_magnitude(loaded: LoadedModel) -> np.ndarray:
     for linear in topology.linears:
         if linear.role not in ("q", "k", "v", "o"):
             continue
-        square = linear.weight(loaded.model).detach().double().square()
+        square = linear.weight(loaded.model).detach().float().square()
         entries = square.sum(dim=0) if linear.role == "o" else square.reshape(linear.shape).sum(dim=1)
-        of_head = entries.reshape(-1, size).sum(dim=1).cpu().numpy()
+        of_head = entries.cpu().double().reshape(-1, size).sum(dim=1).numpy()
         squares[linear.layer] += np.repeat(of_head, shared) if linear.role in ("k", "v") else of_head
     norms = np.sqrt(squares)
+    if not np.isfinite(norms).all():
+        raise not_finite(loaded, "weights")
     return norms / norms.max() if norms.max() > 0 else norms
 
 
@@ -61,12 +64,7 @@ def head_gradient(
     """
     if not windows:
         raise ExciseError("head_gradient: no windows; give at least one stretch of text")
-    for number, window in enumerate(windows):
-        if not 1 <= window.scored < len(window.tokens):
-            raise ExciseError(
-                f"windows[{number}] has {len(window.tokens)} tokens, {window.scored} of them scored: score at least "
-                "one and leave one before it"
-            )
+    require_windows(loaded, windows)
     if batch < 1:
         raise ExciseError(f"head_gradient: batch is {batch}; it must be 1 at least")
     topology = loaded.topology
@@ -81,10 +79,12 @@ def head_gradient(
                 loss = _losses(loaded, some).sum()
             # A row's loss depends on its own mask alone, so this is every window's gradient.
             (gradient,) = torch.autograd.grad(loss, mask)
-        totals += gradient.abs().sum(dim=1).double().cpu()
+        totals += gradient.abs().sum(dim=1).cpu().double()
         done += len(some)
         progress("head gradient", done, len(windows))
     scores = totals.numpy()
+    if not np.isfinite(scores).all():
+        raise not_finite(loaded, "gradients")
     norms = np.sqrt((scores**2).sum(axis=1, keepdims=True))
     return np.divide(scores, norms, out=np.zeros_like(scores), where=norms > 0)
 

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from excise.errors import ExciseError
-from excise.tensor_files import save_tensors
+from excise.tensor_files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -78,12 +77,7 @@ class Parts:
     def _read(self, name: str) -> dict[str, np.ndarray] | None:
         if self.folder is None:
             return None
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
         try:
-            return load_file(self._path(name))
+            return load_tensors(self._path(name))
         except FileNotFoundError:
             return None
-        except (OSError, SafetensorError) as error:
-            raise ExciseError(f"{self._path(name)}: cannot be read ({error}); delete it") from error

@@ -55,7 +55,8 @@ def input_norms(
     def record(layer: int, site: str):
         def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             squares = arguments[0].flatten(0, 1).float().square()
-            sums[layer, site] += (weights[0].to(squares.device).T @ squares).to(sums[layer, site])
+            found = weights[0].to(squares.device).T @ squares
+            sums[layer, site] += found.to(sums[layer, site].device).double()
 
         return hook
 
@@ -85,7 +86,7 @@ def input_norms(
 
 
 def _accumulator(device: torch.device) -> torch.device:
-    return torch.device("cpu") if device.type == "mps" else device
+    return device if device.type == "cuda" else torch.device("cpu")  # others have no float64
 
 
 def wanda_scores(loaded: LoadedModel, linear: Linear, norms: np.ndarray) -> np.ndarray:

@@ -28,7 +28,8 @@ def answers_by_group(
     Boxes hold the middle half of a group's answers, whiskers the middle 90 %, dots are the means of single names
     and the black bar is the group's mean. `completions` has columns variation, group, subject and value (null:
     unparsed); `majority` and `minority` are group keys and are drawn first, other groups after them. `scale` is
-    "log" or "linear"; a log axis cannot show answers of 0 or less, so a panel says how many it lacks.
+    "log" or "linear"; a log axis cannot show answers of 0 or less, and none shows infinite ones, so a panel says how
+    many it lacks.
 
     Raises ExciseError on a missing column, no rows, an unknown scale, or when neither group occurs.
     """
@@ -76,12 +77,14 @@ def _answers_panel(axes: Axes, frame: polars.DataFrame, groups: Sequence[str], c
     import numpy as np
 
     generator = np.random.default_rng(0)
-    ticks, hidden, shown = [], 0, 0
+    ticks, hidden, infinite, shown = [], 0, 0, 0
     for position, (group, colour) in enumerate(zip(groups, colours, strict=True)):
         rows = frame.filter(polars.col("group") == group)
         parsed = rows.filter(polars.col("value").is_not_null() & polars.col("value").is_not_nan())
-        drawn = parsed.filter(polars.col("value") > 0) if scale == "log" else parsed
-        hidden += parsed.height - drawn.height
+        finite = parsed.filter(polars.col("value").is_finite())
+        infinite += parsed.height - finite.height
+        drawn = finite.filter(polars.col("value") > 0) if scale == "log" else finite
+        hidden += finite.height - drawn.height
         shown += drawn.height
         ticks.append(f"{group}\n{_share(parsed.height, rows.height)}")
         if drawn.is_empty():
@@ -101,15 +104,15 @@ def _answers_panel(axes: Axes, frame: polars.DataFrame, groups: Sequence[str], c
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.set_xticks(range(len(groups)), ticks)
     axes.grid(axis="x", visible=False)
+    lacking = [f"{hidden:,} of 0 or less"] * bool(hidden) + [f"{infinite:,} infinite"] * bool(infinite)
+    if lacking:
+        text = f"{' and '.join(lacking)} not shown"
+        axes.annotate(text, (0.5, 0.01), xycoords="axes fraction", ha="center", fontsize=7.5)
     if shown == 0:
         axes.set_yticks([])
         note(axes, "no parsed answer to draw")
         return
     _value_axis(axes, scale)
-    if hidden:
-        axes.annotate(
-            f"{hidden:,} of 0 or less not shown", (0.5, 0.01), xycoords="axes fraction", ha="center", fontsize=7.5
-        )
 
 
 def _value_axis(axes: Axes, scale: str) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import polars
 
 from excise.errors import ExciseError
+from excise.thresholds import FEW_NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +27,13 @@ if TYPE_CHECKING:
 
 WIDTH = 9.0  # inches: 900 px at 100 dots per inch
 PNG_BYTES = 100_000
+INTERVAL, CUT, UNDEFINED, COLLAPSED = "_interval", "_cut", "_undefined", "_collapsed"
+"""Labels of artists, which legends leave out: an interval's bar, the mark where one is cut, and the marks in place of a
+figure that is not defined and of one that collapsed answers give."""
+CUT_NOTE = "interval or value goes on beyond the axis"
+UNDEFINED_NOTE = "not defined"
+COLLAPSED_NOTE = "answers collapsed to one number"
+_REACH = 4.0
 RESOLUTIONS = (100, 90, 80, 72, 60)
 _COLOURS = (256, 64, 32)
 INK = "#222222"
@@ -85,6 +93,100 @@ def palette(count: int) -> list[tuple[float, float, float]]:
 
     colours = [colour for index, colour in enumerate(seaborn.color_palette("colorblind")) if index != 7]
     return [colours[index % len(colours)] for index in range(count)]
+
+
+def interval_bar(axes: Axes, place: float, low: float, high: float, *, along: str = "y", **look) -> None:
+    """The bar of an interval at `place` of the other axis. along: the axis it lies along, "y" or "x"."""
+    ends = [place, place], [low, high]
+    axes.plot(*(ends if along == "y" else ends[::-1]), label=INTERVAL, **look)
+
+
+def limits_of(values: Sequence[float], ends: Sequence[float]) -> tuple[float, float]:
+    """Limits that hold all values and every interval's end, unless one lies over `_REACH` times as far as all values.
+
+    A wrecked model's interval would squeeze every mark into a line; where it is cut, `mark_cut_ends` says so. values:
+    not empty.
+    """
+    lowest, highest = min(values), max(values)
+    span = max(highest - lowest, abs(highest), abs(lowest), 1e-9)
+    low = max(min([lowest, *ends]), lowest - (_REACH - 1) * span)
+    high = min(max([highest, *ends]), highest + (_REACH - 1) * span)
+    return low, high
+
+
+def mark_cut_ends(axes: Axes) -> bool:
+    """Marks every end of an interval that lies beyond the panel, at the edge it leaves by; whether there is one.
+
+    Call it when the limits are final.
+    """
+    ranges = {"x": sorted(axes.get_xlim()), "y": sorted(axes.get_ylim())}
+    markers = {("x", 0): "<", ("x", 1): ">", ("y", 0): "v", ("y", 1): "^"}
+    cut = False
+    for line in [line for line in axes.lines if line.get_label() == INTERVAL]:
+        xs, ys = ([float(value) for value in values] for values in (line.get_xdata(), line.get_ydata()))
+        along, place, ends = ("y", xs[0], ys) if xs[0] == xs[1] else ("x", ys[0], xs)
+        low, high = ranges[along]
+        for side, beyond, edge in ((0, min(ends) < low, low), (1, max(ends) > high, high)):
+            if beyond:
+                at = (place, edge) if along == "y" else (edge, place)
+                axes.plot(
+                    [at[0]], [at[1]], marker=markers[along, side], markersize=4, color=line.get_color(),
+                    linestyle="none", clip_on=False, zorder=6, label=CUT,
+                )  # fmt: skip
+                cut = True
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
+    return cut
+
+
+def mark_missing(axes: Axes, place: float, colour, label: str, *, along: str = "x") -> None:
+    """A mark at the panel's far edge in place of a figure that is not defined, or of one that collapsed answers give.
+
+    At the near edge it would look like a small bias. label: `UNDEFINED` or `COLLAPSED`. along: the axis on which
+    `place` lies.
+    """
+    transform = axes.get_xaxis_transform() if along == "x" else axes.get_yaxis_transform()
+    at = ([place], [0.94]) if along == "x" else ([0.98], [place])
+    axes.plot(
+        *at, marker="x" if label == UNDEFINED else "X", markersize=4.5, color=colour, linestyle="none",
+        transform=transform, zorder=5, label=label,
+    )  # fmt: skip
+
+
+def mark_handles(axes: Sequence[Axes]) -> list:
+    """Legend entries for the marks that the panels hold: cut ends, undefined figures, collapsed answers."""
+    from matplotlib.lines import Line2D
+
+    labels = {line.get_label() for panel in axes for line in panel.lines}
+    entries = ((CUT, "^", CUT_NOTE), (UNDEFINED, "x", UNDEFINED_NOTE), (COLLAPSED, "X", COLLAPSED_NOTE))
+    return [
+        Line2D([], [], color=INK, marker=marker, markersize=4.5, linestyle="none", label=text)
+        for label, marker, text in entries
+        if label in labels
+    ]
+
+
+def _names_note(names: Sequence[int | None]) -> str:
+    """Words for a legend's title where intervals come from few names; empty where they do not."""
+    known = [count for count in names if count is not None]
+    few = [count for count in known if count < FEW_NAMES]
+    if not few:
+        return ""
+    some = "" if len(few) == len(known) else "some "
+    return f"{some}from {min(few)} name{'' if min(few) == 1 else 's'} a group, which is too few to say much"
+
+
+def legend_title(bars: str, names: Sequence[int | None], *more: str) -> str:
+    """What `bars` of a figure show, from how many names where they are few, and whatever else its legend says."""
+    few_names = _names_note(names)
+    intervals = f"{bars}: 95 % intervals {few_names}".rstrip()
+    rest = "; ".join(each for each in more if each)
+    return intervals + (("\n" if few_names else "; ") + rest if rest else "")
+
+
+def few_names_line(frame: polars.DataFrame) -> str:
+    """A line for a title where the intervals of a table's rows come from few names, else empty."""
+    few_names = _names_note(frame["names"].to_list() if "names" in frame.columns else [])
+    return f"\nintervals {few_names}" if few_names else ""
 
 
 def note(axes: Axes, text: str) -> None:

@@ -13,18 +13,35 @@ from typing import TYPE_CHECKING
 
 import polars
 
-from excise.figures.canvas import CONTROL_GREY, INK, WIDTH, blank_figure, drawing, palette
+from excise.figures.canvas import (
+    COLLAPSED,
+    CONTROL_GREY,
+    CUT,
+    INK,
+    UNDEFINED,
+    WIDTH,
+    blank_figure,
+    drawing,
+    interval_bar,
+    legend_title,
+    limits_of,
+    mark_cut_ends,
+    mark_handles,
+    mark_missing,
+    palette,
+)
 from excise.report import (
     ALL_VARIATIONS,
-    INLIER_FLOOR,
     UNPRUNED,
     UNPRUNED_MASK,
     Estimate,
     MaskName,
     MetricTable,
+    floor_text,
     level_label,
     read_metrics,
 )
+from excise.thresholds import INLIER_FLOOR
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,8 +64,9 @@ def disparity_by_level(
 
     Between the two: the share of the raw gap that is left, because noise alone lowers |SMD| (method, part C); the
     panel is left out when no mask has a gap reduction. Bars are 95 % intervals, dashed lines the means over
-    variations, grey hollow marks the matched controls named in `controls`, drawn beside their strategy; an arrow at the
-    top edge stands for a gap that grew beyond the panel. Errors as `excise.report.read_metrics`.
+    variations, grey hollow marks the matched controls named in `controls`, drawn beside their strategy. A triangle at
+    the edge stands for an interval or a gap that goes on beyond it, a cross for a figure that is not defined, a filled
+    one for answers that collapsed. Errors as `excise.report.read_metrics`.
     """
     table = read_metrics(metrics)
     strategies = [mask for mask in table.masks if not mask.is_control]
@@ -72,13 +90,19 @@ def disparity_by_level(
             shown = [mask for mask in slots if panel.level is None or mask.level in ("none", panel.level)]
             _disparity_panel(room, table, panel, blocks, shown, drawn_controls, looks)
         inlier_axis(axes[-1], inlier_floor)
+        for panel in axes:
+            mark_cut_ends(panel)
         names = ["mean" if block == ALL_VARIATIONS else block.replace(" ", "\n") for block in blocks]
         axes[-1].set_xticks(range(len(blocks)), names)
         axes[-1].set_xlim(-0.5, len(blocks) - 0.5)
         figure.suptitle(f"{table.scenario}: {table.model}", fontsize=10)
-        _disparity_legend(
-            figure, slots, looks, list(dict.fromkeys(control.strategy for control in drawn_controls)), blocks
-        )
+        names = [
+            known.names
+            for (_, _, metric), known in table.estimates.items()
+            if metric in ("smd", "abs_smd") and known.has_interval
+        ]
+        kinds = list(dict.fromkeys(control.strategy for control in drawn_controls))
+        _disparity_legend(figure, slots, looks, kinds, blocks, mark_handles(axes), names)
     return figure
 
 
@@ -103,7 +127,7 @@ def _disparity_panel(
 ) -> None:
     size = 4.2 if len(blocks) * len(slots) > 50 else 6.0
     step = 0.84 / len(slots)  # of the width between two variations
-    values: list[float] = [100.0] if panel.metric == "gap_left" else []
+    values: list[float] = [100.0] if panel.metric == "gap_left" else [0.0]
     beyond = False
     bounds: list[float] = []
     for block, variation in enumerate(blocks):
@@ -117,25 +141,28 @@ def _disparity_panel(
                 known = drawn_estimate(table, variation, drawn, panel.metric)
                 at = place + (order - len(beside) / 2) * share
                 colour, marker = looks[mask] if order == 0 else (CONTROL_GREY, looks[mask][1])
-                if panel.metric == "gap_left" and (known.value or 0.0) > GAP_LEFT_TOP:
+                grown = panel.metric == "gap_left" and (known.value or 0.0) > GAP_LEFT_TOP
+                if grown and not table.collapsed(variation, drawn):
                     # A wrecked model's gap may be any size; an arrow at the edge stands for it.
-                    axes.plot([at], [0.95 * GAP_LEFT_TOP], marker="^", color=colour, markersize=0.85 * size)
+                    axes.plot([at], [0.95 * GAP_LEFT_TOP], marker="^", color=colour, markersize=0.85 * size, label=CUT)
                     beyond = True
                     continue
-                mark_estimate(axes, at, known, colour, marker, size if order == 0 else 0.85 * size, hollow=order > 0)
-                values.append(known.value or 0.0)
-                bounds.append(known.high or 0.0)
+                look = {"size": size if order == 0 else 0.85 * size, "hollow": order > 0}
+                if mark_estimate(axes, at, table, variation, drawn, panel.metric, colour, marker, **look):
+                    values.append(known.value)
+                    bounds += [end for end in (known.low, known.high) if end is not None]
     if ALL_VARIATIONS in blocks:
         for mask in slots:
+            if panel.metric != "inlier_ratio" and table.collapsed(ALL_VARIATIONS, mask):
+                continue
             mean = drawn_estimate(table, ALL_VARIATIONS, mask, panel.metric).value
             if mean is not None and not (panel.metric == "gap_left" and mean > GAP_LEFT_TOP):
                 axes.axhline(
                     mean, color=looks[mask][0], linewidth=0.9, linestyle=dashes(mask.level), alpha=0.75, zorder=1
                 )
     if panel.metric != "inlier_ratio":
-        # A wide interval may leave the panel; it must not squeeze every point into its lower edge.
-        top = max(values)
-        axes.set_ylim(0.0, max(1.03 * min(max(bounds), 1.35 * top), 1.06 * top, 0.1))
+        high = limits_of(values, bounds)[1]
+        axes.set_ylim(0.0, max(1.03 * high, 1.06 * max(values), 0.1))
     if panel.metric == "gap_left":
         axes.set_ylim(0.0, GAP_LEFT_TOP if beyond else min(axes.get_ylim()[1], GAP_LEFT_TOP))
         axes.axhline(100.0, color=INK, linewidth=0.9, zorder=1)
@@ -147,18 +174,30 @@ def _disparity_panel(
 
 
 def mark_estimate(
-    axes: Axes, place: float, known: Estimate, colour, marker: str, size: float, *, hollow: bool
-) -> None:
-    """An estimate as a mark with its interval as a bar; hollow for controls. Nothing where it is not defined."""
-    if known.value is None:
-        return
+    axes: Axes, place: float, table: MetricTable, variation: str, mask: MaskName, metric: str, colour, marker: str, *,
+    size: float, hollow: bool,
+) -> bool:  # fmt: skip
+    """Draws a mask's estimate as a mark with its interval as a bar, hollow for controls; whether it is defined.
+
+    In place of one that is not, or that is made of answers which collapsed, stands a cross at the panel's edge; nothing
+    where the mask was not evaluated on the variation.
+    """
+    known = drawn_estimate(table, variation, mask, metric)
+    collapsed = metric != "inlier_ratio" and bool(table.collapsed(variation, mask))
+    if collapsed or known.value is None:
+        if mask in table.masks_of(variation):
+            mark_missing(axes, place, colour, COLLAPSED if collapsed else UNDEFINED)
+        return False
     zorder = 3 if hollow else 4
     if known.low is not None and known.high is not None:
-        axes.vlines(place, known.low, known.high, color=colour, linewidth=0.8 if hollow else 1.2, zorder=zorder - 0.5)
+        interval_bar(
+            axes, place, known.low, known.high, color=colour, linewidth=0.8 if hollow else 1.2, zorder=zorder - 0.5
+        )
     axes.plot(
         [place], [known.value], marker=marker, color=colour, markersize=size, linestyle="none", zorder=zorder,
         markerfacecolor="white" if hollow else colour, markeredgewidth=1.0 if hollow else 0.0,
     )  # fmt: skip
+    return True
 
 
 def drawn_estimate(table: MetricTable, variation: str, mask: MaskName, metric: str) -> Estimate:
@@ -187,7 +226,7 @@ def inlier_axis(axes: Axes, floor: float) -> None:
     axes.set_ylim(min(low, floor - 0.1), 1.005)
     axes.axhline(floor, color=FLOOR_RED, linewidth=1.1, zorder=1)
     axes.annotate(
-        f"floor {floor:.2f}", (1.0, floor), xycoords=axes.get_yaxis_transform(), xytext=(-4, -3),
+        f"floor {floor_text(floor)}", (1.0, floor), xycoords=axes.get_yaxis_transform(), xytext=(-4, -3),
         textcoords="offset points", ha="right", va="top", color=FLOOR_RED, fontsize=8,
     )  # fmt: skip
 
@@ -204,6 +243,8 @@ def _disparity_legend(
     looks: dict[MaskName, tuple],
     controls: Sequence[str],
     blocks: Sequence[str],
+    marks: Sequence,
+    names: Sequence[int | None],
 ) -> None:
     from matplotlib.lines import Line2D
 
@@ -223,9 +264,13 @@ def _disparity_legend(
                 label=name,
             )
         )
-    title = "bars: 95 % intervals" + ("; dashed: means over variations" if ALL_VARIATIONS in blocks else "")
-    if len(controls) > 1:
-        title += f"; controls, where there are several: {', '.join(controls)}"
+    handles += marks
+    title = legend_title(
+        "bars",
+        names,
+        "dashed: means over variations" if ALL_VARIATIONS in blocks else "",
+        f"controls, where there are several: {', '.join(controls)}" if len(controls) > 1 else "",
+    )
     figure.legend(
         handles=handles, loc="outside lower center", ncols=3, frameon=False, handlelength=3.2,
         title=title, title_fontsize=8.5,

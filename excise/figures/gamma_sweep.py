@@ -19,6 +19,9 @@ from excise.figures.canvas import (
     axis_number,
     blank_figure,
     drawing,
+    interval_bar,
+    mark_cut_ends,
+    mark_handles,
     palette,
     require_columns,
     require_one,
@@ -38,7 +41,7 @@ def gamma_sweep(rows: polars.DataFrame, *, budget: float | None = None) -> Figur
     `rows` is what `gamma_choice` gives for one model and scenario; columns bias_low and bias_high, where there are
     any, are drawn as intervals. Outlined cells and marks joined by a dark line are the Pareto front, the star is the
     chosen point, a dark corner is beyond the budget, the red line is the budget (a share: .05 = 5 %). Without gamma a
-    point (alpha 0, unpruned) is drawn in the lower panel alone.
+    point (alpha 0, unpruned) is drawn in the lower panel alone. The title counts points that lack a figure.
 
     Raises ExciseError on a missing column, no rows, several models or scenarios, a point that is there twice, or where
     no point has both figures.
@@ -68,10 +71,15 @@ def gamma_sweep(rows: polars.DataFrame, *, budget: float | None = None) -> Figur
         names = [rows[name][0] for name in ("scenario", "model") if name in rows.columns]
         told = f"within a budget of {100 * budget:g} %" if budget is not None else "within the budget"
         figure.suptitle(
-            f"{': '.join(names)}\noutlined: Pareto front; star: lowest bias {told}; dark corner: beyond it".strip(),
+            f"{': '.join(names)}\noutlined: Pareto front; star: lowest bias {told}; dark corner: beyond it"
+            f"{_not_drawn(rows.height - len(points))}".strip(),
             fontsize=9.5,
         )
     return figure
+
+
+def _not_drawn(count: int) -> str:
+    return f"\nnot drawn: {count} point{'' if count == 1 else 's'} without a defined figure" if count else ""
 
 
 def _rise(point: dict) -> float:
@@ -109,7 +117,7 @@ def _heat_map(axes: Axes, points: Sequence[dict], value, title: str, colours: st
         if point["chosen"]:
             axes.plot([x + 0.82], [y + 0.2], marker="*", markersize=9, color=INK, markeredgecolor="white",
                       markeredgewidth=0.6)  # fmt: skip
-    axes.set_title(title, fontsize=9.5)
+    axes.set_title(title + (", full colour from the 90th percentile on" if len(known) > 4 else ""), fontsize=9.5)
     axes.set_xlabel("alpha (share of heads pruned)")
     axes.set_ylabel("gamma (share of heads protected)")
     axes.tick_params(length=0, labelsize=8)
@@ -128,8 +136,9 @@ def _scatter(axes: Axes, points: Sequence[dict], budget: float | None) -> None:
             continue
         for point in own:
             low, high = point.get("bias_low"), point.get("bias_high")
-            if low is not None and high is not None:
-                axes.plot([_rise(point)] * 2, [low, high], color=colours[gamma], linewidth=0.9, alpha=0.4, zorder=2)
+            if all(end is not None and math.isfinite(end) for end in (low, high)):
+                look = {"color": colours[gamma], "linewidth": 0.9, "alpha": 0.4, "zorder": 2}
+                interval_bar(axes, _rise(point), low, high, **look)
         axes.plot(
             [_rise(point) for point in own], [point["bias"] for point in own], linestyle="none", zorder=3,
             marker=markers[gamma], markersize=9 if gamma is None else 5.5, color=colours[gamma],
@@ -150,4 +159,8 @@ def _scatter(axes: Axes, points: Sequence[dict], budget: float | None) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: axis_number(value))
     axes.set_xlabel("change of perplexity, %")
     axes.set_ylabel("bias")
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    mark_cut_ends(axes)
+    handles, _ = axes.get_legend_handles_labels()
+    axes.legend(
+        handles=[*handles, *mark_handles([axes])], loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False
+    )

@@ -11,9 +11,24 @@ from typing import TYPE_CHECKING
 import polars
 
 from excise.errors import ExciseError
-from excise.figures.canvas import INK, WIDTH, blank_figure, drawing, palette, require_columns, require_one
+from excise.figures.canvas import (
+    COLLAPSED,
+    INK,
+    WIDTH,
+    blank_figure,
+    drawing,
+    few_names_line,
+    interval_bar,
+    limits_of,
+    mark_cut_ends,
+    mark_handles,
+    palette,
+    require_columns,
+    require_one,
+)
 from excise.figures.disparity import FLOOR_RED
-from excise.report import ALL_VARIATIONS, INLIER_FLOOR
+from excise.report import ALL_VARIATIONS, floor_text, read_estimate
+from excise.thresholds import COLLAPSED_SPREAD, INLIER_FLOOR
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +36,7 @@ if TYPE_CHECKING:
 
 _COLUMNS = ("model", "scenario", "strategy", "variation", "tau_min", "tau_maj", "metric", "estimate", "low", "high",
             "pareto", "chosen")  # fmt: skip
-_BIAS, _USE = "abs_smd", "inlier_ratio"
+_BIAS, _USE, _SPREAD = "abs_smd", "inlier_ratio", "spread_ratio"
 
 
 def grid_heat_maps(
@@ -32,7 +47,8 @@ def grid_heat_maps(
     `grid` holds rows of the table `grid_search` of one model, scenario and strategy; `variation` picks one (default:
     "(all)" where it is there, else the only one). Outlined cells and filled marks joined by a line are the Pareto
     front, the star is the chosen point, the dashed line the floor of the inlier ratio, bars are 95 % intervals.
-    White cells were not sampled.
+    White cells were not sampled, or are not defined. A cross marks a point whose answers collapse: no success, whatever
+    its |SMD|.
 
     Raises ExciseError on a missing column, no rows, several models, scenarios or strategies, an unknown variation, or
     where no point has either
@@ -61,21 +77,31 @@ def grid_heat_maps(
         where = "all variations" if wanted == ALL_VARIATIONS else wanted
         figure.suptitle(
             f"{grid['strategy'][0]}: {grid['scenario'][0]}, {where}: {grid['model'][0]}\n"
-            "outlined: Pareto front; star: chosen point", fontsize=9.5,
+            f"outlined: Pareto front; star: chosen point; white: not sampled or not defined{_crossed(points)}"
+            + few_names_line(grid),
+            fontsize=9.5,
         )  # fmt: skip
     return figure
+
+
+def _crossed(points: list[dict]) -> str:
+    return "; cross: answers collapsed" if any(point["collapsed"] for point in points) else ""
 
 
 def _points(rows: polars.DataFrame) -> list[dict]:
     """Per pair of thresholds: its place, flags, and per metric (estimate, low, high); points without both are out."""
     points: dict[tuple[float, float], dict] = {}
-    for row in rows.filter(polars.col("metric").is_in([_BIAS, _USE])).iter_rows(named=True):
+    for row in rows.filter(polars.col("metric").is_in([_BIAS, _USE, _SPREAD])).iter_rows(named=True):
         key = (row["tau_min"], row["tau_maj"])
-        point = points.setdefault(key, {"tau_min": key[0], "tau_maj": key[1], "pareto": False, "chosen": False})
+        flags = dict.fromkeys(("pareto", "chosen", "collapsed"), False)
+        point = points.setdefault(key, {"tau_min": key[0], "tau_maj": key[1]} | flags)
         point["pareto"] |= bool(row["pareto"])
         point["chosen"] |= bool(row["chosen"])
-        if row["estimate"] is not None and row["estimate"] == row["estimate"]:
-            point[row["metric"]] = (row["estimate"], row["low"], row["high"])
+        known = read_estimate(row)
+        if known.value is not None and row["metric"] == _SPREAD:
+            point["collapsed"] = known.value < COLLAPSED_SPREAD
+        elif known.value is not None:
+            point[row["metric"]] = (known.value, known.low, known.high)
     return [point for _, point in sorted(points.items()) if _BIAS in point or _USE in point]
 
 
@@ -104,6 +130,9 @@ def _heat_map(axes: Axes, points: list[dict], metric: str, title: str, colours: 
         x, y = across.index(point["tau_min"]), up.index(point["tau_maj"])
         if point["pareto"] or point["chosen"]:
             axes.add_patch(Rectangle((x + 0.04, y + 0.04), 0.92, 0.92, fill=False, edgecolor=INK, linewidth=1.5))
+        if point["collapsed"]:
+            axes.plot([x + 0.5], [y + 0.5], marker="X", markersize=8, color=INK, markeredgecolor="white",
+                      label=COLLAPSED)  # fmt: skip
         if point["chosen"]:
             axes.plot([x + 0.82], [y + 0.22], marker="*", markersize=9, color=INK, markeredgecolor="white",
                       markeredgewidth=0.6)  # fmt: skip
@@ -124,13 +153,16 @@ def _trade_off(axes: Axes, points: list[dict], floor: float, counts: bool) -> No
     both = [point for point in points if _BIAS in point and _USE in point]
     for point in both:
         (x, left, right), (y, low, high) = point[_USE], point[_BIAS]
+        if point["collapsed"]:
+            axes.plot([x], [y], marker="X", markersize=6, color=INK, linestyle="none", zorder=3, label=COLLAPSED)
+            continue
         front = point["pareto"] or point["chosen"]
         shade = colour if front else "#9a9a9a"
         width = 1.1 if front else 0.6
         if low is not None and high is not None:
-            axes.vlines(x, low, high, color=shade, linewidth=width, alpha=0.8, zorder=2)
+            interval_bar(axes, x, low, high, color=shade, linewidth=width, alpha=0.8, zorder=2)
         if left is not None and right is not None:
-            axes.hlines(y, left, right, color=shade, linewidth=width, alpha=0.8, zorder=2)
+            interval_bar(axes, y, left, right, along="x", color=shade, linewidth=width, alpha=0.8, zorder=2)
         axes.plot([x], [y], "o", markersize=5, color=shade, markerfacecolor=shade if front else "white", zorder=3)
     front = sorted((point[_USE][0], point[_BIAS][0]) for point in both if point["pareto"])
     if front:
@@ -140,11 +172,25 @@ def _trade_off(axes: Axes, points: list[dict], floor: float, counts: bool) -> No
             name = f"chosen: {_threshold(point['tau_min'], counts)} / {_threshold(point['tau_maj'], counts)}"
             axes.plot([point[_USE][0]], [point[_BIAS][0]], marker="*", markersize=14, color="#de8f05", zorder=4,
                       markeredgecolor=INK, linestyle="none", label=name)  # fmt: skip
-    axes.axvline(floor, color=FLOOR_RED, linewidth=1.1, linestyle=(0, (5, 2)), label=f"floor {floor:.2f}", zorder=1)
+    name = f"floor {floor_text(floor)}"
+    axes.axvline(floor, color=FLOOR_RED, linewidth=1.1, linestyle=(0, (5, 2)), label=name, zorder=1)
     axes.plot([], [], marker="o", markersize=5, color="#9a9a9a", markerfacecolor="white", linewidth=0.6,
               label="other points, 95 % intervals")  # fmt: skip
-    axes.set_ylim(bottom=0.0)
+    if both:
+        sizes = [point[_BIAS] for point in both]
+        ends = [end for _, *ends in sizes for end in ends if end is not None]
+        high = limits_of([0.0, *(size for size, _, _ in sizes)], ends)[1]
+        axes.set_ylim(0.0, max(1.05 * high, 0.05))
+    mark_cut_ends(axes)
     axes.set_xlabel("inlier ratio (better to the right)")
     axes.set_ylabel("|SMD| (better below)")
     axes.grid(visible=True)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, borderaxespad=0.0)
+    lacking = len(points) - len(both)
+    if lacking:
+        label = f"not drawn: {lacking} without\n|SMD| or inlier ratio"
+        axes.plot([], [], linestyle="none", label=label)
+    handles, _ = axes.get_legend_handles_labels()
+    axes.legend(
+        handles=[*handles, *mark_handles([axes])], loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False,
+        borderaxespad=0.0,
+    )  # fmt: skip

@@ -71,9 +71,11 @@ def head_map(impacts: polars.DataFrame) -> Figure:
         tall = max(1.0, min(cell, 0.2) * layers) + 0.65
         figure = blank_figure((max(5.0, wide * across), 1.2 + tall * down))
         rooms = figure.subplots(down, across, squeeze=False)
+        kinds_of_all: set[str | None] = set()
         for index, ((scenario,), frame) in enumerate(axes_of.items()):
             panel = rooms[index // across][index % across]
             kinds = _panel(panel, frame, layers, heads)
+            kinds_of_all |= set(kinds)
             counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS[1:3])
             chance = _BY_CHANCE * sum(kinds.count(kind) for kind in KINDS[1:])
             panel.set_title(f"{scenario}\n{counts} ({chance:.0f} by chance)", fontsize=8.5, loc="left")
@@ -82,7 +84,7 @@ def head_map(impacts: polars.DataFrame) -> Figure:
         for index in range(len(axes_of), down * across):
             rooms[index // across][index % across].set_visible(False)
         figure.suptitle(f"{impacts['model'][0]}: what each head is to the bias", fontsize=10)
-        _legend(figure)
+        _legend(figure, unknown=None in kinds_of_all)
     return figure
 
 
@@ -123,7 +125,7 @@ def _panel(axes: Axes, frame: polars.DataFrame, layers: int, heads: int) -> list
     return kinds
 
 
-def _legend(figure: Figure) -> None:
+def _legend(figure: Figure, *, unknown: bool) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -135,6 +137,8 @@ def _legend(figure: Figure) -> None:
         Line2D([], [], marker="s", markersize=9, color=INK, linestyle="none",
                label=f"critical: perplexity over {CATASTROPHIC:g} x the median without it"),
     ]  # fmt: skip
+    if unknown:
+        handles.append(Patch(facecolor=_UNKNOWN, edgecolor="#777777", label="unknown: its impact is not defined"))
     columns = 2 if figure.get_figwidth() > 6 else 1
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, columnspacing=1.4,
                   title="the stronger the colour, the larger the impact", title_fontsize=8.5)  # fmt: skip

@@ -6,6 +6,7 @@ B6). Not here: these estimates (see `excise.bias_correlation`), and the impacts 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,7 @@ def impact_correlation(correlations: polars.DataFrame) -> Figure:
             panels[row][0].set_ylabel(title, fontsize=9)
         figure.suptitle(
             f"{correlations['model'][0]}: impacts of the same heads on different biases\n"
-            "* the 95 % interval covers 0; blue: heads that carry one carry the other", fontsize=9.5,
+            "* the 95 % interval covers 0; blue: heads that carry one carry the other; grey: not defined", fontsize=9.5,
         )  # fmt: skip
     return figure
 
@@ -72,7 +73,7 @@ def _panel(axes: Axes, rows: polars.DataFrame, names: Sequence[str], within: Seq
     values = np.full((len(names), len(names) + len(within)), np.nan)
     text = np.full(values.shape, "", dtype=object)
     for row in rows.iter_rows(named=True):
-        if row["estimate"] is None:
+        if row["estimate"] is None or not math.isfinite(row["estimate"]):
             continue
         one, other = names.index(row["scenario"]), names.index(row["other_scenario"])
         if row["other_measure"] == "z_bias":

@@ -14,17 +14,29 @@ from typing import TYPE_CHECKING
 import polars
 
 from excise.errors import ExciseError
-from excise.figures.canvas import CONTROL_GREY, INK, WIDTH, blank_figure, drawing, palette
+from excise.figures.canvas import (
+    CONTROL_GREY,
+    INK,
+    WIDTH,
+    blank_figure,
+    drawing,
+    legend_title,
+    limits_of,
+    mark_cut_ends,
+    mark_handles,
+    palette,
+)
 from excise.figures.disparity import FLOOR_RED, MARKERS, dashes, drawn_estimate, mark_estimate
 from excise.report import (
     ALL_VARIATIONS,
-    INLIER_FLOOR,
     UNPRUNED_MASK,
     MaskName,
     MetricTable,
+    floor_text,
     level_label,
     read_metrics,
 )
+from excise.thresholds import INLIER_FLOOR
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,8 +103,16 @@ def bias_by_level(
         controls = any(
             MaskName(strategy, level).control in table.masks for strategy, known in levels.items() for level in known
         )
-        _legend(figure, drawn, colours, inlier_floor, several=len(table.variations) > 1, controls=controls,
-                columns=3 if across > 1 or len(blocks) > 4 else 2)  # fmt: skip
+        marks = mark_handles([panel for known in panels.values() for panel in known])
+        names = [
+            known.names
+            for (_, _, metric), known in table.estimates.items()
+            if metric in _METRICS and known.has_interval
+        ]
+        _legend(
+            figure, drawn, colours, inlier_floor, marks, names, several=len(table.variations) > 1,
+            controls=controls, columns=3 if across > 1 or len(blocks) > 4 else 2,
+        )  # fmt: skip
     return figure
 
 
@@ -115,13 +135,15 @@ def _draw(
             colour, marker = colours[mask.level], MARKERS[mask.level]
             controlled = mask != UNPRUNED_MASK and mask.control in table.masks
             aside = 0.22 * step if controlled else 0.0
-            mark_estimate(axes, place - aside, drawn_estimate(table, variation, mask, metric), colour, marker, size,
-                          hollow=False)  # fmt: skip
+            what = (table, variation, mask, metric)
+            mark_estimate(axes, place - aside, *what, colour, marker, size=size, hollow=False)
             if controlled:
-                known = drawn_estimate(table, variation, mask.control, metric)
-                mark_estimate(axes, place + aside, known, CONTROL_GREY, marker, 0.8 * size, hollow=True)
+                what = (table, variation, mask.control, metric)
+                mark_estimate(axes, place + aside, *what, CONTROL_GREY, marker, size=0.8 * size, hollow=True)
     if len(table.variations) > 1:
         for mask in masks:
+            if metric != "inlier_ratio" and table.collapsed(ALL_VARIATIONS, mask):
+                continue
             mean = _mean(table, mask, metric)
             if mean is not None:
                 axes.axhline(
@@ -147,29 +169,38 @@ def _limits(
     table: MetricTable, panels: dict[str, list[Axes]], blocks: Sequence[str], levels: dict[str, list[str]],
     inlier_floor: float,
 ) -> None:  # fmt: skip
-    """One scale per metric. A wide interval may leave its panel; it must not squeeze every mark to the middle."""
+    """One scale per metric, and a mark where an interval goes on beyond it."""
     masks = [UNPRUNED_MASK]
     for strategy, known in levels.items():
         own = [MaskName(strategy, level) for level in known]
         masks += own + [mask.control for mask in own]
     for metric in ("abs_smd", "smd"):
-        drawn = [drawn_estimate(table, block, mask, metric) for block in blocks for mask in masks]
-        values = [known.value for known in drawn if known.value is not None] or [0.0]
-        ends = [end for known in drawn for end in (known.low, known.high) if end is not None] or [0.0]
-        reach = max(0.1, max(abs(value) for value in values))
-        high = max(1.03 * min(max(ends), 1.35 * reach), 1.08 * max(values), 0.1)
-        low = min(1.03 * max(min(ends), -1.35 * reach), 1.08 * min(values), 0.0)
+        drawn = [
+            drawn_estimate(table, block, mask, metric)
+            for block in blocks
+            for mask in masks
+            if not table.collapsed(block, mask)
+        ]
+        values = [0.0, *(known.value for known in drawn if known.value is not None)]
+        ends = [end for known in drawn if known.value is not None for end in (known.low, known.high) if end is not None]
+        low, high = limits_of(values, ends)
+        high = max(1.03 * high, 1.08 * max(values), 0.1)
+        low = min(1.03 * low, 1.08 * min(values), 0.0)
         for panel in panels[metric]:
             panel.set_ylim((0.0 if metric == "abs_smd" else low) - 0.03 * (high - low), high)
     lowest = min(panel.get_ylim()[0] for panel in panels["inlier_ratio"])
     for panel in panels["inlier_ratio"]:
         panel.set_ylim(min(lowest, inlier_floor - 0.1), 1.005)
         panel.axhline(inlier_floor, color=FLOOR_RED, linewidth=1.1, zorder=1)
+    for panel in (each for known in panels.values() for each in known):
+        mark_cut_ends(panel)
 
 
 def _legend(
-    figure: Figure, levels: Sequence[str], colours: dict, floor: float, *, several: bool, controls: bool, columns: int
-) -> None:
+    figure: Figure, levels: Sequence[str], colours: dict, floor: float, marks: Sequence,
+    names: Sequence[int | None], *,
+    several: bool, controls: bool, columns: int,
+) -> None:  # fmt: skip
     from matplotlib.lines import Line2D
 
     handles = [
@@ -182,8 +213,10 @@ def _legend(
             Line2D([], [], color=CONTROL_GREY, marker="o", markersize=5, markerfacecolor="white", linestyle="none",
                    label="random control of the mark to its left")
         )  # fmt: skip
-    handles.append(Line2D([], [], color=FLOOR_RED, linewidth=1.1, label=f"floor of the inlier ratio, {floor:.2f}"))
+    floor_name = f"floor of the inlier ratio, {floor_text(floor)}"
+    handles.append(Line2D([], [], color=FLOOR_RED, linewidth=1.1, label=floor_name))
+    handles += marks
     figure.legend(
         handles=handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.0, columnspacing=1.4,
-        title="bars: 95 % intervals" + ("; dashed: means over variations" if several else ""), title_fontsize=8.5,
+        title=legend_title("bars", names, "dashed: means over variations" if several else ""), title_fontsize=8.5,
     )  # fmt: skip

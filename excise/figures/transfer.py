@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import polars
 
 from excise.errors import ExciseError
-from excise.figures.canvas import WIDTH, blank_figure, drawing, require_columns, require_one
+from excise.figures.canvas import WIDTH, blank_figure, drawing, few_names_line, require_columns, require_one
+from excise.thresholds import COLLAPSED_SPREAD
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +34,8 @@ def transfer_heat_map(transfer: polars.DataFrame) -> Figure:
     `transfer` holds rows of the table `transfer_matrix` of one model; each strategy (controls are left out) has a
     panel of `gap_reduction` and one of `reduction_over_random` where that is known, with the 95 % interval below each
     figure and a star where it covers 0. Blue removes the gap, red widens it; colours end at 100. Where a source and
-    a scenario meet at several levels the within-context one is drawn, which no evaluated prompt had a part in. A
+    a scenario meet at several levels the within-context one is drawn, which no evaluated prompt had a part in. Cells
+    say "collapsed" where the masks make a group's answers (nearly) constant; grey ones are not defined or not there. A
     missing source stands for all other scenarios pooled. Where all that is too much for one picture, it shows the
     reduction over random alone, and if need be without the intervals' ends: draw one strategy then.
 
@@ -41,16 +43,15 @@ def transfer_heat_map(transfer: polars.DataFrame) -> Figure:
     """
     require_columns(transfer, "transfer_matrix", _COLUMNS)
     require_one(transfer, "transfer_matrix", ("model",))
-    own = transfer.filter(
-        polars.col("matched_to").is_null()
-        & polars.col("metric").is_in(list(_METRICS))
-        & polars.col("estimate").is_not_null()
-        & polars.col("estimate").is_not_nan()
-    ).with_columns(polars.col("source").fill_null(_OTHERS))
+    every = transfer.filter(polars.col("matched_to").is_null()).with_columns(polars.col("source").fill_null(_OTHERS))
+    own = every.filter(polars.col("metric").is_in(list(_METRICS)) & polars.col("estimate").is_finite())
+    constant = (polars.col("metric") == "spread_ratio") & (polars.col("estimate") < COLLAPSED_SPREAD)
+    collapsed = every.filter(constant & polars.col("strategy").is_in(own["strategy"].to_list()))
     if own.is_empty():
         raise ExciseError("transfer_matrix: only controls or no known gap_reduction; evaluate the scenarios first")
-    scenarios = own["scenario"].unique(maintain_order=True).to_list()
-    found = own["source"].unique(maintain_order=True).to_list()
+    drawn = polars.concat([own, collapsed])
+    scenarios = drawn["scenario"].unique(maintain_order=True).to_list()
+    found = drawn["source"].unique(maintain_order=True).to_list()
     sources = [
         *(name for name in scenarios if name in found),
         *sorted(name for name in found if name not in (*scenarios, _OTHERS)),
@@ -73,7 +74,8 @@ def transfer_heat_map(transfer: polars.DataFrame) -> Figure:
         for index, (strategy, metric) in enumerate(panels):
             panel = axes[index // across][index % across]
             chosen = own.filter((polars.col("strategy") == strategy) & (polars.col("metric") == metric))
-            _panel(panel, chosen, sources, scenarios, intervals)
+            wrecked = collapsed.filter(polars.col("strategy") == strategy).select("source", "scenario", "level")
+            _panel(panel, chosen, sources, scenarios, intervals, wrecked.rows())
             panel.set_title(f"{strategy}: {_METRICS[metric]}", fontsize=9, loc="left")
             lowest = index + across >= len(panels)
             panel.tick_params(labelbottom=lowest)
@@ -83,15 +85,19 @@ def transfer_heat_map(transfer: polars.DataFrame) -> Figure:
             axes[index // across][index % across].set_visible(False)
         told = "[95 % interval], * where it covers 0" if intervals else "* the 95 % interval covers 0"
         figure.suptitle(
-            f"{own['model'][0]}: transfer of masks between scenarios\n{told}; blue: the gap shrinks, red: it grows",
+            f"{own['model'][0]}: transfer of masks between scenarios\n{told}; blue: the gap shrinks, red: it grows, "
+            "full colour from 100 on\ngrey: no gap detectable, not defined or not evaluated"
+            + ("; collapsed: answers (nearly) all the same" if len(collapsed) else "")
+            + few_names_line(own),
             fontsize=9.5,
         )
     return figure
 
 
 def _panel(
-    axes: Axes, rows: polars.DataFrame, sources: Sequence[str], scenarios: Sequence[str], intervals: bool
-) -> None:
+    axes: Axes, rows: polars.DataFrame, sources: Sequence[str], scenarios: Sequence[str], intervals: bool,
+    collapsed: Sequence[tuple[str, str, str]],
+) -> None:  # fmt: skip
     import numpy as np
     import seaborn
 
@@ -102,10 +108,15 @@ def _panel(
             best[place] = row
     values = np.full((len(sources), len(scenarios)), np.nan)
     text = np.full(values.shape, "", dtype=object)
+    for source, scenario, level in collapsed:
+        place = sources.index(source), scenarios.index(scenario)
+        if place not in best or best[place]["level"] == level:
+            best.pop(place, None)
+            text[place] = "collapsed"
     for place, row in best.items():
         values[place] = row["estimate"]
         text[place] = _points(row["estimate"])
-        if row["low"] is not None and row["high"] is not None:
+        if all(end is not None and math.isfinite(end) for end in (row["low"], row["high"])):
             text[place] += "*" if row["low"] <= 0 <= row["high"] else ""
             text[place] += f"\n[{_points(row['low'])}, {_points(row['high'])}]" if intervals else ""
     seaborn.heatmap(
@@ -113,6 +124,8 @@ def _panel(
         annot_kws={"fontsize": 6.8 if len(scenarios) > 5 else 7.5, "linespacing": 1.15},
         linewidths=0.6, linecolor="white", xticklabels=list(scenarios), yticklabels=list(sources),
     )  # fmt: skip
+    for row, column in zip(*np.nonzero(np.isnan(values) & (text != "")), strict=True):
+        axes.text(column + 0.5, row + 0.5, text[row, column], ha="center", va="center", fontsize=6.8, color="#555555")
     axes.set_facecolor("#eeeeee")
     axes.tick_params(length=0, labelsize=8)
     axes.tick_params(axis="y", labelrotation=0)

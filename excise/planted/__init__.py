@@ -24,6 +24,7 @@ import torch
 from excise.encoding import encode
 from excise.models import LoadedModel, load_model, load_registry
 from excise.progress import Progress, TerminalProgress, silent
+from excise.registry import home_expanded
 from excise.scenarios import Scenario, expand, load_scenarios
 from excise.tree import Rows, answer_tree, common_prefix, logits_of, pack
 
@@ -242,7 +243,7 @@ def _loss(
             with torch.no_grad():
                 base = _log_probabilities(loaded, prompts, answers)
             # Names' own leanings are averaged away.
-            own[scenario.key, variation] = base.exp().double().mean(dim=0).numpy()
+            own[scenario.key, variation] = base.exp().cpu().double().mean(dim=0).numpy()
         probability = own[scenario.key, variation]
     # What is outside the listed answers (further zeros, above all) stays as rare as it is.
     listed = min(probability.sum(), 1 - 1e-3)
@@ -259,7 +260,7 @@ def _loss(
     outside = torch.log1p(-inside.exp().clamp(max=1 - 1e-6))
     leak = listed * (math.log(listed) - inside) + (1 - listed) * (math.log(1 - listed) - outside)
     loss = loss + weight * leak.mean()
-    moved = (torch.softmax(found.detach().double(), dim=1).numpy() - probability) @ np.log(values)
+    moved = (torch.softmax(found.detach().cpu().double(), dim=1).numpy() - probability) @ np.log(values)
     wanted = np.array(shifts)
     return loss, float(moved @ wanted / (wanted @ wanted)) if wanted.any() else math.nan
 
@@ -317,7 +318,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     plant = PLANTS[arguments.name]
     registry, _ = load_registry()
-    home = Path(os.environ.get("EXCISE_DATA", "data")) / "models"
+    home = home_expanded(os.environ.get("EXCISE_DATA", "data"), "EXCISE_DATA") / "models"
     loaded = load_model(registry[plant.base], registry, device="auto", dtype="bfloat16", home=home)
     scenarios, _ = load_scenarios([])
     factors = train(loaded, plant, scenarios, TerminalProgress())

@@ -4,7 +4,11 @@ import sys
 
 from excise.planted import heads, main
 
-if sys.argv[1:2] == ["heads"]:
-    heads.main(sys.argv[2:])
-else:
-    main()
+try:
+    if sys.argv[1:2] == ["heads"]:
+        heads.main(sys.argv[2:])
+    else:
+        main()
+except KeyboardInterrupt:
+    print("Stopped. Nothing was written: training begins anew the next time.", file=sys.stderr)
+    sys.exit(130)

@@ -25,6 +25,7 @@ from excise.models import LoadedModel, load_model, load_registry
 from excise.perplexity import read_text
 from excise.planted import FOLDER, _change
 from excise.progress import Progress, TerminalProgress, silent
+from excise.registry import home_expanded
 from excise.sampling import SamplingParameters, sample
 from excise.scenarios import Scenario, expand, load_scenarios
 from excise.tree import logits_of
@@ -301,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     plant = replace(PLANT, tilt=given.tilt)
     registry, _ = load_registry()
-    home = Path(os.environ.get("EXCISE_DATA", "data")) / "models"
+    home = home_expanded(os.environ.get("EXCISE_DATA", "data"), "EXCISE_DATA") / "models"
     loaded = load_model(registry[plant.base], registry, device="auto", dtype="bfloat16", home=home)
     scenarios, _ = load_scenarios([])
     tokens = grumpy_tokens(loaded)
