@@ -6,7 +6,6 @@ they are. A file is needed while a table refers to it. What a file is named by i
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -20,9 +19,10 @@ import polars as pl
 from excise.attribution import PARTS
 from excise.completions import UNPRUNED, settings_key
 from excise.errors import ExciseError
-from excise.exact import sampling_settings
+from excise.exact import sampling_settings, tree_settings
 from excise.masks import heads_mask
-from resources.artifacts import Artifacts
+from pipelines.terminal import DONE, INCOMPLETE, run
+from resources.artifacts import Artifacts, data_folder
 from resources.warehouse import Warehouse
 
 RECENT = 3600.0
@@ -126,7 +126,7 @@ def remove(chosen: Iterable[Entry], root: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """List, or remove; 0, or 1 with a message on standard error."""
+    """List, or remove; the status is 0, 1 where a file cannot be read or removed, or 2 for a wrong option."""
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.cache",
         description="List what completed work takes on disk, and remove what is not needed.",
@@ -143,26 +143,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--older-than and --yes go with --prune")
     if given.older_than is not None and not given.older_than >= 0:
         parser.error("--older-than: give a number of days, 0 or more")
-    folder = os.environ.get("EXCISE_DATA") or "data"
+    folder = data_folder()
     artifacts = Artifacts(folder=folder)
     try:
         found = entries(artifacts, Warehouse(folder=folder))
         now = time.time()
         if not given.prune:
             print(listing(found, now, None if given.all else SHOWN))
-            return 0
+            return DONE
         chosen = removable(found, now, None if given.older_than is None else given.older_than * DAY)
         print(listing(chosen, now, None if given.all else SHOWN))
         told = f"{_counted(chosen)} of {_counted(found)}"
         if not given.yes:
             print(f"\nNothing was removed. With --yes this goes: {told}. It is made again when it is asked for.")
-            return 0
+            return DONE
         remove(chosen, artifacts.root)
         print(f"\nRemoved {told}.")
     except ExciseError as error:
         print(error, file=sys.stderr)
-        return 1
-    return 0
+        return INCOMPLETE
+    return DONE
 
 
 def listing(found: Sequence[Entry], now: float, limit: int | None = SHOWN) -> str:
@@ -217,8 +217,10 @@ def _masks_of_single_heads(rows: pl.DataFrame) -> list[str]:
 
 
 def _settings(parameters: str) -> list[str]:
-    """The cache's names of the parameters; of enumerated answers also of what was sampled instead."""
-    return list(dict.fromkeys(settings_key(each) for each in (parameters, sampling_settings(parameters))))
+    """The cache's names of the parameters; of enumerated answers of their trees and of what was sampled instead."""
+    if '"answers": "exact"' not in parameters:
+        return [settings_key(parameters)]
+    return [settings_key(tree_settings(parameters)), settings_key(sampling_settings(parameters))]
 
 
 def _folders(root: Path, depth: int) -> list[Path]:
@@ -270,4 +272,4 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

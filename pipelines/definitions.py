@@ -7,7 +7,6 @@ users' files are logged here.
 
 import functools
 import logging
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,8 +29,10 @@ from assets.pruned_completions import pruned_completions_asset
 from assets.pruning_masks import pruning_masks_asset
 from assets.quality_report import quality_report_asset
 from assets.transfer_matrix import transfer_matrix_asset
+from excise.registry import Problem
 from pipelines.jobs import JOBS
 from resources.artifacts import Artifacts
+from resources.artifacts import data_folder as default_folder
 from resources.gpu import GPUResource
 from resources.settings import AuditSettings
 from resources.warehouse import Warehouse
@@ -71,9 +72,9 @@ def build_definitions(
 ) -> dg.Definitions:
     """The whole code location. `resource_overrides` replaces resources by name.
 
-    Files that do not exist count as empty. A scenario or model with a mistake in its file is logged and left out.
+    Files that do not exist count as empty. What has a mistake in its file is logged, and fails whoever asks for it.
     """
-    folder = str(data_folder or os.environ.get("EXCISE_DATA") or "data")
+    folder = str(data_folder or default_folder())
     catalogue = read_catalogue(scenario_folders, model_files, strategy_files, scorer_files)
     for problem in catalogue.problems:
         _warn_once(problem)
@@ -99,8 +100,8 @@ def build_definitions(
 
 
 @functools.cache
-def _warn_once(problem: str) -> None:
-    logging.getLogger("excise").warning("left out: %s", problem)
+def _warn_once(problem: Problem) -> None:
+    logging.getLogger("excise").warning("cannot be used: %s", problem)
 
 
 defs = build_definitions()

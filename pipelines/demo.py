@@ -13,11 +13,15 @@ from collections.abc import Sequence
 import dagster as dg
 
 from assets.partitions import Catalogue, read_catalogue
+from assets.stage import thresholds_of
+from excise.errors import ExciseError
 from excise.report import audit_table, reuse_sentence
-from pipelines.definitions import MODEL_FILES, ROOT, SCENARIO_FOLDERS, STRATEGY_FILES, build_definitions
+from pipelines.definitions import MODEL_FILES, SCENARIO_FOLDERS, SCORER_FILES, STRATEGY_FILES, build_definitions
 from pipelines.jobs import audit_scenario
-from pipelines.runs import end_abandoned, execute
-from resources.settings import Preset
+from pipelines.runs import execute, open_instance
+from pipelines.terminal import INCOMPLETE, MISUSED, STATUSES, run
+from pipelines.verdict import add_fail_on, conclude, unjudged
+from resources.settings import LEVELS, Preset
 from resources.warehouse import Warehouse
 from resources.watch import TerminalWatch
 
@@ -26,9 +30,14 @@ STRATEGIES = "set_difference,gap_gradient"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo; 0 on success, 1 with a message on standard error otherwise."""
+    """Run the demo; the status is one of `pipelines.terminal.STATUSES`, with a message on standard error.
+
+    Raises ExciseError where nothing can be kept: neither results nor the history of runs.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.demo", description="Audit and prune a model in a scenario, and show what it did."
+        prog="python -m pipelines.demo",
+        description="Audit and prune a model in a scenario, and show what it did.",
+        epilog=STATUSES,
     )
     parser.add_argument("--model", default="planted-specific", help="key of a model in models.yaml")
     parser.add_argument("--scenario", default="purchase", help="key of a scenario")
@@ -36,18 +45,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--strategies", default=STRATEGIES, help="keys of strategies, comma between them; all for all that are enabled"
     )
+    add_fail_on(parser)
     chosen = parser.parse_args(arguments)
 
-    os.environ.setdefault("DAGSTER_HOME", str(ROOT))
-    catalogue = read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES)
-    for kind, key, known in (
-        ("model", chosen.model, catalogue.models),
-        ("scenario", chosen.scenario, catalogue.scenarios),
-    ):
+    catalogue = read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES, SCORER_FILES)
+    for key, known in ((chosen.model, catalogue.models), (chosen.scenario, catalogue.scenarios)):
         if key not in known:
-            print(f"There is no {kind} {key!r}; there are {', '.join(known)}.", file=sys.stderr)
-            print(*catalogue.problems, sep="\n", file=sys.stderr)
-            return 1
+            print(known.why_not(key), *catalogue.problems, sep="\n", file=sys.stderr)
+            return MISUSED
+    if catalogue.scenarios[chosen.scenario].outcome.kind != "number":
+        print(
+            f"The scenario {chosen.scenario} judges continuations: run make heads AXES={chosen.scenario}, or choose "
+            "one that asks for a number.",
+            file=sys.stderr,
+        )
+        return MISUSED
 
     definitions = build_definitions(
         scenario_folders=SCENARIO_FOLDERS,
@@ -63,16 +75,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     settings: dict[str, object] = {"preset": chosen.preset}
     if chosen.strategies != "all":
-        settings["strategies"] = chosen.strategies.split(",")
+        settings["strategies"] = [key.strip() for key in chosen.strategies.split(",")]
+        try:
+            catalogue.chosen_strategies(settings["strategies"], LEVELS, "number")
+        except ExciseError as error:
+            print(error, file=sys.stderr)
+            return MISUSED
     began = time.monotonic()
-    instance = dg.DagsterInstance.get()
-    end_abandoned(instance)
-    result = execute(definitions, instance, audit_scenario.name, f"{chosen.model}|{chosen.scenario}", settings)
+    with open_instance(warehouse) as instance:
+        result = execute(definitions, instance, audit_scenario.name, f"{chosen.model}|{chosen.scenario}", settings)
     if not result.success:
         print(*failure_messages(result), "Nothing computed so far is lost.", sep="\n", file=sys.stderr)
-        return 1
+        return INCOMPLETE
     print(_closing(result, warehouse, catalogue, chosen.model, chosen.scenario, time.monotonic() - began))
-    return 0
+    scenario = catalogue.scenarios[chosen.scenario]
+    return conclude(
+        warehouse, chosen.model, [scenario], evaluated=[scenario.key], failed=False, fail_on=chosen.fail_on
+    )
 
 
 def failure_messages(result: dg.ExecuteInProcessResult) -> list[str]:
@@ -97,10 +116,13 @@ def _closing(
 ) -> str:
     scenario = catalogue.scenarios[scenario_key]
     labels = {side: scenario.groups[getattr(scenario.comparison, side)].label for side in ("majority", "minority")}
+    judged = thresholds_of(warehouse, "evaluation_metrics", model, scenario_key)
     table = audit_table(
         warehouse.read("metrics", model=model, scenario=scenario_key),
         scenario_title=scenario.title,
         unit=scenario.outcome.unit,
+        inlier_floor=judged.inlier_floor,
+        inlier_tolerance=judged.inlier_tolerance,
         **labels,
     )
     seen = {
@@ -112,13 +134,12 @@ def _closing(
     reused = completions["completions_reused"] + pruned["completions_reused"]
     scores, masks = seen["attribution_scores"], seen["pruning_masks"]
     figures = warehouse.path.parent / "figures" / model / scenario_key
-    checks = [event for event in result.get_asset_check_evaluations() if not event.passed]
     lines = [
         table,
         f"Done in {seconds:.0f} s. {reuse_sentence(drawn, reused)}",
         f"Attribution scores: {scores['files_computed']} computed, {scores['files_reused']} reused. "
         f"Mask files: {masks['mask_files_written']} written, {masks['mask_files_reused']} known already.",
-        *(f"Check {check.check_name} of {check.asset_key.to_user_string()}: {check.description}" for check in checks),
+        *unjudged(warehouse, model, [scenario]),
         "",
         "Where to look next:",
         "  make ui                  the lineage, pictures and checks of this run, at http://127.0.0.1:3000",
@@ -134,4 +155,4 @@ def _near(path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -6,20 +6,19 @@ warehouse or the runs; nothing is computed here.
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
 
-import dagster as dg
-
+from assets.evaluation_metrics import names_warning
 from assets.partitions import Catalogue, read_catalogue
+from assets.stage import thresholds_of
 from excise.bias_correlation import gamma_choice, gamma_points
 from excise.errors import ExciseError
+from excise.perplexity import read_text
 from excise.toxicity_report import choice_sentence, toxicity_finding, toxicity_table
 from pipelines.definitions import (
     MODEL_FILES,
-    ROOT,
     SCENARIO_FOLDERS,
     SCORER_FILES,
     STRATEGY_FILES,
@@ -28,16 +27,23 @@ from pipelines.definitions import (
 from pipelines.demo import failure_messages
 from pipelines.jobs import correlate_heads, evaluate_scenario, prepare_heads, prune_heads
 from pipelines.paper import parse_setting
-from pipelines.runs import end_abandoned, execute
+from pipelines.runs import execute, open_instance
+from pipelines.terminal import MISUSED, STATUSES, run
+from pipelines.verdict import add_fail_on, conclude, unjudged
 from resources.settings import AuditSettings, Preset
 from resources.warehouse import Warehouse
 from resources.watch import TerminalWatch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run it; 0 when every partition succeeded, 1 with a message on standard error otherwise."""
+    """Run it; the status is one of `pipelines.terminal.STATUSES`, with a message on standard error.
+
+    Raises ExciseError where nothing can be kept: neither results nor the history of runs.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.heads", description="Prune attention heads by what they do to a disparity (FASP)."
+        prog="python -m pipelines.heads",
+        description="Prune attention heads by what they do to a disparity (FASP).",
+        epilog=STATUSES,
     )
     parser.add_argument("--model", default="smollm2-135m-instruct", help="key of a model in models.yaml")
     parser.add_argument("--scenarios", default="gender", help="keys of scenarios, comma between them")
@@ -45,20 +51,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting; may be given several times"
     )
+    add_fail_on(parser)
     given = parser.parse_args(arguments)
 
-    os.environ.setdefault("DAGSTER_HOME", str(ROOT))
     catalogue = read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES, SCORER_FILES)
     scenarios = list(dict.fromkeys(key.strip() for key in given.scenarios.split(",") if key.strip()))
     try:
         settings = _checked(given, catalogue, scenarios)
     except ExciseError as error:
         print(error, *catalogue.problems, sep="\n", file=sys.stderr)
-        return 1
+        return MISUSED
     definitions = build_definitions(resource_overrides={"watch": TerminalWatch()})
+    warehouse = definitions.resources["warehouse"]
     failed: list[str] = []
-    with dg.DagsterInstance.get() as instance:
-        end_abandoned(instance)
+    with open_instance(warehouse) as instance:
         for job, key, config in _steps(given.model, scenarios, settings):
             if key in failed:
                 continue
@@ -70,34 +76,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 failed.append(key)
                 print(f"{job} {key} failed:", *failure_messages(result), sep="\n  ", file=sys.stderr)
-    warehouse = definitions.resources["warehouse"]
     for key in scenarios:
         if f"{given.model}|{key}" not in failed:
-            budget = AuditSettings(**settings).audit_of(catalogue.scenarios[key]).perplexity_budget
-            print(_closing(warehouse, catalogue, given.model, key, budget))
+            print(_closing(warehouse, catalogue, given.model, key))
     if failed:
         print("Nothing computed so far is lost; the same command goes on.", file=sys.stderr)
-    return 1 if failed else 0
+    asked = [catalogue.scenarios[key] for key in scenarios]
+    return conclude(
+        warehouse, given.model, asked, evaluated=scenarios, failed=bool(failed), fail_on=given.fail_on
+    )
 
 
 def _checked(given: argparse.Namespace, catalogue: Catalogue, scenarios: Sequence[str]) -> dict[str, object]:
     """The settings by name. Raises ExciseError for what is not there or out of range."""
     if given.model not in catalogue.models:
-        raise ExciseError(f"There is no model {given.model!r}; there are {', '.join(catalogue.models)}.")
+        raise ExciseError(catalogue.models.why_not(given.model))
     for key in scenarios:
         if key not in catalogue.scenarios:
-            raise ExciseError(f"There is no scenario {key!r}; there are {', '.join(catalogue.scenarios)}.")
+            raise ExciseError(catalogue.scenarios.why_not(key))
     if not scenarios:
         raise ExciseError("--scenarios: name one at least, for example gender")
     settings = dict(parse_setting(each) for each in given.set)
     for key in scenarios:
         scenario = catalogue.scenarios[key]
-        audit = AuditSettings(preset=Preset(given.preset), **settings).audit_of(scenario)
-        catalogue.chosen_strategies(audit.strategies, audit.levels, scenario.outcome.kind, audit.alphas)
-        if scenario.outcome.kind == "number" and audit.strategies is None:
+        if scenario.outcome.kind == "number" and "strategies" not in settings:
             raise ExciseError(
                 f"scenario {key} asks for numbers: name the strategies of heads with --set strategies=fasp"
             )
+        audit = catalogue.audit_of(AuditSettings(preset=Preset(given.preset), **settings), scenario)
+        if audit.text is not None and not audit.text.startswith("hub:"):
+            read_text(audit.text)
     return {"preset": given.preset, **settings}
 
 
@@ -115,16 +123,21 @@ def _steps(model: str, scenarios: Sequence[str], settings: dict[str, object]) ->
     ]
 
 
-def _closing(warehouse: Warehouse, catalogue: Catalogue, model: str, key: str, budget: float) -> str:
+def _closing(warehouse: Warehouse, catalogue: Catalogue, model: str, key: str) -> str:
     metrics = warehouse.read("metrics", model=model, scenario=key)
     figures = warehouse.path.parent / "figures" / model / key
     lines = [f"\n{catalogue.scenarios[key].title}: {model}", ""]
     if catalogue.scenarios[key].outcome.kind == "toxicity":
+        budget = thresholds_of(warehouse, "evaluation_metrics", model, key).perplexity_budget
         points = gamma_choice(gamma_points(metrics, catalogue.fasp_parameters()), budget)
-        lines += [toxicity_table(metrics), "", toxicity_finding(metrics), "", choice_sentence(points, budget)]
+        finding = toxicity_finding(metrics, perplexity_budget=budget)
+        lines += [toxicity_table(metrics), "", finding, "", choice_sentence(points, budget)]
+        if (warning := names_warning(catalogue, catalogue.scenarios[key])) is not None:
+            lines += ["", warning]
+    lines += [*unjudged(warehouse, model, [catalogue.scenarios[key]]), ""]
     lines += [f"Figures: {figures}/ (trade_off, gamma_sweep, head_map, toxicity_by_subgroup); all figures: make ui"]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -6,7 +6,7 @@ rerun reuses what is there. Anything printed is read from the warehouse or the r
 """
 
 import argparse
-import os
+import difflib
 import shlex
 import sys
 import time
@@ -19,15 +19,35 @@ import dagster as dg
 from pydantic import TypeAdapter, ValidationError
 
 from assets.partitions import Catalogue, read_catalogue
+from assets.stage import thresholds_of
 from excise.errors import ExciseError
-from excise.report import ALL_VARIATIONS, NO_COMPARISON, UNPRUNED_MASK, MaskName, level_label, read_metrics
+from excise.report import (
+    ALL_VARIATIONS,
+    FEW,
+    NO_COMPARISON,
+    UNPRUNED_MASK,
+    MaskName,
+    MetricTable,
+    floor_text,
+    interval_text,
+    level_label,
+    per_cent,
+    ratio_text,
+    reaches,
+    read_metrics,
+    standing_out,
+    unpruned_gap,
+)
 from excise.scenarios import Scenario
 from excise.strategies import OWN_SCENARIO
-from pipelines.definitions import MODEL_FILES, ROOT, SCENARIO_FOLDERS, STRATEGY_FILES, build_definitions
+from excise.thresholds import FEW_NAMES, Thresholds
+from pipelines.definitions import MODEL_FILES, SCENARIO_FOLDERS, SCORER_FILES, STRATEGY_FILES, build_definitions
 from pipelines.demo import failure_messages
 from pipelines.jobs import analyse_model, evaluate_scenario, prepare_scenario, search_grid
-from pipelines.runs import end_abandoned, execute
-from resources.settings import LEVELS, PRESETS, Audit, AuditSettings, Preset
+from pipelines.runs import execute, open_instance
+from pipelines.terminal import MISUSED, STATUSES, run
+from pipelines.verdict import add_fail_on, conclude, unjudged
+from resources.settings import LEVELS, Audit, AuditSettings, Preset
 from resources.warehouse import Warehouse
 from resources.watch import TerminalWatch
 
@@ -67,9 +87,14 @@ class Call:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the paper; 0 when every partition succeeded, 1 with a message on standard error otherwise."""
+    """Run the paper; the status is one of `pipelines.terminal.STATUSES`, with a message on standard error.
+
+    Raises ExciseError where nothing can be kept: neither results nor the history of runs.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.paper", description="Run all scenarios of one model at every level of generality."
+        prog="python -m pipelines.paper",
+        description="Run all scenarios of one model at every level of generality.",
+        epilog=STATUSES,
     )
     parser.add_argument("--model", required=True, help="key of a model in models.yaml")
     parser.add_argument("--scenarios", default="", help="keys of scenarios, comma between them; all without it")
@@ -80,26 +105,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--evaluate", default="", help="scenarios to evaluate, or none; the others lend their masks")
     parser.add_argument("--grid", default="", help="scenarios, comma between them, to search the grid for, too")
     parser.add_argument("--failed", action="store_true", help="only partitions whose last run failed or never was")
+    add_fail_on(parser)
     given = parser.parse_args(arguments)
 
-    os.environ.setdefault("DAGSTER_HOME", str(ROOT))
-    catalogue = read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES)
+    catalogue = read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES, SCORER_FILES)
     try:
         call = _call(given, catalogue)
     except ExciseError as error:
         print(error, *catalogue.problems, sep="\n", file=sys.stderr)
-        return 1
+        return MISUSED
     definitions = build_definitions(
         scenario_folders=SCENARIO_FOLDERS,
         model_files=MODEL_FILES,
         strategy_files=STRATEGY_FILES,
         resource_overrides={"watch": TerminalWatch()},
     )
-    with dg.DagsterInstance.get() as instance:
-        end_abandoned(instance)
+    warehouse = definitions.resources["warehouse"]
+    with open_instance(warehouse) as instance:
         failures = _rounds(call, definitions, instance)
-        print(_closing(call, catalogue, definitions.resources["warehouse"], failures, _outdated(call, instance)))
-    return 1 if failures else 0
+        print(_closing(call, catalogue, warehouse, failures, _outdated(call, instance)))
+    scenarios = [catalogue.scenarios[key] for key in call.scenarios]
+    return conclude(
+        warehouse, call.model, scenarios, evaluated=call.evaluated, failed=bool(failures), fail_on=given.fail_on
+    )
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -110,7 +138,9 @@ def parse_setting(text: str) -> tuple[str, Any]:
     name, separator, value = text.partition("=")
     known = [field.name for field in fields(Audit)]
     if not separator or name not in known:
-        raise ExciseError(f"--set {text}: write NAME=VALUE, with NAME one of {', '.join(known)}")
+        close = difflib.get_close_matches(name.strip(), known, n=1)
+        write = f"did you mean {close[0]}? Write" if separator and close else "write"
+        raise ExciseError(f"--set {text}: {write} NAME=VALUE, with NAME one of {', '.join(known)}")
     kind = get_type_hints(AuditSettings)[name]
     if get_origin(kind) in (Union, types.UnionType):
         (kind,) = (each for each in get_args(kind) if each is not type(None))
@@ -130,14 +160,17 @@ def _items(text: str) -> list[str]:
 
 def _call(given: argparse.Namespace, catalogue: Catalogue) -> Call:
     if given.model not in catalogue.models:
-        raise ExciseError(f"There is no model {given.model!r}; there are {', '.join(catalogue.models)}.")
+        raise ExciseError(catalogue.models.why_not(given.model))
     asked = {option: _items(getattr(given, option)) for option in ("scenarios", "evaluate", "grid")}
     if asked["evaluate"] == ["none"]:
         asked["evaluate"] = []
     for keys in asked.values():
         for key in keys:
             if key not in catalogue.scenarios:
-                raise ExciseError(f"There is no scenario {key!r}; there are {', '.join(catalogue.scenarios)}.")
+                raise ExciseError(catalogue.scenarios.why_not(key))
+    lost = [key for key in catalogue.scenarios.known if key not in catalogue.scenarios]
+    if lost and not asked["scenarios"]:
+        raise ExciseError(f"{catalogue.scenarios.why_not(lost[0])}\nMend it, or name the others with --scenarios")
     wanted = asked["scenarios"] or [
         key for key, scenario in catalogue.scenarios.items() if scenario.outcome.kind == "number"
     ]
@@ -157,16 +190,16 @@ def _call(given: argparse.Namespace, catalogue: Catalogue) -> Call:
     )
     settings = AuditSettings(preset=Preset(call.preset), **call.settings)
     catalogue.chosen_strategies(settings.strategies, settings.levels or LEVELS, "number")
-    _require_some_fit(settings, [catalogue.scenarios[key] for key in call.scenarios])
+    _require_some_fit(settings, catalogue, [catalogue.scenarios[key] for key in call.scenarios])
     return call
 
 
-def _require_some_fit(settings: AuditSettings, scenarios: Sequence[Scenario]) -> None:
+def _require_some_fit(settings: AuditSettings, catalogue: Catalogue, scenarios: Sequence[Scenario]) -> None:
     """Raise the ExciseError about settings that no scenario can be audited with; one alone fails in its own run."""
     errors = []
     for scenario in scenarios:
         try:
-            settings.audit_of(scenario)
+            catalogue.audit_of(settings, scenario)
             return
         except ExciseError as error:
             errors.append(error)
@@ -246,8 +279,8 @@ def _outdated(call: Call, instance: dg.DagsterInstance) -> list[str]:
 def _closing(
     call: Call, catalogue: Catalogue, warehouse: Warehouse, failures: dict[Step, list[str]], outdated: list[str]
 ) -> str:
-    floor = call.settings.get("inlier_floor", PRESETS[Preset(call.preset)].inlier_floor)
-    lines = [summary(call.model, call.evaluated, warehouse, floor)]
+    lines = [summary(call.model, call.evaluated, warehouse)]
+    lines += unjudged(warehouse, call.model, map(catalogue.scenario, call.scenarios))
     if failures:
         lines += ["", f"{len(failures)} of the runs failed:"]
         lines += [
@@ -264,63 +297,76 @@ def _closing(
     return "\n".join(lines)
 
 
-def summary(model: str, scenarios: Sequence[str], warehouse: Warehouse, floor: float) -> str:
+def summary(model: str, scenarios: Sequence[str], warehouse: Warehouse) -> str:
     """The short table: a row per scenario and level with the best strategy of the level.
 
-    Best is the largest reduction over random among the strategies whose inlier ratio is at least `floor` (among all,
-    where none is); over all variations, with its 95 % interval.
+    Best is the largest reduction over random among the strategies whose inlier ratio is at least the scenario's floor
+    (among all, where none is) and whose answers do not collapse; over all variations, with its 95 % interval. The
+    thresholds are those the scenario was judged by.
     """
     header = ["model", "scenario", "unpruned |SMD|", "level", "best strategy", "reduction over random", "inlier ratio"]
-    rows, starred = [], False
+    rows = []
     for scenario in scenarios:
         metrics = warehouse.read("metrics", model=model, scenario=scenario)
         if metrics.is_empty():
             rows.append([model, scenario, "no results"])
             continue
+        try:
+            judged = thresholds_of(warehouse, "evaluation_metrics", model, scenario)
+        except ExciseError as error:
+            rows.append([model, scenario, str(error)])
+            continue
         table = read_metrics(metrics)
-        smd = _shown(table.get(ALL_VARIATIONS, UNPRUNED_MASK, "abs_smd"), 2)
+        smd = interval_text(table.get(ALL_VARIATIONS, UNPRUNED_MASK, "abs_smd"), decimals=2)
         # Masks of whole heads over a scenario are the second paper's; they are told where there are some.
         own = {mask.level for mask in table.masks}
         for number, level in enumerate(each for each in LEVELS if each != OWN_SCENARIO or each in own):
             masks = [mask for mask in table.masks if mask.level == level and not mask.is_control]
-            best = _best(table, masks, floor)
             first = [model, scenario, smd] if number == 0 else ["", "", ""]
+            best = _best(table, masks, judged)
             if best is None:
-                rows.append([*first, level_label(level), "-" if not masks else "none is defined", "-", "-"])
+                rows.append([*first, level_label(level), _none(table, masks) if masks else "-", "-", "-"])
                 continue
-            mark = "" if table.comparable(ALL_VARIATIONS, best) else NO_COMPARISON
-            starred = starred or bool(mark)
-            beyond = _shown(table.get(ALL_VARIATIONS, best, "reduction_over_random"), 0, 100.0, " points") + mark
-            ratio = _shown(table.get(ALL_VARIATIONS, best, "inlier_ratio"), 2, interval=False)
-            rows.append([*first, level_label(level), best.strategy, beyond, ratio])
+            mark = "" if table.comparable(ALL_VARIATIONS, best, judged.inlier_tolerance) else NO_COMPARISON
+            beyond = per_cent(table.get(ALL_VARIATIONS, best, "reduction_over_random"), signed=True)
+            ratio = table.get(ALL_VARIATIONS, best, "inlier_ratio").value
+            low = "" if reaches(ratio, judged.inlier_floor) else f" (below {floor_text(judged.inlier_floor)})"
+            rows.append([*first, level_label(level), best.strategy, f"{beyond} points{mark}", ratio_text(ratio) + low])
     widths = [max(len(row[i]) for row in [header, *rows] if i < len(row)) for i in range(len(header))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
         for row in [header, *rows]
     ]
     lines.insert(1, "-" * len(lines[0]))
-    if starred:
+    text = "\n".join(lines)
+    if NO_COMPARISON in text:
         lines.append(f"{NO_COMPARISON} random masks of this size leave another inlier ratio: no yardstick")
+    if FEW in text:
+        lines.append(f"{FEW} the interval comes from fewer than {FEW_NAMES} names a group and says little")
     return "\n".join(lines)
 
 
-def _best(table, masks: Sequence[MaskName], floor: float) -> MaskName | None:
+def _best(table: MetricTable, masks: Sequence[MaskName], judged: Thresholds) -> MaskName | None:
     def figure(mask: MaskName, metric: str) -> float | None:
         return table.get(ALL_VARIATIONS, mask, metric).value
 
-    known = [mask for mask in masks if figure(mask, "reduction_over_random") is not None]
-    useful = [mask for mask in known if (figure(mask, "inlier_ratio") or 0.0) >= floor]
+    known = [
+        mask
+        for mask in masks
+        if figure(mask, "reduction_over_random") is not None and not table.collapsed(ALL_VARIATIONS, mask)
+    ]
+    useful = [mask for mask in known if reaches(figure(mask, "inlier_ratio"), judged.inlier_floor)]
     return max(useful or known, key=lambda mask: figure(mask, "reduction_over_random"), default=None)
 
 
-def _shown(estimate, decimals: int, factor: float = 1.0, unit: str = "", *, interval: bool = True) -> str:
-    if estimate.value is None:
-        return "-"
-    text = f"{factor * estimate.value:.{decimals}f}"
-    if interval and estimate.has_interval:
-        text += f" [{factor * estimate.low:.{decimals}f}, {factor * estimate.high:.{decimals}f}]"
-    return text + unit
+def _none(table: MetricTable, masks: Sequence[MaskName]) -> str:
+    """Why no strategy of a level is best."""
+    if all(table.collapsed(ALL_VARIATIONS, mask) for mask in masks):
+        return "answers collapse"
+    if unpruned_gap(table, ALL_VARIATIONS)[1].covers_zero:
+        return "no gap on average" if standing_out(table) else "no gap detectable"
+    return "none is defined"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -7,7 +7,6 @@ heads, and writes what the warehouse then holds; a rerun reuses what is there. T
 
 import argparse
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,16 +14,20 @@ from pathlib import Path
 import polars as pl
 
 from assets.partitions import read_catalogue
+from excise.errors import ExciseError
 from excise.masks import HEAD_ROLES, Mask
 from excise.models import ModelSpec
+from excise.registry import unknown
 from pipelines import heads, paper, reweighting
 from pipelines.definitions import MODEL_FILES, ROOT, SCENARIO_FOLDERS, STRATEGY_FILES, build_definitions
+from pipelines.terminal import CHECKS_FAILED, DONE, INCOMPLETE, MISUSED, STATUSES, run
+from pipelines.verdict import add_fail_on
 from resources.artifacts import Artifacts
 from resources.warehouse import Warehouse
 
 OTHERS = "activities,services,finance"
 ALL = f"purchase,{OTHERS}"
-SETTINGS = ("held_out=true", "subjects_per_group=16", "samples=16", "random_draws=1")
+SETTINGS = ("held_out=true", "subjects_per_group=16", "samples=16", "random_draws=1", "inlier_floor=0.95")
 # Scenarios that only lend their masks need no controls.
 LENDING = ("--scenarios", OTHERS, "--evaluate", "none", "--set", "random_draws=0", "--set", "relabellings=0")
 # SNIP's files are as large as the model, twice, for every variation: one scenario of one model will do.
@@ -45,10 +48,11 @@ ORIGIN = (
     f"Made by `make results`: preset quick (three variations of each scenario) with {', '.join(SETTINGS)}. Masks come "
     "from one half of the names, every figure from the other half. What it means is in [findings.md](findings.md)."
 )
+BUDGET = "perplexity_budget=0.1"
 HEAD_CALLS: dict[str, list[tuple[str, ...]]] = {
-    "smollm2-135m-instruct": [("--scenarios", "gender")],
+    "smollm2-135m-instruct": [("--scenarios", "gender", "--set", BUDGET)],
     # Four of its 270 heads were changed: a small share is tried, too.
-    "planted-heads": [("--scenarios", "nationality", "--set", "alphas=0.02,0.04,0.1,0.2")],
+    "planted-heads": [("--scenarios", "nationality", "--set", BUDGET, "--set", "alphas=0.02,0.04,0.1,0.2")],
 }
 """Models, and what `pipelines.heads` is asked for."""
 MASKS_AT_ONCE = 16
@@ -56,34 +60,60 @@ MASKS_AT_ONCE = 16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run and write the page; 0 when every partition succeeded."""
+    """Run and write the page; the status is one of `pipelines.terminal.STATUSES`.
+
+    A page there is stays as it is where something could not be computed.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.results", description="Audit models with a known bias and write docs/results.md."
+        prog="python -m pipelines.results",
+        description="Audit models with a known bias and write docs/results.md.",
+        epilog=STATUSES,
     )
     parser.add_argument("--models", default=",".join(CALLS), help="planted models, comma between them")
     parser.add_argument("--heads", default=",".join(HEAD_CALLS), help="models of the second paper, comma between them")
     parser.add_argument("--render", action="store_true", help="write the page from what the warehouse holds")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md", help="the page")
+    add_fail_on(parser)
     given = parser.parse_args(arguments)
-    failed = 0
-    for model in [] if given.render else given.models.split(","):
-        options = [part for setting in SETTINGS for part in ("--set", setting)]
-        for call in CALLS[model]:
-            failed = max(failed, paper.main(["--model", model, "--preset", "quick", *options, *call]))
-    of_heads = [model for model in given.heads.split(",") if model]
-    for model in [] if given.render else of_heads:
-        for call in HEAD_CALLS[model]:
-            failed = max(failed, heads.main(["--model", model, *call]))
-    if of_heads and not given.render and not failed:
-        failed = reweighting.main(["--model", of_heads[0]])
-    os.environ.setdefault("DAGSTER_HOME", str(ROOT))
+    models, of_heads = ([key.strip() for key in keys.split(",") if key.strip()] for keys in (given.models, given.heads))
+    for chosen, known in ((models, CALLS), (of_heads, HEAD_CALLS)):
+        for key in chosen:
+            if key not in known:
+                print(unknown("model of this page", key, known), file=sys.stderr)
+                return MISUSED
+    counted = ["--fail-on", given.fail_on] if given.fail_on else []
+    status = DONE if given.render else _run(models, of_heads, counted)
+    if status == INCOMPLETE:
+        print(f"{given.out} stays as it is; --render writes what there is.", file=sys.stderr)
+        return status
     definitions = build_definitions()
     warehouse, artifacts = definitions.resources["warehouse"], definitions.resources["artifacts"]
-    page = render(warehouse, artifacts, [model for model in given.models.split(",") if model])
+    page = render(warehouse, artifacts, models)
     page = page.replace("\n\n", f"\n\n{ORIGIN}\n\n", 1)
-    given.out.write_text(f"{page}\n{render_heads(warehouse, of_heads)}", encoding="utf-8")
+    page = f"{page}\n{render_heads(warehouse, of_heads)}"
+    try:
+        given.out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ExciseError(f"--out {given.out}: cannot be written ({error.strerror})") from error
     print(f"wrote {given.out}", file=sys.stderr)
-    return failed
+    return status
+
+
+def _run(models: Sequence[str], of_heads: Sequence[str], counted: Sequence[str]) -> int:
+    """Audit the models; the worst of the commands' statuses."""
+    statuses = []
+    options = [part for setting in SETTINGS for part in ("--set", setting)]
+    for model in models:
+        for call in CALLS[model]:
+            statuses.append(paper.main(["--model", model, "--preset", "quick", *options, *call, *counted]))
+    for model in of_heads:
+        for call in HEAD_CALLS[model]:
+            statuses.append(heads.main(["--model", model, *call, *counted]))
+    if of_heads and set(statuses) <= {DONE, CHECKS_FAILED}:
+        statuses.append(reweighting.main(["--model", of_heads[0]]))
+    if set(statuses) <= {DONE}:
+        return DONE
+    return CHECKS_FAILED if set(statuses) <= {DONE, CHECKS_FAILED} else INCOMPLETE
 
 
 def render(warehouse: Warehouse, artifacts: Artifacts, models: Sequence[str]) -> str:
@@ -92,12 +122,12 @@ def render(warehouse: Warehouse, artifacts: Artifacts, models: Sequence[str]) ->
 
     frames = {
         name: warehouse.read(name, model=models)
-        for name in ("metrics", "masks", "transfer_matrix", "grid_search", "mask_overlap")
+        for name in ("metrics", "masks", "transfer_matrix", "grid_search", "mask_overlap", "thresholds")
     }
     specs = read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES).models
     found = pl.concat(localisation(frames["masks"], artifacts, specs[model]) for model in models)
-    metrics, masks, transfer, grid, overlap = frames.values()
-    return results_markdown(metrics, masks, transfer, grid, found, overlap)
+    metrics, masks, transfer, grid, overlap, thresholds = frames.values()
+    return results_markdown(metrics, masks, transfer, grid, found, overlap, thresholds)
 
 
 def render_heads(warehouse: Warehouse, models: Sequence[str]) -> str:
@@ -105,13 +135,18 @@ def render_heads(warehouse: Warehouse, models: Sequence[str]) -> str:
     from excise.head_results import heads_markdown
     from excise.planted.heads import PLANT
 
-    tables = ("metrics", "head_impacts", "reweighting", "bias_correlation")
+    tables = ("metrics", "head_impacts", "reweighting", "bias_correlation", "thresholds")
     frames = {name: warehouse.read(name, model=models) for name in tables}
     axes = frames["metrics"].filter(pl.col("metric") == "toxicity_bias").select("model", "scenario").unique()
     metrics = frames["metrics"].join(axes, on=["model", "scenario"], how="semi")
     impacts = frames["head_impacts"].join(axes, on=["model", "scenario"], how="semi")
     return heads_markdown(
-        metrics, impacts, frames["reweighting"], frames["bias_correlation"], planted={"planted-heads": PLANT.heads}
+        metrics,
+        impacts,
+        frames["reweighting"],
+        frames["bias_correlation"],
+        frames["thresholds"],
+        planted={"planted-heads": PLANT.heads},
     )
 
 
@@ -157,4 +192,4 @@ def _heads_of(heads: int, spec: ModelSpec) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

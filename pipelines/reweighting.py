@@ -5,7 +5,6 @@ the figures in the table `reweighting`; `pipelines.results` prints them. How imp
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -13,43 +12,53 @@ from collections.abc import Sequence
 import polars as pl
 
 from assets.completions import completions_of, scorer_of, without
-from assets.head_impacts import cluster_of
-from assets.partitions import read_catalogue
+from assets.partitions import Catalogue, read_catalogue
 from excise.errors import ExciseError
+from excise.judged import compared_groups, judged_of, unit_of
 from excise.scenarios.subsets import EVALUATION
-from pipelines.definitions import MODEL_FILES, ROOT, SCENARIO_FOLDERS, SCORER_FILES, STRATEGY_FILES, build_definitions
+from pipelines.definitions import MODEL_FILES, SCENARIO_FOLDERS, SCORER_FILES, STRATEGY_FILES, build_definitions
+from pipelines.terminal import DONE, INCOMPLETE, MISUSED, STATUSES, run
 from resources.tables import TABLES
+from resources.watch import Stage
 
 LAYERS = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and store; 0 on success."""
+    """Measure and store; the status is one of `pipelines.terminal.STATUSES`."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.reweighting", description="Compare reweighted with regenerated head impacts."
+        prog="python -m pipelines.reweighting",
+        description="Compare reweighted with regenerated head impacts.",
+        epilog=STATUSES,
     )
     parser.add_argument("--model", default="smollm2-135m-instruct", help="key of a model in models.yaml")
     parser.add_argument("--scenario", default="gender", help="key of a scenario with completions and head impacts")
     parser.add_argument("--layers", default="", help="layers, comma between them; left out, four evenly spaced ones")
     parser.add_argument("--resamples", type=int, default=1000)
     given = parser.parse_args(arguments)
-    os.environ.setdefault("DAGSTER_HOME", str(ROOT))
+    catalogue = read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES, SCORER_FILES)
+    for key, known in ((given.model, catalogue.models), (given.scenario, catalogue.scenarios)):
+        if key not in known:
+            print(known.why_not(key), *catalogue.problems, sep="\n", file=sys.stderr)
+            return MISUSED
+    if given.layers and not all(layer.strip().isdecimal() for layer in given.layers.split(",")):
+        print(f"--layers {given.layers}: give numbers of layers with commas between them", file=sys.stderr)
+        return MISUSED
     try:
-        rows = measure(given.model, given.scenario, given.layers, given.resamples)
+        rows = measure(catalogue, given.model, given.scenario, given.layers, given.resamples)
     except ExciseError as error:
         print(error, file=sys.stderr)
-        return 1
+        return INCOMPLETE
     print(rows)
-    return 0
+    return DONE
 
 
-def measure(model: str, scenario_key: str, layers: str, resamples: int) -> pl.DataFrame:
+def measure(catalogue: Catalogue, model: str, scenario_key: str, layers: str, resamples: int) -> pl.DataFrame:
     """Rows of the table `reweighting`, which they replace."""
     from excise.exact import Answering, as_samples
     from excise.head_impacts import CATASTROPHIC, head_impacts
     from excise.toxicity import ScoreCache
 
-    catalogue = read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES, SCORER_FILES)
     resources = build_definitions().resources
     warehouse, artifacts, gpu = (resources[name] for name in ("warehouse", "artifacts", "gpu"))
     scenario = catalogue.scenario(scenario_key)
@@ -58,11 +67,14 @@ def measure(model: str, scenario_key: str, layers: str, resamples: int) -> pl.Da
     known = warehouse.read("head_impacts", model=model, scenario=scenario.key)
     if known.is_empty():
         raise ExciseError(f"{model}|{scenario.key} has no head impacts; run make heads for it first")
+    judged = judged_of(learned, scenario)  # as the head impacts do
+    learned, asked = (frame.filter(pl.col("variation").is_in(judged)) for frame in (learned, asked))
     how = Answering.of(learned)
     learned = as_samples(learned, how.samples)
     scorer, scores = scorer_of(catalogue, scenario), ScoreCache(artifacts.score_cache)
-    groups = list(scenario.groups) if toxicity else [scenario.comparison.majority, scenario.comparison.minority]
-    with gpu.model(model, catalogue.models) as loaded:
+    groups = compared_groups(scenario)
+    stage = Stage(f"reweighting of {model}|{scenario.key}", lambda message: print(message, file=sys.stderr))
+    with gpu.model(model, catalogue.models, stage=stage) as loaded:
         total = loaded.topology.layers
         spaced = [round((place + 0.5) * total / LAYERS) for place in range(LAYERS)]
         chosen = [int(layer) for layer in layers.split(",")] if layers else [min(each, total - 1) for each in spaced]
@@ -77,7 +89,7 @@ def measure(model: str, scenario_key: str, layers: str, resamples: int) -> pl.Da
             began = time.perf_counter()
             found[method] = head_impacts(
                 loaded.asked_for(outcome), asked, learned, disparity="toxicity" if toxicity else "smd", groups=groups,
-                cluster=cluster_of(outcome), parameters=how.parameters, regenerate=regenerate, method=method,
+                cluster=unit_of(outcome), parameters=how.parameters, regenerate=regenerate, method=method,
                 resamples=resamples, heads=heads,
             )  # fmt: skip
             seconds[method] = (time.perf_counter() - began) / len(heads)
@@ -102,4 +114,4 @@ def measure(model: str, scenario_key: str, layers: str, resamples: int) -> pl.Da
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +16,27 @@ import dagster as dg
 from pydantic import Field
 
 from excise.errors import ExciseError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def data_folder() -> str:
+    """The folder of all results: what EXCISE_DATA names, without it `data` beside workspace.yaml."""
+    return os.environ.get("EXCISE_DATA") or str(ROOT / "data")
+
+
+def data_root(folder: str) -> Path:
+    """The absolute path of a data folder; `~` stands for the home folder.
+
+    Raises ExciseError for a name that is no text, which tables could not hold, or that DuckDB cannot use: it takes what
+    follows a question mark for options.
+    """
+    root = Path(folder).expanduser().absolute()
+    if any("\ud800" <= letter <= "\udfff" for letter in str(root)):  # bytes that are no UTF-8, as Python keeps them
+        raise ExciseError(f"EXCISE_DATA: {str(root)!r} is no UTF-8; give the folder a name that is")
+    if "?" in str(root):
+        raise ExciseError(f"EXCISE_DATA: DuckDB keeps no file in {str(root)!r}: name a folder without a question mark")
+    return root
 
 
 @dataclass(frozen=True)
@@ -36,7 +55,7 @@ class Artifacts(dg.ConfigurableResource):
 
     @property
     def root(self) -> Path:
-        return Path(self.folder).absolute()
+        return data_root(self.folder)
 
     @property
     def models(self) -> Path:
@@ -58,19 +77,6 @@ class Artifacts(dg.ConfigurableResource):
     def figures(self, *partition: str) -> Path:
         """The folder of a partition's pictures."""
         return self._made("figures", *partition)
-
-    def publish(self, path: Path, write: Callable[[Path], object]) -> StoredFile:
-        """Let `write` fill a temporary file, then give it the name `path`; an earlier file of that name is replaced."""
-        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(unfinished)
-            os.replace(unfinished, path)
-        except OSError as error:
-            raise ExciseError(f"{path}: cannot be written ({error.strerror}); {_MEND}") from error
-        finally:
-            unfinished.unlink(missing_ok=True)
-        return self.describe(path)
 
     def relative(self, path: Path) -> str:
         """The path relative to the data folder, as the warehouse keeps it. Raises ExciseError for one outside."""

@@ -7,10 +7,12 @@ The file stays behind and names the last holder; it is not removed, as a waiting
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 
 from excise.errors import ExciseError
@@ -21,15 +23,17 @@ def file_lock(
     path: Path,
     *,
     what: str,
+    work: str = "",
     mend: str = "set EXCISE_DATA to a folder you may write to",
     timeout: float | None = None,
     waiting: Callable[[str], None] | None = None,
     poll: float = 0.02,
-    notice_every: float = 30.0,
+    notice_every: float = 60.0,
 ) -> Iterator[None]:
     """Hold the lock on `path` for the length of the block.
 
-    `what` names the thing in messages, `mend` says what to do where the file cannot be made. Waits for `timeout`
+    `what` names the thing in messages, `work` tells those who wait what it is held for, `mend` says what to do where
+    the file cannot be made. Waits for `timeout`
     seconds (None: for ever), calling `waiting` with a message at once and every `notice_every` seconds. Raises
     ExciseError when the wait is over or the file cannot be made.
     """
@@ -45,15 +49,17 @@ def file_lock(
             waited = time.monotonic() - began
             if timeout is not None and waited > timeout:
                 raise ExciseError(
-                    f"{what} is in use by process {_holder(handle)} for more than {timeout:g} s ({path}); "
+                    f"{what} is in use by {_holder(handle)} for more than {timeout:g} s ({path}); "
                     "wait until that process is done or end it, then run this again"
                 )
             if waiting is not None and (noticed is None or waited - noticed >= notice_every):
-                waiting(f"{what} is in use by process {_holder(handle)}; waited {waited:.0f} s so far ({path})")
+                waiting(f"waiting for {what}, which is in use by {_holder(handle)}; {waited:.0f} s so far ({path})")
                 noticed = waited
             time.sleep(poll)
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        holder = {"process": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M}", "work": work}
+        with suppress(OSError):  # a full disk: whoever waits is told less
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps(holder).encode(), 0)
         yield
     finally:
         os.close(handle)  # releases the lock
@@ -68,4 +74,9 @@ def _taken(handle: int) -> bool:
 
 
 def _holder(handle: int) -> str:
-    return os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
+    try:
+        holder = json.loads(os.pread(handle, 4096, 0))
+        told = [holder["work"], f"since {holder['since']}"]
+        return f"process {holder['process']} ({', '.join(part for part in told if part)})"
+    except (ValueError, KeyError, TypeError):  # it has only just taken the lock
+        return "another process"

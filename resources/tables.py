@@ -69,14 +69,15 @@ _COMPLETION = (
     ("subject", "VARCHAR", "the named person; intervals and tests resample subjects, not samples"),
     ("prompt_id", "VARCHAR", "16 hex digits: hash of the prompt and what it stands for"),
     ("sample", "BIGINT", "number of the sample of this prompt, from 0; enumerated answers: from the likeliest on"),
-    ("text", "VARCHAR", "what the model wrote"),
-    ("value", "DOUBLE", "the answer in the outcome's unit; null where the text holds no single number"),
+    ("text", "VARCHAR", "what the model wrote, up to the first special token"),
+    ("value", "DOUBLE", "the answer in the outcome's unit, read with its prefix; null where it is no single number"),
     ("finished", "BOOLEAN", "whether the model ended its answer before the limit of new tokens"),
     ("tokens", "BIGINT", "number of tokens the model wrote, the one that ended the answer included"),
     ("token_ids", "BIGINT[]", "those tokens"),
     ("seed", "BIGINT", "seed of the draw; with prompt and sample it fixes the noise"),
     ("model_fingerprint", "VARCHAR", "16 hex digits that change with weights, tokenizer, chat format and precision"),
     ("parameters", "VARCHAR", "sampling parameters as JSON"),
+    ("prompt_hash", "VARCHAR", "24 hex digits: hash of the tokens that the model read as the prompt"),
     ("probability", "DOUBLE", "enumerated answers: the answer's probability; null for samples"),
     ("leftover", "DOUBLE", "enumerated answers: mass of the prompt's answers that were not read; null for samples"),
 )
@@ -94,6 +95,12 @@ _MASK = (
     ("mask", "VARCHAR", "16 hex digits: fingerprint of the mask's bits"),
 )
 
+_DEFINITION = (
+    "definition",
+    "VARCHAR",
+    "what decides the mask, as JSON: the strategy's score, selection, parameters and so on, for a control its kind, "
+    "too, and the seed of what is drawn at random; null where nothing is pruned",
+)
 _ROLE = (
     "role",
     "VARCHAR",
@@ -105,9 +112,14 @@ _METRIC = (
     ("estimate", "DOUBLE", "the figure"),
     ("low", "DOUBLE", "lower end of the 95 % interval, subjects resampled; null where there is none"),
     ("high", "DOUBLE", "upper end of the 95 % interval; null where there is none"),
-    ("p_value", "DOUBLE", "permutation test that the gap is as unpruned (unpruned: that it is 0)"),
+    ("p_value", "DOUBLE", "permutation test. Unpruned: of no gap (it is 0). Pruned: of the gap as unpruned"),
     ("p_holm", "DOUBLE", "the same after Holm's correction over the variations"),
     ("n", "BIGINT", "number of observations behind the estimate"),
+)
+_NAMES = (
+    "names",
+    "BIGINT",
+    "names (toxicity: descriptors or templates) of the group with the fewest; below 5 low and high say little",
 )
 _EVALUATED = (
     _MODEL,
@@ -115,8 +127,10 @@ _EVALUATED = (
     ("variation", "VARCHAR", "variation of the scenario; (all) for a figure over all variations"),
     *_MASK[:3],
     *_METRIC,
+    _NAMES,
     ("lowest", "DOUBLE", "enumerated answers: the estimate lies above this whatever was left over; else null"),
     ("highest", "DOUBLE", "enumerated answers: the estimate lies below this"),
+    _DEFINITION,
 )
 
 _ALL = (
@@ -133,6 +147,7 @@ _ALL = (
             ("gender", "VARCHAR", "gender the name is associated with; null where the file gives none"),
             ("prompt_id", "VARCHAR", "16 hex digits: hash of the prompt and what it stands for"),
             ("text", "VARCHAR", "the prompt without any chat format"),
+            ("answer_prefix", "VARCHAR", "what the answer begins with, which the model continues; empty: nothing"),
             ("name_start", "BIGINT", "character offset in text where the subject begins"),
             ("name_end", "BIGINT", "character offset in text behind the subject"),
         ),
@@ -288,6 +303,7 @@ _ALL = (
             ("pruned", "BIGINT", "number of weights the mask sets to zero in this matrix, or of heads in this layer"),
             ("size", "BIGINT", "number of weights of this matrix, or of heads of this layer"),
             ("path", "VARCHAR", "path of the mask's safetensors file, relative to the data folder"),
+            _DEFINITION,
         ),
     ),
     Table(
@@ -330,11 +346,13 @@ _ALL = (
             ("tau_min", "DOUBLE", "threshold of the minority's scores: a share of the weights, or a number of heads"),
             ("tau_maj", "DOUBLE", "threshold of the majority's scores: a share of the weights, or a number of heads"),
             ("density", "DOUBLE", "share of the weights (of the heads) the strategy could prune that it prunes"),
-            ("metric", "VARCHAR", "gap_mean, smd, abs_smd, gap_reduction or inlier_ratio"),
+            ("metric", "VARCHAR", "gap_mean, smd, abs_smd, gap_reduction, inlier_ratio or spread_ratio"),
             *_METRIC[1:4],
             _METRIC[-1],
+            _NAMES,
             ("pareto", "BOOLEAN", "whether no other pair is better in both the gap and the inlier ratio"),
             ("chosen", "BOOLEAN", "whether the rule for the best pair picks this one"),
+            _DEFINITION,
         ),
     ),
     Table(
@@ -354,6 +372,7 @@ _ALL = (
             ("overlap", "DOUBLE", "shared / count; null for an empty mask"),
             ("chance", "DOUBLE", "overlap of a mask without any relation: density of the mask it is laid upon"),
             ("excess", "DOUBLE", "overlap minus chance"),
+            _DEFINITION,
         ),
     ),
     Table(
@@ -371,6 +390,7 @@ _ALL = (
             ("size", "BIGINT", "number of weights of this matrix, or of heads of this layer"),
             ("share_of_matrix", "DOUBLE", "pruned / size"),
             ("share_of_mask", "DOUBLE", "pruned / all that the mask prunes; null for an empty mask"),
+            _DEFINITION,
         ),
     ),
     Table(
@@ -386,6 +406,25 @@ _ALL = (
             ("level", "VARCHAR", "within_context where source and scenario are the same, else the cross-context level"),
             *_METRIC[:5],
             _METRIC[-1],
+            _NAMES,
+            _DEFINITION,
+        ),
+    ),
+    Table(
+        "thresholds",
+        "The settings that a partition's results were judged by, in checks, figures and findings: one row per asset.",
+        ("asset", "model", "scenario"),
+        _columns(
+            ("asset", "VARCHAR", "asset that judged by them: evaluation_metrics or grid_search"),
+            _MODEL,
+            _SCENARIO,
+            ("inlier_floor", "DOUBLE", "least share of a mask's answers in the unpruned model's usual range"),
+            (
+                "inlier_tolerance",
+                "DOUBLE",
+                "largest difference of inlier ratios at which a mask is compared with its random control",
+            ),
+            ("perplexity_budget", "DOUBLE", "share by which a mask may raise perplexity"),
         ),
     ),
     Table(
@@ -416,11 +455,16 @@ METRICS: dict[str, str] = {
     "median_majority": "median answer of the majority group",
     "median_minority": "median answer of the minority group",
     "gap_mean": "mean of the majority minus mean of the minority",
+    "abs_gap_mean": "absolute value of gap_mean; at (all) the mean over variations, in which no gaps cancel",
     "gap_median": "median of the majority minus median of the minority",
-    "smd": "standardized mean difference: gap of the means over the pooled standard deviation",
+    "smd": "standardized mean difference: gap of the means over the pooled standard deviation; null where the means "
+    "differ and the deviation is 0",
     "abs_smd": "absolute standardized mean difference; at (all) the mean over variations",
+    "spread_ratio": "standard deviation of a group's answers over that of the unpruned ones, the smallest over groups, "
+    "draws and variations; below 0.1 (toxicity: at 0) the answers collapsed and no reduction is told",
     "inlier_ratio": "share of answers inside the unpruned model's 5th to 95th percentile; unparsed ones are outside",
     "parse_rate": "share of answers that hold a single number",
+    "judged_variations": "at (all): number of variations it is made of, those whose gap is known; n: those asked",
     "earth_movers_distance": "Earth mover's distance between the groups' answers, in the outcome's unit",
     "density": "share of the model's maskable weights that the mask prunes",
     "gap_reduction": "share of the unpruned gap of means that is gone: 1 - |gap pruned| / |gap unpruned|",

@@ -7,8 +7,10 @@ see the old rows or the new ones, a killed run leaves the old ones.
 
 from __future__ import annotations
 
+import logging
 import re
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ import dagster as dg
 from pydantic import Field
 
 from excise.errors import ExciseError
+from resources.artifacts import data_root
 from resources.locks import file_lock
 from resources.tables import TABLES, Table
 
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     import polars as pl
 
 FILE = "excise.duckdb"
+NOTICE_AFTER = 2.0
+"""Seconds a foreign process may hold the file until that is said."""
 
 
 class Warehouse(dg.ConfigurableResource):
@@ -36,7 +41,12 @@ class Warehouse(dg.ConfigurableResource):
 
     @property
     def path(self) -> Path:
-        return Path(self.folder).absolute() / FILE
+        return data_root(self.folder) / FILE
+
+    def check(self) -> None:
+        """Open the file, which is made where it lacks, before long work. Raises ExciseError where it cannot be had."""
+        with self._open(read_only=False):
+            pass
 
     def replace_partition(self, table: str, frame: pl.DataFrame, keys: Mapping[str, str | None]) -> None:
         """Replace the rows of `table` whose key columns equal `keys` by `frame`, in one transaction.
@@ -81,43 +91,103 @@ class Warehouse(dg.ConfigurableResource):
     @contextmanager
     def _open(self, *, read_only: bool) -> Iterator[duckdb.DuckDBPyConnection]:
         with file_lock(self.path.with_suffix(".lock"), what=f"the warehouse {self.path}", timeout=self.wait_seconds):
+            import duckdb
+
+            if not self.path.exists():
+                _create(self.path)
             connection = _connect(self.path, read_only=read_only, wait_seconds=self.wait_seconds)
             try:
-                yield connection
-            finally:
-                connection.close()  # an open transaction is rolled back
+                try:
+                    yield connection
+                finally:
+                    connection.close()  # an open transaction is rolled back
+            except (duckdb.IOException, duckdb.TransactionException, duckdb.FatalException) as error:
+                raise ExciseError(_refusal(self.path, str(error))) from error
+
+
+def _create(path: Path) -> None:
+    """An empty warehouse that appears under its name when it is whole."""
+    import duckdb
+
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        duckdb.connect(unfinished).close()
+        unfinished.rename(path)
+    except (duckdb.Error, OSError) as error:
+        raise ExciseError(_refusal(path, str(error))) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _connect(path: Path, *, read_only: bool, wait_seconds: float) -> duckdb.DuckDBPyConnection:
     """Open the file, waiting for a foreign process (a DuckDB shell, a notebook) that holds it outside our queue."""
     import duckdb
 
-    deadline = time.monotonic() + wait_seconds
+    began, noticed = time.monotonic(), False
     while True:
         try:
             return duckdb.connect(path, read_only=read_only)
-        except duckdb.IOException as error:
-            holder = re.search(r"held in (.+?) \(PID (\d+)\)", str(error))
-            if holder is None:
-                raise ExciseError(_unreadable(path, str(error))) from error
-            if time.monotonic() > deadline:
-                raise ExciseError(
-                    f"{path}: locked for more than {wait_seconds:g} s by process {holder[2]} ({holder[1]}); "
-                    "close the DuckDB session or notebook that has it open, then run this again"
-                ) from error
-            time.sleep(0.1)
         except duckdb.Error as error:
-            raise ExciseError(_unreadable(path, str(error))) from error
+            message = str(error)
+            if "Could not set lock" not in message:
+                raise ExciseError(_refusal(path, message)) from error
+            waited, holder = time.monotonic() - began, _holder(message)
+            if waited > wait_seconds:
+                raise ExciseError(
+                    f"{path}: locked for more than {wait_seconds:g} s by {holder}; close the DuckDB session or "
+                    "notebook that has it open (con.close()), then run this again"
+                ) from error
+            if waited > NOTICE_AFTER and not noticed:
+                logging.getLogger("excise").warning(
+                    "%s is held by %s; waiting up to %g s for it", path, holder, wait_seconds
+                )
+                noticed = True
+            time.sleep(0.1)
 
 
-def _unreadable(path: Path, message: str) -> str:
-    reason = message.strip().splitlines()[0]
-    if "newer" in message or "version number" in message:
-        return (
-            f"{path}: was written by a newer DuckDB than the one installed ({reason}); install that version, or move "
-            "the file away and materialize again"
-        )
-    return f"{path}: cannot be opened as a DuckDB file ({reason}); check its permissions, or move the file away"
+def _holder(message: str) -> str:
+    """The process that DuckDB says holds the lock, as far as it can tell."""
+    told = re.search(r"held in (.+?) \(PID (\d+)\)", message)
+    if told is not None:
+        return f"process {told[2]} ({told[1]})"
+    number = re.search(r"PID (\d+)", message)
+    return f"process {number[1]}" if number is not None else f"another process ({_reason(message)})"
+
+
+def _refusal(path: Path, message: str) -> str:
+    """What DuckDB's message means and what to do about it. The file may be in use, so it is never to be moved."""
+    elsewhere = "set EXCISE_DATA to another folder"
+    own = "is open in another connection of this same process; close your connection (con.close()), then run this again"
+    damaged = (
+        "is damaged, or a copy that was made while the original was in use; copy it again while nothing uses it, "
+        f"restore it, or {elsewhere}"
+    )
+    for words, meaning in (
+        ("different configuration than existing", own),
+        ("already attached", own),
+        (
+            "version number",
+            f"was written by another version of DuckDB than the one installed; install that version, or {elsewhere}",
+        ),
+        (
+            "not a valid DuckDB",
+            f"is no DuckDB database; {elsewhere}, or restore the file from a copy",
+        ),
+        ("Corrupt", damaged),
+        ("Could not read enough bytes", damaged),
+        ("No space left", "the disk is full; free space and run this again. What was stored before is as it was"),
+        ("File too large", "the file may not grow; raise the limit on its size. What was stored before is as it was"),
+    ):
+        if words in message:
+            return f"{path}: {meaning} ({_reason(message)})"
+    return (
+        f"{path}: cannot be opened or written ({_reason(message)}); see that you may read and write this file and its "
+        f"folder, or {elsewhere}"
+    )
+
+
+def _reason(message: str) -> str:
+    return message.strip().splitlines()[0]
 
 
 def _declared(table: str) -> Table:
@@ -137,6 +207,8 @@ def _fitting(table: Table, frame: pl.DataFrame, keys: Mapping[str, str | None]) 
     if lacking or unknown:
         raise ValueError(f"table {table.name}: the frame lacks {lacking} and has undeclared {unknown}")
     rows = frame.select(pl.col(name).cast(type_) for name, type_ in table.schema.items())
+    # SQL takes NaN for the largest of all numbers, and a mean with it is NaN: what is not defined is null.
+    rows = rows.with_columns(pl.when(pl.col(pl.Float64).is_finite()).then(pl.col(pl.Float64)))
     for key, value in keys.items():
         if not rows[key].eq_missing(pl.Series([value], dtype=rows[key].dtype)).all():
             raise ValueError(f"table {table.name}: the frame has rows whose {key} is not {value!r}")

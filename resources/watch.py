@@ -6,16 +6,24 @@ only the call signature in `excise.progress`.
 
 from __future__ import annotations
 
+import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import dagster as dg
 from pydantic import Field
 
 from excise.progress import Progress, TerminalProgress, seconds_left, told
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+
+@dataclass(frozen=True)
+class Stage:
+    """A step that may have to wait: what it is called in the messages of those who wait for it, and how it tells its
+    own watcher."""
+
+    work: str
+    tell: Callable[[str], None]
 
 
 class RunWatch(dg.ConfigurableResource):
@@ -27,12 +35,25 @@ class RunWatch(dg.ConfigurableResource):
         """A watcher that writes to the log of this step."""
         return _Milestones(context, self.interval)
 
+    def stage(self, context: dg.AssetExecutionContext) -> Stage:
+        """This step, which tells what it waits for in its log."""
+        return Stage(_work(context), context.log.info)
+
 
 class TerminalWatch(RunWatch):
     """Shows one line per stage on standard error."""
 
     def progress(self, context: dg.AssetExecutionContext) -> Progress:
         return TerminalProgress()
+
+    def stage(self, context: dg.AssetExecutionContext) -> Stage:
+        """This step, which tells what it waits for on standard error."""
+        return Stage(_work(context), lambda message: print(message, file=sys.stderr))
+
+
+def _work(context: dg.AssetExecutionContext) -> str:
+    place = f" of {context.partition_key}" if context.has_partition_key else ""
+    return f"{context.asset_key.to_user_string()}{place}, run {context.run.run_id[:8]}"
 
 
 class _Milestones:
