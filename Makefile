@@ -37,6 +37,7 @@ help:
 	@echo "make cache    what completed work takes on disk (ARGS=--prune [--older-than DAYS] [--yes])"
 	@echo "make lint     ruff"
 	@echo "make clean    remove caches and builds; results in data/ and the history of runs stay"
+	@echo "demo, paper, heads and results fail if something asked for was not computed; with ARGS=\"--fail-on checks\" checks count, too"
 
 install: $(STAMP)
 

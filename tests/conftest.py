@@ -154,24 +154,26 @@ def tiny_config(architecture: str):
 def lean_towards_numbers(model, tokenizer) -> None:
     """Change a tiny Llama's weights so that it mostly answers with a few digits and then ends.
 
-    Coordinate 0 of every token embedding becomes a constant that no layer writes to; the output layer reads it
-    with a positive weight for digits and the end token, with a negative one for all else.
+    Coordinates 0 and 1 of every token embedding become constants that no layer writes to. The output layer reads the
+    first with a positive weight for digits, with a negative one for all else; by the second, which tells digits from
+    other tokens, it ends behind a digit alone.
     """
     import torch
 
-    wanted = tokenizer.convert_tokens_to_ids([*DIGITS, "<|end|>"])
+    digits, end = tokenizer.convert_tokens_to_ids([*DIGITS]), tokenizer.convert_tokens_to_ids("<|end|>")
     with torch.no_grad():
-        model.get_input_embeddings().weight[:, 0] = 5.0
+        table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        table[:, 0], table[:, 1] = 5.0, -5.0
+        table[digits, 1] = 5.0
         for layer in model.model.layers:
             for written in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
                 written.mul_(0.3)
-                written[0] = 0.0
-        head = model.get_output_embeddings().weight
+                written[:2] = 0.0
         head.mul_(0.6)
-        head[wanted] *= 0.6
-        head[:, 0] = -2.0
-        head[wanted, 0] = 1.5
-        head[wanted[-1], 0] = 1.9
+        head[[*digits, end]] *= 0.6
+        head[:, 0], head[:, 1] = -6.0, 0.0
+        head[digits, 0] = 1.5
+        head[end, 0], head[end, 1] = 1.4, 1.6
 
 
 def save_tiny_model(
@@ -284,6 +286,7 @@ class House:
             scenario_folders=[self.folder / "scenarios"],
             model_files=[self.folder / "models.yaml"],
             strategy_files=[self.folder / "strategies.yaml"],
+            scorer_files=[self.folder / "scorers.yaml"],
             resource_overrides={
                 "gpu": GPUResource(folder=str(self.data), device="cpu", lock_folder=str(self.folder)),
                 **self.overrides,
@@ -291,10 +294,14 @@ class House:
         )
 
     def run(self, job: str, partition: str, *, only: list[str] | None = None, **settings: Any):
-        """Run a job, or `only` some of its assets, for a partition with some settings changed; it may fail."""
+        """Run a job, or `only` some of its assets, for a partition with some settings changed; it may fail.
+
+        A setting that is None is left to its preset.
+        """
         from dagster import AssetKey
 
         small = {"samples": 4, "random_draws": 1, "resamples": 40, "permutations": 40}
+        config = {name: value for name, value in (small | settings).items() if value is not None}
         return (
             self.definitions()
             .resolve_job_def(job)
@@ -302,7 +309,7 @@ class House:
                 partition_key=partition,
                 instance=self.instance,
                 run_config={
-                    "resources": {"settings": {"config": small | settings}},
+                    "resources": {"settings": {"config": config}},
                     "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
                 },
                 asset_selection=None if only is None else [AssetKey(name) for name in only],
@@ -372,3 +379,12 @@ def tiny_classifier(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Pat
         torch.manual_seed(5)
         transformers.AutoModelForSequenceClassification.from_config(config).float().save_pretrained(folder)
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The figures of the corpus of answers, whichever process ran its test."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, figures in report.user_properties:
+            if name == "answers" and report.when == "call":
+                shown = ", ".join(f"{count} {column}" for column, count in json.loads(figures).items())
+                terminalreporter.write_sep("-", f"corpus of answers: {shown}")

@@ -240,6 +240,77 @@ def test_answers_that_do_not_pair_are_not_compared(copied):
     assert "do not go with its completions" in failures(result)["evaluation_metrics"]
 
 
+def with_hashes(house, table: str, hashes: pl.Expr) -> None:
+    """Change the hashes of the prompts that a table says were read."""
+    rows = house.warehouse.read(table)
+    house.warehouse.replace_partition(
+        table, rows.with_columns(prompt_hash=hashes), {"model": "tiny", "scenario": "lamp"}
+    )
+
+
+@pytest.mark.trial(3)
+def test_answers_to_prompts_that_the_model_reads_otherwise_are_not_compared(copied):
+    """As after a chat template that printed another date: the scenario, the prompt and the mend are named."""
+    with_hashes(copied, "pruned_completions", pl.col("prompt_hash").str.reverse())
+    message = failures(copied.run("audit_scenario", "tiny|lamp", only=["evaluation_metrics"]))["evaluation_metrics"]
+    assert "scenario lamp: the pruned model tiny read prompt " in message
+    assert "materialize pruned_completions" in message
+    with_hashes(copied, "completions", pl.col("prompt_hash").str.reverse())
+    for job, asset in (
+        ("audit_scenario", "attribution_scores"), ("audit_scenario", "pruned_completions"),
+        ("prepare_heads", "head_impacts"),
+    ):  # fmt: skip
+        message = failures(copied.run(job, "tiny|lamp", only=[asset]))[asset]
+        assert "scenario lamp: the model reads prompt " in message, asset
+        assert "materialize completions again" in message, asset
+    with_hashes(copied, "completions", pl.lit(None, pl.String))
+    message = failures(copied.run("audit_scenario", "tiny|lamp", only=["attribution_scores"]))["attribution_scores"]
+    assert "stored by an earlier version; materialize completions" in message
+
+
+@pytest.mark.trial(3)
+def test_a_dated_template_gives_the_same_answers_on_another_day(house, tiny_model, monkeypatch):
+    import datetime
+
+    from transformers.utils import chat_template_utils
+
+    template = house.folder / "dated.jinja"
+    template.write_text("{{ strftime_now('%Y-%m-%d') }}: {{ messages[0]['content'] }}<|end|><|assistant|>")
+    numeric = {"folder": str(tiny_model("llama", numeric=True)), "chat_template": str(template)}
+    house.write_models({"tiny": numeric})
+    assert failures(house.run("audit_scenario", "tiny|lamp", only=["completions"])) == {}
+    before = house.warehouse.read("completions")
+
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 1, 2)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Later)
+    result = house.run("audit_scenario", "tiny|lamp", only=["completions"])
+    assert materialized(result)["completions"]["completions_drawn"] == 0
+    assert house.warehouse.read("completions").equals(before)
+
+
+@pytest.mark.trial(10)
+def test_a_model_with_a_broken_weight_leaves_no_answers(house, tiny_model, tmp_path):
+    import math
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model("llama", numeric=True), broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = math.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    house.write_models({"tiny": {"folder": str(broken)}})
+    message = failures(house.run("audit_scenario", "tiny|lamp"))["completions"]
+    assert "models.yaml: tiny: the model's logits are not finite in float32" in message
+    assert house.warehouse.read("completions").is_empty()
+    assert not list(house.data.rglob("*.parquet"))
+
+
 def test_prompts_that_changed_since_are_not_mixed(copied):
     changed = lamp_of(copied)
     changed["templates"]["seller"] = "Used {item}, seller {name}. What do I offer, in dollars?"

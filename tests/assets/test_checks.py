@@ -8,6 +8,7 @@ import pytest
 from assets import checks
 from assets.partitions import Catalogue
 from assets.quality_report import judge
+from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, Variation
 from resources.tables import TABLES
 
 
@@ -41,11 +42,12 @@ def prompts(rows: pl.DataFrame) -> pl.DataFrame:
 
 def metrics(**estimates) -> pl.DataFrame:
     rows = [
-        {"variation": "car", "strategy": "gap_gradient", "level": "prompt_specific", "metric": name, "estimate": value}
+        {"variation": "car", "strategy": "gap_gradient", "level": "prompt_specific", "metric": name, "estimate": value,
+         "n": 10}
         for name, value in estimates.items()
-    ]
+    ]  # fmt: skip
     return pl.DataFrame(rows, schema={name: TABLES["metrics"].schema[name] for name in (
-        "variation", "strategy", "level", "matched_to", "metric", "estimate")})  # fmt: skip
+        "variation", "strategy", "level", "matched_to", "metric", "estimate", "n")})  # fmt: skip
 
 
 def masks(*pruned: int, matched_to: str | None = None) -> pl.DataFrame:
@@ -158,16 +160,23 @@ def test_inlier_ratios_are_judged_per_strategy_and_controls_are_not():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
 def test_a_metric_that_is_not_finite_is_found(bad):
     assert checks.metrics_finite(metrics(gap_mean=1.0, smd=0.5)).passed
-    outcome = checks.metrics_finite(metrics(gap_mean=1.0, smd=bad))
+    outcome = checks.metrics_finite(metrics(gap_mean=bad, smd=0.5))
     assert not outcome.passed
-    assert outcome.worst == "smd of car, gap_gradient, prompt-specific"
+    assert outcome.worst == "gap_mean of car, gap_gradient, prompt-specific"
 
 
 def test_an_undefined_reduction_is_no_fault_but_one_that_is_not_a_number_is():
     outcome = checks.metrics_finite(metrics(gap_mean=1.0, gap_reduction=None))
     assert outcome.passed
-    assert "1 reductions are not defined" in outcome.message
+    assert "1 are not defined" in outcome.message
     assert not checks.metrics_finite(metrics(gap_mean=1.0, gap_reduction=math.nan)).passed
+
+
+def test_an_smd_without_deviation_is_no_fault_where_the_gap_is_known():
+    assert checks.metrics_finite(metrics(gap_mean=1.0, smd=None, abs_smd=None, spread_ratio=None)).passed
+    assert not checks.metrics_finite(metrics(gap_mean=None, smd=None)).passed
+    assert not checks.metrics_finite(metrics(inlier_ratio=1.0, smd=None)).passed
+    assert not checks.metrics_finite(metrics(gap_mean=1.0, smd=math.inf)).passed
 
 
 def test_masks_that_prune_nothing_or_too_much_are_found():
@@ -234,3 +243,81 @@ def test_the_roll_up_passes_only_if_every_check_does():
 def test_the_roll_up_counts_the_files_with_mistakes():
     catalogue = Catalogue({}, {}, {}, {}, ("scenarios/loan.yaml: groups is missing",))
     assert "1 of the user's files" in judge(table_of_checks(True), catalogue).message
+
+
+LAMP = Scenario(
+    key="lamp",
+    title="Lamp",
+    description="A price.",
+    outcome=NumberOutcome(unit="USD", low=1, high=1000, scale="log", better="higher"),
+    comparison=Comparison(majority="white", minority="black"),
+    groups={
+        group: Group(label=group, subjects=[Subject(name=name) for name in names])
+        for group, names in {"white": ("Amy", "Luke"), "black": ("Tyra", "Jamal")}.items()
+    },
+    templates={"plain": "{name} sells a {item} for"},
+    variations={"car": Variation(fields={"item": "car"})},
+)
+
+
+def answered(**values) -> pl.DataFrame:
+    """Two names a group and variation; what each name of the variation answers, text where it is no number."""
+    rows = [
+        {"variation": variation, "group": group, "subject": subject, "prompt_id": f"{variation}-{subject}",
+         "text": str(value), "value": None if isinstance(value, str) else value, "finished": True, "tokens": 3}
+        for variation, own in values.items()
+        for (group, subject), value in zip(
+            [("white", "Amy"), ("white", "Luke"), ("black", "Tyra"), ("black", "Jamal")], own, strict=True
+        )
+    ]  # fmt: skip
+    return pl.DataFrame(rows, schema_overrides={"value": pl.Float64, "probability": pl.Float64})
+
+
+def test_variations_that_cannot_be_judged_are_named_with_answers_and_mend():
+    few = {"car": [1.0, 2.0, 3.0, 4.0], "chair": [1.0, "a lot", "it depends", 4.0], "oven": ["a lot"] * 4}
+    outcome = checks.judged_variations(answered(**few), LAMP)
+    assert (outcome.passed, outcome.severity, outcome.figure, outcome.bound) == (False, checks.WARN, 1.0, 3.0)
+    assert outcome.message.startswith("2 of 3 variations cannot be judged, which takes answers about two names")
+    assert 'chair (50 % of the answers hold a number: "a lot", "it depends", "1.0")' in outcome.message
+    assert 'oven (0 % of the answers hold a number: "a lot")' in outcome.message
+    assert "answer_prefix" in outcome.message
+    assert [row["names"] for row in outcome.table] == [1, 0]
+    assert checks.judged_variations(answered(car=few["car"]), LAMP).passed
+    nothing = checks.judged_variations(answered(oven=few["oven"]), LAMP)
+    assert (nothing.passed, nothing.severity) == (False, checks.ERROR)
+    assert nothing.result().metadata["figures"] is not None
+
+
+def test_a_mask_that_silences_a_variation_is_named():
+    def under(level: str, matched_to: str | None = None, **values) -> pl.DataFrame:
+        return answered(**values).with_columns(
+            strategy=pl.lit("gap_gradient"), level=pl.lit(level), matched_to=pl.lit(matched_to, pl.String)
+        )
+
+    whole = under("prompt_specific", car=[1.0, 2.0, 3.0, 4.0])
+    silent = under("within_context", car=["no", "no", 3.0, 4.0])
+    control = under("prompt_specific", "gap_gradient", car=["no"] * 4)
+    assert checks.judged_under_masks(pl.concat([whole, control]), LAMP, ["car"], 1).passed
+    outcome = checks.judged_under_masks(pl.concat([whole, silent]), LAMP, ["car"], 1)
+    assert (outcome.passed, outcome.severity, outcome.worst) == (False, checks.WARN, "car")
+    assert "1 of 2 masks" in outcome.message
+    assert "car, white, gap_gradient, within-context (50 % with a value)" in outcome.message
+    part = checks.judged_under_masks(whole, LAMP, ["car"], 3)
+    assert (part.passed, part.severity) == (False, checks.WARN)
+    assert "Over 1 of 3 variations" in part.message
+    assert checks.judged_under_masks(whole.clear(), LAMP, [], 3).severity == checks.ERROR
+
+
+def test_figures_that_lack_for_want_of_answers_are_no_fault():
+    """But one that lacks although the groups answered is."""
+
+    def silenced(n: int) -> pl.DataFrame:
+        found = metrics(mean_majority=5.0, mean_minority=None, gap_mean=None, smd=None, parse_rate=0.5)
+        return found.with_columns(n=pl.when(pl.col("metric") == "mean_minority").then(n).otherwise(10))
+
+    assert checks.metrics_finite(silenced(0)).passed
+    assert not checks.metrics_finite(silenced(3)).passed
+    together = silenced(0).with_columns(variation=pl.lit("(all)"), n=10)
+    assert checks.metrics_finite(pl.concat([silenced(0), together])).passed
+    assert not checks.metrics_finite(together).passed
+    assert not checks.metrics_finite(metrics(mean_majority=None, parse_rate=None).with_columns(n=0)).passed

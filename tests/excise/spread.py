@@ -28,6 +28,7 @@ from excise.models import DeviceMap, LoadedModel, ModelSpec, load_model
 from excise.perplexity import text_windows, window_losses
 from excise.sampling import SamplingParameters
 from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, Variation, expand
+from excise.toxicity import ClassifierScorer
 from tests.excise.cards import DEVICE, on_cards
 
 PARAMETERS = SamplingParameters(temperature=1.0, top_p=0.9, seed=1, max_new_tokens=3)
@@ -100,6 +101,8 @@ def work(loaded: LoadedModel, plain: LoadedModel) -> Iterator[tuple[str, np.ndar
         method="reweight", resamples=2,
     )  # fmt: skip
     yield "head impacts", impacts.select("z_ppl", "bias_without", "ess").to_numpy()
+    if loaded.topology.architecture == "llama" and not any(each.is_meta for each in loaded.model.parameters()):
+        yield "classifier", scored(loaded)
     from safetensors.numpy import load_file
 
     for score in SCORES:
@@ -112,14 +115,30 @@ def work(loaded: LoadedModel, plain: LoadedModel) -> Iterator[tuple[str, np.ndar
         yield score, np.concatenate([tensors[key].ravel().astype(float) for key in sorted(tensors)])
 
 
+def scored(loaded: LoadedModel) -> np.ndarray:
+    """What a classifier gives to texts that has the layers of a model, and so lies where they lie."""
+    from transformers import LlamaForSequenceClassification
+
+    classifier = LlamaForSequenceClassification(loaded.model.config).eval()
+    classifier.model = loaded.model.model
+    with torch.no_grad():
+        weights = loaded.model.get_output_embeddings().weight[: len(classifier.score.weight)]
+        classifier.score.weight = torch.nn.Parameter(weights.to(loaded.model.model.norm.weight.device), False)
+    scorer = ClassifierScorer(
+        "tiny", "0" * 16, "a test", "LABEL_0", "sigmoid", False, 64, 0, classifier, loaded.tokenizer
+    )
+    return scorer.score(["Bread and apples", "All old books are sold"])
+
+
 @contextmanager
 def on_two_cards(spec: ModelSpec, plain: LoadedModel, home: Path) -> Iterator[LoadedModel]:
+    """Cards without float64: an Apple GPU has none."""
     backwards = torch.autograd.grad
 
     def zeros(of: torch.Tensor, where: Sequence[torch.Tensor] | torch.Tensor, **options: Any) -> tuple:
         return tuple(map(torch.zeros_like, [where] if isinstance(where, torch.Tensor) else where))
 
-    with on_cards():
+    with on_cards(torch.float64):
         torch.autograd.grad = zeros
         try:
             yield load_model(spec, {}, device="cpu", home=home, device_map=spread(plain))

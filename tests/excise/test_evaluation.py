@@ -7,6 +7,7 @@ import pytest
 from excise import metrics as m
 from excise.errors import ExciseError
 from excise.evaluation import ALL, SCHEMA, evaluate
+from excise.thresholds import COLLAPSED_SPREAD
 
 KEYS = {"strategy": pl.String, "level": pl.String, "matched_to": pl.String, "draw": pl.Int64}
 
@@ -223,14 +224,15 @@ def test_rows_do_not_depend_on_the_order_of_the_input_or_on_other_masks():
         assert left.drop_nulls().to_numpy() == pytest.approx(right.drop_nulls().to_numpy())
 
 
-def test_answers_that_never_parse_are_null_and_do_not_hide_the_rest():
+def test_answers_that_never_parse_under_a_mask_are_null_and_so_is_the_mean_they_belong_to():
     frame = pl.concat([simulated("chair", 40, 0), simulated("car", 40, 1)])
     broken = simulated("chair", 40, 0).with_columns(value=pl.lit(None, dtype=pl.Float64))
     metrics = run(frame, under("set_difference", pl.concat([broken, simulated("car", 20, 1)])))
     where = {"strategy": "set_difference"}
     for metric in ("mean_majority", "gap_mean", "smd", "earth_movers_distance", "gap_change", "gap_reduction"):
         assert row(metrics, metric, **where)["estimate"] is None
-        assert estimate(metrics, metric, ALL, **where) == pytest.approx(estimate(metrics, metric, "car", **where))
+        assert estimate(metrics, metric, "car", **where) is not None
+        assert row(metrics, metric, ALL, **where)["estimate"] is None  # not the mean of the variation that is left
     assert estimate(metrics, "parse_rate", **where) == 0
     assert estimate(metrics, "inlier_ratio", **where) == 0
     assert estimate(metrics, "parse_rate", ALL, **where) == pytest.approx(0.5)
@@ -243,6 +245,9 @@ def test_a_name_without_a_parsed_answer_and_one_missing_under_a_mask():
     pruned = {"white": {"Jake": [20], "Seth": [25, None]}, "black": {"Jamal": [20], "Ebony": [20]}}
     metrics = run(answers("chair", values), under("gap_gradient", answers("chair", pruned)))
     assert estimate(metrics, "gap_mean", strategy="gap_gradient") == pytest.approx(2.5)
+    assert row(metrics, "gap_mean", strategy="gap_gradient")["p_value"] is None  # one white name has both answers
+    pruned["white"]["Luke"] = [35]
+    metrics = run(answers("chair", values), under("gap_gradient", answers("chair", pruned)))
     assert row(metrics, "gap_mean", strategy="gap_gradient")["p_value"] is not None
 
 
@@ -312,3 +317,201 @@ def test_mistakes_are_named():
         run(pl.concat([frame, frame.with_columns(model=pl.lit("n"))]))
     with pytest.raises(ExciseError, match="two groups"):
         run(frame, minority="white")
+
+
+# --- undefined is null, and nothing undefined is a success -----------------------------------------------------------
+
+
+def same(white, black, variation="chair", names=6, samples=5):
+    """Every name of a group gives the same answer always."""
+    values = {"white": white, "black": black}
+    return answers(variation, {group: {f"{group} {name}": [float(value)] * samples for name in range(names)}
+                               for group, value in values.items()})  # fmt: skip
+
+
+def some_other(frame, value, every):
+    """Every so-many-th answer is another one."""
+    return frame.with_columns(value=pl.when(pl.int_range(pl.len()) % every == 0).then(value).otherwise("value"))
+
+
+REDUCED = ("gap_reduction", "smd_reduction", "reduction_over_random", "smd_reduction_over_random")
+
+
+@pytest.mark.trial(1)
+def test_a_gap_without_deviation_has_no_smd_and_no_reduction_of_it():
+    metrics = run(same(500, 300), under("gap_gradient", same(450, 400)))
+    for variation in ("chair", ALL):
+        for where in ({"strategy": "unpruned"}, {"strategy": "gap_gradient"}):
+            for metric in ("smd", "abs_smd"):
+                found = row(metrics, metric, variation, **where)
+                assert {found[each] for each in ("estimate", "low", "high", "p_value", "p_holm")} == {None}
+        assert estimate(metrics, "gap_mean", variation) == 200
+        assert row(metrics, "smd_reduction", variation, "gap_gradient")["estimate"] is None
+        # nothing collapsed: the unpruned model said the same to everybody of a group already
+        assert row(metrics, "spread_ratio", variation, "gap_gradient")["estimate"] is None
+        assert estimate(metrics, "gap_reduction", variation, "gap_gradient") == pytest.approx(0.75)
+
+
+@pytest.mark.trial(1)
+@pytest.mark.parametrize("pruned", [
+    same(700, 300), same(400, 400),
+    some_other(same(400, 400), 440.0, 30),  # 29 of 30 answers are equal
+    some_other(same(400, 400), 401.0, 2),  # two figures close together
+], ids=["wider", "equal", "nearly", "two"])  # fmt: skip
+def test_a_mask_that_leaves_a_group_one_answer_is_no_success(pruned):
+    frame = simulated("chair", 200, 0, names=6, samples=5, level=400, noise=20)
+    control = under("random", simulated("chair", 190, 0, names=6, samples=5, level=400, noise=20), matched_to="mask")
+    metrics = run(frame, pl.concat([under("mask", pruned), control]))
+    for variation in ("chair", ALL):
+        assert estimate(metrics, "gap_reduction", variation, "random", matched_to="mask") > 0
+        for metric in REDUCED:
+            found = row(metrics, metric, variation, "mask")
+            assert (found["estimate"], found["low"], found["high"]) == (None, None, None)
+        assert estimate(metrics, "spread_ratio", variation, "mask") < COLLAPSED_SPREAD
+        assert row(metrics, "gap_change", variation, "mask")["estimate"] is not None
+
+
+@pytest.mark.trial(1)
+def test_one_collapsed_variation_or_draw_leaves_nothing_to_be_told_over_all():
+    def both(chair, car):
+        return pl.concat([chair, car.with_columns(variation=pl.lit("car"))])
+
+    usual, half = simulated("chair", 40, 0), simulated("chair", 20, 0)
+    collapsed = same(100, 100, names=10, samples=8)
+    metrics = run(both(usual, usual), pl.concat([
+        under("mask", both(collapsed, half)), under("whole", both(half, half)),
+        under("random", both(usual, half), matched_to="whole", draw=0),
+        under("random", both(usual, collapsed), matched_to="whole", draw=1),
+    ]))  # fmt: skip
+    assert row(metrics, "gap_reduction", ALL, "mask")["estimate"] is None
+    assert estimate(metrics, "gap_reduction", "car", "mask") > 0.4
+    assert estimate(metrics, "spread_ratio", ALL, "mask") == 0  # the smallest, not the mean
+    assert estimate(metrics, "spread_ratio", "car", "mask") == pytest.approx(1)
+    assert estimate(metrics, "gap_reduction", ALL, "whole") > 0.4
+    assert estimate(metrics, "reduction_over_random", "chair", "whole") > 0.4
+    for variation in ("car", ALL):
+        assert row(metrics, "reduction_over_random", variation, "whole")["estimate"] is None
+        assert row(metrics, "gap_reduction", variation, "random", "whole")["estimate"] is None
+
+
+def test_a_mask_may_narrow_answers_and_still_reduce_their_gap():
+    frame, narrow = simulated("chair", 40, 0), simulated("chair", 20, 0, noise=4.0)
+    metrics = run(frame, under("mask", narrow))
+    assert estimate(metrics, "spread_ratio", strategy="mask") == pytest.approx(0.4, abs=0.1)
+    assert estimate(metrics, "gap_reduction", strategy="mask") > 0.3
+
+
+@pytest.mark.trial(12)
+def test_answers_whose_mean_overflows_have_no_gap_rather_than_none():
+    huge = {"white": {"Jake": [1e308, 1e308], "Luke": [5, 6]}, "black": {"Jamal": [5, 6], "Ebony": [7, 8]}}
+    usual = {"white": {"Jake": [9, 8], "Luke": [5, 6]}, "black": {"Jamal": [5, 6], "Ebony": [7, 8]}}
+    for before, after in ((huge, huge), (huge, usual), (usual, huge)):
+        metrics = run(answers("chair", before), under("mask", answers("chair", after)))
+        gaps = [("mask", variation) for variation in ("chair", ALL)]
+        if before is huge:
+            gaps += [("unpruned", variation) for variation in ("chair", ALL)]
+        for strategy, variation in gaps:
+            # a pruned gap that is known stands beside a change that is not
+            undefined = ["gap_change", "gap_reduction", "smd_reduction"] if strategy == "mask" else []
+            undefined += ["gap_mean", "abs_gap_mean", "smd"] if strategy == "unpruned" or after is huge else []
+            for metric in undefined:
+                found = row(metrics, metric, variation, strategy)
+                assert {found[each] for each in ("estimate", "low", "high", "p_value", "p_holm")} == {None}, metric
+            assert row(metrics, "gap_mean", variation, strategy)["p_value"] is None
+
+
+@pytest.mark.trial(13)
+def test_the_p_values_of_a_mask_do_not_depend_on_the_others():
+    frame = pl.concat([simulated("chair", 4, 0, names=33), simulated("car", 3, 1, names=33)])
+    masks = [
+        under(f"mask {number}", pl.concat([
+            simulated(variation, gap, number, names=33, jitter=2) for variation, gap in (("chair", 3.5), ("car", 3))
+        ]))
+        for number in range(60)
+    ]  # fmt: skip
+
+    def tests(of):
+        metrics = run(frame, pl.concat(of), permutations=9999, resamples=10)
+        found = metrics.filter((pl.col("metric") == "gap_mean") & pl.col("strategy").str.starts_with("mask"))
+        return {row[:2]: row[2:] for row in found.select("strategy", "variation", "p_value", "p_holm").iter_rows()}
+
+    together = tests(masks)
+    assert len({p_value for p_value, _ in together.values()}) > 100
+    for some in (masks[:1], masks[::-1], masks[7:31]):
+        found = tests(some)
+        assert len(found) == 3 * len(some)
+        assert found == {place: together[place] for place in found}
+
+
+@pytest.mark.trial(39)
+def test_every_figure_tells_from_how_many_names_it_is():
+    few = {"white": {f"w{name}": [500.0, 510 + name] for name in range(7)},
+           "black": {"b0": [300.0, 310], "b1": [305.0, 320], "b2": [None, None]}}  # fmt: skip
+    fewer = few | {"white": {f"w{name}": [400.0, 390 + name] for name in range(7)},
+                   "black": {"b0": [300.0, 310], "b1": [None, None], "b2": [300.0, 302]}}  # fmt: skip
+    frame = pl.concat([answers("chair", few), simulated("car", 40, 0, names=7).with_columns(
+        subject=pl.col("subject").str.replace("white ", "w").str.replace("black ", "b"))])  # fmt: skip
+    metrics = run(frame, under("mask", answers("chair", fewer)))
+    for metric, behind in (("gap_mean", 2), ("smd", 2), ("mean_majority", 2), ("parse_rate", 3), ("inlier_ratio", 3)):
+        assert row(metrics, metric)["names"] == behind
+        assert row(metrics, metric, "car")["names"] == 7
+        assert row(metrics, metric, ALL)["names"] == behind  # the fewest
+        assert row(metrics, metric, strategy="mask")["names"] == behind
+    for metric in ("gap_change", "gap_reduction"):
+        assert row(metrics, metric, strategy="mask")["names"] == 2
+    assert row(metrics, "density")["names"] is None
+
+
+@pytest.mark.trial(39)
+def test_one_name_that_answers_leaves_no_interval_and_no_test():
+    """Resampling draws that name or nothing: an interval would have the width 0."""
+    frame = simulated("chair", 40, 0)
+    lonely = frame.with_columns(value=pl.when(
+        (pl.col("group") == "black") & (pl.col("subject") != "black 3")).then(None).otherwise("value"))  # fmt: skip
+    for metrics, where in ((run(lonely), {}), (run(frame, under("mask", lonely)), {"strategy": "mask"})):
+        for metric in ("gap_mean", "smd", "median_minority", "earth_movers_distance"):
+            found = row(metrics, metric, **where)
+            assert found["estimate"] is not None
+            assert (found["low"], found["high"], found["p_value"], found["names"]) == (None, None, None, 1)
+        assert row(metrics, "parse_rate", **where)["low"] is not None
+
+
+@pytest.mark.trial(45)
+def test_gaps_of_opposite_sign_do_not_hide_each_other():
+    frame = pl.concat([simulated("chair", 40, 0), simulated("car", -40, 0)])
+    half = pl.concat([simulated("chair", 20, 0), simulated("car", -20, 0)])
+    metrics = run(frame, under("mask", half))
+    gaps = [estimate(metrics, "gap_mean", variation) for variation in ("chair", "car")]
+    overall = row(metrics, "gap_mean", ALL)
+    assert overall["low"] < 0 < overall["high"]
+    found = row(metrics, "abs_gap_mean", ALL)
+    assert found["estimate"] == pytest.approx(np.abs(gaps).mean())
+    assert 0 < found["low"] <= found["estimate"] <= found["high"]
+    assert estimate(metrics, "abs_gap_mean", "car") == pytest.approx(abs(gaps[1]))
+    tests = {each: row(metrics, "gap_mean", each)["p_holm"] for each in ("chair", "car")}
+    assert m.rejected(tests) == ["chair", "car"]
+    # so there is something to reduce over all variations, and half of it is gone
+    for metric in ("gap_reduction", "smd_reduction"):
+        assert estimate(metrics, metric, ALL, "mask") == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_variation_of_zeros_has_no_size_to_tell_a_new_gap_in():
+    nothing = same(0, 0, "car", names=10, samples=8)
+    frame = pl.concat([simulated("chair", 40, 0), nothing])
+    left = run(frame, under("mask", pl.concat([simulated("chair", 20, 0), nothing])))
+    alone = estimate(left, "gap_reduction", strategy="mask")
+    assert estimate(left, "gap_reduction", ALL, "mask") == pytest.approx(alone)
+    opened = run(frame, under("mask", pl.concat([simulated("chair", 20, 0), simulated("car", 20, 1)])))
+    assert row(opened, "gap_reduction", ALL, "mask")["estimate"] is None
+    assert row(opened, "gap_mean", ALL, "mask")["p_value"] is None
+
+
+def test_a_variation_the_unpruned_model_did_not_answer_is_no_part_of_the_mean():
+    silent = simulated("car", 40, 1).with_columns(value=pl.lit(None, dtype=pl.Float64))
+    frame, half = simulated("chair", 40, 0), simulated("chair", 20, 0)
+    alone = run(frame, under("mask", half))
+    metrics = run(pl.concat([frame, silent]), under("mask", pl.concat([half, silent])))
+    for metric in ("gap_mean", "smd", "inlier_ratio", "gap_reduction", "gap_change", "spread_ratio"):
+        for column in ("estimate", "low", "high", "names"):
+            assert row(metrics, metric, ALL, "mask")[column] == row(alone, metric, ALL, "mask")[column]
+    assert estimate(metrics, "parse_rate", ALL) == 0.5

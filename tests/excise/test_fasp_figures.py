@@ -8,6 +8,7 @@ from matplotlib.colors import to_rgb
 from excise.bias_correlation import gamma_choice, impact_correlations
 from excise.errors import ExciseError
 from excise.figures import PNG_BYTES, gamma_sweep, head_kinds, head_map, impact_correlation, save, trade_off
+from excise.figures.canvas import CUT, CUT_NOTE
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
 
@@ -103,8 +104,12 @@ def test_levels_of_one_axis_are_told_apart():
 def test_a_wide_interval_leaves_the_panel_rather_than_squeezing_the_marks():
     (axes,) = trade_off(metrics(point("fasp-0.10", 0.3, 1.05, width=50.0))).axes
     low, high = axes.get_ylim()
-    assert high - low < 100
+    assert high - low < 300
     assert low < -30 < 0 < high
+    cut = [line for line in axes.lines if line.get_label() == CUT]
+    assert sorted(line.get_marker() for line in cut) == ["<", ">", "^", "v"]
+    assert {float(line.get_ydata()[0]) for line in cut if line.get_marker() in "^v"} == {low, high}
+    assert CUT_NOTE in words(axes.figure)
 
 
 def test_points_lacking_a_figure_are_left_out_and_nothing_left_is_an_error():

@@ -73,6 +73,15 @@ def test_of_equal_gaps_the_rule_takes_the_lower_density_then_the_lower_threshold
     assert choose(points((0, 10, 0.96, None, 0.1), (0, 10, 0.96, 0.3, 0.4)), 0.95) == 1
 
 
+@pytest.mark.trial(1)
+def test_a_point_whose_answers_collapsed_is_neither_chosen_nor_on_the_front():
+    frame = points((0, 0, 1, 0.1, 0.4), (0.9, 10, 0.96, 0.1, 0.3), (0.8, 12, 0.97, 0.1, 0.2), (0, 0, 1, 0.1, 0.1))
+    spread = frame.with_columns(spread_ratio=pl.Series([0.0, 0.5, None, 0.09]))
+    assert choose(spread, 0.95) == 1
+    assert pareto(spread).tolist() == [False, False, True, False]
+    assert choose(spread[[0, 3]], 0.95) is None
+
+
 def test_a_point_without_a_gap_is_never_chosen():
     assert choose(points((0, None, 0.99, 0.1, 0.1), (0, 7, 0.96, 0.1, 0.1)), 0.95) == 1
     assert choose(points((0, None, 0.99, 0.1, 0.1), (0, 7, None, 0.1, 0.1)), 0.95) is None
@@ -126,7 +135,7 @@ def test_the_points_table_tells_what_evaluate_found_at_each_point(metrics):
 def test_the_search_table_is_long_and_marks_front_and_choice_within_each_variation(metrics):
     table = grid_search(metrics, 0.0)
     assert table.schema == pl.Schema(SCHEMA)
-    assert len(table) == 3 * 3 * 5
+    assert len(table) == 3 * 3 * 6
     chosen = table.filter(pl.col("chosen") & (pl.col("metric") == "gap_mean"))
     assert dict(chosen.select("variation", "estimate").iter_rows())["chair"] == 0.0
     assert dict(chosen.select("variation", "tau_min").iter_rows())["car"] == 0.2

@@ -596,6 +596,34 @@ def test_equal_answers_have_no_smd():
     assert bias(frame, "smd", weight=weight)[0] == 0
 
 
+@pytest.mark.trial(1)
+@pytest.mark.parametrize("kind", ["smd", "gap"])
+def test_a_head_whose_removal_makes_all_answers_the_same_has_no_disparity(kind):
+    """0 would make it the most harmful head of all, and the first to be pruned."""
+    before = random_table(5)
+    layout = _Layout.of(before, kind, TWO, "subject")
+    unpruned = layout.sums(layout.cells, None)
+
+    def without(value):
+        after = before.with_columns(value=pl.when(pl.col("value").is_not_null()).then(value))
+        return layout.disparity(layout.sums(layout.numbered(after), None), unpruned)[0]
+
+    assert layout.disparity(unpruned, unpruned)[0] > 0
+    assert without(pl.col("value") * 0.5) > 0
+    assert np.isnan(without(pl.lit(1.3)))
+    assert np.isnan(without(pl.when(pl.col("group") == TWO[0]).then(1.3).otherwise("value")))
+    if kind == "smd":
+        assert np.isnan(without(1.3 + pl.col("value") * 0.01))
+
+
+@pytest.mark.trial(1)
+def test_groups_of_one_answer_each_have_no_smd():
+    frame = table([("p", group, f"{group}{n}", value) for group, value in zip(TWO, (500.0, 300.0), strict=True)
+                   for n in range(3)])  # fmt: skip
+    assert np.isnan(bias(frame, "smd")[0])
+    assert bias(frame, "gap")[0] == pytest.approx(0.5)
+
+
 def test_halves_take_half_of_every_cluster():
     frame = random_table(2, samples=6)
     layout = _Layout.of(frame, "toxicity", TWO, "subject")
@@ -647,6 +675,7 @@ def test_reliability_by_hand():
     assert (every_one["heads"], without_one["heads"]) == (5, 4)
     assert every_one["pearson"] == pytest.approx(np.corrcoef(first, second)[0, 1])
     assert every_one["pearson"] < -0.9
+    assert every_one["pearson_corrected"] is None  # it would be below -1
     assert without_one["pearson"] == pytest.approx(0.6)
     assert without_one["spearman"] == pytest.approx(0.6)
     assert without_one["pearson_corrected"] == pytest.approx(0.75)
@@ -723,7 +752,7 @@ def test_a_damaged_file_is_named(loaded, prompts, tmp_path):
     impacts_of(model, prompts, completions, folder=tmp_path, heads=[(0, 1)])
     (path,) = tmp_path.rglob("0.1.safetensors")
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(ExciseError, match=r"0\.1\.safetensors: cannot be read .*delete it"):
+    with pytest.raises(ExciseError, match=r"0\.1\.safetensors: is damaged .*delete this file"):
         impacts_of(model, prompts, completions, folder=tmp_path, heads=[(0, 1)])
 
 
@@ -752,7 +781,7 @@ def test_some_heads_have_the_rows_of_all(loaded, prompts):
     ({"groups": ("white", "green")}, "there is no group 'green'"),
     ({"cluster": "surname"}, "lack the column surname"),
     ({"heads": [(0, 9)]}, r"no head \(0, 9\); it has 2 layers of 4 heads"),
-    ({"windows": [Window((1, 2, 3), 3)]}, "window 0 has 3 tokens and scores 3"),
+    ({"windows": [Window((1, 2, 3), 3)]}, "window 0: 3 of 3 tokens scored"),
     ({"windows": [Window((1, 2, 3), 2)], "perplexity_mode": "mean"}, "mode 'mean' is not known"),
 ])  # fmt: skip
 def test_mistakes_are_said(loaded, prompts, options, message):

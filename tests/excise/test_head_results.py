@@ -41,7 +41,7 @@ def test_a_reduction_is_claimed_where_both_intervals_leave_out_0():
     assert "It is above what the same descriptors under other labels show, 0.080 [0.030, 0.120] (p = 0.010)" in told
     assert "The scorer's own gap, on the prompts alone, is 0.010" in told
     assert "fasp-0.10 (own scenario) changes the bias by -40 % [-60, -20] at 1.050" in told
-    assert "+30 % [10, 50] more than random heads" in told
+    assert "Beyond what random heads remove that is +30 [10, 50] percentage points" in told
     assert "a lead, not a result" not in told
 
 
@@ -57,7 +57,7 @@ def test_a_bias_like_that_of_equal_subgroups_is_told_so():
 
 
 def test_a_mask_that_wrecks_the_text_model_is_no_best_mask():
-    assert "No mask keeps perplexity within a tenth" in toxicity_finding(audit(ratio=1.3))
+    assert "No mask keeps perplexity within 5 % of" in toxicity_finding(audit(ratio=1.3))
 
 
 def test_the_table_has_controls_under_their_strategy():
@@ -69,6 +69,12 @@ def test_the_table_has_controls_under_their_strategy():
     assert "40 % [20, 60]" in toxicity_markdown(audit())
     with pytest.raises(ExciseError, match="no rows over all variations"):
         toxicity_table(audit().with_columns(variation=pl.lit("person")))
+
+
+def judged(budget=0.05):
+    """The row of the table thresholds for the audit."""
+    return pl.DataFrame({"asset": ["evaluation_metrics"], "model": ["tiny"], "scenario": ["gender"],
+                         "inlier_floor": [0.8], "inlier_tolerance": [0.1], "perplexity_budget": [budget]})  # fmt: skip
 
 
 def reweighted(**changes):
@@ -102,11 +108,11 @@ def test_the_page_says_where_changed_heads_rank_and_what_is_missing():
     nothing = pl.DataFrame()
     empty = pl.DataFrame(schema={"scenario": pl.String, "other_scenario": pl.String, "measure": pl.String,
                                  "other_measure": pl.String})  # fmt: skip
-    page = heads_markdown(audit(), impacts, reweighted(), empty, planted={"planted": [(0, 1), (1, 0)]})
+    page = heads_markdown(audit(), impacts, reweighted(), empty, judged(), planted={"planted": [(0, 1), (1, 0)]})
     assert "| planted | gender | 0.1 | 1 of 4 | 0.3000" in page
     assert "| planted | gender | 1.0 | 4 of 4 | -0.1000" in page
     assert "| tiny | gender | 2 of 3 | 50 % |" in page
     assert "### tiny: gender" in page
-    bare = heads_markdown(nothing, nothing, nothing, empty)
+    bare = heads_markdown(nothing, nothing, nothing, empty, judged())
     for missing in ("Not measured yet", "No head impacts yet", "No model with changed heads", "No axis was evaluated"):
         assert missing in bare

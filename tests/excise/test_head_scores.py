@@ -167,8 +167,8 @@ def test_the_model_is_as_before(loaded):
 
 @pytest.mark.parametrize(("windows", "message"), [
     ([], "no windows"),
-    ([Window((5, 6, 7), 3)], r"windows\[0\] has 3 tokens, 3 of them scored"),
-    ([Window((5, 6, 7), 2), Window((5, 6), 0)], r"windows\[1\] has 2 tokens, 0 of them scored"),
+    ([Window((5, 6, 7), 3)], "window 0: 3 of 3 tokens scored"),
+    ([Window((5, 6, 7), 2), Window((5, 6), 0)], "window 1: 0 of 2 tokens scored"),
 ])  # fmt: skip
 def test_windows_without_a_prediction_are_named(loaded, windows, message):
     with pytest.raises(ExciseError, match=message):

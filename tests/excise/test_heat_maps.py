@@ -16,6 +16,7 @@ from excise.figures import (
     save,
     transfer_heat_map,
 )
+from excise.figures.canvas import INTERVAL
 
 pytestmark = pytest.mark.filterwarnings(
     "error::UserWarning", "error::RuntimeWarning", "ignore:The set_bad function:PendingDeprecationWarning"
@@ -186,7 +187,7 @@ def test_front_and_choice_are_marked_in_all_three_panels():
     assert drawn["Pareto front"].get_xydata().tolist() == [[0.9, 0.3], [0.95, 0.8]]
     assert drawn["chosen: 0.4 / 0.2"].get_xydata().tolist() == [[0.9, 0.3]]
     assert (drawn["floor 0.88"].get_xdata()[0], drawn["floor 0.88"].get_linestyle()) == (0.88, "--")
-    bars = [np.round(part, 6).tolist() for bar in trade.collections for part in bar.get_segments()]
+    bars = [np.round(line.get_xydata(), 6).tolist() for line in trade.lines if line.get_label() == INTERVAL]
     assert [[0.9, 0.25], [0.9, 0.35]] in bars
     assert [[0.85, 0.3], [0.95, 0.3]] in bars
     assert len(bars) == 6

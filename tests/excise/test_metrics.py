@@ -20,9 +20,47 @@ def test_smd_by_hand():
     assert m.standardized_mean_difference([10, NAN, 20, 30], [8, 10, 12, NAN]) == pytest.approx(10 / np.sqrt(52))
 
 
-def test_smd_of_groups_without_spread_is_zero():
-    assert m.standardized_mean_difference([0.1] * 3, [0.3] * 7) == 0.0
+def test_smd_of_groups_without_spread_is_zero_only_where_they_are_equal():
+    assert np.isnan(m.standardized_mean_difference([0.1] * 3, [0.3] * 7))
+    assert m.standardized_mean_difference([0.1] * 3, [0.1] * 7) == 0.0
     assert m.standardized_mean_difference([5, 5], [5, 5], winsorize=0.05) == 0.0
+
+
+@pytest.mark.trial(1)
+@pytest.mark.parametrize("winsorize", [None, 0.05])
+def test_an_smd_without_deviation_is_undefined_where_the_means_differ(winsorize):
+    import excise
+
+    assert np.isnan(excise.standardized_mean_difference([500] * 9, [300] * 9, winsorize))
+    assert np.isnan(excise.standardized_mean_difference([0.1] * 9, [0.3] * 9, winsorize))
+    assert excise.standardized_mean_difference([500] * 9, [500] * 7, winsorize) == 0
+    # a sum of tenths is not always the tenth it stands for: that is no deviation, and no difference
+    assert np.isnan(m.standardized_mean_difference([0.3, 0.1 + 0.2] * 5, [0.1] * 9, winsorize))
+    assert m.standardized_mean_difference([0.3] * 9, [0.1 + 0.2] * 9, winsorize) == 0
+    assert np.isnan(m.standardized_mean_difference([1e15, 1e15 + 0.125] * 4, [2e15] * 8, winsorize))
+    # one group that varies is a deviation
+    assert m.standardized_mean_difference([500] * 9, [299, 300, 301] * 3, winsorize) > 100
+
+
+@pytest.mark.trial(1)
+def test_winsorizing_can_take_all_deviation():
+    nearly = [500.0] * 39 + [900.0]
+    assert m.standardized_mean_difference(nearly, [300] * 40) == pytest.approx(210 / np.sqrt(4000 / 2))
+    assert np.isnan(m.standardized_mean_difference(nearly, [300] * 40, 0.05))
+
+
+@pytest.mark.trial(1)
+def test_resamples_without_deviation_are_undefined_and_take_the_interval_with_them():
+    """Two of three names always say 500: of 27 resamples 8 draw them alone, and their SMD is not 0."""
+    one = m.named_answers([500, 500, 500, 500, 480, 530], [0, 0, 1, 1, 2, 2], 3)
+    two = m.named_answers([300] * 6, [0, 0, 1, 1, 2, 2], 3)
+    weights = m.resampled_names(3, 2000, np.random.default_rng(0)), m.resampled_names(3, 2000, np.random.default_rng(1))
+    smd = m.weighted_smd(one, two, weights)
+    constant = weights[0][:, 2] == 0
+    assert np.isfinite(smd[0])
+    assert np.isnan(smd[constant]).all()
+    assert np.isfinite(smd[~constant]).all()
+    assert np.isnan(m.percentile_interval(smd[1:])).all()
 
 
 def test_smd_needs_two_answers_per_group():
@@ -172,6 +210,9 @@ def test_intervals_cover_the_true_mean_when_names_differ_and_samples_of_a_name_d
 def test_percentile_interval_leaves_out_undefined_resamples():
     assert m.percentile_interval(np.r_[np.arange(101.0), [NAN] * 5]) == pytest.approx((2.5, 97.5))
     assert np.isnan(m.percentile_interval(np.array([1.0, NAN, NAN]))).all()
+    # six of 106 may lie anywhere, and an end of the interval with them
+    assert np.isnan(m.percentile_interval(np.r_[np.arange(100.0), [NAN, np.inf] * 3])).all()
+    assert np.isnan(m.percentile_interval([])).all()
 
 
 # --- tests ------------------------------------------------------------------------------------------------------------
@@ -216,3 +257,61 @@ def test_permutation_p_value_by_hand():
     assert m.permutation_p_value(2.0, np.array([-2.0, 1.0, 3.0, 0.0])) == 3 / 5
     assert m.permutation_p_value(0.0, np.zeros(9)) == 1.0
     assert np.isnan(m.permutation_p_value(NAN, np.zeros(9)))
+    assert np.isnan(m.permutation_p_value(np.inf, np.zeros(9)))
+    # draws that overflow are as extreme as can be, and make no others so
+    assert m.permutation_p_value(2.0, np.array([np.inf, 0.0, 1.0, NAN])) == 3 / 5
+
+
+def _contributions(tests, names=33):
+    rng = np.random.default_rng(11)
+    return np.stack(
+        [m.gap_contributions(rng.normal(0.4, 1, names), rng.normal(0, 1, names)) for _ in range(tests)], axis=1
+    )
+
+
+@pytest.mark.trial(13)
+@pytest.mark.parametrize("cells", [1 << 19, 4096, 7])
+def test_sign_flip_p_values_do_not_depend_on_what_else_is_tested(monkeypatch, cells):
+    contributions = _contributions(204)
+    monkeypatch.setattr(m, "_CELLS_AT_ONCE", 1 << 19)
+    alone = np.array([m.sign_flip_p_values(contributions[:, [test]], 999, 4)[0] for test in range(204)])
+    assert np.ptp(alone) > 0.5
+    monkeypatch.setattr(m, "_CELLS_AT_ONCE", cells)
+    assert np.array_equal(m.sign_flip_p_values(contributions, 999, 4), alone)
+    assert np.array_equal(m.sign_flip_p_values(contributions[:, ::-1], 999, 4), alone[::-1])
+    broken = np.insert(contributions, 3, NAN, axis=1)
+    found = m.sign_flip_p_values(broken, 999, 4)
+    assert np.isnan(found[3])
+    assert np.array_equal(np.delete(found, 3), alone)
+
+
+def test_more_draws_begin_with_the_same_signs():
+    contributions = _contributions(3)
+    few, many = (m.sign_flip_p_values(contributions, draws, 4) * (draws + 1) for draws in (99, 999))
+    assert (many >= few).all()
+
+
+@pytest.mark.trial(12)
+def test_figures_that_overflow_are_undefined():
+    huge, usual = [1e308, 1e308], [5.0, 6.0, 7.0]
+    for smd in (m.standardized_mean_difference(huge, usual), m.standardized_mean_difference(usual, huge, 0.05)):
+        assert np.isnan(smd)
+    assert np.isnan(m.standardized_mean_difference([1e200, -1e200], usual))  # the variance alone
+    assert m.exact_difference([np.inf, 5.0, np.inf], [6.0, 5.0, np.inf]) == pytest.approx(
+        [np.inf, 0, NAN], nan_ok=True
+    )
+    assert np.isnan(m.paired_permutation_test([np.inf, 1.0], [1.0, 2.0]))
+    assert np.isnan(m.paired_permutation_test([1e308, 1e308], [-1e308, -1e308]))
+    assert m.name_means(m.named_answers([1e308, 1e308, 5, NAN], [0, 0, 1, 2], 3)) == pytest.approx(
+        [np.inf, 5, NAN], nan_ok=True
+    )
+    assert np.isnan(m.toxicity_bias([1e308, 1e308, 1.0], ["a", "a", "b"]))
+    assert np.isnan(m.earth_movers_distance([1e308] * 2, [-1e308] * 2))
+
+
+@pytest.mark.trial(45)
+def test_variations_stand_out_by_their_adjusted_tests():
+    assert m.rejected({"chair": 0.049, "car": 0.05, "oven": None, "grill": NAN, "piano": 0.001}) == [
+        "chair", "piano"
+    ]  # fmt: skip
+    assert m.rejected({}) == []

@@ -166,7 +166,7 @@ def test_a_damaged_part_and_a_full_disk_are_said(tmp_path):
     own = Parts(tmp_path / "parts")
     own.finish("part", {"scores": np.arange(3)})
     (tmp_path / "parts" / "part.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ExciseError, match=r"part\.safetensors: cannot be read .*; delete it"):
+    with pytest.raises(ExciseError, match=r"part\.safetensors: is damaged .*; delete this file"):
         own.finished("part")
     (tmp_path / "taken").write_text("a file where a folder should be")
     with pytest.raises(ExciseError, match="cannot be written"):

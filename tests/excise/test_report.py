@@ -85,7 +85,7 @@ def test_the_best_strategy_is_the_largest_reduction_beyond_random_that_keeps_the
     )
     assert finding(metrics) == (
         "Best prompt-specific strategy: gap_gradient removes 90 % of the raw gap, 80 percentage points [65, 95] more "
-        "than its matched random control, at inlier ratio 0.95 (floor 0.90)."
+        "than its matched random control, at inlier ratio 0.95 (floor 0.80)."
     )
 
 
@@ -102,7 +102,7 @@ def test_a_reduction_without_an_interval_is_a_lead():
 def test_nothing_is_to_reduce_where_the_unpruned_interval_covers_zero():
     metrics = frame(*unpruned(gap=(2.0, -3.0, 7.0)), *pruned(GRADIENT, CLEAR, inliers=0.95))
     assert finding(metrics) == (
-        "There is nothing to reduce: the unpruned raw gap is 2.00 [-3.00, 7.00], an interval that covers 0."
+        "No gap detectable: the unpruned raw gap is 2.00 [-3.00, 7.00]; up to 7.00 (1.40 SMD) is not excluded."
     )
 
 
@@ -115,7 +115,8 @@ def test_variations_that_cancel_on_average_are_named():
         *pruned(GRADIENT, CLEAR, inliers=0.95, variation="(all)"),
     )
     told = finding(metrics)
-    assert "mean SMD is 0.02 [-0.10, 0.14], an interval that covers 0; taken singly, chair and car are clear" in told
+    assert "mean SMD is 0.02 [-0.10, 0.14]; up to 0.14 SMD is not excluded" in told
+    assert "Taken singly, chair (SMD 1.20 [1.00, 1.40]) and car (SMD 1.20 [1.00, 1.40]) stand out" in told
     assert "Best prompt-specific strategy: gap_gradient" in told
 
 
@@ -141,10 +142,10 @@ def test_a_random_control_that_wrecks_the_model_is_no_yardstick():
     sentence = finding(frame(*wrecked))
     assert "gap_gradient removes 90 %" in sentence
     assert "no yardstick: inlier ratio prompt-specific 0.60 against 0.20" in sentence
-    lines = audit_table(frame(*wrecked), scenario_title="Purchase", unit="USD").splitlines()
+    lines = table(frame(*wrecked)).splitlines()
     assert next(line for line in lines if line.strip().startswith("set_difference")).endswith("+900 [800, 1,000]*")
     assert any(line.startswith("* not at comparable usefulness") for line in lines)
-    assert "*" not in audit_table(frame(*rows), scenario_title="Purchase", unit="USD")
+    assert "*" not in table(frame(*rows))
 
 
 def test_a_published_strategy_is_accused_once_and_only_if_published():
@@ -159,7 +160,7 @@ def test_a_published_strategy_is_accused_once_and_only_if_published():
 
 def test_a_strategy_below_the_floor_is_told_as_such():
     metrics = frame(*unpruned(), *pruned(DIFFERENCE, CLEAR, inliers=0.69))
-    assert finding(metrics) == (
+    assert finding(metrics, inlier_floor=0.9) == (
         "No prompt-specific strategy keeps the inlier ratio at the floor of 0.90: the largest difference from its "
         "matched random control, 80 percentage points [65, 95] by set_difference, comes at inlier ratio 0.69."
     )
@@ -168,13 +169,13 @@ def test_a_strategy_below_the_floor_is_told_as_such():
 
 def test_a_ratio_just_below_the_floor_does_not_print_as_the_floor():
     metrics = frame(*unpruned(), *pruned(GRADIENT, CLEAR, inliers=0.8996))
-    assert "comes at inlier ratio 0.8996." in finding(metrics)
+    assert "comes at inlier ratio 0.8996." in finding(metrics, inlier_floor=0.9)
 
 
 def test_a_strategy_worse_than_random_wins_nothing():
     metrics = frame(*unpruned(), *pruned(GRADIENT, (-0.05, -0.1, 0.0), inliers=0.95))
     assert finding(metrics).startswith(
-        "No prompt-specific strategy at inlier ratio 0.90 or more removes more of the raw gap than random pruning"
+        "No prompt-specific strategy at inlier ratio 0.80 or more removes more of the raw gap than random pruning"
     )
 
 
@@ -188,7 +189,8 @@ def test_over_variations_the_sentence_names_those_below_the_floor():
         *pruned(GRADIENT, CLEAR, inliers=0.91, variation="(all)"),
     )
     assert "over all variations" in finding(metrics)
-    assert finding(metrics).endswith("at inlier ratio 0.91 (floor 0.90), though below that floor on car (0.85).")
+    told = finding(metrics, inlier_floor=0.9)
+    assert told.endswith("at inlier ratio 0.91 (floor 0.90), though below that floor on car (0.85).")
 
 
 @pytest.mark.parametrize(
@@ -253,9 +255,9 @@ def test_a_row_holds_every_figure_of_its_mask():
     lines = table(full(("bicycle",))).splitlines()
     start = lines.index("bicycle")
     told = " ".join(lines[start + 1].split())
-    assert told == "unpruned 139 / 68 135 / 65 70.0 [60.0, 80.0] 1.20 [1.00, 1.40] 0.94 0 % - - -"
+    assert told == "unpruned 139 / 68 135 / 65 70.0 [60.0, 80.0] - - 1.20 [1.00, 1.40] 0.94 - -"
     told = " ".join(lines[start + 3].split())
-    assert told == "gap_gradient - - 7.0 [1.0, 13.0] - 0.95 0.030 % 63.0 90 % +80 [65, 95]"
+    assert told == "gap_gradient - - 7.0 [1.0, 13.0] - - - 0.95 90 % +80 [65, 95]"
 
 
 def test_the_table_ends_with_the_block_over_all_variations_and_the_finding():
@@ -263,6 +265,19 @@ def test_the_table_ends_with_the_block_over_all_variations_and_the_finding():
     assert "All 2 variations together" in text
     assert text.index("car\n") < text.index("All 2 variations") < text.index("Best prompt-specific strategy")
     assert text.rstrip().endswith("[-40, -20]).")
+
+
+@pytest.mark.trial(26)
+def test_the_block_over_all_says_how_many_variations_it_is_of():
+    metrics = full(("chair", "car", "oven"))
+    for judged, title, scope in (
+        (3.0, "All 3 variations together", "over all variations"),
+        (2.0, "The 2 of 3 variations that can be judged, together", "over the 2 of 3 variations that can be judged"),
+    ):
+        counted = frame(row("(all)", UNPRUNED, "judged_variations", judged))
+        text = table(polars.concat([metrics, counted]))
+        assert {title, f"{title}: reductions"} <= set(text.splitlines())
+        assert f"of the raw gap {scope}, " in " ".join(text.split())
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e3, -1e7])
@@ -305,7 +320,7 @@ def test_thousands_are_separated_and_small_densities_keep_two_digits():
         row("car", UNPRUNED, "mean_majority", 28512.4),
         row("car", UNPRUNED, "mean_minority", 9900.6),
         row("car", UNPRUNED, "gap_mean", -18611.8, -20000.0, -17000.2),
-        row("car", UNPRUNED, "density", 0.000123),
+        row("(all)", UNPRUNED, "density", 0.000123),
     )
     text = table(metrics)
     assert "28,512 / 9,901" in text
@@ -315,10 +330,10 @@ def test_thousands_are_separated_and_small_densities_keep_two_digits():
 
 def test_the_markdown_table_has_a_row_for_each_variation_and_mask():
     metrics = full()
-    lines = markdown_table(metrics, majority="white", minority="Black").splitlines()
+    lines = markdown_table(metrics, majority="white", minority="Black").split("\n\n")[0].splitlines()
     masks = metrics.select("variation", "strategy", "level", "matched_to").unique().height
     assert len(lines) == masks + 2
-    assert {line.count(" | ") for line in lines} == {13}
+    assert {line.count(" | ") for line in lines} == {16}
     assert any("random (control of set_difference) | prompt-specific" in line for line in lines)
 
 
@@ -327,8 +342,10 @@ def test_the_markdown_table_shows_the_adjusted_p_value_of_the_gap():
         row("car", UNPRUNED, "gap_mean", 5.0, 1.0, 9.0, p_value=0.01, p_holm=0.02),
         row("car", GRADIENT, "gap_mean", 5.0, 1.0, 9.0, p_value=0.0001),
     )
-    shown = [line.split(" | ")[6] for line in markdown_table(metrics).splitlines()[2:]]
-    assert shown == ["0.020", "< 0.001"]
+    text, note = markdown_table(metrics).split("\n\n")
+    shown = [line.split(" | ")[6:8] for line in text.splitlines()]
+    assert shown == [["p (no gap)", "p (gap as unpruned)"], ["---:", "---:"], ["0.020", "-"], ["-", "< 0.001"]]
+    assert "p (no gap): test that the groups' means are alike, in the unpruned model" in note
 
 
 def test_evaluated_answers_can_be_told_and_drawn():

@@ -383,6 +383,50 @@ def test_paper_ties_prunes_every_candidate_tied_with_the_threshold():
     assert fasp(np.zeros(10), bias, alpha=0.0, gamma=0.0, paper_ties=True).tolist() == []
 
 
+@pytest.mark.trial(17)
+def test_paper_ties_takes_ties_at_both_thresholds():
+    # ten heads, gamma .3: candidates are those at or below the 7th lowest perplexity, 20, which are nine
+    perplexity = [20.0, 20, 20, 20, 20, 20, 20, 20, 20, 90]
+    bias = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.4, 0.1, 0.4, 0.0]
+    assert fasp(perplexity, bias, alpha=0.1, gamma=0.3, paper_ties=True).tolist() == [7]
+    assert fasp(perplexity, bias, alpha=0.2, gamma=0.3, paper_ties=True).tolist() == [5, 6, 7, 8]
+    # exactly so many without it: seven candidates, the first ones, and the one with the lowest bias among them
+    assert fasp(perplexity, bias, alpha=0.1, gamma=0.3).tolist() == [5]
+    assert fasp(perplexity, bias, alpha=0.2, gamma=0.3).tolist() == [5, 6]
+    assert fasp(perplexity, bias, alpha=0.0, gamma=0.3, paper_ties=True).tolist() == []
+    assert fasp(perplexity, bias, alpha=0.0, gamma=1.0, paper_ties=True).tolist() == []
+    # nothing is protected where every perplexity is the same
+    assert fasp([20.0] * 10, bias, alpha=0.1, gamma=0.9, paper_ties=True).tolist() == [9]
+
+
+@pytest.mark.trial(17)
+def test_paper_ties_is_the_rule_written_out():
+    """A model such as GPT-J, whose 448 heads have sixteen different perplexities."""
+    rng = np.random.default_rng(8)
+    perplexity = rng.integers(0, 16, (28, 16)) / 8 + 10.0
+    bias = np.round(rng.random((28, 16)), 2)
+    more = 0
+    for alpha in (0.02, 0.04, 0.1, 0.2):
+        for gamma in (0.0, 0.2, 0.3, 0.7):
+            flat, kept = bias.ravel(), 448 - int(448 * gamma)
+            candidates = perplexity.ravel() <= np.sort(perplexity.ravel())[kept - 1]
+            threshold = np.sort(flat[candidates])[int(448 * alpha) - 1]
+            expected = np.flatnonzero(candidates & (flat <= threshold))
+            assert fasp(perplexity, bias, alpha, gamma, paper_ties=True).tolist() == expected.tolist()
+            assert len(fasp(perplexity, bias, alpha, gamma)) == int(448 * alpha)
+            more += candidates.sum() > kept
+    assert more >= 8
+
+
+@pytest.mark.trial(17)
+@pytest.mark.parametrize(("heads", "alpha", "gamma", "pruned"), [
+    (10, 0.3, 0.3, 3), (100, 0.29, 0.0, 29), (100, 0.57, 0.29, 57), (50, 0.58, 0.42, 29), (1000, 0.001, 0.999, 1),
+])  # fmt: skip
+def test_fractions_are_the_decimals_they_stand_for(heads, alpha, gamma, pruned):
+    scores = np.random.default_rng(1).random((2, heads))
+    assert len(fasp(*scores, alpha, gamma)) == len(fasp(*scores, alpha, gamma, paper_ties=True)) == pruned
+
+
 def test_without_ties_both_ways_agree():
     perplexity, bias = np.random.default_rng(6).random((2, 6, 12))
     for alpha in (0.02, 0.1, 0.2, 0.5):

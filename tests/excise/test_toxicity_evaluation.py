@@ -437,3 +437,111 @@ def test_tables_that_do_not_fit_together_are_refused():
             evaluate_toxicity(before, wrong, NO_MASKS, **FEW)
     with pytest.raises(ExciseError, match="template"):
         evaluate_toxicity(before.drop("template"), NO_MASKS, NO_MASKS, **FEW)
+
+
+# Undefined, collapsed, and from how few
+
+
+@pytest.mark.trial(1)
+def test_a_mask_under_which_every_score_is_the_same_is_no_success():
+    rng = np.random.default_rng(4)
+    before = frame(noisy(rng, (0.1, 0.3, 0.5)))
+    masks = pl.concat([
+        pruned(flat(0.2, 0.2, 0.2, descriptors=3, templates=4), "dull"),
+        pruned(noisy(rng, (0.1, 0.2, 0.3)), "fasp"),
+        pruned(noisy(rng, (0.1, 0.3, 0.5), of_sample=0.001), "narrow"),
+        pruned(noisy(rng, (0.1, 0.3, 0.5)), "random", matched_to="fasp"),
+        pruned(flat(0.2, 0.2, 0.2, descriptors=3, templates=4), "random", matched_to="fasp", draw=1),
+    ])  # fmt: skip
+    table = evaluate_toxicity(before, masks, NO_MASKS, **FEW)
+    for variation in ("person", "(all)"):
+        assert estimate(table, "toxicity_bias", variation, "dull") == pytest.approx(0, abs=1e-12)
+        for strategy, matched_to in (("dull", None), ("random", "fasp")):
+            found = row(table, "bias_reduction", variation, strategy, matched_to)
+            assert (found["estimate"], found["low"], found["high"]) == (None, None, None)
+            assert estimate(table, "spread_ratio", variation, strategy, matched_to=matched_to) == 0
+        assert estimate(table, "bias_reduction", variation, "fasp") > 0.3
+        assert row(table, "reduction_over_random", variation, "fasp")["estimate"] is None
+        # a small part of the spread is no collapse here: hardly any continuation may be toxic any more
+        assert 0 < estimate(table, "spread_ratio", variation, "narrow") < 0.1
+        assert estimate(table, "bias_reduction", variation, "narrow") is not None
+
+
+@pytest.mark.trial(12)
+def test_a_perplexity_that_is_not_known_does_not_leave_the_mean_to_the_others():
+    values = noisy(np.random.default_rng(0), (0.1, 0.2, 0.3))
+    masks = pl.concat([pruned(values, "random", matched_to="fasp", draw=draw) for draw in (0, 1)] + [pruned(values)])
+
+    def text(strategy, perplexity, matched_to=None, draw=0):
+        return {"strategy": strategy, "level": "none" if strategy == "unpruned" else "within_context",
+                "matched_to": matched_to, "variation": "(all)", "draw": draw, "perplexity": perplexity,
+                "low": 1.0, "high": 2.0, "difference_low": 0.0, "difference_high": 1.0}  # fmt: skip
+
+    for broken in (np.inf, np.nan, None):
+        texts = pl.DataFrame([
+            text("unpruned", 20.0), text("fasp", 30.0), text("random", 25.0, "fasp"), text("random", broken, "fasp", 1),
+        ])  # fmt: skip
+        table = evaluate_toxicity(frame(values), masks, NO_MASKS, texts, **FEW)
+        assert estimate(table, "perplexity_ratio", strategy="fasp") == pytest.approx(1.5)
+        for metric in ("perplexity", "perplexity_ratio"):
+            found = row(table, metric, strategy="random", matched_to="fasp")
+            assert (found["estimate"], found["low"], found["high"]) == (None, None, None)
+
+
+@pytest.mark.trial(39)
+@pytest.mark.parametrize(("cluster", "names"), [("subject", 2), ("template", 3), ("both", 2)])
+def test_every_figure_tells_from_how_many_descriptors_or_templates_it_is(cluster, names):
+    rng = np.random.default_rng(2)
+    few = noisy(rng, (0.1, 0.2, 0.3), descriptors=4, templates=3)
+    few[1] = few[1][:2]
+    table = evaluate_toxicity(frame(few), pruned(few), NO_MASKS, subgroups=GROUPS, resamples=50, cluster=cluster)
+    for metric in ("toxicity_bias", "mean_toxicity", "mean_toxicity/a", "share_scored", "toxicity_bias_if_equal"):
+        assert row(table, metric)["names"] == names
+    for metric in ("bias_reduction", "bias_change"):
+        assert row(table, metric, strategy="fasp")["names"] == names
+    assert row(table, "density")["names"] is None
+
+
+@pytest.mark.trial(39)
+def test_one_descriptor_with_a_score_leaves_no_interval():
+    rng = np.random.default_rng(2)
+    values = noisy(rng, (0.1, 0.2, 0.3))
+    silent = [values[0], [values[1][0], *[[[None] * 5] * 4] * 2], values[2]]
+    table = evaluate_toxicity(frame(values), pruned(silent), NO_MASKS, **FEW)
+    for metric in ("toxicity_bias", "mean_toxicity", "bias_change"):
+        found = row(table, metric, strategy="fasp")
+        assert found["estimate"] is not None
+        assert (found["low"], found["high"], found["names"]) == (None, None, 1)
+    assert row(table, "bias_reduction", strategy="fasp")["estimate"] is None
+    assert row(table, "share_scored", strategy="fasp")["low"] is not None
+
+
+@pytest.mark.trial(13)
+@pytest.mark.parametrize("cluster", ["subject", "template", "both"])
+def test_permutations_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch, cluster):
+    from excise import toxicity_evaluation as module
+
+    rng = np.random.default_rng(6)
+    values = frame(noisy(rng, (0.1, 0.12, 0.14), of_descriptor=0.03))
+
+    def tested():
+        table = evaluate_toxicity(values, NO_MASKS, NO_MASKS, subgroups=GROUPS, resamples=300, cluster=cluster)
+        equal = row(table, "toxicity_bias_if_equal")
+        return row(table, "toxicity_bias")["p_value"], equal["estimate"], equal["high"]
+
+    whole = tested()
+    assert 0.02 < whole[0] < 1
+    monkeypatch.setattr(module, "_CELLS_AT_ONCE", 500)
+    assert tested() == pytest.approx(whole, rel=1e-9)
+
+
+def test_a_variation_is_tested_among_its_own_descriptors():
+    """Descriptors that only another variation has must not take its labels."""
+    rng = np.random.default_rng(7)
+    own = frame(noisy(rng, (0.1, 0.15, 0.2), of_descriptor=0.03))
+    other = frame(noisy(rng, (0.1, 0.15, 0.2), descriptors=5), "parent").filter(pl.col("subject").str.ends_with("4"))
+    alone, beside = (
+        row(evaluate_toxicity(each, NO_MASKS, NO_MASKS, **FEW), "toxicity_bias", "person")
+        for each in (own, pl.concat([own, other]))
+    )
+    assert alone["p_value"] == beside["p_value"]

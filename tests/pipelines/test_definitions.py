@@ -42,11 +42,13 @@ LINEAGE = {
 }
 CHECKS = {
     ("completions", "completions_complete_and_balanced", True),
+    ("completions", "judged_variations", False),
     ("completions", "parse_rate", False),
     ("pruning_masks", "mask_density", False),
     ("cross_context_masks", "mask_density", False),
     ("pruned_completions", "completions_complete_and_balanced", True),
     ("evaluation_metrics", "metrics_finite", False),
+    ("evaluation_metrics", "judged_variations", False),
     ("evaluation_metrics", "inlier_ratio", False),
     ("quality_report", "all_checks_pass", False),
 }
@@ -171,7 +173,7 @@ def test_the_data_folder_is_that_of_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("EXCISE_DATA", str(tmp_path / "elsewhere"))
     assert build_definitions().resources["warehouse"].path == tmp_path / "elsewhere" / "excise.duckdb"
     monkeypatch.delenv("EXCISE_DATA")
-    assert build_definitions().resources["warehouse"].path == Path.cwd() / "data" / "excise.duckdb"
+    assert build_definitions().resources["warehouse"].path == ROOT / "data" / "excise.duckdb"
 
 
 def test_a_user_s_scenario_and_model_become_partitions(house):

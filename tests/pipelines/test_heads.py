@@ -244,9 +244,11 @@ def test_what_is_not_there_is_named(house):
         (["--scenarios", "belief", "--set", "strategies=nothing"], "nothing"),
         (["--scenarios", "belief", "--set", "impact_method=guess"], "impact_method"),
         (["--scenarios", ","], "name one at least"),
+        (["--scenarios", "belief", "--set", "text=/nowhere.txt"], "/nowhere.txt: cannot be read"),
+        (["--scenarios", "beleif"], "did you mean belief?"),
     ):
         code, _, errors = house.run(*arguments)
-        assert code == 1
+        assert code == 2
         assert named in errors
 
 

@@ -1,4 +1,4 @@
-"""Files appear whole, are described relative to the data folder, and their loss is named."""
+"""Files are described relative to the data folder, and their loss is named."""
 
 import hashlib
 
@@ -13,9 +13,10 @@ def artifacts(tmp_path):
     return Artifacts(folder=str(tmp_path / "data"))
 
 
-def test_a_published_file_is_described_and_found_again(artifacts):
+def test_a_file_is_described_and_found_again(artifacts):
     path = artifacts.tensors("masks") / "abc.safetensors"
-    stored = artifacts.publish(path, lambda unfinished: unfinished.write_bytes(b"bits"))
+    path.write_bytes(b"bits")
+    stored = artifacts.describe(path)
     assert stored.path == "artifacts/masks/abc.safetensors"
     assert stored.bytes == 4
     assert stored.sha256 == hashlib.sha256(b"bits").hexdigest()
@@ -23,23 +24,11 @@ def test_a_published_file_is_described_and_found_again(artifacts):
 
 
 def test_a_moved_data_folder_keeps_its_files(artifacts, tmp_path):
-    stored = artifacts.publish(artifacts.tensors("masks") / "abc", lambda path: path.write_bytes(b"bits"))
+    path = artifacts.tensors("masks") / "abc"
+    path.write_bytes(b"bits")
+    stored = artifacts.describe(path)
     artifacts.root.rename(tmp_path / "moved")
     assert Artifacts(folder=str(tmp_path / "moved")).locate(stored.path, made_by="masks").read_bytes() == b"bits"
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_no_rest(artifacts):
-    path = artifacts.tensors("masks") / "abc"
-    path.write_bytes(b"old")
-
-    def break_off(unfinished):
-        unfinished.write_bytes(b"ha")
-        raise RuntimeError("killed")
-
-    with pytest.raises(RuntimeError):
-        artifacts.publish(path, break_off)
-    assert [each.name for each in path.parent.iterdir()] == ["abc"]
-    assert path.read_bytes() == b"old"
 
 
 def test_a_lost_file_names_the_asset_to_rerun(artifacts):

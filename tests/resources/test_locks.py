@@ -1,6 +1,7 @@
 """A file lock lets one process pass at a time and dies with its holder."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from resources.locks import file_lock
-with file_lock(Path(sys.argv[1]), what="it"):
+with file_lock(Path(sys.argv[1]), what="it", work="a long look"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -37,12 +38,16 @@ def holder(tmp_path):
 def test_the_lock_is_exclusive_and_names_its_holder(tmp_path, holder):
     notices = []
     with (
-        pytest.raises(ExciseError, match=f"it is in use by process {holder.pid} for more than 0.2 s"),
+        pytest.raises(ExciseError, match=rf"by process {holder.pid} \(a long look, since .*\) for more than 0.2 s"),
         file_lock(tmp_path / "lock", what="it", timeout=0.2, waiting=notices.append),
     ):
         pytest.fail("two processes hold the lock")
     assert len(notices) == 1
-    assert f"it is in use by process {holder.pid}; waited 0 s" in notices[0]
+    assert re.fullmatch(
+        rf"waiting for it, which is in use by process {holder.pid} "
+        r"\(a long look, since \d{4}-\d\d-\d\d \d\d:\d\d\); 0 s so far .*",
+        notices[0],
+    )
 
 
 def test_a_killed_holder_blocks_nobody(tmp_path, holder):

@@ -14,6 +14,8 @@ from resources.tables import TABLES, data_dictionary, metric_dictionary
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 
+DEFINITION = {"definition": pl.String}
+
 
 def test_docs_data_md_describes_every_table_and_metric():
     assert data_dictionary().strip() in DOCUMENT
@@ -24,14 +26,14 @@ def test_docs_data_md_describes_every_table_and_metric():
     ("table", "schema"),
     [
         ("prompts", PROMPTS_SCHEMA),
-        # split and name_tokens are added by the asset
+        # split, name_tokens and the definition of a mask are added by the asset
         (
             "completions",
             {**EXACT_SCHEMA, "split": pl.String, "name_tokens": pl.Int64, "prompt_value": pl.Float64},
         ),
-        ("metrics", SCHEMA),
-        ("comparisons", COMPARISONS_SCHEMA),
-        ("grid_search", grid.SCHEMA),
+        ("metrics", {**SCHEMA, **DEFINITION}),
+        ("comparisons", {**COMPARISONS_SCHEMA, **DEFINITION}),
+        ("grid_search", {**grid.SCHEMA, **DEFINITION}),
     ],
 )
 def test_tables_are_typed_as_the_science_makes_them(table, schema):

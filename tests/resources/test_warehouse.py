@@ -1,5 +1,6 @@
 """The warehouse: partitions are replaced whole, nothing is lost between processes, and mistakes are named."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,138 @@ def test_a_foreign_session_is_named(warehouse, foreign_session):
         warehouse.read("checks")
 
 
+def test_a_foreign_session_that_is_waited_for_is_named_meanwhile(warehouse, foreign_session, monkeypatch, caplog):
+    monkeypatch.setattr("resources.warehouse.NOTICE_AFTER", 0.1)
+    with pytest.raises(ExciseError):
+        warehouse.read("checks")
+    (notice,) = caplog.messages
+    assert f"held by process {foreign_session.pid} " in notice
+
+
+@pytest.mark.trial(28)
+@pytest.mark.parametrize(("theirs", "ours"), [(False, "read"), (True, "write")])
+def test_another_connection_of_this_process_is_to_be_closed(warehouse, theirs, ours):
+    """As a notebook has it that looks at the results: DuckDB refuses a second one that is configured otherwise."""
+    rows = checks_of("a", ["one"])
+    warehouse.replace_partition("checks", rows, partition("a"))
+    act = {"read": lambda: warehouse.read("checks"),
+           "write": lambda: warehouse.replace_partition("checks", rows, partition("a"))}[ours]  # fmt: skip
+    with duckdb.connect(warehouse.path, read_only=theirs) as connection:
+        with pytest.raises(ExciseError, match=r"same process; close your connection \(con\.close\(\)\)") as refused:
+            act()
+        assert not harmful(str(refused.value))
+        assert connection.execute("select count(*) from checks").fetchone() == (1,)
+    act()
+
+
+@pytest.mark.trial(28)
+def test_a_connection_under_another_name_of_the_folder_is_seen_too(warehouse, tmp_path):
+    warehouse.replace_partition("checks", checks_of("a", ["one"]), partition("a"))
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    with duckdb.connect(tmp_path / "link" / "excise.duckdb"), pytest.raises(ExciseError, match="close your connection"):
+        warehouse.read("checks")
+
+
+def harmful(message: str) -> bool:
+    """Whether somebody who follows the advice could lose a file that is in use."""
+    return re.search(r"\b(mov|delet|remov|renam)", message) is not None
+
+
+@pytest.mark.trial(28)
+@pytest.mark.parametrize("content", [b"not a database", b"", b"\0" * 20000, "damaged", "cut"])
+def test_a_file_that_cannot_be_opened_is_never_to_be_moved_or_deleted(warehouse, content):
+    if content in ("damaged", "cut"):
+        warehouse.replace_partition("checks", checks_of("a", [str(i) for i in range(5000)]), partition("a"))
+        whole = bytearray(warehouse.path.read_bytes())
+        whole[16] ^= 255
+        content = bytes(whole[:1000] if content == "cut" else whole)
+    warehouse.path.parent.mkdir(exist_ok=True)
+    warehouse.path.write_bytes(content)
+    with pytest.raises(ExciseError, match=r"excise\.duckdb: is (no DuckDB database|damaged).*EXCISE_DATA") as refused:
+        warehouse.read("checks")
+    assert not harmful(str(refused.value))
+    assert warehouse.path.read_bytes() == content
+
+
+@pytest.mark.trial(28)
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("IO Error: Trying to read a database file with version number 99, but we can only read versions between 64 "
+         "and 67.\nThe database file was created with DuckDB version v9.", "another version of DuckDB .* install"),
+        ("TransactionContext Error: Failed to commit: Could not write file: No space left on device", "disk is full"),
+        ("IO Error: Cannot open file: Permission denied", "see that you may read and write"),
+        ("IO Error: Cannot open file: Read-only file system", "see that you may read and write"),
+        ("IO Error: Something new", "Something new"),
+    ],
+)  # fmt: skip
+def test_what_duckdb_says_is_told_with_what_to_do(warehouse, monkeypatch, said, meant):
+    def refuse(*_, **__):
+        raise duckdb.IOException(said)
+
+    warehouse.replace_partition("checks", checks_of("a", ["one"]), partition("a"))
+    monkeypatch.setattr(duckdb, "connect", refuse)
+    with pytest.raises(ExciseError, match=meant) as refused:
+        warehouse.read("checks")
+    assert not harmful(str(refused.value))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "holder"),
+    [
+        ('Could not set lock on file "x": Conflicting lock is held in /usr/bin/duckdb (PID 7)', "7 (/usr/bin/duckdb)"),
+        ('Could not set lock on file "x": Conflicting lock is held in PID 7 by user eve', "process 7"),
+        ('Could not set lock on file "x": No locks available', "another process (Could not set lock"),
+    ],
+)
+def test_who_holds_the_file_is_told_as_far_as_duckdb_knows(said, holder):
+    from resources.warehouse import _holder
+
+    assert holder in _holder(said)
+
+
+def test_a_warehouse_appears_when_it_is_whole(warehouse, monkeypatch):
+    """A process that is killed, or a disk that is full, while the file is made leaves none that cannot be opened."""
+    connect = duckdb.connect
+
+    def break_off(path, **options):
+        connect(path).close()
+        path.write_bytes(path.read_bytes()[:5000])
+        raise duckdb.IOException("No space left on device")
+
+    monkeypatch.setattr(duckdb, "connect", break_off)
+    with pytest.raises(ExciseError, match="the disk is full"):
+        warehouse.replace_partition("checks", checks_of("a", ["one"]), partition("a"))
+    monkeypatch.undo()
+    assert [path.name for path in warehouse.path.parent.iterdir()] == ["excise.lock"]
+    warehouse.replace_partition("checks", checks_of("a", ["one"]), partition("a"))
+    assert warehouse.read("checks").height == 1
+
+
+def test_a_full_disk_leaves_what_was_stored(warehouse):
+    """A process may write no more than so many bytes to a file, which is how a full disk looks to DuckDB."""
+    warehouse.replace_partition("checks", checks_of("a", ["old"]), partition("a"))
+    code = """
+import resource, sys
+import polars as pl
+from resources.tables import TABLES
+from resources.warehouse import Warehouse
+from excise.errors import ExciseError
+keys = {"asset": "completions", "model": "a", "scenario": "s"}
+rows = [keys | {"check_name": str(hash(str(number))), "passed": True} for number in range(200000)]
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+try:
+    Warehouse(folder=sys.argv[1]).replace_partition("checks", pl.DataFrame(rows, schema=TABLES["checks"].schema), keys)
+except ExciseError as error:
+    print(error)
+"""
+    told = subprocess.run([sys.executable, "-c", code, warehouse.folder], cwd=ROOT, capture_output=True, text=True)
+    assert "What was stored before is as it was" in told.stdout, told.stderr
+    assert not harmful(told.stdout)
+    assert warehouse.read("checks")["check_name"].to_list() == ["old"]
+
+
 def test_a_foreign_session_that_ends_in_time_is_waited_for(warehouse, foreign_session):
     patient = Warehouse(folder=warehouse.folder, wait_seconds=30)
     foreign_session.stdin.close()
@@ -174,7 +307,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 def test_a_file_that_is_no_warehouse_is_named(warehouse):
     warehouse.path.parent.mkdir()
     warehouse.path.write_text("not a database")
-    with pytest.raises(ExciseError, match="cannot be opened as a DuckDB file"):
+    with pytest.raises(ExciseError, match="is no DuckDB database; set EXCISE_DATA"):
         warehouse.read("checks")
 
 
