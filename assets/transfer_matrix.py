@@ -9,7 +9,16 @@ import polars as pl
 
 from assets.mask_definitions import require_one_definition
 from assets.partitions import Catalogue
-from assets.stage import data_version, model_asset, picture, scenarios_with_results, table_metadata, table_value
+from assets.stage import (
+    data_version,
+    model_asset,
+    picture,
+    scenarios_with_results,
+    table_metadata,
+    table_value,
+    thresholds_of,
+)
+from excise.report import RANDOM
 from excise.strategies import CROSS_CONTEXT, WITHIN_CONTEXT
 from resources.artifacts import Artifacts
 from resources.tables import TABLES
@@ -47,12 +56,16 @@ def transfer_matrix_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                 "No reduction is defined: no scenario has a detectable gap, or the masks leave no answers that differ."
             )
         else:
-            metadata |= picture("transfer", transfer_heat_map(own), artifacts, model)
+            tolerances = {
+                scenario: thresholds_of(warehouse, "evaluation_metrics", model, scenario).inlier_tolerance
+                for scenario in scenarios
+            }
+            metadata |= picture("transfer", transfer_heat_map(rows, inlier_tolerance=tolerances), artifacts, model)
         if own.filter(pl.col("source") != pl.col("scenario")).is_empty():
             metadata["single_sources"] = "none: no masks of single other scenarios were evaluated (setting per_source)"
         metadata |= table_metadata("transfer_matrix", rows) | {
             "scenarios": ", ".join(scenarios),
-            "beyond_random": table_value(_beyond_random(own), limit=500),
+            "beyond_random": table_value(_beyond_random(rows), limit=500),
         }
         return dg.MaterializeResult(metadata=metadata, data_version=data_version(rows))
 
@@ -83,11 +96,17 @@ def arranged(metrics: pl.DataFrame, scenarios: list[str]) -> pl.DataFrame:
 
 
 def _beyond_random(rows: pl.DataFrame) -> pl.DataFrame:
-    keys = ["strategy", "source", "scenario"]
-    beyond = rows.filter(pl.col("metric") == "reduction_over_random").select(
+    """The headline of every mask, with the inlier ratios of the mask and of its random control."""
+    keys = ["strategy", "source", "scenario", "level"]
+    own = rows.filter(pl.col("matched_to").is_null())
+    beyond = own.filter(pl.col("metric") == "reduction_over_random").select(
         *keys, reduction_over_random="estimate", low="low", high="high"
     )
-    inliers = rows.filter(pl.col("metric") == "inlier_ratio").select(*keys, inlier_ratio="estimate")
-    return inliers.join(beyond, on=keys, how="left", nulls_equal=True, maintain_order="left").select(
-        *keys, "reduction_over_random", "low", "high", "inlier_ratio"
+    inliers = rows.filter(pl.col("metric") == "inlier_ratio")
+    masks = inliers.filter(pl.col("matched_to").is_null()).select(*keys, inlier_ratio="estimate")
+    random = inliers.filter(pl.col("strategy") == RANDOM).select(
+        strategy="matched_to", source="source", scenario="scenario", level="level", random_inlier_ratio="estimate"
     )
+    for figures in (beyond, random):
+        masks = masks.join(figures, on=keys, how="left", nulls_equal=True, maintain_order="left")
+    return masks.select(*keys, "reduction_over_random", "low", "high", "inlier_ratio", "random_inlier_ratio")

@@ -143,6 +143,7 @@ def evaluate(
         the one figure, or two figures close together, are no way around it. gap_change, in the outcome's unit, is
         always given. reduction_over_random and smd_reduction_over_random: minus the mean reduction of the random draws
         matched to this strategy at this level (to a control: those of its strategy); null where one of them collapsed.
+        A reduction without an interval is null, too.
       * p_value on gap_mean of a pruned condition: the gap is as unpruned (`metrics.paired_permutation_test`; for
         several draws with each name's mean over draws). On gap_mean and smd of the unpruned model: the gap is 0 (names
         permuted between the groups). Null if a group has one name. p_holm: adjusted over the variations of a condition.
@@ -462,14 +463,14 @@ class MetricRows:
         resampled, of the group that has fewer; of one there is nothing to resample.
         """
         intervals = self.intervals and (names is None or names >= 2)
-        if "reduction" in metric and not intervals:
-            values = None  # without an interval nobody knows whether there was a gap to reduce
         low = high = None
         estimate = values
         if isinstance(values, np.ndarray):
             estimate = values[0]
             if intervals and np.isfinite(estimate) and metric not in ("leftover", "sampled"):
                 low, high = m.percentile_interval(values[1:])
+        if "reduction" in metric and finite_or_none(low) is None:
+            estimate = None  # without an interval nobody knows whether there was a gap to reduce
         ends = (None, None)
         if bounds is not None and finite_or_none(estimate) is not None:
             ends = (min(bounds.lowest, float(estimate)), max(bounds.highest, float(estimate)))

@@ -301,8 +301,9 @@ def summary(model: str, scenarios: Sequence[str], warehouse: Warehouse) -> str:
     """The short table: a row per scenario and level with the best strategy of the level.
 
     Best is the largest reduction over random among the strategies whose inlier ratio is at least the scenario's floor
-    (among all, where none is) and whose answers do not collapse; over all variations, with its 95 % interval. The
-    thresholds are those the scenario was judged by.
+    (among all, where none is) and whose answers do not collapse, and among those at an inlier ratio comparable with
+    random's where there are some; over all variations, with its 95 % interval. The thresholds are those the scenario
+    was judged by.
     """
     header = ["model", "scenario", "unpruned |SMD|", "level", "best strategy", "reduction over random", "inlier ratio"]
     rows = []
@@ -355,8 +356,9 @@ def _best(table: MetricTable, masks: Sequence[MaskName], judged: Thresholds) -> 
         for mask in masks
         if figure(mask, "reduction_over_random") is not None and not table.collapsed(ALL_VARIATIONS, mask)
     ]
-    useful = [mask for mask in known if reaches(figure(mask, "inlier_ratio"), judged.inlier_floor)]
-    return max(useful or known, key=lambda mask: figure(mask, "reduction_over_random"), default=None)
+    useful = [mask for mask in known if reaches(figure(mask, "inlier_ratio"), judged.inlier_floor)] or known
+    compared = [mask for mask in useful if table.comparable(ALL_VARIATIONS, mask, judged.inlier_tolerance)]
+    return max(compared or useful, key=lambda mask: figure(mask, "reduction_over_random"), default=None)
 
 
 def _none(table: MetricTable, masks: Sequence[MaskName]) -> str:

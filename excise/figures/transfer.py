@@ -7,14 +7,16 @@ Here: the matrix of sources against evaluated scenarios, for every strategy. Not
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import polars
 
 from excise.errors import ExciseError
 from excise.figures.canvas import WIDTH, blank_figure, drawing, few_names_line, require_columns, require_one
-from excise.thresholds import COLLAPSED_SPREAD
+from excise.report import RANDOM, at_most
+from excise.thresholds import COLLAPSED_SPREAD, INLIER_TOLERANCE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,15 +30,17 @@ _CROWDED = 320  # cells above which the headline alone is drawn, and then the fi
 _PREFERRED = ("within_context", "cross_context", "prompt_specific")
 
 
-def transfer_heat_map(transfer: polars.DataFrame) -> Figure:
+def transfer_heat_map(transfer: polars.DataFrame, inlier_tolerance: Mapping[str, float] | None = None) -> Figure:
     """The share of the raw gap that masks from each source scenario remove in each evaluated scenario, in percent.
 
     `transfer` holds rows of the table `transfer_matrix` of one model; each strategy (controls are left out) has a
     panel of `gap_reduction` and one of `reduction_over_random` where that is known, with the 95 % interval below each
     figure and a star where it covers 0. Blue removes the gap, red widens it; colours end at 100. Where a source and
     a scenario meet at several levels the within-context one is drawn, which no evaluated prompt had a part in. Cells
-    say "collapsed" where the masks make a group's answers (nearly) constant; grey ones are not defined or not there. A
-    missing source stands for all other scenarios pooled. Where all that is too much for one picture, it shows the
+    say "collapsed" where the masks make a group's answers (nearly) constant, and beyond the random control "no
+    yardstick" where inlier ratios of mask and control are further apart than `inlier_tolerance` gives for the evaluated
+    scenario (by default .10 for each): the two are different kinds of damage. Grey cells are not defined or not there.
+    A missing source stands for all other scenarios pooled. Where all that is too much for one picture, it shows the
     reduction over random alone, and if need be without the intervals' ends: draw one strategy then.
 
     Raises ExciseError on a missing column, no rows, several models, or when there are only controls or no estimates.
@@ -49,6 +53,7 @@ def transfer_heat_map(transfer: polars.DataFrame) -> Figure:
     collapsed = every.filter(constant & polars.col("strategy").is_in(own["strategy"].to_list()))
     if own.is_empty():
         raise ExciseError("transfer_matrix: only controls or no known gap_reduction; evaluate the scenarios first")
+    apart = _apart(transfer.with_columns(polars.col("source").fill_null(_OTHERS)), inlier_tolerance or {})
     drawn = polars.concat([own, collapsed])
     scenarios = drawn["scenario"].unique(maintain_order=True).to_list()
     found = drawn["source"].unique(maintain_order=True).to_list()
@@ -74,8 +79,11 @@ def transfer_heat_map(transfer: polars.DataFrame) -> Figure:
         for index, (strategy, metric) in enumerate(panels):
             panel = axes[index // across][index % across]
             chosen = own.filter((polars.col("strategy") == strategy) & (polars.col("metric") == metric))
-            wrecked = collapsed.filter(polars.col("strategy") == strategy).select("source", "scenario", "level")
-            _panel(panel, chosen, sources, scenarios, intervals, wrecked.rows())
+            wrecked = collapsed.filter(polars.col("strategy") == strategy).select("source", "scenario", "level").rows()
+            words = dict.fromkeys(wrecked, "collapsed")
+            if metric == "reduction_over_random":
+                words = dict.fromkeys(apart.get(strategy, ()), "no\nyardstick") | words
+            _panel(panel, chosen, sources, scenarios, intervals, words)
             panel.set_title(f"{strategy}: {_METRICS[metric]}", fontsize=9, loc="left")
             lowest = index + across >= len(panels)
             panel.tick_params(labelbottom=lowest)
@@ -88,6 +96,7 @@ def transfer_heat_map(transfer: polars.DataFrame) -> Figure:
             f"{own['model'][0]}: transfer of masks between scenarios\n{told}; blue: the gap shrinks, red: it grows, "
             "full colour from 100 on\ngrey: no gap detectable, not defined or not evaluated"
             + ("; collapsed: answers (nearly) all the same" if len(collapsed) else "")
+            + ("\nno yardstick: random masks leave another inlier ratio" if apart else "")
             + few_names_line(own),
             fontsize=9.5,
         )
@@ -96,8 +105,9 @@ def transfer_heat_map(transfer: polars.DataFrame) -> Figure:
 
 def _panel(
     axes: Axes, rows: polars.DataFrame, sources: Sequence[str], scenarios: Sequence[str], intervals: bool,
-    collapsed: Sequence[tuple[str, str, str]],
+    words: Mapping[tuple[str, str, str], str],
 ) -> None:  # fmt: skip
+    """words: what stands in place of a figure, by source, scenario and level."""
     import numpy as np
     import seaborn
 
@@ -108,11 +118,11 @@ def _panel(
             best[place] = row
     values = np.full((len(sources), len(scenarios)), np.nan)
     text = np.full(values.shape, "", dtype=object)
-    for source, scenario, level in collapsed:
+    for (source, scenario, level), word in sorted(words.items(), key=lambda item: -_rank(item[0][2])):
         place = sources.index(source), scenarios.index(scenario)
         if place not in best or best[place]["level"] == level:
             best.pop(place, None)
-            text[place] = "collapsed"
+            text[place] = word
     for place, row in best.items():
         values[place] = row["estimate"]
         text[place] = _points(row["estimate"])
@@ -132,6 +142,23 @@ def _panel(
     axes.tick_params(axis="x", labelrotation=30 if len(scenarios) > 3 else 0)
     for label in axes.get_xticklabels():
         label.set_horizontalalignment("right" if len(scenarios) > 3 else "center")
+
+
+def _apart(every: polars.DataFrame, tolerances: Mapping[str, float]) -> dict[str, set[tuple[str, str, str]]]:
+    """By strategy: source, scenario and level of masks that leave another inlier ratio than their random control."""
+    keys = ["strategy", "source", "scenario", "level"]
+    apart: dict[str, set[tuple[str, str, str]]] = defaultdict(set)
+    ratios = every.filter((polars.col("metric") == "inlier_ratio") & polars.col("estimate").is_finite())
+    beyond = (polars.col("metric") == "reduction_over_random") & polars.col("estimate").is_finite()
+    masks = ratios.filter(polars.col("matched_to").is_null()).select(*keys, own="estimate")
+    random = ratios.filter(polars.col("strategy") == RANDOM).select(
+        strategy="matched_to", source="source", scenario="scenario", level="level", random="estimate"
+    )
+    compared = masks.join(every.filter(beyond), on=keys, how="semi").join(random, on=keys)
+    for strategy, source, scenario, level, own, by_chance in compared.iter_rows():
+        if not at_most(abs(own - by_chance), tolerances.get(scenario, INLIER_TOLERANCE)):
+            apart[strategy].add((source, scenario, level))
+    return apart
 
 
 def _points(share: float) -> str:

@@ -64,6 +64,29 @@ def test_the_terminal_judges_by_what_was_stored_with_the_partition(copied):
         assert not any("(below 0" in line for line in lines)
 
 
+@pytest.mark.trial(15)
+def test_the_terminal_prefers_masks_at_an_inlier_ratio_comparable_with_random(copied):
+    from pipelines.paper import summary
+
+    copied.run("prune_and_evaluate", "tiny|lamp", only=["evaluation_metrics"], inlier_floor=0.0, inlier_tolerance=0.2)
+    metrics = copied.warehouse.read("metrics")
+    own = metrics.filter(pl.col("matched_to").is_null() & (pl.col("level") != "none"))
+    best, other = sorted(set(own["strategy"]))[:2]
+    of, ratio = pl.col("strategy"), pl.col("metric") == "inlier_ratio"
+    beyond = pl.col("metric") == "reduction_over_random"
+    for far, told in ((0.5, other), (0.9, best)):
+        staged = metrics.with_columns(
+            estimate=pl.when(beyond & (of == best)).then(9.0).when(beyond & (of == other)).then(0.5)
+            .when(beyond).then(None)
+            .when(ratio & (pl.col("matched_to") == best)).then(far).when(ratio).then(0.9)
+            .when(pl.col("metric") == "spread_ratio").then(1.0).otherwise("estimate")
+        )  # fmt: skip
+        copied.warehouse.replace_partition("metrics", staged, {"model": "tiny", "scenario": "lamp"})
+        lines = summary("tiny", ["lamp"], copied.warehouse).splitlines()
+        (line,) = [line for line in lines if "prompt-specific" in line]
+        assert told in line
+
+
 def test_results_of_an_earlier_version_are_not_judged_by_guesswork(copied):
     from assets.stage import thresholds_of
     from pipelines.paper import summary

@@ -92,7 +92,10 @@ def test_every_mask_stands_beside_random_masks_of_its_size(audit):
         own = row(metrics, "density", strategy=strategy, level=level)["estimate"]
         random = row(metrics, "density", strategy="random", level=level, matched_to=strategy)["estimate"]
         assert own == pytest.approx(random, rel=1e-12)
-        assert row(metrics, "reduction_over_random", strategy=strategy, level=level)["low"] is not None
+        beyond = row(metrics, "reduction_over_random", strategy=strategy, level=level)
+        assert (beyond["low"] is None) == (beyond["estimate"] is None)
+        if strategy == "gap_gradient":  # random masks as large as the paper's may leave too few answers
+            assert beyond["low"] is not None
     for control in ("pooled_band", "reversed", "permuted"):
         named = {"strategy": control, "level": "prompt_specific", "matched_to": "set_difference"}
         own = row(metrics, "density", strategy="set_difference", level="prompt_specific")["estimate"]

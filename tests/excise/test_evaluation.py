@@ -394,6 +394,20 @@ def test_one_collapsed_variation_or_draw_leaves_nothing_to_be_told_over_all():
         assert row(metrics, "gap_reduction", variation, "random", "whole")["estimate"] is None
 
 
+@pytest.mark.trial(1)
+def test_a_reduction_that_too_many_resamples_leave_undefined_is_not_told():
+    frame = simulated("chair", 40, 0)
+    # Under the mask two names of one group answer: many a resample holds one of them, or none.
+    few = simulated("chair", 20, 0).with_columns(
+        value=pl.when(pl.col("subject").is_in([f"black {name}" for name in range(2, 10)])).then(None).otherwise("value")
+    )
+    metrics = run(frame, pl.concat([under("mask", few), under("random", frame, matched_to="mask")]))
+    for metric in REDUCED:
+        found = row(metrics, metric, strategy="mask")
+        assert (found["estimate"], found["low"], found["high"]) == (None, None, None), metric
+    assert row(metrics, "gap_mean", strategy="mask")["estimate"] is not None
+
+
 def test_a_mask_may_narrow_answers_and_still_reduce_their_gap():
     frame, narrow = simulated("chair", 40, 0), simulated("chair", 20, 0, noise=4.0)
     metrics = run(frame, under("mask", narrow))

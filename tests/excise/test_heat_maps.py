@@ -260,6 +260,25 @@ def test_the_reduction_over_random_has_a_panel_of_its_own_beside_each_strategy()
     assert [cells(axes).get((1, 1)) for axes in figure.axes] == ["80\n[60, 100]", "50\n[30, 70]", "40\n[20, 60]", None]
 
 
+@pytest.mark.trial(15)
+def test_a_mask_whose_control_is_another_kind_of_damage_has_no_figure_beyond_random():
+    rows = [
+        ("wanda", None, "purchase", place, "within_context", "reduction_over_random", 190.0)
+        for place in ("purchase", "finance")
+    ] + [
+        (*mask, "purchase", place, "within_context", "inlier_ratio", ratio)
+        for mask, ratio in ((("wanda", None), 0.9), (("random", "wanda"), 0.7)) for place in ("purchase", "finance")
+    ]  # fmt: skip
+    reduction = ("wanda", None, "purchase", "purchase", "within_context", "gap_reduction", 0.5)
+    undefined = ("wanda", None, "purchase", "purchase", "prompt_specific", "reduction_over_random", None)
+    figure = transfer_heat_map(transfer([reduction, undefined, *rows]), {"finance": 0.2})
+    own, beyond = figure.axes
+    assert set(cells(own).values()) == {"50\n[30, 70]"}
+    assert sorted(cells(beyond).values()) == ["19000\n[18980, 19020]", "no\nyardstick"]
+    assert "no yardstick: random masks leave another inlier ratio" in figure.get_suptitle()
+    assert "yardstick" not in transfer_heat_map(transfer([reduction, *rows[:2]])).get_suptitle()
+
+
 def test_many_strategies_of_many_scenarios_show_the_headline_alone_and_stay_small(tmp_path):
     names = [f"scenario {number}" for number in range(8)]
     figure = transfer_heat_map(transfer([
