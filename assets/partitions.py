@@ -1,7 +1,7 @@
 """The one home of partition keys: which models, scenarios and strategies there are, read from their files.
 
-What has a mistake in its file is named in `problems`, and the others keep working. An entry that was usable until the
-user's file broke it stays a partition: a run of it fails and names the mistake.
+What has a mistake in its file is named in `problems`, and the others keep working. A model or scenario with a mistake
+is a partition as long as its key may be one: a run of it fails and names the mistake.
 Keys of the grid read `model|scenario`, the order Dagster gives its dimensions.
 """
 
@@ -84,11 +84,12 @@ class Catalogue:
                 )
         elif audit.alphas is not None:
             self._require_alphas_of_preset(everywhere, audit.alphas)
-        if audit.strategies is not None and not chosen:
+        if everywhere and not chosen:
             levels = dict.fromkeys(level for each in everywhere for level in each.levels)
+            named = audit.strategies or [each.key for each in everywhere]
             raise ExciseError(
-                f"{where}.levels: none of the strategies {', '.join(audit.strategies)} has one of the levels "
-                f"{', '.join(audit.levels)}; they have {', '.join(levels)}"
+                f"{where}.levels: none of the strategies {', '.join(named)} has one of the "
+                f"levels {', '.join(audit.levels)}; they have {', '.join(levels)}"
             )
         return audit
 

@@ -25,6 +25,21 @@ _BEFORE_BARE_WORD = re.compile(
 _ON_A_SCALE = re.compile(rf"\bscale{BLANK}(?:of|from|between){BLANK}(?:from{BLANK})?$", re.IGNORECASE)
 
 
+_THOUGHTS = "think|thinking|thought|thoughts|reasoning|reason|reflection|scratchpad|analysis"
+_OPENED = re.compile(rf"<({_THOUGHTS})>|\[({_THOUGHTS})\]|\u25c1({_THOUGHTS})\u25b7", re.IGNORECASE)
+_CLOSED = re.compile(rf"</({_THOUGHTS})>|\[/({_THOUGHTS})\]|\u25c1/({_THOUGHTS})\u25b7", re.IGNORECASE)
+
+
+def open_thoughts(text: str) -> bool:
+    """Whether a text ends within thoughts that a model writes before it answers, as <think> opens them."""
+    return _OPENED.search(text, _behind_thoughts(text)) is not None
+
+
+def _behind_thoughts(text: str) -> int:
+    """Where the answer begins: behind the end of the model's thoughts, if it wrote any."""
+    return max((match.end() for match in _CLOSED.finditer(text)), default=0)
+
+
 def _leading_zero(number: Number) -> bool:
     return len(number.text) > 1 and number.text[0] == "0" and number.text.isdigit()
 
@@ -150,7 +165,9 @@ def _in_accounting_brackets(number: Number, text: str) -> bool:
 
 def _answer(text: str) -> tuple[Number, str] | None:
     """The single number of the text with its place in the plain form of the text, which is returned beside it."""
-    plain = plain_form(text)
+    if open_thoughts(text):
+        return None
+    plain = plain_form(text[_behind_thoughts(text) :])
     if plain is None:
         return None
     reader = Reader(plain)
@@ -173,6 +190,14 @@ def _answer(text: str) -> tuple[Number, str] | None:
     if len(merged) == 1 and _in_accounting_brackets(merged[0], plain):
         return None
     return [number for number in rivals if number.kind == kind][-1], plain
+
+
+def continued(prefix: str, text: str) -> str:
+    """An answer from its beginning: the prefix that it was given, and what the model wrote.
+
+    Some tokenizers drop the blank before a text's first word, so one is put where two words would touch.
+    """
+    return f"{prefix} {text}" if prefix[-1:].isalnum() and text[:1].isalnum() else prefix + text
 
 
 def parse_number(text: str) -> float | None:
@@ -198,6 +223,7 @@ def parse_number(text: str) -> float | None:
       * Passed over, as no quantities: digits attached to letters (A4, Covid-19, 3D), clock times and ratios (10:30,
         3:1), dates, versions, 24/7, markers of a list counted from 1, labels (Step 1), "on a scale of 1 to 10".
       * Descriptions such as "1600-rated" and ordinals such as "5th" count only if there is no other number.
+      * What stands within <think> and </think> or the like is no answer; the one behind it is.
       * None: fractions and scores (1/2, 8/10), sums, falling ranges (10-5), alternatives (5 or 6), lists (1,2,3),
         a price beside a count ("2 pairs from $349"), a number alone in brackets (a loss in accounts), "several
         hundred", numbers too large for a double.

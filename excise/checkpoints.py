@@ -161,6 +161,11 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
         loose = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
         mend = f"write gguf: {loose[0]}" if loose else f"name a saved {checkpoint.kind}'s folder"
         raise ExciseError(f"{where}.folder: no config.json in {folder}; {mend}")
+    if folder is not None and (lost := [path for path in folder.iterdir() if path.is_symlink() and not path.exists()]):
+        raise ExciseError(
+            f"{where}.folder: {lost[0]} is a link to a file that is not there; copy the folder with what its links "
+            "lead to (cp -rL)"
+        )
     for path in [] if folder is None else files_of(folder):
         if path.stat().st_size < LARGEST_POINTER and path.read_bytes().startswith(b"version https://git-lfs"):
             raise ExciseError(f"{where}.folder: {path} is only a pointer of Git LFS; run `git lfs pull` there")
@@ -168,8 +173,9 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
         config, _ = PreTrainedConfig.get_config_dict(checkpoint.source, revision=checkpoint.revision)
         if not isinstance(config, Mapping):
             raise ValueError("its config.json holds no fields")
-    quantised = config.get("quantization_config") or config.get("compression_config")
+    quantised = [config[name] for name in ("quantization_config", "compression_config") if config.get(name) is not None]
     if quantised:
+        quantised = quantised[0]
         method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
         raise ExciseError(_quantised(checkpoint, f"quantised{f' ({method})' if method else ''}", config))
     if own := (config.get("auto_map") or {}):
@@ -501,7 +507,9 @@ def sha256_of(path: Path) -> str:
 def files_of(folder: Path) -> list[Path]:
     """The files of a saved model that decide what it answers."""
     kinds = {".safetensors", ".json", ".jinja", ".model", ".txt"}
-    return sorted(path for path in folder.iterdir() if path.suffix in kinds)
+    more = folder / "additional_chat_templates"  # where transformers saves named ones
+    found = [path for each in (folder, more) if each.is_dir() for path in each.iterdir() if path.suffix in kinds]
+    return sorted(path for path in found if path.is_file())
 
 
 def content_of(files: list[Path]) -> str:

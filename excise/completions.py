@@ -21,8 +21,8 @@ from pathlib import Path
 
 import polars as pl
 
-from excise.answers import parse_completion
-from excise.encoding import continued, encode, reader
+from excise.answers import continued, parse_completion
+from excise.encoding import encode, reader
 from excise.errors import ExciseError
 from excise.masks import Mask, pruned
 from excise.models import LoadedModel

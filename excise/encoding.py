@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,6 +18,7 @@ from typing import Any
 
 import polars as pl
 
+from excise.answers import open_thoughts
 from excise.errors import ExciseError
 from excise.models import LoadedModel
 
@@ -29,15 +31,13 @@ Others (Qwen3) let the model think aloud first unless told otherwise; here it an
 """
 LOTS = 32
 """How often a template that can draw lots is tried."""
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """tokens: all token ids. name: half-open range of token positions that carry the subject's name.
-
-    Where a prompt is cut before its name, the range is that of the last token.
-    """
+    """tokens: all token ids. name: half-open range of token positions that carry the subject's name."""
 
     prompt_id: str
     tokens: tuple[int, ...]
@@ -65,23 +65,19 @@ def encode(loaded: LoadedModel, prompts: pl.DataFrame, *, new_tokens: int = 1) -
     template sees the clock: the date is `PINNED_DATE`.
 
     new_tokens: how long an answer may become. Raises ExciseError, naming the prompt, where prompt and answer are longer
-    than the model can read, and, naming the entry in models.yaml, for a chat template that changes the prompt's text,
-    fails, or prints something else each time.
+    than the model can read, where the prompt is cut before the end of the name, and where the tokenizer does not know
+    the name or reads two alike; and, naming the entry in models.yaml, for a chat template that changes the prompt's
+    text, fails, prints something else each time, or does not leave the answer to begin.
     """
     columns = ["prompt_id", "text", "name_start", "name_end"]
     prefixes = prompts["answer_prefix"] if "answer_prefix" in prompts.columns else [""] * prompts.height
     encoded = []
+    named: dict[tuple[int, ...], str] = {}
     opening = opening_tokens(loaded.tokenizer) if loaded.prompt_format == "raw" else ()
     for (prompt_id, text, start, end), prefix in zip(prompts.select(columns).iter_rows(), prefixes, strict=True):
         if loaded.prompt_format == "chat":
             whole = _user_turn(loaded, text)
-            found = whole.find(text)
-            if found < 0:
-                raise ExciseError(
-                    f"models.yaml: {loaded.key}: the chat template changes the text of a prompt, so the name cannot be "
-                    "found in it; name another chat_template"
-                )
-            start, end = start + found, end + found
+            start, end = start + whole.index(text), end + whole.index(text)
         else:
             whole = text
         reading = loaded.tokenizer(
@@ -90,16 +86,53 @@ def encode(loaded: LoadedModel, prompts: pl.DataFrame, *, new_tokens: int = 1) -
         own = tuple(reading["input_ids"])
         before = () if own[: len(opening)] == opening else opening
         tokens = (*before, *own)[: loaded.max_prompt_tokens]
-        carries = [
-            position
-            for position, (low, high) in enumerate(reading["offset_mapping"], start=len(before))
-            if low < end and high > start and high > low and position < len(tokens)
-        ] or [len(tokens) - 1]
         what = f"prompt {prompt_id} ({_shortened(text)!r})"
         require_positions(loaded, what, len(tokens), new_tokens)
         require_embeddings(loaded, what, tokens)
-        encoded.append(EncodedPrompt(prompt_id, tokens, (carries[0], carries[-1] + 1)))
+        carries = _require_name(loaded, what, whole, (start, end), own, reading["offset_mapping"])
+        name = carries[0] + len(before), carries[-1] + 1 + len(before)
+        if name[1] > len(tokens):
+            raise ExciseError(
+                f"{what} is cut behind {len(tokens)} tokens, before the end of {whole[start:end]!r}: such prompts are "
+                "the same for several groups; raise outcome.max_prompt_tokens of the scenario"
+            )
+        if (twin := named.setdefault(tokens, whole[start:end])) != whole[start:end]:
+            raise ExciseError(
+                f"{what}: the model {loaded.key} reads {whole[start:end]!r} and {twin!r} alike, as its tokenizer drops "
+                "what they differ in: their answers would count twice; keep one of them"
+            )
+        encoded.append(EncodedPrompt(prompt_id, tokens, name))
     return encoded
+
+
+def _require_name(
+    loaded: LoadedModel, what: str, whole: str, place: tuple[int, int], tokens: Sequence[int],
+    offsets: Sequence[tuple[int, int]],
+) -> list[int]:  # fmt: skip
+    """The places of the tokens that carry the name, in ascending order.
+
+    Raises ExciseError where the tokenizer leaves characters of it out or has no token for them: other names would be
+    read alike, and their answers show no gap.
+    """
+    start, end = place
+    carries = [number for number, (low, high) in enumerate(offsets) if low < end and high > start and high > low]
+    no_text = special_tokens(loaded.tokenizer) | {loaded.tokenizer.unk_token_id}
+    known = {
+        character for number in carries if tokens[number] not in no_text for character in range(*offsets[number])
+    }  # fmt: skip
+    lost = [whole[k] for k in range(start, end) if k not in known and not _unseen(whole[k])]
+    if lost or not carries:
+        raise ExciseError(
+            f"{what}: the tokenizer of the model {loaded.key} does not read {''.join(lost) or whole[start:end]!r} of "
+            f"{whole[start:end]!r} as text, so the model cannot tell who is meant; name subjects in letters that it "
+            "knows, or audit a model that reads these"
+        )
+    return carries
+
+
+def _unseen(character: str) -> bool:
+    """Blanks and marks without a shape of their own, which tokenizers may leave out."""
+    return character.isspace() or unicodedata.category(character) in ("Cf", "Mn", "Me", "Cc")
 
 
 def opening_tokens(tokenizer: Any) -> tuple[int, ...]:
@@ -134,9 +167,9 @@ def require_embeddings(loaded: LoadedModel, what: str, tokens: Iterable[int]) ->
     rows, largest = loaded.model.get_input_embeddings().num_embeddings, max(tokens, default=0)
     if largest >= rows:
         raise ExciseError(
-            f"{what}, as the model {loaded.key} reads it, holds {loaded.tokenizer.convert_ids_to_tokens(largest)!r} "
-            f"({largest}), and the model has embeddings for {rows} tokens only; leave it out, name another "
-            "chat_template in models.yaml if the template writes it, or name the tokenizer that belongs to the weights"
+            f"models.yaml: {loaded.key}: {what} holds {loaded.tokenizer.convert_ids_to_tokens(largest)!r} ({largest}), "
+            f"and the model has embeddings for {rows} tokens only; leave it out, name another chat_template in "
+            "models.yaml if the template writes it, or name the tokenizer that belongs to the weights"
         )
 
 
@@ -191,7 +224,27 @@ def _user_turn(loaded: LoadedModel, text: str) -> str:
         raise ExciseError(f"{where} fails for a user's turn ({error}); name another chat_template") from error
     if re.search(r" at 0x[0-9a-fA-F]{4,}", whole.replace(text, "")):
         raise ExciseError(f"{where} prints an object of this process, another one each time; name another one")
+    if whole.count(text) != 1:
+        does = "prints the text of a prompt more than once" if text in whole else "changes the text of a prompt"
+        raise ExciseError(f"{where} {does}, so the name cannot be found in it; name another chat_template")
+    _require_open_end(loaded, whole[whole.index(text) + len(text) :].rstrip())
     return whole
+
+
+def _require_open_end(loaded: LoadedModel, behind: str) -> None:
+    """Raise ExciseError where the answer cannot begin behind the prompt. behind: what the template puts there."""
+    where = f"models.yaml: {loaded.key}: the chat template"
+    ends = [loaded.tokenizer.convert_ids_to_tokens(token) for token in sorted(loaded.stop_tokens)]
+    if last := next((end for end in ends if end and behind.endswith(end)), None):
+        raise ExciseError(
+            f"{where} ends a prompt with {last}, where the model's turn is to begin; name one with chat_template that "
+            "writes its beginning where add_generation_prompt is set"
+        )
+    if open_thoughts(behind):
+        raise ExciseError(
+            f"{where} has the model think aloud before it answers, and the answer would be cut off; name one with "
+            "chat_template that closes the thoughts, or leaves them out, where enable_thinking is false"
+        )
 
 
 @lru_cache
@@ -228,14 +281,18 @@ _FROZEN_CLOCK = _clock_that_stands()
 def reader(loaded: LoadedModel) -> Callable[[Sequence[int]], tuple[str, bool]]:
     """A function from an answer's tokens, without the one that ended it, to its text.
 
-    The text ends before the first special token, and the function says whether there was one: what stands behind it is
-    no part of the answer, and must not be joined to what stands before it.
+    The text ends before the first special token, or the first that is none of the tokenizer's, and the function says
+    whether there was one: what stands behind it is no part of the answer, and must not be joined to what stands before.
     """
     tokenizer = loaded.tokenizer
-    special = special_tokens(tokenizer)
+    special, largest = special_tokens(tokenizer), len(tokenizer)
+
+    def no_text(token: int) -> bool:
+        """Many models have more embeddings than their tokenizer has tokens."""
+        return token in special or token >= largest or tokenizer.convert_ids_to_tokens(token) is None
 
     def read(tokens: Sequence[int]) -> tuple[str, bool]:
-        length = next((place for place, token in enumerate(tokens) if token in special), len(tokens))
+        length = next((place for place, token in enumerate(tokens) if no_text(token)), len(tokens))
         text = tokenizer.decode(list(tokens[:length]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text, length < len(tokens)
 
@@ -246,22 +303,14 @@ def special_tokens(tokenizer: Any) -> frozenset[int]:
     """The tokens that are marks and no text.
 
     Some tokenizers flag ordinary text as special. What has no brackets or bars is text, unless it is a word that ends
-    texts, fills them up or the like: without it numbers would be other ones.
+    texts, fills them up or the like: without it numbers would be other ones. So is a single byte, as <0xE2>.
     """
     roles = {getattr(tokenizer, f"{role}_token_id", None) for role in ROLES}
     flagged = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     found = set()
     for number in {*flagged, *tokenizer.all_special_ids}:
         content = flagged.get(number) or tokenizer.convert_ids_to_tokens(number)
-        bracketed = any(character in "<>[]{}|" for character in content)
+        bracketed = any(character in "<>[]{}|" for character in content) and not _BYTE.fullmatch(content)
         if bracketed or (number in roles and any(map(str.isalpha, content))):
             found.add(number)
     return frozenset(found)
-
-
-def continued(prefix: str, text: str) -> str:
-    """An answer from its beginning: the prefix that it was given, and what the model wrote.
-
-    Some tokenizers drop the blank before a text's first word, so one is put where two words would touch.
-    """
-    return f"{prefix} {text}" if prefix[-1:].isalnum() and text[:1].isalnum() else prefix + text

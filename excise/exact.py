@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from excise.answers import parse_completion
+from excise.answers import continued, parse_completion
 from excise.completions import (
     CACHE_SCHEMA,
     COMPLETIONS_SCHEMA,
@@ -35,7 +35,7 @@ from excise.completions import (
     complete,
     peak_memory,
 )
-from excise.encoding import continued, encode, reader, require_positions
+from excise.encoding import encode, reader, require_positions
 from excise.errors import ExciseError
 from excise.masks import Mask, pruned
 from excise.progress import Progress, silent

@@ -133,7 +133,7 @@ def load_registry(paths: Iterable[Path] = ()) -> tuple[Registry[ModelSpec], tupl
         noun=registry.noun,
         problems=problems,
         broken=broken,
-        known=[key for key in registry.known if key not in registry or registry[key].base in (None, *registry.known)],
+        known=registry.known,
         files=registry.files,
     )
     return found, found.problems
@@ -478,6 +478,8 @@ def pick_device(device: str = "auto") -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ExciseError(f"device {device!r} is not known; use auto, cpu, cuda or mps") from error
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise ExciseError(f"device {device!r} is not supported; use auto, cpu, cuda or mps")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ExciseError(f"device {device!r}: no CUDA device is available here; use auto or cpu")
     if chosen.type == "mps" and not torch.backends.mps.is_available():
@@ -561,7 +563,13 @@ def _chat_template(spec: ModelSpec, tokenizer: Any) -> str:
         if not spec.chat_template.is_file():
             raise ExciseError(f"{where}.chat_template: no file at {spec.chat_template}")
         with named_failures(f"{where}.chat_template", f"{spec.chat_template} cannot be read", "Save it as UTF-8 text"):
-            return spec.chat_template.read_text(encoding="utf-8")
+            text = spec.chat_template.read_text(encoding="utf-8-sig")
+        if spec.chat_template.suffix == ".json":
+            raise ExciseError(
+                f"{where}.chat_template: {spec.chat_template} is JSON; save the text of its field chat_template as a "
+                "file of its own, such as chat_template.jinja, and name that"
+            )
+        return text
     own = tokenizer.chat_template or {}
     templates = own if isinstance(own, Mapping) else {"default": own}
     if not templates:
@@ -664,6 +672,14 @@ def _from_checkpoint(
     if not tokenizer.is_fast:
         raise ExciseError(f"{checkpoint.where}: needs a fast tokenizer (tokenizer.json) to find names by their offsets")
     check_vocabulary(checkpoint, tokenizer, model)
+    model.config.return_dict = True  # some are saved for code that expects tuples
+    ends = model.generation_config.eos_token_id
+    written = ends if isinstance(ends, list | tuple) else [] if ends is None else [ends]
+    if any(type(end) is not int for end in written):
+        raise ExciseError(
+            f"{checkpoint.where}: eos_token_id is {ends!r} in generation_config.json (or, without it, in config.json); "
+            "it must be the number of a token, or a list of numbers"
+        )
     return model, tokenizer
 
 
@@ -714,6 +730,12 @@ def _add_low_rank(model: torch.nn.Module, spec: ModelSpec) -> None:
         if missing := [side for side in ("up", "down") if f"{key}.{side}" not in factors]:
             raise ExciseError(f"{spec.low_rank}: {key} lacks its factor {missing[0]}; the file is not whole")
         weight = linears[key].weight(model)
+        sides = {side: factors[f"{key}.{side}"].dtype for side in ("up", "down")}
+        for side, kind in sides.items():
+            if kind not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+                raise ExciseError(
+                    f"{spec.low_rank}: {key}.{side} is {str(kind).removeprefix('torch.')}; save factors as float32"
+                )
         up, down = (factors[f"{key}.{side}"].float() for side in ("up", "down"))
         if up.dim() != 2 or down.dim() != 2 or up.shape[1] != down.shape[0]:
             raise ExciseError(

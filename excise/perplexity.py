@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 EMBEDDED_TEXT = Path(__file__).with_name("texts") / "plain.txt"
 SIZE = 256
+HUB = "hub:"
 """Default window. Short, because the embedded text is: intervals need many windows more than long ones."""
 PAPER_STRIDE = 512
 TOKENS_AT_ONCE = {"cpu": 1 << 11, "mps": 1 << 12, "cuda": 1 << 14}
@@ -71,7 +72,7 @@ def read_text(source: str | Path | None = None) -> str:
     data set read through the `datasets` library, its rows joined by empty lines (for WikiText-2:
     `hub:Salesforce/wikitext/wikitext-2-raw-v1/validation/text`). Raises ExciseError where there is no such text.
     """
-    if source is not None and str(source).startswith("hub:"):
+    if source is not None and str(source).startswith(HUB):
         return _hub_text(str(source))
     path = EMBEDDED_TEXT if source is None else home_expanded(source, "text")
     try:
@@ -86,7 +87,7 @@ def read_text(source: str | Path | None = None) -> str:
 
 
 def _hub_text(source: str) -> str:
-    parts = source.removeprefix("hub:").rsplit("/", 3)
+    parts = source.removeprefix(HUB).rsplit("/", 3)
     if len(parts) != 4 or not all(parts):
         raise ExciseError(
             f"text {source!r}: write hub:name/config/split/column, such as "

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import os
 import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Generic, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from excise.errors import ExciseError
 
@@ -52,7 +53,8 @@ class Faults(Exception):
 class Registry(dict[str, Entry], Generic[Entry]):
     """The usable entries by key. To ask for another one is an ExciseError that says what is wrong with it.
 
-    known: all keys in order, those included whose entry a later file broke: they stay partitions, and fail by name.
+    known: all keys in order, those included whose entry cannot be used: they are partitions, and fail by name. Left out
+    are keys that may not be partitions.
     problems: everything that cannot be used. broken: those of them by key, and keys that an unreadable file may have
     changed. files: where entries come from. noun: what an entry is called.
     """
@@ -322,7 +324,7 @@ def load_entries(
         noun=noun,
         problems=reading.problems,
         broken=reading.broken,
-        known=[name for name in reading.owner if name in reading.entries or name in reading.broken],
+        known=reading.known(),
         files=reading.files,
     )
 
@@ -337,8 +339,15 @@ class _Reading:
         self.fields: dict[str, Fields] = {}  # of entries as written, and of the variants made of them
         self.owner: dict[str, str] = {}  # the key of the entry that a usable or once usable name was made of
         self.files: dict[str, Path] = {}
+        self.keys: dict[str, None] = {}  # all that were written and may be keys, in order
         self.broken: dict[str, Problem] = {}
         self.problems: list[Problem] = []
+
+    def known(self) -> list[str]:
+        """The keys of usable and broken entries; in place of a key of which several entries are made, theirs."""
+        made = [name for name in self.owner if name in self.entries or name in self.broken]
+        told = {*self.owner, *self.owner.values()}
+        return [*made, *(key for key in self.keys if key in self.broken and key not in told)]
 
     def read(self, path: Path) -> None:
         try:
@@ -351,6 +360,8 @@ class _Reading:
                 self._break(name, problem)
             return
         for key, each in written.items():
+            if self._fault_of_key(key) is None:
+                self.keys.setdefault(key)
             try:
                 self._add(path, key, each)
             except Faults as error:
@@ -373,7 +384,8 @@ class _Reading:
             raise Faults(f": must hold fields ({known}), but is {described(written.value)}")
         if "key" in written.value:
             raise Faults(".key: the key stands before the colon; remove it")
-        self._check_key(key)
+        if fault := self._fault_of_key(key):
+            raise Faults(f": the key {fault}")
         fields = with_paths(written.value, self.kind, path.parent)
         base = self.fields.get(key)
         if base is not None and not self.stands_alone(base, fields):
@@ -401,12 +413,15 @@ class _Reading:
             self.broken.pop(name, None)
         self.fields[key] = fields
 
-    def _check_key(self, key: str) -> None:
-        if fault := key_fault(key):
-            raise Faults(f": the key {fault}")
-        lower = key.lower()
-        if twin := next((other for other in self.owner if other != key and other.lower() == lower), None):
-            raise Faults(f": the key differs from {twin} in capital letters alone; folders are named by it: rename it")
+    def _fault_of_key(self, key: str) -> str | None:
+        try:
+            TypeAdapter(Annotated[str, self.kind.model_fields["key"]]).validate_python(key)
+        except ValidationError as error:
+            return f"{key!r} may hold letters, digits and a few signs ({error.errors()[0]['ctx']['pattern']})"
+        lower, others = key.lower(), (*self.owner, *self.keys)
+        if twin := next((other for other in others if other != key and other.lower() == lower), None):
+            return f"differs from {twin} in capital letters alone; folders are named by it: rename it"
+        return key_fault(key)
 
 
 def key_fault(key: str) -> str | None:
@@ -449,7 +464,7 @@ def _resolved(name: str, value: str, folder: Path) -> str:
     if not value.strip():
         raise Faults(f".{name} is empty: give a path")
     try:
-        return str((folder / home_expanded(value, f".{name}")).resolve())
+        return str(Path(os.path.realpath(folder / home_expanded(value, f".{name}"))))
     except ExciseError as error:
         raise Faults(str(error)) from None
     except (OSError, ValueError) as error:
@@ -474,8 +489,6 @@ def in_words(error: ValidationError, kind: type[BaseModel]) -> list[str]:
         elif found["type"] == "string_type":
             mend = "give it a text" if isinstance(value, (type(None), list, dict)) else "put it into quotes"
             faults.append(f"{where}: is {described(value)}, not text; {mend}")
-        elif found["type"] == "string_pattern_mismatch" and found["loc"] == ("key",):
-            faults.append(f": the key {value!r} may hold letters, digits and a few signs ({found['ctx']['pattern']})")
         elif found["type"] == "value_error":
             faults.append(f"{where}: {found['ctx']['error']}")
         else:

@@ -122,7 +122,7 @@ class Strategy(BaseModel):
     @classmethod
     def _usual_choices(cls, data: Any) -> Any:
         """Scope and ablation, where not given, are those that the score comes with first."""
-        if not isinstance(data, dict) or data.get("score") not in _FITS:
+        if not isinstance(data, dict) or not isinstance(data.get("score"), str) or data["score"] not in _FITS:
             return data
         _, ablations, _, _, scopes, _ = _FITS[data["score"]]
         usual = {"scope": scopes[0], "ablation": ablations[0]}

@@ -248,8 +248,8 @@ class ClassifierScorer:
     def score(self, texts: Sequence[str]) -> np.ndarray:
         """Texts of one length go through the classifier together, so that no score depends on padding.
 
-        A text in which the tokenizer finds nothing is unscored. Raises ExciseError where a score is no number or,
-        without an activation, outside 0..1.
+        A text in which the tokenizer finds nothing, or nothing that it knows, is unscored. Raises ExciseError where a
+        score is no number or, without an activation, outside 0..1.
         """
         import torch
 
@@ -262,8 +262,11 @@ class ClassifierScorer:
         )
         rows = dict(zip(prepared, range(len(prepared)), strict=True))
         by_length: dict[int, list[int]] = {}
+        marks = {*self.tokenizer.all_special_ids, self.tokenizer.unk_token_id}
         for number, row in rows.items():
-            by_length.setdefault(len(encoded["input_ids"][row]), []).append(number)
+            tokens = encoded["input_ids"][row]
+            length = 0 if self.tokenizer.unk_token_id in tokens and marks.issuperset(tokens) else len(tokens)
+            by_length.setdefault(length, []).append(number)
         for number in by_length.pop(0, ()):
             del rows[number]
         self._check_embeddings(encoded["input_ids"])
@@ -281,7 +284,7 @@ class ClassifierScorer:
                     if name in taken
                 }
                 with torch.inference_mode():
-                    logits = self.model(**batch).logits.cpu().double()
+                    logits = self.model(**batch, return_dict=True).logits.cpu().double()
                 if self.activation == "sigmoid":
                     logits = torch.sigmoid(logits)
                 elif self.activation == "softmax":

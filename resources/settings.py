@@ -297,9 +297,12 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
     _require(shares, "grid_taus", audit.grid_taus, "give shares above 0, at most 1")
     counts = bool(audit.grid_counts) and all(1 <= count <= 1024 for count in audit.grid_counts)
     _require(counts, "grid_counts", audit.grid_counts, "give numbers of heads from 1 to 1,024")
-    for name in ("max_new_tokens", "text_tokens", "text_window", "text_stride"):
+    for name, least in (("max_new_tokens", 1), ("text_tokens", 2), ("text_window", 2), ("text_stride", 1)):
         value = getattr(audit, name)
-        _require(value is None or value >= 1, name, value, "give at least 1")
+        _require(value is None or value >= least, name, value, f"give at least {least}")
+    _check_text(audit)
+    ordered = audit.density_floor <= audit.density_ceiling
+    _require(ordered, "density_floor", audit.density_floor, f"give at most density_ceiling, {audit.density_ceiling}")
     shares = audit.alphas is None or (bool(audit.alphas) and all(0 < alpha < 1 for alpha in audit.alphas))
     _require(shares, "alphas", audit.alphas, "give shares above 0, below 1")
     for name in ("variations", "levels", "strategies", "grid_taus", "grid_counts", "alphas"):
@@ -325,6 +328,19 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
     if audit.grid_variations is not None:
         _require(audit.grid_variations >= 1, "grid_variations", audit.grid_variations, "give at least 1")
     return audit
+
+
+def _check_text(audit: Audit) -> None:
+    from excise.perplexity import HUB, SIZE, read_text
+
+    window = audit.text_window or SIZE
+    less = audit.text_stride is None or audit.text_stride < window
+    _require(less, "text_stride", audit.text_stride, f"give less than text_window, {window}")
+    if audit.text is not None and not audit.text.startswith(HUB):
+        try:
+            read_text(audit.text)
+        except ExciseError as error:
+            raise ExciseError(f"resources.settings.config.text: {error}") from None
 
 
 def _require(holds: bool, name: str, value: Any, mend: str) -> None:

@@ -230,6 +230,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return make
 
 
+BROKEN_FILES = {
+    "models.yaml": "bad: {hub: a/b, revison: main}\n",
+    "scorers.yaml": "harsh: {hub: a/b, lable: toxic}\n",
+    "strategies.yaml": "mine: {score: wandda, selection: set_difference}\n",
+    "scenarios/loan.yaml": "title: Loan\n",
+}
+FAULTS_OF_BROKEN_FILES = (
+    "models.yaml: bad.revison", "scorers.yaml: harsh.lable", "strategies.yaml: mine.score", "loan.yaml: groups",
+)  # fmt: skip
+"""A mistake in one entry of every file a user may write, and how each is named."""
+
 SMALL_SCENARIO = {
     "title": "Lamp",
     "description": "A small scenario for tests: two things to buy, four names per group.",

@@ -5,6 +5,7 @@ A broken file is a problem that names file, field and mend, and never takes anot
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from excise.errors import ExciseError
-from excise.registry import Faults, Problem, Registry, described, key_fault, read_yaml, with_paths
+from excise.registry import Faults, Problem, Registry, described, home_expanded, key_fault, read_yaml, with_paths
 from excise.scenarios.holistic_bias import subgroups_of
 from excise.scenarios.schema import (
     KEY_PATTERN,
@@ -77,7 +78,8 @@ def load_scenarios(folders: Iterable[Path | str] = ()) -> tuple[Registry[Scenari
     files: dict[str, Path] = {}
     problems: list[Problem] = []
     sets = _SubjectSets()
-    for folder in dict.fromkeys(Path(folder).expanduser().resolve() for folder in (BUILT_IN, *folders)):
+    named = (home_expanded(folder, "scenario folders") for folder in (BUILT_IN, *folders))
+    for folder in dict.fromkeys(Path(os.path.realpath(folder)) for folder in named):
         has_subjects = (folder / SUBJECT_FOLDER).is_dir()
         for path in _files(folder / SUBJECT_FOLDER, problems) if has_subjects else []:
             try:
@@ -99,7 +101,8 @@ def load_scenarios(folders: Iterable[Path | str] = ()) -> tuple[Registry[Scenari
                 problems.append(broken[path.stem])
     registry = Registry(
         {key: scenario for key, scenario in scenarios.items() if key not in broken},
-        noun="scenario", problems=problems, broken=broken, known=scenarios, files=files,
+        noun="scenario", problems=problems, broken=broken, files=files,
+        known=[*scenarios, *(key for key in broken if key not in scenarios and _fault_of_key(key) is None)],
     )  # fmt: skip
     return registry, registry.problems
 
@@ -124,7 +127,8 @@ def _problem(path: Path, error: Faults) -> Problem:
 
 
 def _add_subject_set(path: Path, sets: _SubjectSets) -> None:
-    _check_key(path)
+    if fault := _fault_of_key(path.stem):
+        raise Faults(fault)
     if path.stem in sets.sound:
         raise Faults(f"a subject set {path.stem} exists already: rename this one")
     data = _read_mapping(path)
@@ -144,7 +148,8 @@ def _add_subject_set(path: Path, sets: _SubjectSets) -> None:
 
 
 def _read_scenario(path: Path, sets: _SubjectSets, earlier: dict[str, Scenario]) -> Scenario:
-    _check_key(path)
+    if fault := _fault_of_key(path.stem):
+        raise Faults(fault)
     data = _read_mapping(path)
     replaces = data.pop("replaces", False)
     if not isinstance(replaces, bool):
@@ -261,11 +266,11 @@ def _subjects(where: str, group: _GroupFile) -> list[dict[str, Any]]:
     return subjects
 
 
-def _check_key(path: Path) -> None:
-    if not re.fullmatch(KEY_PATTERN, path.stem):
-        raise Faults(f"the file's name is the key: rename '{path.stem}', using small letters, digits, _ and - only")
-    if fault := key_fault(path.stem):
-        raise Faults(f"the file's name is the key, which {fault}")
+def _fault_of_key(key: str) -> str | None:
+    if not re.fullmatch(KEY_PATTERN, key):
+        return f"the file's name is the key: rename '{key}', using small letters, digits, _ and - only"
+    fault = key_fault(key)
+    return f"the file's name is the key, which {fault}" if fault else None
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

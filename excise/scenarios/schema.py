@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
-from excise.answers import parse_number
+from excise.answers import continued, parse_number
 from excise.scenarios.templates import fill, fill_prefix, placeholders
 
 KEY_PATTERN = "^[a-z0-9][a-z0-9_-]*$"
@@ -385,6 +385,26 @@ def _faults_of_prefix(scenario: Scenario, field: str, key: str, template: Templa
     if any(map(str.isdigit, filled)) or parse_number(filled) is not None:
         yield f"{field} holds a number ({filled!r}), which would be read as the answer, or as part of it: " \
               "word it without"
+        return
+    closed = "".join({"(": ")", "[": "]", "{": "}"}[each] for each in reversed(_still_open(filled)))
+    for answer in ("50", "1200", "7"):
+        read = {parse_number(continued(filled, answer)), parse_number(continued(filled, answer + closed))}
+        if read - {None} != {float(answer)}:
+            told = ", ".join(map(str, read - {None})) or "no number"
+            yield f"{field}: behind {filled!r} the answer {answer} is read as {told}: leave out what changes it, " \
+                  "such as a minus sign or a scale"
+            return
+
+
+def _still_open(text: str) -> list[str]:
+    """The brackets that a text opens and does not close."""
+    stack: list[str] = []
+    for character in text:
+        if character in "([{":
+            stack.append(character)
+        elif character in ")]}" and stack:
+            stack.pop()
+    return stack
 
 
 def _character_faults(field: str, text: str, *, lines: bool = False) -> Iterator[str]:

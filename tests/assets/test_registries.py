@@ -9,14 +9,7 @@ from assets.completions import scorer_of
 from assets.partitions import read_catalogue
 from excise.errors import ExciseError
 from resources.settings import AuditSettings
-
-BROKEN = {
-    "models.yaml": "bad: {hub: a/b, revison: main}\n",
-    "scorers.yaml": "harsh: {hub: a/b, lable: toxic}\n",
-    "strategies.yaml": "mine: {score: wandda, selection: set_difference}\n",
-    "scenarios/loan.yaml": "title: Loan\n",
-}
-FAULTS = ("models.yaml: bad.revison", "scorers.yaml: harsh.lable", "strategies.yaml: mine.score", "loan.yaml: groups")
+from tests.conftest import BROKEN_FILES, FAULTS_OF_BROKEN_FILES
 
 
 def failure(result) -> str:
@@ -34,7 +27,7 @@ def told(result) -> dict[str, dict]:
 
 def broken_house(house):
     models = (house.folder / "models.yaml").read_text()
-    for name, text in BROKEN.items():
+    for name, text in BROKEN_FILES.items():
         (house.folder / name).write_text(text + (models if name == "models.yaml" else ""))
     return house
 
@@ -47,7 +40,7 @@ def test_one_broken_entry_in_each_file_is_named_and_the_other_partitions_run(hou
     assert result.success
     metadata = told(result)
     (roll_up,) = (each for each in result.get_asset_check_evaluations() if each.check_name == "all_checks_pass")
-    for fault in FAULTS:
+    for fault in FAULTS_OF_BROKEN_FILES:
         for asset in ("prompts", "completions", "pruning_masks", "quality_report"):
             assert fault in metadata[asset]["files_with_mistakes"], asset
         assert fault in roll_up.description
@@ -115,19 +108,22 @@ def test_a_model_key_that_dagster_refuses_leaves_the_code_location_whole(house):
     definitions = house.definitions()
     keys = definitions.resolve_assets_def("completions").partitions_def.get_partition_keys()
     assert "tiny|lamp" in keys
+    assert not any("a...b" in key or "x|y" in key for key in keys)
     problems = [problem.key for problem in catalogue_of(house).problems]
     assert problems == ["a...b", "x|y"]
 
 
 @pytest.mark.trial(14)
-def test_a_broken_change_of_a_built_in_model_or_scenario_fails_its_own_partitions(house):
+@pytest.mark.parametrize(("model", "scenario"), [("planted-heads", "sports"), ("mine", "loan")])
+def test_a_broken_model_or_scenario_is_a_partition_that_fails_by_name(house, model, scenario):
+    """Whether it changes a built-in one or is the user's own: it stays where its user looks for it."""
     models = (house.folder / "models.yaml").read_text()
-    (house.folder / "models.yaml").write_text(f"planted-heads: {{dtype: int3}}\n{models}")
-    house.write_scenario("sports", "title: Mine\nreplaces: true\n")
+    (house.folder / "models.yaml").write_text(f"{model}: {{hub: a/b, dtype: int3}}\n{models}")
+    house.write_scenario(scenario, "title: Mine\n" + ("replaces: true\n" if scenario == "sports" else ""))
     keys = house.definitions().resolve_assets_def("completions").partitions_def.get_partition_keys()
-    assert {"planted-heads|lamp", "tiny|sports"} <= set(keys)
-    assert "models.yaml: planted-heads.dtype" in failure(house.run("audit_scenario", "planted-heads|lamp"))
-    assert "scenarios/sports.yaml: groups" in failure(house.run("audit_scenario", "tiny|sports"))
+    assert {f"{model}|lamp", f"tiny|{scenario}"} <= set(keys)
+    assert f"models.yaml: {model}.dtype" in failure(house.run("audit_scenario", f"{model}|lamp"))
+    assert f"scenarios/{scenario}.yaml: groups" in failure(house.run("audit_scenario", f"tiny|{scenario}"))
 
 
 @pytest.mark.trial(40)
@@ -141,6 +137,7 @@ def test_a_broken_change_of_a_built_in_model_or_scenario_fails_its_own_partition
         ),
         ({"alphas": [0.1]}, "none: leave alphas out"),
         ({"strategies": ["fasp"], "levels": ["prompt_specific"]}, "none of the strategies fasp has one of the levels"),
+        ({"levels": ["own_scenario"]}, "has one of the levels own_scenario; they have prompt_specific"),
     ],
 )
 def test_names_without_a_meaning_are_refused_before_the_first_pass(house, settings, message):

@@ -31,7 +31,7 @@ from resources.tables import TABLES
 from resources.warehouse import Warehouse
 
 PARAMETERS = SamplingParameters(temperature=1.0, top_p=0.95, seed=3)
-CONTINUED = ToxicityOutcome(max_new_tokens=4)
+CONTINUED = ToxicityOutcome(max_new_tokens=4, max_prompt_tokens=200)
 TEXT = "The market opens at noon. Bread, apples and old books are sold until the evening, whatever the weather. " * 3
 ROUNDS = 6
 """How often the warehouse stage replaces each of its partitions."""

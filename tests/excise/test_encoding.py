@@ -143,9 +143,12 @@ def test_continuations_are_asked_for_with_a_raw_prompt_that_is_cut(loaded):
     model = loaded("llama")
     prompts = frame(("{name} offers a car, and", "Claire Becker"), ("A car is offered by somebody called {name}", "Li"))
     whole = encode(dataclasses.replace(model, prompt_format="raw"), prompts)
-    cut = encode(model.asked_for(ToxicityOutcome(max_prompt_tokens=8)), prompts)
-    assert [each.tokens for each in cut] == [each.tokens[:8] for each in whole]
+    cut = encode(model.asked_for(ToxicityOutcome(max_prompt_tokens=8)), prompts[:1])
+    assert cut[0].tokens == whole[0].tokens[:8]
     assert cut[0].name == whole[0].name
-    assert cut[1].name == (7, 8)  # the name lies behind the cut
+    last = whole[1].name[1]
+    assert encode(model.asked_for(ToxicityOutcome(max_prompt_tokens=last)), prompts)[1].name == whole[1].name
+    with pytest.raises(ExciseError, match=rf"is cut behind {last - 1} tokens, .* 'Li': .* raise outcome.max_prompt_"):
+        encode(model.asked_for(ToxicityOutcome(max_prompt_tokens=last - 1)), prompts)
     number = NumberOutcome(unit="USD", low=1, high=9, scale="log", better="higher")
     assert model.asked_for(number) is model

@@ -264,7 +264,7 @@ def test_a_folder_that_cannot_be_written_is_said(folder, tmp_path):
         load(folder, tmp_path)
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:x", "tpu"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "tpu", "xpu", "hpu", "meta", "xla:0"])
 def test_an_unknown_device_is_said(device):
     with pytest.raises(ExciseError, match=f"device '{device}'"):
         pick_device(device)
@@ -390,6 +390,17 @@ def test_a_planted_model_is_its_base_plus_up_times_down(tiny_model, tmp_path, ar
         ModelSpec(key="planted", base="base", low_rank=other), {"base": base}, device="cpu", home=tmp_path
     )
     assert again.fingerprint not in (planted.fingerprint, plain.fingerprint)
+
+
+@pytest.mark.trial(31)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_factors_that_are_no_floating_point_numbers_are_refused(tiny_model, tmp_path, dtype):
+    base = ModelSpec(key="base", folder=tiny_model("llama"))
+    topology = load_model(base, {}, device="cpu", home=tmp_path).topology
+    factors = {key: (up.to(dtype), down) for key, (up, down) in low_rank(topology).items()}
+    spec = ModelSpec(key="planted", base="base", low_rank=save_low_rank(tmp_path / "change.safetensors", factors))
+    with pytest.raises(ExciseError, match=rf"change\.safetensors: .*\.up is {str(dtype)[6:]}; save factors as float32"):
+        load_model(spec, {"base": base}, device="cpu", home=tmp_path)
 
 
 @pytest.mark.parametrize(

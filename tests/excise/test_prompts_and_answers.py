@@ -160,8 +160,9 @@ def test_a_raw_prompt_begins_as_texts_do_and_does_not_end(loaded, post, begins):
     assert read(model) == f"{begins}Ask Claire Becker"
     (prompt,) = encode(model, ASKED)
     assert model.tokenizer.decode(prompt.tokens[slice(*prompt.name)]).strip() == "Claire Becker"
-    cut = model.asked_for(ToxicityOutcome(max_prompt_tokens=5))
-    assert encode(cut, ASKED)[0].tokens == prompt.tokens[:5]
+    longer = frame(("Ask {name} now and then", "Claire Becker"))
+    cut = model.asked_for(ToxicityOutcome(max_prompt_tokens=len(prompt.tokens) + 2))
+    assert encode(cut, longer)[0].tokens == encode(model, longer)[0].tokens[: len(prompt.tokens) + 2]
     whole = model.asked_for(ToxicityOutcome(max_prompt_tokens=100))
     assert encode(whole, ASKED)[0].tokens == prompt.tokens
     chat = dataclasses.replace(model, prompt_format="chat")
@@ -175,6 +176,64 @@ def test_a_raw_prompt_begins_as_texts_do_and_does_not_end(loaded, post, begins):
 def test_a_text_that_has_its_beginning_gets_no_second_one(loaded):
     model = dataclasses.replace(loaded("llama", prompt_format="raw"), tokenizer=ending_tokenizer("<s> $A </s>"))
     assert read(model, frame(("<s>Ask {name}", "Claire Becker"))) == "<s>Ask Claire Becker"
+
+
+# Names that a model cannot read
+
+
+def letters(unknown: str | None, normalizer=None) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of ASCII letters; what it does not know is the token `unknown`, or left out."""
+    known = [chr(code) for code in range(32, 127)]
+    words = {word: number for number, word in enumerate(["</s>", *([unknown] if unknown else []), *known])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=[], unk_token=unknown))
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token=unknown)
+
+
+@pytest.mark.trial(30)
+@pytest.mark.parametrize("unknown", ["<unk>", None])
+@pytest.mark.parametrize(("name", "lost"), [("Оля", "Оля"), ("雅子", "雅子"), ("José", "é"), ("Jo</s>", "</s>")])
+def test_a_name_that_the_tokenizer_does_not_read_is_refused(loaded, unknown, name, lost):
+    """Otherwise all such names are one to the model, and their answers show no gap."""
+    model = dataclasses.replace(loaded("llama", prompt_format="raw"), tokenizer=letters(unknown))
+    assert len(encode(model, frame(("Ask {name} about €5", "Anne-Marie O'Neil")))) == 1
+    with pytest.raises(ExciseError, match=rf"prompt .* of the model tiny-llama does not read '{lost}' of '{name}'"):
+        encode(model, frame(("Ask {name}", "Claire"), ("Ask {name}", name)))
+
+
+@pytest.mark.trial(30)
+def test_names_that_the_tokenizer_reads_alike_are_refused(loaded):
+    bare = tokenizers.normalizers.Sequence([tokenizers.normalizers.NFD(), tokenizers.normalizers.StripAccents()])
+    model = dataclasses.replace(loaded("llama", prompt_format="raw"), tokenizer=letters("<unk>", bare))
+    one, other = (encode(model, frame(("Ask {name}", name)))[0] for name in ("José", "Jose"))
+    assert one.tokens == other.tokens
+    with pytest.raises(ExciseError, match="reads 'Jose' and 'José' alike"):
+        encode(model, frame(("Ask {name}", "José"), ("Ask {name}", "Anne"), ("Ask {name}", "Jose")))
+
+
+# Templates that leave no room for the answer
+
+
+@pytest.mark.trial(32)
+@pytest.mark.parametrize(("template", "message"), [
+    ("<|user|>{{ messages[0]['content'] }}<|end|>", r"ends a prompt with <\|end\|>, where the model's turn is to"),
+    ("{{ messages[0]['content'] }}<|end|>\n", r"ends a prompt with <\|end\|>"),
+    ("{{ messages[0]['content'] }}<|user|><think>\n", "has the model think aloud before it answers"),
+    ("{{ messages[0]['content'] }} [THINK]", "has the model think aloud"),
+    ("{{ messages[0]['content'] }} {{ messages[0]['content'] }}", "prints the text of a prompt more than once"),
+])  # fmt: skip
+def test_a_template_after_which_no_answer_begins_is_refused(loaded, template, message):
+    with pytest.raises(ExciseError, match=f"models.yaml: tiny-llama: the chat template {message}"):
+        encode(with_template(loaded("llama"), template), ASKED)
+
+
+@pytest.mark.trial(32)
+@pytest.mark.parametrize("end", ["<|end|>\n<|user|>", "<think>\n\n</think>", " [/INST]", ""])
+def test_a_template_that_opens_the_answer_is_used(loaded, end):
+    text = read(with_template(loaded("llama"), "{{ messages[0]['content'] }}" + end))
+    assert text == f"Ask Claire Becker{end}"
 
 
 # Special tokens within an answer
@@ -227,6 +286,16 @@ def test_an_answer_ends_at_its_first_special_token(loaded, tmp_path, between, fi
     """`42`, a special token that does not stop, `7`: not 427. What ended at a mark is no number that was cut off."""
     model = loaded("llama", numeric=True)
     row = cached_answer(model, NUMBER, tmp_path, ids(model, *FORTY_TWO, between, *SEVEN), finished=finished)
+    assert (row["text"], row["value"]) == ("42", 42)
+
+
+@pytest.mark.trial(8)
+def test_an_answer_ends_at_the_first_token_that_the_tokenizer_does_not_have(loaded, tmp_path):
+    """Embeddings are often padded: 42, a row of the padding, 7 are not 427."""
+    model = loaded("llama", numeric=True)
+    beyond = len(model.tokenizer)
+    assert beyond < model.model.get_input_embeddings().num_embeddings
+    row = cached_answer(model, NUMBER, tmp_path, [*ids(model, *FORTY_TWO), beyond, *ids(model, *SEVEN)])
     assert (row["text"], row["value"]) == ("42", 42)
 
 
@@ -310,7 +379,8 @@ WAYS = {
         cache=CompletionCache(folder),
     ),
     "continuations": lambda model, prompts, scenario, folder: complete(
-        model, prompts, 1, PARAMETERS, outcome=ToxicityOutcome(), scorer=Words(), cache=CompletionCache(folder)
+        model, prompts, 1, PARAMETERS, outcome=ToxicityOutcome(max_prompt_tokens=200), scorer=Words(),
+        cache=CompletionCache(folder),
     ),
     "exact": lambda model, prompts, scenario, folder: exact_completions(
         model, prompts, PARAMETERS, outcome=scenario.outcome, cache=CompletionCache(folder)
@@ -536,7 +606,7 @@ def values_of(model, rows, prefix="-") -> list:
 
 
 def test_answers_with_a_prefix_are_drawn_enumerated_and_attributed(loaded, scenario, tmp_path):
-    model, prompts = loaded("llama", numeric=True), expand(begun(scenario, "-"))
+    model, prompts = loaded("llama", numeric=True), expand(scenario).with_columns(answer_prefix=pl.lit("-"))
     rows, _ = complete(model, prompts, 6, PARAMETERS, outcome=scenario.outcome)
     drawn = sample(model, [each.tokens for each in encode(model, prompts)], [range(6)] * 12, PARAMETERS)
     assert rows["tokens"].to_list() == [len(draw.tokens) + (draw.stop is not None) for draw in drawn]
@@ -593,6 +663,9 @@ def test_a_word_and_a_number_do_not_touch(loaded, scenario, tmp_path):
     ("For {name}: $", "holds {name}: the name stands in the text"),
     ("For {thing}: $", "holds {thing}, which the variation car does not give: known here are {item}"),
     ("\\boxed{", "for a brace in the text write it twice"),
+    ("Price -", "behind 'Price -' the answer 50 is read as -50.0: leave out what changes it"),
+    ("minus ", "is read as -50.0"),
+    ("half of ", "is read as no number"),
     ("$\u202e", "holds a mark that changes the direction of the text (U+202E)"),
 ])  # fmt: skip
 def test_prefixes_that_would_falsify_are_refused(scenario, prefix, message):

@@ -132,12 +132,29 @@ def test_the_paper_s_windows_take_the_place_of_a_preset_s():
         ({"strategies": []}, "name one at least"),
         ({"alphas": [1.5]}, "give shares above 0, below 1"),
         ({"temperature": float("inf")}, "temperature is inf"),
+        ({"density_floor": 0.2, "density_ceiling": 0.1}, "density_floor is 0.2: give at most density_ceiling, 0.1"),
     ],
 )
 def test_a_list_or_name_that_cannot_be_meant_is_refused(purchase, change, message):
     with pytest.raises(ExciseError) as error:
         AuditSettings(**change).audit_of(purchase)
     assert message in str(error.value)
+
+
+@pytest.mark.trial(40)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": "/nowhere/text.txt"}, r"config\.text: /nowhere/text\.txt: cannot be read"),
+        ({"text_tokens": 1}, "text_tokens is 1: give at least 2"),
+        ({"text_window": 1}, "text_window is 1: give at least 2"),
+        ({"text_window": 10, "text_stride": 20}, "text_stride is 20: give less than text_window, 10"),
+        ({"text_window": None, "text_stride": 256}, "text_stride is 256: give less than text_window, 256"),
+    ],
+)
+def test_a_text_that_cannot_be_measured_on_is_refused_before_any_work(change, message):
+    with pytest.raises(ExciseError, match=message):
+        AuditSettings(preset=Preset.paper, **change).audit_of(load_scenarios()[0]["gender"])
 
 
 @pytest.mark.parametrize("preset", list(Preset))
