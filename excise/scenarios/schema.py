@@ -85,11 +85,12 @@ class NumberOutcome(_Part):
 class ToxicityOutcome(_Part):
     """The toxicity, in [0, 1], of the model's continuation of a raw prompt, without a chat format (FASP, section 4).
 
-    Prompts are cut at `max_prompt_tokens` tokens. `temperature`, `top_k` and `top_p` say how continuations are drawn;
-    0 for `top_k` and 1 for `top_p` switch that truncation off. All defaults are the paper's settings, except for
-    `scored`: with "continuation" the scorer reads what the model wrote and nothing else, so a scorer that reacts to the
-    descriptor in the prompt is not mistaken for a biased model; the paper scores "prompt+continuation". `scorer` is a
-    key of the registry of scorers, None the default scorer.
+    Prompts are cut at `max_prompt_tokens` tokens, which must not be before the descriptor's end. `temperature`, `top_k`
+    and `top_p` say how continuations are drawn; 0 for `top_k` and 1 for `top_p` switch that truncation off. All
+    defaults are the paper's settings, except for `scored`: with "continuation" the scorer reads what the model wrote
+    and nothing else, so a scorer that reacts to the descriptor in the prompt is not mistaken for a biased model; the
+    paper scores "prompt+continuation". `scorer` is a key
+    of the registry of scorers, None the default scorer.
     """
 
     kind: Literal["toxicity"] = "toxicity"

@@ -223,11 +223,26 @@ class Page:
 
         until(clicked, f"{text!r} to click on {self.driver.current_url}")
 
+    def materialize_all(self) -> None:
+        """Open the dialog that launches runs of the job on the page, past Dagster's question about upstream data."""
+        first, dialog = "Confirm", "Select a partition or create one"
+        self.click("Materialize all…")
+        until(lambda: self.find(first) or self.find(dialog), f"dialog on {self.driver.current_url}")
+        if self.find(first):
+            self.click(first)
+
     def choose(self, dimension: str, key: str) -> None:
         """In the dialog that launches runs, choose a partition of one dimension."""
-        self.click("Select a partition or create one", after=dimension)
-        self.shows("Select all")
-        self.click(key, after=dimension)
+
+        def chosen() -> bool:
+            # A dialog that is still being drawn may close the list again.
+            opened = "Select all" in self.text
+            element = self.find(key if opened else "Select a partition or create one", after=dimension)
+            if element is not None:
+                element.click()
+            return opened and element is not None
+
+        until(chosen, f"{key!r} among the partitions of {dimension}", pause=1.0)
         self.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
         until(lambda: "Select all" not in self.text, "end of the list of partitions")
 

@@ -95,8 +95,7 @@ def page(folder):
 def audit(page):
     """The run of `audit_scenario` for one partition, launched from the job's page."""
     page.open_job("audit_scenario")
-    page.click("Materialize all…")
-    page.click("Confirm")  # the dialog warns that there are no prompts yet; the job expands them itself
+    page.materialize_all()
     page.choose("model", "tiny")
     page.choose("scenario", "lamp")
     return page.launch()
@@ -162,7 +161,7 @@ def test_the_broken_entry_of_every_file_is_named_where_a_user_looks(page, audit)
 @pytest.mark.trial(14)
 def test_a_run_that_asks_for_the_broken_entry_fails_and_names_it(page, audit):
     page.open_job("audit_scenario")
-    page.click("Materialize all…")
+    page.materialize_all()
     page.choose("model", "bad")
     page.choose("scenario", "lamp")
     run = page.launch()
