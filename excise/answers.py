@@ -22,6 +22,8 @@ _BEFORE_BARE_WORD = re.compile(
     r"|between|from|minus|negative)[\W_]+)*",
     re.IGNORECASE,
 )
+_MINUS_BEHIND = re.compile("[-\u2010\u2011\u2013\u2212](?=[^\\w\n\r]*(?:[\n\r]|$))")
+"""Accounts write losses as 500-."""
 _ON_A_SCALE = re.compile(rf"\bscale{BLANK}(?:of|from|between){BLANK}(?:from{BLANK})?$", re.IGNORECASE)
 
 
@@ -189,6 +191,8 @@ def _answer(text: str) -> tuple[Number, str] | None:
         return None
     if len(merged) == 1 and _in_accounting_brackets(merged[0], plain):
         return None
+    if any(_MINUS_BEHIND.match(plain, number.end) for number in rivals):
+        return None
     return [number for number in rivals if number.kind == kind][-1], plain
 
 
@@ -224,7 +228,7 @@ def parse_number(text: str) -> float | None:
         3:1), dates, versions, 24/7, markers of a list counted from 1, labels (Step 1), "on a scale of 1 to 10".
       * Descriptions such as "1600-rated" and ordinals such as "5th" count only if there is no other number.
       * What stands within <think> and </think> or the like is no answer; the one behind it is.
-      * None: fractions and scores (1/2, 8/10), sums, falling ranges (10-5), alternatives (5 or 6), lists (1,2,3),
+      * None: 500- at the end of a line, a loss in accounts; fractions and scores (1/2, 8/10), sums, falling ranges (10-5), alternatives (5 or 6), lists (1,2,3),
         a price beside a count ("2 pairs from $349"), a number alone in brackets (a loss in accounts), "several
         hundred", numbers too large for a double.
     """
