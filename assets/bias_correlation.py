@@ -6,7 +6,15 @@ Every figure is made from the table `head_impacts`; nothing is measured here.
 import dagster as dg
 
 from assets.partitions import Catalogue
-from assets.stage import data_version, model_asset, picture, scenarios_with_results, table_metadata, table_value
+from assets.stage import (
+    data_version,
+    model_asset,
+    nothing_judged,
+    picture,
+    scenarios_with_results,
+    table_metadata,
+    table_value,
+)
 from resources.artifacts import Artifacts
 from resources.tables import TABLES
 from resources.warehouse import Warehouse
@@ -33,6 +41,8 @@ def bias_correlation_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         model = context.partition_key
         impacts = warehouse.read("head_impacts", model=model)
         scenarios, left_out = scenarios_with_results(context, warehouse, impacts, catalogue, made_by="head_impacts")
+        if not scenarios:
+            return nothing_judged(warehouse, "bias_correlation", model, left_out)
         rows = impact_correlations(impacts.filter(pl.col("scenario").is_in(scenarios)))
         rows = rows.select(TABLES["bias_correlation"].names)
         warehouse.replace_partition("bias_correlation", rows, {"model": model})

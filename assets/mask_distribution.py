@@ -9,7 +9,15 @@ import polars as pl
 
 from assets.mask_definitions import require_one_definition
 from assets.partitions import Catalogue
-from assets.stage import data_version, model_asset, picture, scenarios_with_results, table_metadata, table_value
+from assets.stage import (
+    data_version,
+    model_asset,
+    nothing_judged,
+    picture,
+    scenarios_with_results,
+    table_metadata,
+    table_value,
+)
 from excise.strategies import LEVELS
 from resources.artifacts import Artifacts
 from resources.tables import TABLES
@@ -36,6 +44,8 @@ def mask_distribution_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         model = context.partition_key
         masks = warehouse.read("masks", model=model, matched_to=None).filter(pl.col("asset").is_not_null())
         scenarios, left_out = scenarios_with_results(context, warehouse, masks, catalogue, made_by="pruning_masks")
+        if not scenarios:
+            return nothing_judged(warehouse, "mask_distribution", model, left_out)
         masks = masks.filter(pl.col("scenario").is_in(scenarios))
         require_one_definition(masks, again="pruning_masks and cross_context_masks")
         rows = shares(masks)

@@ -9,7 +9,15 @@ import polars as pl
 
 from assets.mask_definitions import require_one_definition
 from assets.partitions import Catalogue
-from assets.stage import data_version, model_asset, picture, scenarios_with_results, table_metadata, table_value
+from assets.stage import (
+    data_version,
+    model_asset,
+    nothing_judged,
+    picture,
+    scenarios_with_results,
+    table_metadata,
+    table_value,
+)
 from excise.strategies import PROMPT_SPECIFIC
 from resources.artifacts import Artifacts
 from resources.tables import TABLES
@@ -38,6 +46,8 @@ def mask_overlap_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             "masks", asset="pruning_masks", model=model, level=PROMPT_SPECIFIC, matched_to=None
         ).select("scenario", "variation", "strategy", "matched_to", "path", "definition").unique()  # fmt: skip
         scenarios, left_out = scenarios_with_results(context, warehouse, masks, catalogue, made_by="pruning_masks")
+        if not scenarios:
+            return nothing_judged(warehouse, "mask_overlap", model, left_out)
         masks = masks.filter(pl.col("scenario").is_in(scenarios))
         require_one_definition(masks, again="pruning_masks")
         definitions = dict(masks.select("strategy", "definition").rows())

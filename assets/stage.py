@@ -96,7 +96,8 @@ def scenarios_with_results(
 ) -> tuple[list[str], dict[str, str]]:
     """The scenarios that have rows, in the catalogue's order, and as metadata those that have none, and why.
 
-    Scenarios without results are named in the log, too. Raises ExciseError when there are no results at all.
+    Scenarios without results are named in the log, too. Raises ExciseError when there are no results at all, unless
+    none can be had as nothing can be judged (`nothing_judged`).
     """
     model, found = context.partition_key, set(rows["scenario"])
     known = [key for key in catalogue.scenarios if key in found]
@@ -104,10 +105,8 @@ def scenarios_with_results(
     checked = warehouse.read("checks", asset="completions", check_name="judged_variations", model=model)
     unjudged = [key for key in lacking if key in set(checked.filter(pl.col("figure") == 0)["scenario"])]
     why = f"no variation of {', '.join(unjudged)} can be judged (check judged_variations of completions)"
-    if not known:
-        told = f"{why}; " if unjudged else ""
-        others = "other scenarios" if unjudged else "its partitions"
-        raise ExciseError(f"no scenario of {model} has results yet; {told}materialize {made_by} of {others} first")
+    if not known and not unjudged:
+        raise ExciseError(f"no scenario of {model} has results yet; materialize {made_by} of its partitions first")
     metadata = {}
     if unmade := [key for key in lacking if key not in unjudged]:
         context.log.info(f"left out, as {made_by} has no results yet: {', '.join(unmade)}")
@@ -120,6 +119,17 @@ def scenarios_with_results(
         context.log.info(f"left out: {why}")
         metadata["scenarios_not_judged"] = ", ".join(unjudged)
     return known, metadata
+
+
+def nothing_judged(
+    warehouse: Warehouse, table: str, model: str, left_out: Mapping[str, str]
+) -> dg.MaterializeResult:  # fmt: skip
+    """The result of an analysis of a model none of whose scenarios can be judged: an empty table that says so."""
+    rows = pl.DataFrame(schema=TABLES[table].schema)
+    warehouse.replace_partition(table, rows, {"model": model})
+    finding = "No variation of any scenario can be judged, so there is nothing to analyse (check judged_variations)."
+    metadata = {**left_out, "finding": finding} | table_metadata(table, rows)
+    return dg.MaterializeResult(metadata=metadata, data_version=data_version(rows))
 
 
 def rows_of(warehouse: Warehouse, table: str, model: str, scenario: str, *, made_by: str) -> pl.DataFrame:

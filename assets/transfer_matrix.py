@@ -12,6 +12,7 @@ from assets.partitions import Catalogue
 from assets.stage import (
     data_version,
     model_asset,
+    nothing_judged,
     picture,
     scenarios_with_results,
     table_metadata,
@@ -45,6 +46,8 @@ def transfer_matrix_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         scenarios, left_out = scenarios_with_results(
             context, warehouse, metrics, catalogue, made_by="evaluation_metrics"
         )
+        if not scenarios:
+            return nothing_judged(warehouse, "transfer_matrix", model, left_out)
         metrics = metrics.filter(pl.col("scenario").is_in(scenarios))
         require_one_definition(metrics, again="pruning_masks and what follows")
         rows = arranged(metrics, list(catalogue.scenarios))

@@ -228,9 +228,9 @@ def parse_number(text: str) -> float | None:
         3:1), dates, versions, 24/7, markers of a list counted from 1, labels (Step 1), "on a scale of 1 to 10".
       * Descriptions such as "1600-rated" and ordinals such as "5th" count only if there is no other number.
       * What stands within <think> and </think> or the like is no answer; the one behind it is.
-      * None: 500- at the end of a line, a loss in accounts; fractions and scores (1/2, 8/10), sums, falling ranges (10-5), alternatives (5 or 6), lists (1,2,3),
-        a price beside a count ("2 pairs from $349"), a number alone in brackets (a loss in accounts), "several
-        hundred", numbers too large for a double.
+      * None: fractions and scores (1/2, 8/10), sums, falling ranges (10-5), alternatives (5 or 6), lists (1,2,3),
+        a price beside a count ("2 pairs from $349"), a number alone in brackets or with a minus behind it (a loss in
+        accounts), "several hundred", numbers too large for a double.
     """
     found = _answer(text)
     return None if found is None else found[0].value + 0.0  # + 0.0 turns -0.0 into 0.0

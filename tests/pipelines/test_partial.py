@@ -248,8 +248,18 @@ def test_a_scenario_alone_goes_through_whether_its_only_variation_can_be_judged_
         street.write("purchase", scenario(things))
         street.paper("--scenarios", "purchase")
         assert "evaluate writer|purchase: done" in street.errors, street.errors
+        assert "analyse writer: done" in street.errors, street.errors
         metrics = street.warehouse.read("metrics", scenario="purchase")
         known = metrics.filter(pl.col("metric") == "gap_mean", pl.col("estimate").is_not_null())
         assert set(known["variation"]) - {"(all)"} == judged
         assert set(street.warehouse.read("pruned_completions", scenario="purchase")["variation"]) == judged
         assert ("cannot be judged" in street.out) == (not judged)
+
+
+def test_analyses_of_a_model_of_which_nothing_can_be_judged_are_empty_and_say_so(open_street):
+    street = open_street(purchase=scenario(TEXTS[:1]))
+    street.paper("--scenarios", "purchase", "--set", "strategies=gap_gradient")
+    assert "analyse writer: done" in street.errors, street.errors
+    assert street.code == 1  # nothing of what was asked for could be computed
+    for table in ("mask_overlap", "mask_distribution", "transfer_matrix"):
+        assert street.warehouse.read(table).is_empty()
