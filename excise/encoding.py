@@ -73,6 +73,7 @@ def encode(loaded: LoadedModel, prompts: pl.DataFrame, *, new_tokens: int = 1) -
     prefixes = prompts["answer_prefix"] if "answer_prefix" in prompts.columns else [""] * prompts.height
     encoded = []
     named: dict[tuple[int, ...], str] = {}
+    no_text = special_tokens(loaded.tokenizer) | {loaded.tokenizer.unk_token_id}
     opening = opening_tokens(loaded.tokenizer) if loaded.prompt_format == "raw" else ()
     for (prompt_id, text, start, end), prefix in zip(prompts.select(columns).iter_rows(), prefixes, strict=True):
         if loaded.prompt_format == "chat":
@@ -89,7 +90,8 @@ def encode(loaded: LoadedModel, prompts: pl.DataFrame, *, new_tokens: int = 1) -
         what = f"prompt {prompt_id} ({_shortened(text)!r})"
         require_positions(loaded, what, len(tokens), new_tokens)
         require_embeddings(loaded, what, tokens)
-        carries = _require_name(loaded, what, whole, (start, end), own, reading["offset_mapping"])
+        offsets = [(0, 0) if token in no_text else at for token, at in zip(own, reading["offset_mapping"], strict=True)]
+        carries = _require_name(loaded, what, whole, (start, end), offsets)
         name = carries[0] + len(before), carries[-1] + 1 + len(before)
         if name[1] > len(tokens):
             raise ExciseError(
@@ -106,20 +108,17 @@ def encode(loaded: LoadedModel, prompts: pl.DataFrame, *, new_tokens: int = 1) -
 
 
 def _require_name(
-    loaded: LoadedModel, what: str, whole: str, place: tuple[int, int], tokens: Sequence[int],
-    offsets: Sequence[tuple[int, int]],
-) -> list[int]:  # fmt: skip
-    """The places of the tokens that carry the name, in ascending order.
+    loaded: LoadedModel, what: str, whole: str, place: tuple[int, int], offsets: Sequence[tuple[int, int]]
+) -> list[int]:
+    """The places of the tokens that carry the name, in ascending order. offsets: of every token; empty of those that
+    are no text.
 
     Raises ExciseError where the tokenizer leaves characters of it out or has no token for them: other names would be
     read alike, and their answers show no gap.
     """
     start, end = place
     carries = [number for number, (low, high) in enumerate(offsets) if low < end and high > start and high > low]
-    no_text = special_tokens(loaded.tokenizer) | {loaded.tokenizer.unk_token_id}
-    known = {
-        character for number in carries if tokens[number] not in no_text for character in range(*offsets[number])
-    }  # fmt: skip
+    known = {character for number in carries for character in range(*offsets[number])}
     lost = [whole[k] for k in range(start, end) if k not in known and not _unseen(whole[k])]
     if lost or not carries:
         raise ExciseError(
