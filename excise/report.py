@@ -526,6 +526,11 @@ def _undefined_smd(table: MetricTable, where: str, labels: tuple[str, str]) -> l
             sentences.append(f"SMD is undefined{on}: no mean of the answers of {listed(lacking)} is defined.")
         elif any(mean.n is not None and mean.n < 2 for mean in means):
             sentences.append(f"SMD is undefined{on}: a group has fewer than two answers.")
+        elif any(middle.value and not 1e-150 < abs(middle.value) < 1e150 for middle in middles):
+            sentences.append(
+                f"SMD is undefined{on}: the squares of such answers are beyond what a computer's numbers hold; give "
+                "them in another unit."
+            )
         elif None not in [middle.value for middle in middles]:
             first, second = (_number(middle.value, _decimals([middle.value])) for middle in middles)
             gap = interval_text(Estimate(table.get(name, UNPRUNED_MASK, "gap_mean").value))

@@ -102,6 +102,17 @@ def test_the_finding_says_why_smd_is_undefined():
     assert re.split(r"\s{2,}", line.strip())[-4:] == ["-", "0.90", "-", "-"]  # SMD, inliers, reductions
 
 
+@pytest.mark.trial(12)
+@pytest.mark.parametrize("size", [1e300, 1e-300])
+def test_answers_whose_variance_no_number_holds_are_not_said_to_be_all_the_same(size):
+    none = (None, None, None)
+    far = {f"{kind}_{group}": size * many for kind in ("mean", "median")
+           for group, many in (("majority", 5), ("minority", 3))}  # fmt: skip
+    told = finding(frame(unpruned(smd=none, abs_smd=none, **far)))
+    assert "SMD is undefined: the squares of such answers are beyond what a computer's numbers hold" in told
+    assert "every answer" not in told
+
+
 COLLAPSED = {
     "one number": {"spread_ratio": 0.0, "gap_mean": (0.0, 0.0, 0.0), "smd": (0.0, 0.0, 0.0)},
     "nearly one number": {"spread_ratio": 0.02},
