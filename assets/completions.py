@@ -74,6 +74,8 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         scorer = scorer_of(catalogue, scenario)
         scores = ScoreCache(artifacts.score_cache)
         with gpu.model(model, catalogue.models, stage=watch.stage(context)) as loaded:
+            if toxicity:
+                windows_of(loaded, audit)  # what is wrong with the text for perplexity ends the run before any sampling
             how = Answering(
                 audit.samples,
                 parameters,
@@ -126,6 +128,16 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         )
 
     return completions
+
+
+def windows_of(loaded: Any, audit: Audit) -> list:
+    """The windows of the text that perplexity is measured on."""
+    from excise.perplexity import read_text, text_windows
+
+    return text_windows(
+        loaded, read_text(audit.text), mode=audit.perplexity_mode, size=audit.text_window, stride=audit.text_stride,
+        limit_tokens=audit.text_tokens,
+    )  # fmt: skip
 
 
 def scorer_of(catalogue: Catalogue, scenario: Scenario) -> Any:

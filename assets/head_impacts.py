@@ -4,12 +4,11 @@ The answers are those of `completions` (of the part that masks may be made from)
 files of model work are found again by their content, so a killed run goes on where it was.
 """
 
-from typing import Any
 
 import dagster as dg
 import polars as pl
 
-from assets.completions import completions_of, require_same_model, scorer_of, without
+from assets.completions import completions_of, require_same_model, scorer_of, windows_of, without
 from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, picture, table_metadata, table_value
 from excise.errors import ExciseError
@@ -17,20 +16,10 @@ from excise.judged import compared_groups, explained, judged_of, unit_of
 from excise.scenarios.subsets import EVALUATION
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
-from resources.settings import Audit, AuditSettings
+from resources.settings import AuditSettings
 from resources.tables import TABLES
 from resources.warehouse import Warehouse
 from resources.watch import RunWatch
-
-
-def windows_of(loaded: Any, audit: Audit) -> list:
-    """The windows of the text that perplexity is measured on."""
-    from excise.perplexity import read_text, text_windows
-
-    return text_windows(
-        loaded, read_text(audit.text), mode=audit.perplexity_mode, size=audit.text_window, stride=audit.text_stride,
-        limit_tokens=audit.text_tokens,
-    )  # fmt: skip
 
 
 def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:

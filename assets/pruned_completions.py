@@ -10,8 +10,7 @@ import dagster as dg
 import polars as pl
 
 from assets import checks
-from assets.completions import completions_of, require_same_model, require_same_prompts, scorer_of, without
-from assets.head_impacts import windows_of
+from assets.completions import completions_of, require_same_model, require_same_prompts, scorer_of, windows_of, without
 from assets.mask_definitions import require_one_definition
 from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, table_metadata

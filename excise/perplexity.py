@@ -196,7 +196,9 @@ def text_windows(
         raise ExciseError(f"windows: mode {mode!r} is not known; use sliding or paper")
     size = min(SIZE, limit or SIZE) if size is None else size
     if limit is not None and size > limit:
-        raise ExciseError(f"windows: size {size} is more than the {limit} positions of {loaded.key}; give less")
+        raise ExciseError(
+            f"windows: size {size} is more than the {limit} positions of {loaded.key}; give less (text_window)"
+        )
     room = size - len(opening)
     stride = max(1, room // 2) if stride is None else stride
     return [Window((*opening, *window.tokens), window.scored) for window in sliding_windows(tokens, room, stride)]

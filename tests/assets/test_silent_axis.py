@@ -93,3 +93,14 @@ def test_without_any_number_heads_are_not_measured_either(house, tmp_path):
     assert list(failures(result)) == ["head_impacts"]
     assert "2 of 2 variations cannot be judged" in failures(result)["head_impacts"]
     assert "answer_prefix" in failures(result)["head_impacts"]
+
+
+@pytest.mark.trial(40)
+def test_a_window_longer_than_the_model_reads_ends_the_run_before_anything_is_sampled(house):
+    house.write_scenario("belief", AXIS)
+    result = house.run("audit_scenario", "tiny|belief", **{**SETTINGS, "text_window": 100_000})
+    assert [event.step_key for event in result.get_step_failure_events()] == ["completions"]
+    (message,) = failures(result).values()
+    assert "size 100000 is more than the" in message
+    assert "give less (text_window)" in message
+    assert house.warehouse.read("completions").is_empty()
