@@ -34,7 +34,7 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         "held out).",
         deps=["completions"],
         uses_model=True,
-        code_version="3",
+        code_version="4",
     )
     def attribution_scores(
         context: dg.AssetExecutionContext,
@@ -45,6 +45,7 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         watch: RunWatch,
     ) -> dg.MaterializeResult:
         from excise.attribution import attribute, scored_places
+        from excise.completions import CompletionCache
         from excise.exact import Answering, as_samples
 
         model, scenario = catalogue.partition(context)
@@ -74,6 +75,7 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                 permutations=audit.relabellings,
                 seed=audit.seed,
                 folder=artifacts.tensors("attribution"),
+                cache=CompletionCache(artifacts.completion_cache),
                 progress=watch.progress(context),
             )
             device = gpu.report(loaded)

@@ -1,25 +1,28 @@
 """The stage `cross_context_masks`: what a scenario's model is pruned of when other scenarios were looked at.
 
 The masks are made of the prompt-specific masks of all other scenarios of the same model (BDB, section 4) and, at the
-level `all_contexts`, of the scenario's own, too; so a partition depends on all partitions of its model. It needs no
-model in memory.
+level `all_contexts`, of the scenario's own, too; so a partition depends on all partitions of its model. Measured paths
+ask the model itself about all of their variations; the others need no model in memory.
 """
 
+from contextlib import ExitStack
 from dataclasses import replace
 
 import dagster as dg
 import polars as pl
 
 from assets import checks
-from assets.completions import completions_of
+from assets.completions import completions_of, require_same_model
 from assets.mask_definitions import require_defined_as
+from assets.measured_paths import PathRows, paths_of
 from assets.partitions import Catalogue
-from assets.pruning_masks import MaskFiles, definition_of, mask_rows
+from assets.pruning_masks import MaskFiles, definition_of, mask_rows, with_none_found
 from assets.stage import data_version, grid_asset, table_metadata, table_value
 from excise.errors import ExciseError
 from excise.strategies import (
     ACROSS,
     ALL_CONTEXTS,
+    MEASURED_PATH,
     OWN_SCENARIO,
     PROMPT_SPECIFIC,
     SourceMask,
@@ -27,6 +30,7 @@ from excise.strategies import (
     build_cross_context_masks,
 )
 from resources.artifacts import Artifacts
+from resources.gpu import GPUResource
 from resources.settings import AuditSettings
 from resources.tables import TABLES
 from resources.warehouse import Warehouse
@@ -41,21 +45,24 @@ def cross_context_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
     @grid_asset(
         catalogue,
         group="pruning",
-        kinds={"numpy", "safetensors"},
+        kinds={"torch", "safetensors"},
         description="The weights or heads every strategy would prune knowing only the other scenarios of the model: "
         "all of them together and, where asked for, each alone; or knowing all scenarios; and random controls of the "
         "same size.",
         deps=[
-            "completions",
+            dg.AssetDep("completions", partition_mapping=catalogue.all_scenarios),
             dg.AssetDep("attribution_scores", partition_mapping=catalogue.all_scenarios),
             dg.AssetDep("pruning_masks", partition_mapping=catalogue.all_scenarios),
         ],
         checks=[checks.spec("mask_density", NAME, catalogue)],
+        uses_model=True,
+        code_version="2",
     )
     def cross_context_masks(
         context: dg.AssetExecutionContext,
         warehouse: Warehouse,
         artifacts: Artifacts,
+        gpu: GPUResource,
         settings: AuditSettings,
         watch: RunWatch,
     ) -> dg.MaterializeResult:
@@ -71,36 +78,46 @@ def cross_context_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         lacking = _lacking(warehouse, model, found, scenario.key, catalogue, strategies)
         for line in lacking:
             context.log.info(f"left out: {line}")
-        files = MaskFiles(artifacts)
+        files, notes = MaskFiles(artifacts), PathRows(NAME, model, scenario.key)
         asked = set(completions["variation"])
-        counted = [
-            row
+        variations = [variation for variation in scenario.variations if variation in asked]
+        sources, counted = _sources(found, artifacts), []
+        with ExitStack() as borrowed:
+            paths = None
+            if any(strategy.selection == MEASURED_PATH for strategy in strategies) and sources:
+                loaded = borrowed.enter_context(gpu.model(model, catalogue.models, stage=watch.stage(context)))
+                require_same_model(completions, loaded.fingerprint, model, scenario.key)
+                progress = watch.progress(context)
+                paths = paths_of(warehouse, artifacts, catalogue, loaded, audit, notes.note, progress)
             for named in build_cross_context_masks(
                 strategies,
-                _sources(found, artifacts),
+                sources,
                 scenario.key,
-                [variation for variation in scenario.variations if variation in asked],
+                variations,
                 per_source=audit.per_source,
                 random_draws=audit.random_draws,
                 seed=audit.seed,
+                paths=paths,
                 progress=watch.progress(context),
-            )
-            for row in mask_rows(
-                named,
-                NAME,
-                model,
-                scenario.key,
-                path=artifacts.relative(files.store(named.mask)),
-                definition=definition_of(named, strategies, audit.seed),
-            )
-        ]
+            ):
+                counted += mask_rows(
+                    named,
+                    NAME,
+                    model,
+                    scenario.key,
+                    path=artifacts.relative(files.store(named.mask)),
+                    definition=definition_of(named, strategies, audit.seed),
+                )
         rows = pl.DataFrame(counted, schema=TABLES["masks"].schema)
-        warehouse.replace_partition("masks", rows, {"asset": NAME, "model": model, "scenario": scenario.key})
+        place = {"asset": NAME, "model": model, "scenario": scenario.key}
+        warehouse.replace_partition("masks", rows, place)
+        warehouse.replace_partition("mask_paths", notes.frame(), place)
         outcome = checks.mask_density(rows, audit.density_floor, audit.density_ceiling)
         if not strategies:
             outcome = checks.Outcome("mask_density", True, checks.WARN, "No strategy is asked for across contexts.")
         elif lacking:
             outcome = replace(outcome, message=" ".join([outcome.message, *(f"Left out: {each}." for each in lacking)]))
+        outcome = with_none_found(outcome, notes)
         checks.record(warehouse, NAME, model, scenario.key, [outcome])
         used = (
             found.filter(pl.col("scenario") != scenario.key)
@@ -133,7 +150,8 @@ def _source_masks(
     strategies: list[Strategy],
     completions: pl.DataFrame,
 ) -> pl.DataFrame:
-    """All scenarios' prompt-specific masks of the strategies, and the scores they come from, in catalogue order.
+    """All scenarios' prompt-specific masks of the strategies, and the scores they come from, in catalogue order; of
+    measured paths the scores alone.
 
     The scenario's own only where a strategy has the level all_contexts. Columns: scenario, variation, strategy, path
     (of the mask), score_path. Raises ExciseError when a strategy has none in its own scenario though it needs that and
@@ -144,36 +162,41 @@ def _source_masks(
     schema = dict.fromkeys(("scenario", "variation", "strategy", "path", "score_path"), pl.String)
     if not strategies:
         return pl.DataFrame(schema=schema)
+    scores = warehouse.read("attribution_files", model=model, scenario=[*others, scenario])
+    measured = [strategy for strategy in strategies if strategy.selection == MEASURED_PATH]
+    combined = [strategy for strategy in strategies if strategy not in measured]
     masks = warehouse.read(
         "masks", asset="pruning_masks", model=model, scenario=[*others, scenario],
         level=[PROMPT_SPECIFIC, OWN_SCENARIO], matched_to=None,
-        strategy=[strategy.key for strategy in strategies],
+        strategy=[strategy.key for strategy in combined],
     ).select("scenario", "variation", "strategy", "path", "definition").unique()  # fmt: skip
+    require_defined_as(masks, combined, again="pruning_masks")
+    by_strategy = pl.DataFrame(
+        [(each.key, each.score) for each in strategies], schema=["strategy", "score"], orient="row"
+    )
+    read_from = scores.select("scenario", "variation", "score", score_path="path")
+    found = masks.join(by_strategy, on="strategy").join(read_from, on=["scenario", "variation", "score"], how="left")
+    lent = by_strategy.filter(pl.col("strategy").is_in([strategy.key for strategy in measured]))
+    found = pl.concat([
+        found.select(schema.keys()),
+        read_from.join(lent, on="score").with_columns(path=pl.lit(None, pl.String)).select(schema.keys()),
+    ])  # fmt: skip
     asked_of_all = [strategy.key for strategy in strategies if ALL_CONTEXTS in strategy.levels]
-    masks = masks.filter((pl.col("scenario") != scenario) | pl.col("strategy").is_in(asked_of_all))
+    found = found.filter((pl.col("scenario") != scenario) | pl.col("strategy").is_in(asked_of_all))
     for key in asked_of_all:
-        own = masks.filter((pl.col("strategy") == key) & (pl.col("scenario") == scenario))
+        own = found.filter((pl.col("strategy") == key) & (pl.col("scenario") == scenario))
         if own.is_empty() and scenario not in _unjudged(warehouse, model):
             raise ExciseError(
                 f"{model}|{scenario} has no masks of {key} yet, which all_contexts needs, too; materialize "
                 "pruning_masks of this partition first, or leave all_contexts out of resources.settings.config.levels"
             )
-    require_defined_as(masks, strategies, again="pruning_masks")
-    scores = warehouse.read("attribution_files", model=model, scenario=masks["scenario"].unique().to_list())
     (own,) = completions["model_fingerprint"].unique()
-    if changed := sorted(set(scores.filter(pl.col("model_fingerprint") != own)["scenario"])):
+    used = scores.filter(pl.col("scenario").is_in(found["scenario"].unique().to_list()))
+    if changed := sorted(set(used.filter(pl.col("model_fingerprint") != own)["scenario"])):
         raise ExciseError(
             f"the masks of {', '.join(changed)} are of another version of model {model} than the completions of "
             f"{model}|{scenario}; materialize completions, attribution_scores and pruning_masks of the older ones again"
         )
-    by_strategy = pl.DataFrame(
-        [(each.key, each.score) for each in strategies], schema=["strategy", "score"], orient="row"
-    )
-    found = masks.join(by_strategy, on="strategy").join(
-        scores.select("scenario", "variation", "score", score_path="path"),
-        on=["scenario", "variation", "score"],
-        how="left",
-    )
     places = {key: place for place, key in enumerate(catalogue.scenarios)}
     ordered = found.sort(pl.col("scenario").replace_strict(places), "strategy", "variation")
     return ordered.select(schema.keys())

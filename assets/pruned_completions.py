@@ -115,7 +115,8 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             rows, asked, how.samples, masked=True, balanced=scorer is None
         )
         if masks.is_empty():
-            nothing = "No variation can be judged, so none is asked under masks (judged_variations of completions)."
+            nothing = "There are no masks: either no variation can be judged (judged_variations of completions), or no "
+            nothing += "mask was found (mask_density of pruning_masks)."
             outcome = replace(outcome, passed=True, message=nothing, unmet=())
         checks.record(warehouse, "pruned_completions", model, scenario.key, [outcome])
         left_out = sorted(set(completions["variation"]) - set(judged_of(completions, scenario)))
@@ -171,6 +172,7 @@ def masks_to_ask(warehouse: Warehouse, model: str, scenario: Scenario, completio
             f"there are masks for {', '.join(sorted(unasked))} of {place}, but no completions; materialize "
             "pruning_masks of this partition again"
         )
-    if own.is_empty() and judged and judged_of(learned, scenario):
+    looked_for = warehouse.read("mask_paths", asset="pruning_masks", model=model, scenario=scenario.key)
+    if own.is_empty() and looked_for.is_empty() and judged and judged_of(learned, scenario):
         raise ExciseError(f"{place} has no masks of its own; materialize pruning_masks of this partition first")
     return masks.filter(pl.col("variation").is_in(judged))

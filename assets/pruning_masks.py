@@ -14,6 +14,7 @@ import polars as pl
 
 from assets import checks
 from assets.completions import completions_of, require_same_model, without
+from assets.measured_paths import PathRows, paths_of
 from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, mistakes, picture, rows_of, table_metadata
 from excise.attribution import AttributionFile
@@ -81,20 +82,23 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             made.append(
                 build_head_masks(of_heads, impacts, variations, random_draws=audit.random_draws, seed=audit.seed)
             )
-        files = MaskFiles(artifacts)
+        files, found = MaskFiles(artifacts), PathRows("pruning_masks", model, scenario.key)
         with gpu.model(model, catalogue.models, stage=watch.stage(context)) as loaded:
             require_same_model(completions, loaded.fingerprint, model, scenario.key)
             if strategies:
+                progress = watch.progress(context)
                 made.append(
                     build_masks(
                         loaded,
                         strategies,
                         attribution_files_of(stored, artifacts),
+                        scenario=scenario.key,
                         random_draws=audit.random_draws,
                         permutations=relabellings,
                         seed=audit.seed,
                         store=files.store,
-                        progress=watch.progress(context),
+                        paths=paths_of(warehouse, artifacts, catalogue, loaded, audit, found.note, progress),
+                        progress=progress,
                     )
                 )
             counted = [
@@ -113,10 +117,12 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         # Rows of a version that did not note the asset would never be replaced.
         warehouse.replace_partition("masks", rows.clear(), {"asset": None, **partition})
         warehouse.replace_partition("masks", rows, {"asset": "pruning_masks", **partition})
+        warehouse.replace_partition("mask_paths", found.frame(), {"asset": "pruning_masks", **partition})
         outcome = checks.mask_density(rows, audit.density_floor, audit.density_ceiling)
         if rows.is_empty() and not judged_of(learned, scenario):
             why = "There are no masks: no variation can be judged (judged_variations of completions)."
             outcome = replace(outcome, message=why)
+        outcome = with_none_found(outcome, found)
         checks.record(warehouse, "pruning_masks", model, scenario.key, [outcome])
         masks = rows.select(*checks.MASK, "mask").unique().height
         metadata = table_metadata("masks", rows) | mistakes(catalogue) | {
@@ -134,6 +140,12 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         )
 
     return pruning_masks
+
+
+def with_none_found(outcome: checks.Outcome, found: PathRows) -> checks.Outcome:
+    """The outcome, with the masks that were looked for in vain: a result, and no fault."""
+    lines = [f"{line}." for line in found.none_found()]
+    return replace(outcome, message=" ".join([outcome.message, *lines])) if lines else outcome
 
 
 class MaskFiles:

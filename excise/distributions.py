@@ -65,6 +65,29 @@ def group_answers(values, probability, name, leftover, sampled=0.0) -> GroupAnsw
     )
 
 
+def tilted(outcomes: np.ndarray, shares: np.ndarray, shift: float, most: float = 20.0) -> np.ndarray:
+    """Shares tilted towards higher or lower outcomes, so that the mean outcome moves by `shift`; float64 [n], sum 1.
+
+    An exponential tilt changes a distribution as little as can be for the shift. Where the outcomes leave too little
+    room, it goes as far as a tilt by `most` per unit of the outcome does.
+    """
+    from scipy.optimize import brentq
+    from scipy.special import softmax
+
+    centred = outcomes - shares @ outcomes
+
+    def tilt(strength: float) -> np.ndarray:
+        return softmax(np.log(np.maximum(shares, 1e-12)) + strength * centred)
+
+    def missing(strength: float) -> float:
+        return tilt(strength) @ centred - shift
+
+    end = math.copysign(most, shift)
+    if shift == 0:
+        return shares
+    return tilt(end if missing(end) * shift < 0 else brentq(missing, 0.0, end))
+
+
 @dataclass(frozen=True)
 class Bounds:
     """Where a quantity lies whatever the leftover answers are."""

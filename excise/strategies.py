@@ -47,9 +47,11 @@ from excise.selection import (
     set_difference_of_count,
     top_of_stream,
 )
+from excise.thresholds import SIGNIFICANCE
 
 if TYPE_CHECKING:
-    from excise.attribution.gap_gradient import GapGradient
+    from excise.gap_free import Asked
+    from excise.measured_path import Budgets, MeasuredPath
 
 BUILT_IN_STRATEGIES = Path(__file__).with_name("strategies.yaml")
 PROMPT_SPECIFIC, WITHIN_CONTEXT, CROSS_CONTEXT = "prompt_specific", "within_context", "cross_context"
@@ -60,6 +62,7 @@ LEVELS = (PROMPT_SPECIFIC, WITHIN_CONTEXT, CROSS_CONTEXT)
 """The levels of BDB, section 4. `all_contexts` is ours: what one would prune knowing everything there is.
 
 `own_scenario`, from all variations together, is the level of scores of whole heads (FASP)."""
+MEASURED_PATH = "measured_path"
 CONTROLS = ("random", "pooled_band", "reversed", "permuted")
 
 HEAD_SCORES = ("head_impacts", "head_perplexity", "head_magnitude", "head_gradient", "head_random")
@@ -75,7 +78,7 @@ _FITS = {
         "set_difference", ("zero_query", "zero_output"), (_FRACTIONS, _COUNTS), {"votes"}, ("global",), CONTROLS,
     ),
     "gap_gradient": (
-        "predicted_drop", ("zero_weights", "zero_output"), (frozenset({"density"}),), {"target"}, ("global",),
+        "measured_path", ("zero_weights", "zero_output"), (frozenset({"density"}),), {"significance"}, ("global",),
         ("random",),
     ),
     "head_impacts": (
@@ -106,7 +109,7 @@ class Strategy(BaseModel):
         "wanda", "snip", "attention", "gap_gradient",
         "head_impacts", "head_perplexity", "head_magnitude", "head_gradient", "head_random",
     ]  # fmt: skip
-    selection: Literal["set_difference", "predicted_drop", "fasp", "lowest"]
+    selection: Literal["set_difference", "measured_path", "fasp", "lowest"]
     scope: Literal["matrix", "row", "global"] | None = None
     ablation: Literal["zero_weights", "zero_query", "zero_output"] | None = None
     reduce: Literal["mean", "max"] = "mean"
@@ -164,7 +167,7 @@ class Strategy(BaseModel):
         # Denser masks of gap_gradient would end where its candidates do, not where they were asked to.
         highest = {"density": 1.0 if self.of_heads else GAP_GRADIENT_KEEP}
         for name, value in self.parameters.items():
-            limit = highest.get(name, math.inf if name in {"target", *_COUNTS} else 1.0)
+            limit = highest.get(name, math.inf if name in _COUNTS else 1.0)
             least = 0 if name in ("k_maj", "tau_maj", "gamma", "paper_ties") else math.ulp(0)
             if not least <= value <= limit:
                 bound = "above" if least else "at least"
@@ -210,13 +213,31 @@ class NamedMask:
 
 @dataclass(frozen=True)
 class SourceMask:
-    """A strategy's prompt-specific mask of another scenario, and the file of the scores it was made from."""
+    """What a scenario lends to others: a strategy's prompt-specific mask, or for a measured path the scores alone."""
 
     scenario: str
     variation: str
     strategy: str
-    mask: Path
+    mask: Path | None
     score: Path | None
+
+
+@dataclass(frozen=True)
+class Paths:
+    """What measured paths are made with.
+
+    loaded: the model. ask: (scenario, variation, significance) -> what was asked about the names that masks are made
+    of (`excise.gap_free.ask`). budgets: what the path may cost. folder: where finished and unfinished paths are kept.
+    note: is told every path, with the strategy's key, its level and the variation it is for ("" for all).
+    """
+
+    loaded: LoadedModel
+    ask: Callable[[str, str, float], Asked]
+    budgets: Budgets
+    seed: int
+    folder: Path
+    note: Callable[[str, str, str, MeasuredPath], None] = lambda strategy, level, variation, path: None
+    progress: Progress = silent
 
 
 def load_strategies(paths: Iterable[Path] = ()) -> Registry[Strategy]:
@@ -291,30 +312,36 @@ def build_masks(
     strategies: Iterable[Strategy],
     files: Iterable[AttributionFile],
     *,
+    scenario: str,
     random_draws: int,
     permutations: int,
     seed: int,
     store: Callable[[Mask], Path],
+    paths: Paths | None = None,
     progress: Progress = silent,
 ) -> Iterator[NamedMask]:
     """Make every strategy's masks and their controls, one at a time.
 
-    files: the attribution files of one model and scenario. store: keeps a mask and returns where, as prompt-specific
+    files: the attribution files of one model and `scenario`. store: keeps a mask and returns where, as prompt-specific
     masks are read again for the within-context level. random_draws and permutations: draws of those controls.
     The within-context mask of a variation combines the other variations' masks as `combine` says: the intersection
-    (BDB, section 4), the union, or what enough of them hold. For `predicted_drop` it is the same selection on the
-    others' summed predictions, as such masks hardly intersect. Cross-context masks: `build_cross_context_masks`.
+    (BDB, section 4), the union, or what enough of them hold. A `measured_path` needs `paths`, and its mask is that of
+    one path for all others together; where no mask closes their gap within the budgets there is none. Cross-context
+    masks: `build_cross_context_masks`.
     """
-    paths = {(file.score, file.variation): file.path for file in files}
+    there = {(file.score, file.variation): file.path for file in files}
     for strategy in strategies:
         if not strategy.of_heads and not _linears(loaded, strategy):
-            there = ", ".join(dict.fromkeys(linear.role for linear in loaded.topology.linears))
-            raise ExciseError(f"strategies: {strategy.key}.roles: {loaded.key} has none of these, it has {there}")
-        variations = [variation for score, variation in paths if score == strategy.score]
-        sources = {variation: paths[strategy.score, variation] for variation in variations}
-        make = _set_difference_masks if strategy.selection == "set_difference" else _predicted_drop_masks
+            known = ", ".join(dict.fromkeys(linear.role for linear in loaded.topology.linears))
+            raise ExciseError(f"strategies: {strategy.key}.roles: {loaded.key} has none of these, it has {known}")
+        variations = [variation for score, variation in there if score == strategy.score]
+        sources = {variation: there[strategy.score, variation] for variation in variations}
+        if strategy.selection == "set_difference":
+            made = _set_difference_masks(loaded, strategy, sources, permutations, store)
+        else:
+            made = _measured_path_masks(strategy, sources, paths, scenario)
         total, done = len(variations) * len(_levels(strategy, variations)), 0
-        for named in make(loaded, strategy, sources, permutations, store):
+        for named in made:
             yield named
             if named.matched_to is None:
                 yield from _random_controls(named, strategy, random_draws, seed)
@@ -395,15 +422,16 @@ def build_cross_context_masks(
     per_source: bool,
     random_draws: int,
     seed: int,
+    paths: Paths | None = None,
     progress: Progress = silent,
 ) -> Iterator[NamedMask]:
     """Masks for the `variations` of `scenario` that need other scenarios (BDB, section 4), and their random controls.
 
-    sources: the prompt-specific masks of all variations of all scenarios, the target's among them. Level
-    `cross_context` combines those of all other scenarios, `cross_context/SCENARIO`, where `per_source` asks for it,
-    those of one, and `all_contexts` the target's own, too; all variations of the target get the same mask. Needs no
-    model. A strategy without a mask in any other scenario has none, and none at the level `all_contexts` without one in
-    the target itself.
+    sources: what all variations of all scenarios lend, the target's among them. Level `cross_context` combines all
+    other scenarios, `cross_context/SCENARIO`, where `per_source` asks for it, takes one, and `all_contexts` the
+    target's own, too; all variations of the target get the same mask. A strategy without a source in any other scenario
+    has no mask, and none at the level `all_contexts` without one in the target itself. paths: as in `build_masks`; the
+    other strategies need no model.
     """
     chosen = [strategy for strategy in strategies if set(ACROSS) & set(strategy.levels)]
     for number, strategy in enumerate(chosen):
@@ -418,8 +446,10 @@ def build_cross_context_masks(
             for source in others:
                 pools.setdefault(f"{CROSS_CONTEXT}/{source.scenario}", []).append(source)
         for level, pool in pools.items():
-            if strategy.selection == "predicted_drop":
-                mask = _predicted_drop_mask(strategy, [read_candidates(source.score) for source in pool])
+            if strategy.selection == MEASURED_PATH:
+                mask = _path_mask(strategy, pool, paths, level, "")
+                if mask is None:
+                    continue
             else:
                 mask = _combined(strategy, [Path(source.mask) for source in pool])
             # A draw serves all variations, as the mask itself does. Single sources are many, so one draw each.
@@ -642,70 +672,56 @@ def _combined(strategy: Strategy, paths: Sequence[Path]) -> Mask:
     return functools.reduce(operation, map(Mask.load, paths))
 
 
-# --- predicted drop --------------------------------------------------------------------------------------------------
+# --- measured path ---------------------------------------------------------------------------------------------------
 
 
-def _predicted_drop_masks(
-    loaded: LoadedModel, strategy: Strategy, sources: Mapping[str, Path], permutations: int, store
+def _measured_path_masks(
+    strategy: Strategy, sources: Mapping[str, Path], paths: Paths | None, scenario: str
 ) -> Iterator[NamedMask]:
-    found = {variation: read_candidates(path) for variation, path in sources.items()}
+    lent = {variation: SourceMask(scenario, variation, strategy.key, None, path) for variation, path in sources.items()}
     for level in _levels(strategy, list(sources)):
         for variation in sources:
             used = [variation] if level == PROMPT_SPECIFIC else [other for other in sources if other != variation]
-            mask = _predicted_drop_mask(strategy, [found[other] for other in used])
-            yield NamedMask(variation, strategy.key, level, None, 0, mask)
+            mask = _path_mask(strategy, [lent[other] for other in used], paths, level, variation)
+            if mask is not None:
+                yield NamedMask(variation, strategy.key, level, None, 0, mask)
 
 
-def _predicted_drop_mask(strategy: Strategy, found: Sequence[GapGradient]) -> Mask:
-    """The mask that is predicted to close the gaps of all `found` variations together.
+def _path_mask(
+    strategy: Strategy, pool: Sequence[SourceMask], paths: Paths | None, level: str, variation: str
+) -> Mask | None:
+    """The mask of one path for all of a pool's variations, or None where no mask closes their gaps."""
+    from excise.measured_path import heads_of, kept_path, weights_of
 
-    Gaps and drops of a variation are in standard deviations of its outcome, so that a variation with no gap to speak of
-    adds little but noise, whatever its unit. A weight that is no candidate in a variation counts there as no drop.
-    """
-    # Where no answer of a group differs from another there is no gradient, and nothing to measure the gap by.
-    found = [each for each in found if each.spread > 0] or found
-    units = [each.spread or 1.0 for each in found]
-    gap = sum(each.disparity / unit for each, unit in zip(found, units, strict=True)) or 1.0
+    if paths is None:
+        raise ExciseError(f"strategies: {strategy.key} makes masks by measuring: give build_masks its paths")
+    significance = strategy.parameters.get("significance", SIGNIFICANCE)
+    asked = [paths.ask(source.scenario, source.variation, significance) for source in pool]
     if strategy.of_heads:
-        if any(each.heads is None for each in found):
+        units = heads_of(paths.loaded)
+        if not units.linears:
             raise ExciseError(
-                f"strategies: {strategy.key}.ablation: {strategy.ablation} needs output projections, and "
-                "the model has none; name a strategy of weights"
+                f"strategies: {strategy.key}.ablation: {strategy.ablation} needs output projections, and the model has "
+                "none; name a strategy of weights"
             )
-        drop = sum(each.heads.drop / (unit * gap) for each, unit in zip(found, units, strict=True))
-        harm = np.mean([each.heads.harm for each in found], axis=0)
-        flat = ({"heads": each.reshape(-1)} for each in (drop, harm))
-        chosen = _best(*flat, float(np.median(harm)), strategy, drop.size)["heads"]
-        return heads_mask(chosen.reshape(drop.shape), strategy.ablation)
-    shapes = {key: shape for key, shape in found[0].shapes.items() if key.split(".")[1] in strategy.roles}
-    index, drop, harm = {}, {}, {}
-    for key in shapes:
-        parts = [each.candidates[key] for each in found]
-        index[key], place = np.unique(np.concatenate([part.index for part in parts]), return_inverse=True)
-        drops = np.concatenate([part.drop / (unit * gap) for part, unit in zip(parts, units, strict=True)])
-        times = np.bincount(place, minlength=len(index[key]))
-        drop[key] = np.bincount(place, drops, len(times))
-        harm[key] = np.bincount(place, np.concatenate([part.harm for part in parts]), len(times)) / np.maximum(times, 1)
-    damping = float(np.mean([each.damping for each in found]))
-    chosen = _best(drop, harm, damping, strategy, sum(math.prod(shape) for shape in shapes.values()))
-    arrays = {}
-    for key, shape in shapes.items():
-        array = np.zeros(math.prod(shape), dtype=bool)
-        array[index[key][chosen[key]]] = True
-        arrays[key] = array.reshape(shape)
-    return Mask.from_arrays(arrays)
+    else:
+        units = weights_of(paths.loaded, strategy.roles, _best_of_all([source.score for source in pool]))
+    found = kept_path(
+        paths.loaded, asked, units, density=strategy.parameters["density"], budgets=paths.budgets, seed=paths.seed,
+        folder=paths.folder, progress=paths.progress,
+        label=f"{strategy.key} {level.replace('_', '-')} {variation}".rstrip(),
+    )  # fmt: skip
+    paths.note(strategy.key, level, variation, found)
+    return found.mask
 
 
-def _best(
-    drop: dict[str, np.ndarray], harm: dict[str, np.ndarray], damping: float, strategy: Strategy, size: int
-) -> dict[str, np.ndarray]:
-    """Best drop / (harm + damping) first, until the density or the drop `target` (share of the gap) is met."""
-    drops, harms = np.concatenate(list(drop.values())), np.concatenate(list(harm.values()))
-    order = np.argsort(-drops / (harms + damping), kind="stable")[: int(strategy.parameters["density"] * size)]
-    order = order[drops[order] > 0]
-    if "target" in strategy.parameters:
-        order = order[: int(np.searchsorted(np.cumsum(drops[order]), strategy.parameters["target"])) + 1]
-    chosen = np.zeros(len(drops), dtype=bool)
-    chosen[order] = True
-    starts = np.cumsum([0, *(len(each) for each in drop.values())])
-    return {key: chosen[starts[i] : starts[i + 1]] for i, key in enumerate(drop)}
+def _best_of_all(files: Sequence[Path]) -> dict[str, np.ndarray]:
+    """Candidates of several variations: as many as of one, from each its own best ones; flat indices by key."""
+    found: dict[str, list[np.ndarray]] = {}
+    for file in files:
+        scores = read_candidates(file)
+        for key, each in scores.candidates.items():
+            worth = each.drop / (each.harm + scores.damping)
+            count = math.ceil(len(worth) / len(files))
+            found.setdefault(key, []).append(each.index[np.argsort(-worth, kind="stable")[:count]])
+    return {key: np.concatenate(parts) for key, parts in found.items()}

@@ -49,15 +49,20 @@ def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappin
 
 
 def load_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Read what `save_tensors` has written. Raises FileNotFoundError where there is no file.
+    """Read the tensors that `save_tensors` has written; raises as `load_with_metadata`."""
+    return load_with_metadata(path)[0]
+
+
+def load_with_metadata(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read what `save_tensors` has written, tensors and metadata. Raises FileNotFoundError where there is no file.
 
     Raises ExciseError, saying whether the file is out of reach or damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path)
+        with safe_open(path, framework="numpy") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -18,7 +18,15 @@ import dagster as dg
 from pydantic import Field
 
 from excise.errors import ExciseError
-from excise.thresholds import INLIER_FLOOR, INLIER_TOLERANCE, PERPLEXITY_BUDGET, Thresholds
+from excise.thresholds import (
+    CHANGE_BUDGET,
+    COMMONEST_BUDGET,
+    INLIER_FLOOR,
+    INLIER_TOLERANCE,
+    PERPLEXITY_BUDGET,
+    SPREAD_FLOOR,
+    Thresholds,
+)
 
 if TYPE_CHECKING:
     from excise.scenarios import Scenario
@@ -55,6 +63,9 @@ class Audit:
     parse_floor: float
     inlier_floor: float
     inlier_tolerance: float
+    spread_floor: float
+    commonest_budget: float
+    change_budget: float
     density_floor: float
     density_ceiling: float
     grid_taus: tuple[float, ...]
@@ -104,6 +115,9 @@ _PAPER = Audit(
     parse_floor=0.9,
     inlier_floor=INLIER_FLOOR,
     inlier_tolerance=INLIER_TOLERANCE,
+    spread_floor=SPREAD_FLOOR,
+    commonest_budget=COMMONEST_BUDGET,
+    change_budget=CHANGE_BUDGET,
     density_floor=0.0,
     density_ceiling=0.2,
     grid_taus=tuple(step / 20 for step in range(1, 11)),
@@ -194,6 +208,15 @@ class AuditSettings(dg.ConfigurableResource):
     )
     inlier_tolerance: float | None = Field(
         default=None, description="a mask and its random control are compared if inlier ratios are at most so far apart"
+    )
+    spread_floor: float | None = Field(
+        default=None, description="least share of its spread that a group's answers keep under a mask"
+    )
+    commonest_budget: float | None = Field(
+        default=None, description="share of all answers by which the commonest one may rise under a mask"
+    )
+    change_budget: float | None = Field(
+        default=None, description="standard deviations that answers may change beyond what closing the gap takes"
     )
     density_floor: float | None = Field(default=None, description="check mask_density: a mask prunes more than this")
     density_ceiling: float | None = Field(default=None, description="check mask_density: a mask prunes at most this")
@@ -288,8 +311,13 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
     possible = temperature == 0 or 1e-6 <= temperature < math.inf
     _require(possible, "temperature", temperature, "give 0, which takes the likeliest token, or at least 1e-6")
     _require(0 < audit.top_p <= 1, "top_p", audit.top_p, "give a share above 0, at most 1")
-    for name in ("parse_floor", "inlier_floor", "inlier_tolerance", "density_floor", "density_ceiling"):
+    for name in (
+        "parse_floor", "inlier_floor", "inlier_tolerance", "spread_floor", "commonest_budget", "density_floor",
+        "density_ceiling",
+    ):  # fmt: skip
         _require(0 <= getattr(audit, name) <= 1, name, getattr(audit, name), "give a share from 0 to 1")
+    change = audit.change_budget
+    _require(0 <= change < math.inf, "change_budget", change, "give standard deviations of at least 0, such as 0.4")
     if audit.variations is not None:
         _require_known("variations", audit.variations, tuple(scenario.variations), f"scenario {scenario.key} has")
     _require_known("levels", audit.levels, LEVELS, "there are")

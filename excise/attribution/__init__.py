@@ -14,7 +14,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ from excise.tensor_files import NO_ROOM, save_tensors
 
 if TYPE_CHECKING:
     from excise.attribution.gap_gradient import GapGradient
+    from excise.completions import CompletionCache
     from excise.tree import AnswerTree
 
 SCORES = ("wanda", "attention", "snip", "gap_gradient")
@@ -39,7 +40,7 @@ OF_VALUES = ("gap_gradient",)
 """Scores that are made of what the answers are worth; the others take any text."""
 PARTS = ".parts"
 """Suffix of the folder beside a file of scores that holds what there is of it while it is made."""
-VERSION = "4"
+VERSION = "5"
 """Part of every file's address; to be raised when a score's computation changes."""
 GAP_GRADIENT_KEEP = 0.01
 """Share of each matrix kept as candidates: far above the densities at which a model survives."""
@@ -71,11 +72,13 @@ def attribute(
     permutations: int,
     seed: int,
     folder: Path,
+    cache: CompletionCache | None = None,
     progress: Progress = silent,
 ) -> list[AttributionFile]:
     """Compute, or find, the scores of every variation in `completions` (the unpruned model's).
 
     scores: names of SCORES. permutations: random relabellings of the names to keep norms for (the `permuted` control).
+    cache: of the answers that `gap_gradient` enumerates.
     Answers of groups that are not compared are left aside. Returns one file per variation and score, in the order of
     `scored_places`, which leaves out what cannot be learned. Raises ExciseError for a score that is not known, where
     the model would now read other prompts than those answered, and for scores that are not finite.
@@ -103,7 +106,7 @@ def attribute(
                     _write_snip(path, loaded, some, rows, comparison, progress, label, parts)
                 else:
                     tensors, metadata = measure[score](
-                        loaded, some, rows, comparison, outcome, permutations, seed, progress, label, parts
+                        loaded, some, rows, comparison, outcome, permutations, seed, progress, label, parts, cache
                     )
                     for tensor in tensors.values():
                         _require_finite(loaded, score, variation, tensor)
@@ -207,16 +210,12 @@ def read_snip(path: Path, key: str, weighting: str) -> np.ndarray:
 
 def read_candidates(path: Path) -> GapGradient:
     """The candidates of a `gap_gradient` file."""
-    from excise.attribution.gap_gradient import Candidates, GapGradient, Heads
+    from excise.attribution.gap_gradient import Candidates, GapGradient
 
     tensors, metadata = _load(path)
-    heads = Heads(tensors.pop("heads/drop"), tensors.pop("heads/harm")) if "heads/drop" in tensors else None
     shapes = {key: tuple(shape) for key, shape in json.loads(metadata["shapes"]).items()}
-    return GapGradient(
-        float(metadata["disparity"]), float(metadata["damping"]),
-        {key: Candidates(*(tensors[f"{key}/{part}"] for part in ("index", "drop", "harm"))) for key in shapes},
-        heads, shapes, float(metadata["spread"]),
-    )  # fmt: skip
+    candidates = {key: Candidates(*(tensors[f"{key}/{part}"] for part in ("index", "drop", "harm"))) for key in shapes}
+    return GapGradient(float(metadata["damping"]), candidates, shapes)
 
 
 def _address(
@@ -293,7 +292,7 @@ def _weightings(prompts, rows, comparison, permutations, seed) -> dict[str, np.n
     return weightings
 
 
-def _input_norms(loaded, prompts, rows, comparison, outcome, permutations, seed, progress, label, parts):
+def _input_norms(loaded, prompts, rows, comparison, outcome, permutations, seed, progress, label, parts, cache):
     from excise.attribution.wanda import input_norms
 
     weightings = _weightings(prompts, rows, comparison, permutations, seed)
@@ -307,7 +306,7 @@ def _input_norms(loaded, prompts, rows, comparison, outcome, permutations, seed,
     }  # fmt: skip
 
 
-def _attention(loaded, prompts, rows, comparison, outcome, permutations, seed, progress, label, parts):
+def _attention(loaded, prompts, rows, comparison, outcome, permutations, seed, progress, label, parts, cache):
     from excise.attribution.attention import attention_to_name
 
     weightings = _weightings(prompts, rows, comparison, permutations, seed)
@@ -348,26 +347,25 @@ def _write_snip(path, loaded, prompts, rows, comparison, progress, label, parts)
     _save_stream(path, {linear.key: (2, *linear.shape) for linear in loaded.topology.linears}, finite())
 
 
-def _gap_gradient(loaded, prompts, rows, comparison, outcome, permutations, seed, progress, label, parts):
-    from excise.attribution.gap_gradient import advantages, gap_gradient
+def _gap_gradient(loaded, prompts, rows, comparison, outcome, permutations, seed, progress, label, parts, cache):
+    from excise.attribution.gap_gradient import gap_gradient
+    from excise.gap_free import ask
     from excise.sampling import SamplingParameters
 
-    values = rows["value"].cast(pl.Float64).fill_null(math.nan).to_numpy()
-    if outcome.kind == "number" and outcome.scale == "log":
-        values = np.log(np.where(values > 0, values, math.nan))
-    groups = rows["group"].to_numpy()
-    weight, disparity = advantages(values, groups, comparison.majority, comparison.minority)
-    share = rows.select((1 / pl.len().over("prompt_id")).alias("share"))["share"].to_numpy()
-    trunk, trees, _ = _trees(loaded, prompts, rows, np.stack([weight, share], axis=1))
-    parameters = SamplingParameters(**json.loads(rows["parameters"][0]))
-    roles = tuple(dict.fromkeys(linear.role for linear in loaded.topology.linears))
+    asked = ask(
+        loaded, prompts, rows, place=rows["variation"][0], comparison=comparison, outcome=outcome, significance=1.0,
+        seed=seed, cache=cache,
+    )  # fmt: skip
+    trees = [
+        replace(name.tree, edge_visits=np.stack([each @ name.paths for each in (name.own - name.target, name.own)], 1))
+        for name in asked.names
+    ]
     found = gap_gradient(
         loaded,
-        trunk,
+        asked.trunk,
         trees,
-        disparity,
-        parameters,
-        roles=roles,
+        SamplingParameters(**json.loads(rows["parameters"][0])),
+        roles=tuple(dict.fromkeys(linear.role for linear in loaded.topology.linears)),
         keep=GAP_GRADIENT_KEEP,
         seed=seed,
         progress=progress,
@@ -377,14 +375,7 @@ def _gap_gradient(loaded, prompts, rows, comparison, outcome, permutations, seed
     tensors = {}
     for key, each in found.candidates.items():
         tensors |= {f"{key}/index": each.index, f"{key}/drop": each.drop, f"{key}/harm": each.harm}
-    if found.heads is not None:
-        tensors |= {"heads/drop": found.heads.drop, "heads/harm": found.heads.harm}
-    within = [values[(groups == group) & np.isfinite(values)] for group in (comparison.majority, comparison.minority)]
-    spread = float(np.sqrt(np.mean([each.var() for each in within])))
-    return tensors, {
-        "disparity": repr(float(found.disparity)), "damping": repr(float(found.damping)), "spread": repr(spread),
-        "shapes": json.dumps(found.shapes),
-    }  # fmt: skip
+    return tensors, {"damping": repr(float(found.damping)), "shapes": json.dumps(found.shapes)}
 
 
 def _require_finite(loaded: LoadedModel, score: str, variation: str, scores: np.ndarray) -> None:

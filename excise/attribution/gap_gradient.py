@@ -1,9 +1,10 @@
-"""`gap_gradient`: which weights produce the gap, and what would removing them cost?
+"""`gap_gradient`: which weights would bring the answers nearer to those without the gap, and at what cost?
 
-A strategy of this project, not of the papers. With the answers already drawn, the gradient of the disparity follows
-from the score function: dD/dW = sum_n a_n d log p(answer_n)/dW. Zeroing a weight is predicted to change the gap by
-W dD/dW and the answers' distribution by a divergence of 1/2 W^2 F, with F the diagonal Fisher information. What ranks
-high removes much gap for little divergence. Turning a ranking into a mask belongs to `excise.strategies`.
+A strategy of this project, not of the papers. With the unedited model's answers and the gap-free ones of
+`excise.gap_free`, the gradient of the divergence between them follows from the score function: dL/dW = sum_n a_n
+d log p(answer_n)/dW, a_n an answer's own probability less its gap-free one. Zeroing a weight is predicted to lower it
+by W dL/dW, and to change the answers' distribution by a divergence of 1/2 W^2 F, F the diagonal Fisher information.
+Here each matrix' best weights are kept as candidates; which of them become a mask is `excise.measured_path`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ MEDIAN_SAMPLE = 1 << 20
 
 @dataclass(frozen=True)
 class Candidates:
-    """The best weights of a matrix: flat index int64 [n], predicted drop of the gap and divergence, float32 [n]."""
+    """The best weights of a matrix: flat index int64 [n], predicted fall of the divergence from the gap-free answers
+    and divergence that zeroing one costs, float32 [n]."""
 
     index: np.ndarray
     drop: np.ndarray
@@ -43,50 +45,18 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class Heads:
-    """For every head, removed at the input of the output projection: predicted drop and divergence, [layers, heads]."""
-
-    drop: np.ndarray
-    harm: np.ndarray
-
-
-@dataclass(frozen=True)
 class GapGradient:
-    """Candidates per matrix, the measured disparity they refer to, and lambda, the median divergence of a weight.
+    """Candidates per matrix, and the median divergence of a weight. shapes: (out, in) of every scored matrix."""
 
-    heads is None where the output projections are not among the roles. shapes: (out, in) of every scored matrix.
-    spread: standard deviation of the outcome within groups, which makes disparities of several variations comparable.
-    """
-
-    disparity: float
     damping: float
     candidates: dict[str, Candidates]
-    heads: Heads | None
     shapes: dict[str, tuple[int, int]]
-    spread: float = 1.0
-
-
-def advantages(outcomes: np.ndarray, groups: np.ndarray, majority: str, minority: str) -> tuple[np.ndarray, float]:
-    """Weights a_n of the score function, and the disparity D = mean outcome of the majority less that of the minority.
-
-    outcomes: float [N], NaN where the answer was not parsed (weight 0). groups: str [N]. a_n = +-(f_n - group mean) /
-    group size, so that D's gradient is sum_n a_n d log p(answer_n); subtracting the mean leaves it unbiased and less
-    noisy.
-    """
-    weights = np.zeros(len(outcomes))
-    means = {}
-    for group, sign in ((majority, 1.0), (minority, -1.0)):
-        members = (groups == group) & ~np.isnan(outcomes)
-        means[group] = float(outcomes[members].mean())
-        weights[members] = sign * (outcomes[members] - means[group]) / members.sum()
-    return weights, means[majority] - means[minority]
 
 
 def gap_gradient(
     loaded: LoadedModel,
     trunk: Sequence[int],
     trees: Sequence[AnswerTree],
-    disparity: float,
     parameters: SamplingParameters,
     *,
     roles: Sequence[str],
@@ -100,9 +70,8 @@ def gap_gradient(
 ) -> GapGradient:
     """Score every weight of the given roles.
 
-    trees: one per prompt; their weightings are (advantage, share of the prompts' answers), so edges carry sums of a_n
-    and the probability with which an answer drawn here takes them. disparity: D in the units of the outcome the
-    advantages were made of. keep: share of each matrix to keep as candidates, best first.
+    trees: one per prompt; their weightings are (a_n, share of the prompt's answers), so edges carry sums of a_n and the
+    probability with which an answer takes them. keep: share of each matrix to keep as candidates, best first.
     Fisher: each batch of prompts gets a random sign per edge of its answer trees; the square of the signed gradient,
     summed over batches, estimates the mean squared gradient of log p per answer. Smaller batches estimate it better.
     layers_at_once: the gradients of so many layers are held, and the trees pass through the model once per so many;
@@ -122,21 +91,15 @@ def gap_gradient(
         median = _median_harm(loaded, linears, sampled, sums, len(trees)) if first else damping
         found = {"damping": np.array(median)}
         for linear in block:
-            found |= _best(loaded, linear, sums, disparity, len(trees), keep, median)
+            found |= _best(loaded, linear, sums, len(trees), keep, median)
         return found
 
     candidates: dict[str, Candidates] = {}
-    heads = Heads(*np.zeros((2, loaded.topology.layers, loaded.topology.heads), dtype=np.float32))
     for block, found in block_by_block(some, len(trees), best_of, parts, progress, label):
         damping = found["damping"].item()
         for linear in block:
             candidates[linear.key] = Candidates(*(found[f"{linear.key}/{name}"] for name in ("index", "drop", "harm")))
-            if linear.role == "o":
-                heads.drop[linear.layer], heads.harm[linear.layer] = found[f"{linear.key}/heads"]
-    return GapGradient(
-        abs(disparity), damping, candidates, heads if "o" in roles else None,
-        {linear.key: linear.shape for linear in linears},
-    )  # fmt: skip
+    return GapGradient(damping, candidates, {linear.key: linear.shape for linear in linears})
 
 
 def _sums(
@@ -145,8 +108,8 @@ def _sums(
     report: Callable[[int], None], parts: Parts, part: str,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Sums over batches, float32, by name: "gradient/M" and "fisher/M" of every module M of a block in its parameter's
-    layout; "heads/K" [heads], the Fisher information of each head's removal, of an output projection K; and
-    "sampled/K" [n], that of the weights of any matrix K at the places `looked_at`, flat indices of its logical shape.
+    layout; and "sampled/K" [n], the Fisher information of the weights of any matrix K at the places `looked_at`, flat
+    indices of its logical shape.
     """
     own = {linear.key for linear in block}
     by_module: dict[str, list[Linear]] = {}
@@ -161,8 +124,6 @@ def _sums(
             if name not in sums:
                 sums[name] = torch.zeros(loaded.model.get_submodule(linear.module).weight.shape)
             sums[name] = sums[name].to(linear.device(loaded.model))
-        if linear.role == "o":
-            sums.setdefault(f"heads/{linear.key}", torch.zeros(loaded.topology.heads))
     for key, places in looked_at.items():
         sums.setdefault(f"sampled/{key}", torch.zeros(len(places)))
     signs = np.random.default_rng(seed)
@@ -180,9 +141,9 @@ def _sums(
                 # Score vectors of different draws are uncorrelated at an edge, so signs per edge with the square root
                 # of its frequency have the same expected square as signs per answer.
                 signed = (score * sign.float().to(score.device) * visits[:, 1].clamp(min=0).sqrt()).sum()
-                _add("fisher", loaded, by_module, looked_at, calls, output_gradients(signed, calls, again=True), sums)
+                _add("fisher", by_module, looked_at, calls, output_gradients(signed, calls, again=True), sums)
                 deltas = output_gradients((score * visits[:, 0]).sum(), of_block)
-                _add("gradient", loaded, by_module, looked_at, calls, deltas, sums)
+                _add("gradient", by_module, looked_at, calls, deltas, sums)
             for each in calls.values():
                 each.clear()
             done = min(start + batch, len(trees))
@@ -193,8 +154,8 @@ def _sums(
 
 @torch.no_grad()
 def _add(
-    kind: str, loaded: LoadedModel, by_module: Mapping[str, Sequence[Linear]], looked_at: Mapping[str, torch.Tensor],
-    calls: Calls, deltas: dict[str, list[torch.Tensor]], sums: dict[str, torch.Tensor],
+    kind: str, by_module: Mapping[str, Sequence[Linear]], looked_at: Mapping[str, torch.Tensor], calls: Calls,
+    deltas: dict[str, list[torch.Tensor]], sums: dict[str, torch.Tensor],
 ) -> None:  # fmt: skip
     """Add a batch to `_sums`: its gradient, or the square of that as Fisher information."""
     for module in list(deltas):
@@ -202,9 +163,6 @@ def _add(
         linears = by_module[module]
         piece = sum(weight_gradient(linears[0], *pair) for pair in pairs)
         if kind == "fisher":
-            for linear in linears:
-                if f"heads/{linear.key}" in sums:
-                    sums[f"heads/{linear.key}"] += _by_head(loaded, linear, linear.of(piece)).square().cpu()
             piece.square_()
             for linear in linears:
                 if linear.key in looked_at:
@@ -212,12 +170,6 @@ def _add(
                     sums[f"sampled/{linear.key}"] += linear.of(piece).reshape(-1)[places].cpu()
         if f"{kind}/{module}" in sums:
             sums[f"{kind}/{module}"] += piece
-
-
-def _by_head(loaded: LoadedModel, linear: Linear, gradient: torch.Tensor) -> torch.Tensor:
-    """W dD/dW of an output projection summed over each head's columns, [heads]."""
-    weight = linear.weight(loaded.model).detach().to(gradient.device).float()
-    return (weight * gradient).sum(dim=0).reshape(loaded.topology.heads, -1).sum(dim=1)
 
 
 def _sampled_places(linears: Sequence[Linear], seed: int) -> dict[str, torch.Tensor]:
@@ -251,13 +203,15 @@ def _edge_scores(
     position, edge = torch.unique(packed.edges[:, :2].T, dim=1, return_inverse=True)
     position, edge, token = (each.to(loaded.device) for each in (position, edge, packed.edges[:, 2]))
     scores = logits_of(loaded, hidden[position[0], position[1]]) / (parameters.temperature or 1.0)
-    allowed = _truncated_set(scores.detach(), parameters)
+    allowed = truncated_set(scores.detach(), parameters)
     allowed[edge, token] = True
     return torch.log_softmax(scores.masked_fill(~allowed, -torch.inf), dim=1)[edge, token]
 
 
-def _truncated_set(scores: torch.Tensor, parameters: SamplingParameters) -> torch.Tensor:
-    """Which tokens top-k and top-p leave, bool like scores."""
+def truncated_set(scores: torch.Tensor, parameters: SamplingParameters) -> torch.Tensor:
+    """Which tokens top-k and top-p leave, bool like scores [rows, vocabulary]; at temperature 0 the likeliest one."""
+    if not parameters.temperature:
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.argmax(dim=1, keepdim=True), True)
     allowed = torch.ones_like(scores, dtype=torch.bool)
     if parameters.top_k and parameters.top_k < scores.shape[1]:
         allowed = scores >= scores.topk(parameters.top_k, dim=1).values[:, -1:]
@@ -269,17 +223,14 @@ def _truncated_set(scores: torch.Tensor, parameters: SamplingParameters) -> torc
 
 
 def _best(
-    loaded: LoadedModel, linear: Linear, sums: dict[str, torch.Tensor], disparity: float, sequences: int, keep: float,
-    damping: float,
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """The candidates of a matrix under "K/index", "K/drop" and "K/harm"; of an output projection also "K/heads", drop
-    and divergence of each head, [2, heads]."""
+    loaded: LoadedModel, linear: Linear, sums: dict[str, torch.Tensor], sequences: int, keep: float, damping: float
+) -> dict[str, np.ndarray]:
+    """The candidates of a matrix under "K/index", "K/drop" and "K/harm"."""
     weight = linear.weight(loaded.model).detach().float().cpu().reshape(linear.shape)
     gradient, fisher = (
         linear.of(sums[f"{name}/{linear.module}"]).cpu().reshape(linear.shape) for name in ("gradient", "fisher")
     )
-    # Zeroing W changes D by -W dD/dW; a drop of |D| is what counts.
-    drop = (np.sign(disparity) * weight * gradient).flatten().numpy()
+    drop = (weight * gradient).flatten().numpy()
     harm = (0.5 * weight.square() * fisher / sequences).flatten().numpy()
     # Where nothing is harmed and no divergence is usual, any drop is free, and none is worth nothing.
     free = np.where(drop > 0, np.inf, 0.0).astype(drop.dtype)
@@ -287,7 +238,4 @@ def _best(
     count = min(max(1, int(keep * score.size)), int((score > 0).sum()))
     index = np.sort(np.argpartition(score, -count)[-count:]) if count else np.zeros(0, dtype=np.int64)
     found = {"index": index.astype(np.int64), "drop": drop[index], "harm": harm[index]}
-    if linear.role == "o":
-        by_head = np.sign(disparity) * _by_head(loaded, linear, gradient).numpy()
-        found["heads"] = np.stack([by_head, (0.5 * sums[f"heads/{linear.key}"] / sequences).numpy()])
     return {f"{linear.key}/{name}": each for name, each in found.items()}

@@ -41,8 +41,8 @@ def score(name, model, prompts, progress=lambda *told: None, own=None) -> dict[s
     if name == "snip":
         answers = [(prompt.tokens[length:], (*tokens, 1)) for prompt in encoded for tokens, _ in ANSWERS[:1]]
         return dict(snip(model, trunk, answers, np.tile(np.abs(WEIGHTS[:1]), (5, 1)), roles=ROLES, **options))
-    found = gap_gradient(model, trunk, trees, 1.0, PARAMETERS, roles=ROLES, keep=0.1, seed=0, **options)
-    arrays = {"damping": np.array(found.damping), "heads": np.stack([found.heads.drop, found.heads.harm])}
+    found = gap_gradient(model, trunk, trees, PARAMETERS, roles=ROLES, keep=0.1, seed=0, **options)
+    arrays = {"damping": np.array(found.damping)}
     for key, each in found.candidates.items():
         arrays |= {f"{key} index": each.index, f"{key} drop": each.drop, f"{key} harm": each.harm}
     return arrays

@@ -266,10 +266,10 @@ def test_an_empty_file_changes_nothing(tmp_path, content):
 
 def test_numbers_are_what_they_look_like(tmp_path):
     text = (
-        "a: {score: gap_gradient, selection: predicted_drop, roles: [q], parameters: {density: 1e-3, target: 1_0.5}}\n"
+        "a: {score: gap_gradient, selection: measured_path, roles: [q], parameters: {density: 1e-3, significance: 0_0.5}}\n"
     )
     strategies = load_strategies([write(tmp_path / "strategies.yaml", "\ufeff" + text)])
-    assert strategies["a"].parameters == {"density": 0.001, "target": 10.5}
+    assert strategies["a"].parameters == {"density": 0.001, "significance": 0.5}
     yes = write(tmp_path / "yes.yaml", text.replace("1e-3", "yes"))
     assert "a.parameters.density: is true, not a number" in refusal(load_strategies([yes]), "a")
 
@@ -296,14 +296,14 @@ def test_new_thresholds_alone_are_merged_into_the_built_in_strategy(tmp_path):
         tmp_path / "strategies.yaml",
         "set_difference: {parameters: {tau_min: .1, tau_maj: .05}}\ngap_gradient: {parameters: {density: 1e-4}}\n"
         "attention_heads: {parameters: {k_min: 40, k_maj: 5}, controls: [random]}\nsnip: {enabled: true}\n"
-        f"attention_heads_removed: {{{WEIGHTS}}}\ngap_gradient_heads: {{parameters: {{target: null}}}}\n",
+        f"attention_heads_removed: {{{WEIGHTS}}}\ngap_gradient_heads: {{parameters: {{significance: null}}}}\n",
     )
     strategies, before = load_strategies([path]), load_strategies()
     assert not strategies.problems
     assert strategies["set_difference"] == before["set_difference"].model_copy(
         update={"parameters": {"tau_min": 0.1, "tau_maj": 0.05}}
     )
-    assert strategies["gap_gradient"].parameters == {"density": 0.0001, "target": 1.5}
+    assert strategies["gap_gradient"].parameters == {"density": 0.0001, "significance": 0.05}
     assert strategies["attention_heads"].parameters == {"k_min": 40, "k_maj": 5}
     assert strategies["attention_heads"].controls == ("random",)
     assert strategies["attention_heads"].ablation == "zero_query"

@@ -5,13 +5,17 @@ import polars as pl
 import pytest
 import yaml
 
+from excise import measured_path
+from excise import strategies as strategies_module
 from excise.attribution import attribute, read_attention, read_candidates, read_norms, read_snip
 from excise.completions import complete
 from excise.errors import ExciseError
+from excise.gap_free import ask
 from excise.masks import Mask, intersection, union
 from excise.sampling import SamplingParameters
 from excise.scenarios import Variation, expand
 from excise.strategies import (
+    Paths,
     SourceMask,
     Strategy,
     build_cross_context_masks,
@@ -30,7 +34,12 @@ SOUND = {
     "roles": ["q", "up"],
 }
 HEADS = {"score": "attention", "selection": "set_difference", "parameters": {"k_min": 4, "k_maj": 2}}
-OURS = {"score": "gap_gradient", "selection": "predicted_drop", "parameters": {"density": 0.001}, "roles": ["q", "up"]}
+OURS = {
+    "score": "gap_gradient",
+    "selection": "measured_path",
+    "parameters": {"density": 0.005, "significance": 1},
+    "roles": ["q", "up"],
+}
 
 
 def write(path, entries):
@@ -101,7 +110,7 @@ def test_a_user_s_file_adds_and_replaces(tmp_path):
         (SOUND | {"parameters": {"tau_min": "much", "tau_maj": 0.2}}, ["mine.parameters.tau_min"]),
         (SOUND | {"score": "gap_gradient"}, ["mine", "set_difference does not work on score gap_gradient"]),
         (OURS | {"controls": ["reversed"]}, ["mine", "reversed do not exist for score gap_gradient"]),
-        (OURS | {"parameters": {"density": 0.001, "target": 0}}, ["mine", "parameters.target is 0"]),
+        (OURS | {"parameters": {"density": 0.001, "significance": 0}}, ["mine", "parameters.significance is 0"]),
         (OURS | {"parameters": {"density": 0.05}}, ["mine", "parameters.density is 0.05", "0.01"]),
         (SOUND | {"key": "other"}, ["mine", "key"]),
         ("set_difference", ["mine", "fields"]),
@@ -149,6 +158,7 @@ def test_a_file_that_is_no_list_of_strategies_is_said(tmp_path, text, words):
 # Masks
 
 SEED, DRAWS, PERMUTATIONS = 7, 3, 2
+ANYTHING = measured_path.Budgets(spread=-10.0, commonest=1.0, change=100.0, least_closed=-100.0)
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +170,8 @@ def three_items(scenario):
 
 
 @pytest.fixture(scope="module")
-def attributed(loaded, three_items, tmp_path_factory):
-    """`attributed(architecture)`: a model and its attribution files of three items."""
+def answered(loaded, three_items):
+    """`answered(architecture)`: a model and its answers about three items."""
     made = {}
 
     def make(architecture):
@@ -171,6 +181,20 @@ def attributed(loaded, three_items, tmp_path_factory):
             rows, _ = complete(model, expand(three_items), 6, parameters, outcome=three_items.outcome)
             if architecture != "llama":  # random models say no numbers; any value will do
                 rows = rows.with_columns(value=pl.col("token_ids").list.sum().cast(pl.Float64))
+            made[architecture] = model, rows
+        return made[architecture]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def attributed(answered, three_items, tmp_path_factory):
+    """`attributed(architecture)`: a model and its attribution files of three items."""
+    made = {}
+
+    def make(architecture):
+        if architecture not in made:
+            model, rows = answered(architecture)
             scores, folder = ["wanda", "attention", "snip", "gap_gradient"], tmp_path_factory.mktemp("scores")
             made[architecture] = model, scored(three_items, model, rows, scores, folder)
         return made[architecture]
@@ -194,7 +218,36 @@ def scored(scenario, model, rows, scores, folder):
 
 
 @pytest.fixture
-def build(attributed, tmp_path):
+def paths(answered, three_items, tmp_path):
+    """`paths("llama")`: what measured paths need; budgets that any mask keeps. noted: (strategy, level, variation)."""
+
+    def make(architecture, budgets=ANYTHING, noted=None, sources=None):
+        model, rows = answered(architecture)
+
+        def asked(scenario, variation, significance):
+            if sources is not None:
+                sources.append((scenario, variation, significance))
+            return ask(
+                model, expand(three_items), rows.filter(pl.col("variation") == variation), place=variation,
+                comparison=three_items.comparison, outcome=three_items.outcome, significance=significance, seed=0,
+            )  # fmt: skip
+
+        def note(*told):
+            if noted is not None:
+                noted.append(told)
+
+        return Paths(model, asked, budgets, SEED, tmp_path / "paths", note)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def short_paths(monkeypatch):
+    monkeypatch.setattr(measured_path, "STEPS", 4)
+
+
+@pytest.fixture
+def build(attributed, paths, tmp_path):
     """`build("llama", strategy)`: all masks, each through a file as in a real run."""
 
     def run(architecture, *strategies, files=None, **options):
@@ -207,7 +260,8 @@ def build(attributed, tmp_path):
             stored.append(path)
             return path
 
-        options = {"random_draws": DRAWS, "permutations": PERMUTATIONS, "seed": SEED} | options
+        options = {"random_draws": DRAWS, "permutations": PERMUTATIONS, "seed": SEED, "scenario": "purchase"} | options
+        options = {"paths": paths(architecture)} | options
         return list(build_masks(model, strategies, every if files is None else files, store=store, **options))
 
     return run
@@ -274,7 +328,10 @@ def test_set_difference_masks_and_their_controls_are_those_of_sorting_by_hand(bu
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
 @pytest.mark.parametrize("own", ["set_difference", "gap_gradient"])
 def test_a_control_has_exactly_as_many_weights_in_every_matrix(build, architecture, own):
-    masks = build(architecture, load_strategies()[own])
+    chosen = load_strategies()[own]
+    if own == "gap_gradient":
+        chosen = chosen.model_copy(update={"parameters": {"significance": 1.0, "density": 0.01}})
+    masks = build(architecture, chosen)
     owners = {(each.variation, each.level): each for each in masks if each.matched_to is None}
     controls = [each for each in masks if each.matched_to is not None]
     assert {each.strategy for each in owners.values()} == {own}
@@ -332,80 +389,71 @@ def test_levels_can_be_left_out(build, attributed):
     _, files = attributed("llama")
     alone = build("llama", strategy(), files=[file for file in files if file.variation == "car"])
     assert {each.level for each in alone} == {"prompt_specific"}
-    ours = build("llama", load_strategies()["gap_gradient"], files=[file for file in files if file.variation == "car"])
+    ours = build("llama", Strategy(key="ours", **OURS), files=[file for file in files if file.variation == "car"])
     assert {(each.variation, each.level) for each in ours} == {("car", "prompt_specific")}
 
 
 def test_progress_counts_every_mask_to_its_end(build):
     seen = []
-    build("llama", strategy(), load_strategies()["gap_gradient"], progress=lambda *each: seen.append(each))
-    assert seen == [(f"masks {key}", done, 6) for key in ("mine", "gap_gradient") for done in range(1, 7)]
+    build("llama", strategy(), Strategy(key="ours", **OURS), progress=lambda *each: seen.append(each))
+    assert seen == [(f"masks {key}", done, 6) for key in ("mine", "ours") for done in range(1, 7)]
 
 
 # gap_gradient
 
 
-def best_by_hand(files, variations, roles, density, sizes, target=None) -> dict[str, set[int]]:
-    """The highest drop / (harm + lambda) over all matrices; gaps and drops in spreads, as shares of all gaps."""
-    drops, harms, lambdas = {}, {}, []
-    every = {file.variation: read_candidates(file.path) for file in files if file.score == "gap_gradient"}
-    gap = sum(every[variation].disparity / every[variation].spread for variation in variations)
-    for variation in variations:
-        found = every[variation]
-        lambdas.append(found.damping)
-        for key, each in found.candidates.items():
-            if key.split(".")[1] in roles:
-                for index, drop, harm in zip(each.index, each.drop, each.harm, strict=True):
-                    drops.setdefault((key, int(index)), []).append(float(drop) / found.spread / gap)
-                    harms.setdefault((key, int(index)), []).append(float(harm))
-    damping = np.mean(lambdas)
-    shares = {place: sum(some) for place, some in drops.items()}
-    ranking = sorted(shares, key=lambda place: -shares[place] / (np.mean(harms[place]) + damping))
-    ranking = ranking[: int(density * sum(sizes.values()))]
-    if target is not None:
-        total = 0.0
-        for count, place in enumerate(ranking, 1):
-            total += shares[place]
-            if total >= target:
-                ranking = ranking[:count]
-                break
-    chosen = {key: set() for key in sizes}
-    for key, index in ranking:
-        chosen[key].add(index)
-    return chosen
-
-
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
-@pytest.mark.parametrize("target", [None, 0.2, 1e6])
-def test_predicted_drop_masks_are_the_best_ranked_weights(build, attributed, architecture, target):
-    model, files = attributed(architecture)
-    parameters = {"density": 0.002} | ({} if target is None else {"target": target})
-    ours = Strategy(key="ours", **OURS | {"parameters": parameters, "roles": ["q", "v", "down"], "controls": []})
-    sizes = {
-        each.key: each.out_features * each.in_features for each in model.topology.linears if each.role in ours.roles
-    }
-    masks = build(architecture, ours)
+def test_a_mask_is_one_path_for_all_its_variations(build, paths, architecture):
+    """The variation itself, or all others together; weights of the roles alone, as many as the density allows."""
+    noted, sources = [], []
+    ours = Strategy(key="ours", **OURS | {"roles": ["q", "v", "down"], "controls": []})
+    masks = build(architecture, ours, paths=paths(architecture, noted=noted, sources=sources))
+    items = ("car", "oven", "lamp")
     assert [(each.variation, each.level) for each in masks] == [
-        (variation, level) for level in ("prompt_specific", "within_context") for variation in ("car", "oven", "lamp")
+        (variation, level) for level in ("prompt_specific", "within_context") for variation in items
     ]
-    for each in masks:
-        others = [variation for variation in ("car", "oven", "lamp") if variation != each.variation]
-        sources = [each.variation] if each.level == "prompt_specific" else others
-        assert as_sets(each.mask) == best_by_hand(files, sources, ours.roles, 0.002, sizes, target)
-        limit = int(0.002 * sum(sizes.values()))
-        assert each.mask.count == limit if target != 0.2 else 0 < each.mask.count < limit
-        assert each.mask.shapes == {key: model.topology.linear(key).shape for key in sizes}
+    assert [(strategy, level, variation) for strategy, level, variation, _ in noted] == [
+        ("ours", each.level, each.variation) for each in masks
+    ]
+    for each, (*_, path) in zip(masks, noted, strict=True):
+        others = [variation for variation in items if variation != each.variation]
+        assert set(path.steps[0].measured) == ({each.variation} if each.level == "prompt_specific" else set(others))
+        assert each.mask == path.mask
+        assert 0 < each.mask.count <= 0.005 * each.mask.size
+        assert {key.split(".")[1] for key in each.mask.shapes} == {"q", "v", "down"}
+    assert set(sources) == {("purchase", variation, 1.0) for variation in items}
+    assert len({each.mask.fingerprint for each in masks}) == 6
 
 
-def test_a_mask_of_a_flat_gap_is_empty(attributed, three_items, tmp_path):
-    """Where all answers are alike there is nothing to prune, and that is no error."""
-    model, _ = attributed("llama")
-    rows, _ = complete(model, expand(three_items), 2, SamplingParameters(seed=1), outcome=three_items.outcome)
-    files = scored(three_items, model, rows.with_columns(value=pl.lit(5.0)), ["gap_gradient"], tmp_path)
-    options = {"random_draws": 1, "permutations": 0, "seed": 0, "store": lambda mask: tmp_path / "none"}
-    masks = list(build_masks(model, [load_strategies()["gap_gradient"]], files, **options))
-    assert len(masks) == 12
-    assert {each.mask.count for each in masks} == {0}
+def test_where_no_mask_keeps_the_budgets_there_is_none(build, paths):
+    """Nor a control; and why is noted."""
+    noted = []
+    tight = measured_path.Budgets(spread=1.0, commonest=0.0, change=0.0)
+    usual = Strategy(key="usual", **OURS | {"parameters": {"density": 0.005, "significance": 1e-9}})
+    ours = Strategy(key="ours", **OURS)
+    assert build("llama", ours, usual, paths=paths("llama", tight, noted)) == []
+    assert {(strategy, path.reason) for strategy, _, _, path in noted} == {
+        ("ours", measured_path.NO_MASK), ("usual", measured_path.NO_GAP),
+    }  # fmt: skip
+
+
+def test_candidates_of_several_variations_are_each_one_s_best(attributed):
+    _, files = attributed("llama")
+    several = [file.path for file in files if file.score == "gap_gradient"]
+    found = strategies_module._best_of_all(several)
+    for key, chosen in found.items():
+        expected = []
+        for path in several:
+            scores = read_candidates(path)
+            each = scores.candidates[key]
+            order = np.argsort(-each.drop / (each.harm + scores.damping), kind="stable")
+            expected += each.index[order[: -(-len(order) // 3)]].tolist()
+        assert chosen.tolist() == expected
+
+
+def test_measuring_needs_its_paths(build):
+    with pytest.raises(ExciseError, match="ours makes masks by measuring: give build_masks its paths"):
+        build("llama", Strategy(key="ours", **OURS), paths=None)
 
 
 # Heads, SNIP, scopes
@@ -492,17 +540,14 @@ def test_a_scope_ranks_rows_or_all_matrices_together(build, attributed, scope):
     assert all(each.mask.counts() == mine.mask.counts() for each in here)
 
 
-def test_gap_gradient_takes_whole_heads_by_the_same_ranking(build, attributed):
-    _, files = attributed("llama")
-    fields = {"roles": [], "ablation": "zero_output", "parameters": {"density": 0.2}, "controls": []}
+def test_gap_gradient_takes_whole_heads(build, attributed):
+    fields = {"roles": [], "ablation": "zero_output", "controls": []}
+    fields["parameters"] = {"density": 0.5, "significance": 1}
     masks = build("llama", Strategy(key="ours", **OURS | fields))
-    (mine,) = (each.mask for each in masks if (each.variation, each.level) == ("car", "prompt_specific"))
-    assert mine.count <= 0.2 * mine.size
-    (path,) = (file.path for file in files if (file.score, file.variation) == ("gap_gradient", "car"))
-    found = read_candidates(path).heads
-    score = found.drop / (found.harm + np.median(found.harm))
-    best = {head for head in ranked(score, int(0.2 * score.size)) if found.drop.ravel()[head] > 0}
-    assert set(np.flatnonzero(np.vstack([mine.array(key) for key in mine.shapes]))) == best
+    assert len(masks) >= 3  # a head without which the gap grows is none to prune
+    for each in masks:
+        assert 0 < each.mask.count <= 0.5 * each.mask.size
+        assert {key.split(".")[1] for key in each.mask.shapes} == {"head_output"}
 
 
 # Several masks into one
@@ -578,15 +623,29 @@ def test_an_all_contexts_mask_takes_the_scenario_itself_in(tmp_path):
         assert {each.level: set(as_sets(each.mask)["0.q"]) for each in made} == expected
 
 
-def test_a_cross_context_mask_of_gap_gradient_adds_up_the_sources_predictions(attributed, three_items, tmp_path):
+def test_a_cross_context_mask_of_gap_gradient_is_one_path_for_all_sources(attributed, paths, tmp_path):
     _, files = attributed("llama")
-    ours = Strategy(key="ours", **OURS | {"controls": []})
-    paths = {file.variation: file.path for file in files if file.score == "gap_gradient"}
-    sources = [SourceMask("other", name, "ours", tmp_path / "unread", path) for name, path in paths.items()]
-    (made,) = build_cross_context_masks([ours], sources, "games", ["chess"], per_source=False, random_draws=0, seed=0)
-    sizes = {key: int(np.prod(shape)) for key, shape in made.mask.shapes.items()}
-    assert as_sets(made.mask) == best_by_hand(files, list(paths), ours.roles, 0.001, sizes)
-    assert made.mask.count > 0
+    ours = Strategy(key="ours", **OURS | {"controls": [], "levels": ["cross_context", "all_contexts"]})
+    lent = {file.variation: file.path for file in files if file.score == "gap_gradient"}
+    places = {"car": "other", "oven": "other", "lamp": "games"}
+    sources = [SourceMask(places[name], name, "ours", None, path) for name, path in lent.items()]
+    noted = []
+    made = build_cross_context_masks(
+        [ours], sources, "games", ["chess", "go"], per_source=False, random_draws=0, seed=0,
+        paths=paths("llama", noted=noted),
+    )  # fmt: skip
+    masks = {(each.level, each.variation): each.mask for each in made}
+    assert set(masks) == {(level, name) for level in ("cross_context", "all_contexts") for name in ("chess", "go")}
+    measured = {level: set(path.steps[0].measured) for _, level, variation, path in noted if variation == ""}
+    assert measured == {"cross_context": {"car", "oven"}, "all_contexts": {"car", "oven", "lamp"}}
+    for (level, name), mask in masks.items():
+        assert mask.count > 0
+        assert mask == masks[level, "chess"], name
+    none = build_cross_context_masks(
+        [ours], sources, "games", ["chess"], per_source=False, random_draws=0, seed=0,
+        paths=paths("llama", measured_path.Budgets(1.0, 0.0, 0.0)),
+    )  # fmt: skip
+    assert list(none) == []
 
 
 # The grid

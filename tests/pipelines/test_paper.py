@@ -41,8 +41,8 @@ ITEMS = {"lamp": ("lamp", "bench"), "purchase": ("sofa", "stove"), "vase": ("vas
 STRATEGIES = {
     "set_difference": {"enabled": False, "score": "wanda", "selection": "set_difference",
                        "parameters": {"tau_min": 0.4, "tau_maj": 0.35}, "roles": ["q"]},
-    "gap_gradient": {"score": "gap_gradient", "selection": "predicted_drop",
-                     "parameters": {"density": 0.003, "target": 2}, "roles": ["v", "o", "down"],
+    "gap_gradient": {"score": "gap_gradient", "selection": "measured_path",
+                     "parameters": {"density": 0.003, "significance": 1}, "roles": ["v", "o", "down"],
                      "levels": ["prompt_specific", "within_context", "cross_context", "all_contexts"]},
     "attention_heads": {"enabled": False, "score": "attention", "selection": "set_difference",
                         "ablation": "zero_query", "parameters": {"k_min": 8, "k_maj": 4}},

@@ -1,0 +1,107 @@
+"""What the stages of masks need to follow measured paths: the names asked, the budgets, and the table of the paths.
+
+A path asks the model itself, about the names that masks are made of; both stages of masks do.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from assets.completions import completions_of, require_same_model, without
+from assets.partitions import Catalogue
+from excise.scenarios.subsets import EVALUATION
+from resources.artifacts import Artifacts
+from resources.settings import Audit
+from resources.tables import TABLES
+from resources.warehouse import Warehouse
+
+if TYPE_CHECKING:
+    from excise.models import LoadedModel
+    from excise.strategies import Paths
+
+
+class PathRows:
+    """Rows of the table `mask_paths` of one asset and partition, as paths come up."""
+
+    def __init__(self, asset: str, model: str, scenario: str) -> None:
+        self.place = {"asset": asset, "model": model, "scenario": scenario}
+        self.rows: list[dict[str, Any]] = []
+
+    def note(self, strategy: str, level: str, variation: str, path: Any) -> None:
+        """Keep every measured place of a path, by variation it was measured on."""
+        taken = max((step.step for step in path.steps if _is_taken(path, step)), default=None)
+        for step in path.steps:
+            for place, now in step.measured.items():
+                self.rows.append(
+                    self.place
+                    | {"strategy": strategy, "level": level, "variation": variation, "step": step.step}
+                    | {"pruned": step.pruned, "measured_on": place, "closed": step.closed, "within": step.within}
+                    | {name: getattr(now, name) for name in now.FIELDS}
+                    | {"taken": step.step == taken, "reason": path.reason or None}
+                )
+
+    def frame(self) -> pl.DataFrame:
+        """The rows; nothing is NaN."""
+        rows = pl.DataFrame(self.rows, schema=TABLES["mask_paths"].schema)
+        return rows.with_columns(pl.col(pl.Float64).fill_nan(None))
+
+    def none_found(self) -> list[str]:
+        """A line for every mask that was looked for in vain, and why."""
+        lines = {
+            (row["strategy"], row["level"], row["variation"]): row["reason"]
+            for row in self.rows if row["reason"] is not None
+        }  # fmt: skip
+        return [
+            f"{strategy}, {level.replace('_', '-')}{f', {variation}' if variation else ''}: none, as {reason}"
+            for (strategy, level, variation), reason in lines.items()
+        ]
+
+
+def _is_taken(path: Any, step: Any) -> bool:
+    return path.mask is not None and step.pruned == path.mask.count
+
+
+def paths_of(
+    warehouse: Warehouse,
+    artifacts: Artifacts,
+    catalogue: Catalogue,
+    loaded: "LoadedModel",
+    audit: Audit,
+    note: Callable[[str, str, str, Any], None],
+    progress: Callable[[str, int, int], None],
+) -> "Paths":
+    """How measured paths of one model are followed under the settings of an audit."""
+    from excise.completions import CompletionCache
+    from excise.gap_free import ask
+    from excise.measured_path import Budgets
+    from excise.strategies import Paths
+
+    answers = CompletionCache(artifacts.completion_cache)
+
+    @cache
+    def learned(key: str) -> tuple[pl.DataFrame, pl.DataFrame]:
+        completions, prompts = completions_of(warehouse, loaded.key, key)
+        require_same_model(completions, loaded.fingerprint, loaded.key, key)
+        return without(EVALUATION, completions, prompts)
+
+    @cache
+    def asked(key: str, variation: str, significance: float):
+        completions, prompts = learned(key)
+        scenario = catalogue.scenarios[key]
+        return ask(
+            loaded,
+            prompts,
+            completions.filter(pl.col("variation") == variation),
+            place=f"{key}/{variation}",
+            comparison=scenario.comparison,
+            outcome=scenario.outcome,
+            significance=significance,
+            seed=audit.seed,
+            cache=answers,
+        )
+
+    budgets = Budgets(spread=audit.spread_floor, commonest=audit.commonest_budget, change=audit.change_budget)
+    folder = artifacts.tensors("paths")
+    return Paths(loaded, asked, budgets, audit.seed, folder, note, progress)
