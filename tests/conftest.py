@@ -261,6 +261,12 @@ SMALL_SCENARIO = {
 }  # fmt: skip
 
 
+LENIENT = "gap_gradient: {parameters: {significance: 1, density: 0.01}}\n"
+"""The user's strategies of a house: tiny random models have no gap that could be told."""
+WIDE = {"spread_floor": 0.0, "commonest_budget": 1.0, "change_budget": 100.0}
+"""Settings with damage budgets that any mask keeps."""
+
+
 @dataclass
 class House:
     """A Dagster code location over a folder of its own: the user's files, the data folder, an instance."""
@@ -311,7 +317,7 @@ class House:
         """
         from dagster import AssetKey
 
-        small = {"samples": 4, "random_draws": 1, "resamples": 40, "permutations": 40}
+        small = {"samples": 4, "random_draws": 1, "resamples": 40, "permutations": 40} | WIDE
         config = {name: value for name, value in (small | settings).items() if value is not None}
         return (
             self.definitions()
@@ -337,6 +343,7 @@ def open_house(folder: Path, model: Path) -> House:
     (folder / "scenarios").mkdir(parents=True)
     house.write_scenario("lamp")
     house.write_models({"tiny": {"folder": str(model)}})
+    (folder / "strategies.yaml").write_text(LENIENT)
     return house
 
 

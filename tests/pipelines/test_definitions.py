@@ -20,7 +20,7 @@ LINEAGE = {
     "attribution_scores": ("pruning", {"completions"}, "gpu", "grid"),
     "head_impacts": ("pruning", {"completions"}, "gpu", "grid"),
     "pruning_masks": ("pruning", {"attribution_scores", "head_impacts"}, "gpu", "grid"),
-    "cross_context_masks": ("pruning", {"completions", "attribution_scores", "pruning_masks"}, None, "grid"),
+    "cross_context_masks": ("pruning", {"completions", "attribution_scores", "pruning_masks"}, "gpu", "grid"),
     "pruned_completions": ("pruning", {"completions", "pruning_masks", "cross_context_masks"}, "gpu", "grid"),
     "evaluation_metrics": (
         "evaluation",
