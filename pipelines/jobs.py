@@ -14,11 +14,12 @@ CHAIN = (
     "pruning_masks",
     "pruned_completions",
     "evaluation_metrics",
+    "restoration",
     "quality_report",
 )
 PREPARATION = CHAIN[:3]
 HEADS = ("completions", "head_impacts", *CHAIN[2:])
-EVALUATION = ("cross_context_masks", "pruned_completions", "evaluation_metrics")
+EVALUATION = ("cross_context_masks", "pruned_completions", "evaluation_metrics", "restoration")
 ANALYSIS = ("mask_overlap", "mask_distribution", "transfer_matrix", "quality_report")
 CORRELATION = ("bias_correlation", "transfer_matrix", "quality_report")
 
