@@ -48,7 +48,7 @@ evaluate_scenario = dg.define_asset_job(
     "evaluate_scenario",
     selection=dg.AssetSelection.assets(*EVALUATION),
     description="Second round, when all scenarios of the model are prepared: make the masks across contexts, sample "
-    "under every mask of every level, evaluate.",
+    "under every mask of every level, evaluate, and hold a planted model against the model it was before.",
 )
 
 prune_heads = dg.define_asset_job(
