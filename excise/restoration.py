@@ -26,6 +26,9 @@ RESTORATION_SCHEMA = {
     "matched_to": pl.String, "metric": pl.String, "estimate": pl.Float64, "low": pl.Float64, "high": pl.Float64,
     "names": pl.Int64, "reference": pl.String, "reason": pl.String,
 }  # fmt: skip
+FEW_SAMPLES = 0.19
+"""How much less than root 2 the halves of few samples are further apart: as measured for normal laws, 4 to 100 samples,
+and for round figures; a little too cautious for others."""
 NOTHING = "nothing to restore: the unpruned answers are no further from the reference's than noise"
 _NO_NOISE = "how far noise alone would move answers is not known: two samples of a name are needed, at least"
 _UNDEFINED = "too many resamples of the names have no value"
@@ -37,13 +40,17 @@ _COLUMNS = ("model", "scenario", "variation", "group", "subject", "value", "samp
 class Distributions:
     """The answers of several names: mass float64 [names, values] at the rising `values` float64 [values].
 
-    A name's mass sums to 1, or is 0 where it has no answer that counts. noise: float64 [names], the distance between
-    two sets of such answers where nothing but chance makes a difference; NaN where it is not known.
+    A name's mass sums to 1, or is 0 where it has no answer that counts. halves: of the samples with even and with odd
+    numbers; enumerated answers are whole in both. samples: float64 [names], how many of the answers that count are
+    samples. unread: float64 [names], of enumerated answers the mass that was not read times the mean distance between
+    two of the answers; 0 for samples.
     """
 
     values: np.ndarray
     mass: np.ndarray
-    noise: np.ndarray
+    halves: tuple[np.ndarray, np.ndarray]
+    samples: np.ndarray
+    unread: np.ndarray
 
 
 def answer_distributions(rows: pl.DataFrame, names: Sequence[tuple[str, str]], *, log: bool = False) -> Distributions:
@@ -52,9 +59,6 @@ def answer_distributions(rows: pl.DataFrame, names: Sequence[tuple[str, str]], *
     rows: columns group, subject, value and sample, and, if any, probability and leftover: enumerated answers count by
     their probability, samples alike. names: (group, subject) in the order of the result; other rows are left out. log:
     logarithms of the answers; then those that are not positive are left out, as are null and infinite ones in any case.
-
-    Noise of samples: the distance between their two halves (even and odd numbers) over the root of 2, as halves have
-    half as many samples. Of enumerated answers: the mass that was not read times the mean distance between two answers.
     """
     for column in ("probability", "leftover"):
         if column not in rows.columns:
@@ -75,51 +79,63 @@ def answer_distributions(rows: pl.DataFrame, names: Sequence[tuple[str, str]], *
     sampled, odd = rows["leftover"].is_null().to_numpy()[counts], (rows["sample"].to_numpy() % 2 == 1)[counts]
     values, place = np.unique(value, return_inverse=True)
 
-    def of(chosen: np.ndarray) -> np.ndarray:
-        shape = (len(names), len(values))
-        mass = np.bincount((name * len(values) + place)[chosen], weight[chosen], minlength=math.prod(shape))
-        return mass.astype(np.float64).reshape(shape)  # without any it counts in whole numbers
+    def of(weights: np.ndarray) -> np.ndarray:
+        mass = np.bincount(name * len(values) + place, weights, minlength=len(names) * len(values))
+        # Without any answer it counts in whole numbers.
+        mass = mass.astype(np.float64).reshape(len(names), len(values))
+        total = mass.sum(axis=1, keepdims=True)
+        return np.divide(mass, total, out=np.zeros_like(mass), where=total > 0)
 
-    mass = of(np.full(len(value), True))
-    total = mass.sum(axis=1)
-    share = np.divide(of(sampled).sum(axis=1), total, out=np.zeros_like(total), where=total > 0)
-    halves = _apart(values, *(_normalised(of(sampled & (odd == half))) for half in (False, True)))
-    unread = rows.group_by("name").agg(pl.col("leftover").mean()).drop_nulls()
+    mass = of(weight)
+    halves = tuple(of(weight * np.where(sampled, 2.0 * (odd == half), 1.0)) for half in (False, True))
+    found = rows.group_by("name").agg(pl.col("leftover").mean()).drop_nulls()
     leftover = np.zeros(len(names))
-    leftover[unread["name"].to_numpy()] = unread["leftover"].to_numpy()
-    mass = _normalised(mass)
+    leftover[found["name"].to_numpy()] = found["leftover"].to_numpy()
     below = np.cumsum(mass, axis=1)[:, :-1]
-    between_two = 2 * (below * (1 - below)) @ np.diff(values)
-    noise = np.where(share > 0, share * halves / math.sqrt(2), 0.0) + leftover * between_two
-    return Distributions(values, mass, np.where(total > 0, noise, np.nan))
+    samples = np.bincount(name[sampled], minlength=len(names)).astype(np.float64)
+    return Distributions(values, mass, halves, samples, leftover * (2 * (below * (1 - below)) @ np.diff(values)))
 
 
-def distances(first: Distributions, second: Distributions) -> np.ndarray:
-    """The Earth mover's distance between each name's answers here and there, float64 [names], in the answers' unit.
+@dataclass(frozen=True)
+class Distances:
+    """How far each name's answers here are from those there, float64 [names]; NaN where it is not known.
 
-    NaN for a name without answers in one of them, and where it overflows. The names are the same, in the same order.
+    apart: the Earth mover's distance, in the answers' unit. noise: how much of it chance has made: a distance is never
+    negative, so that of two sets of samples is too large on average. unread: how much of it unread answers may make.
+    """
+
+    apart: np.ndarray
+    noise: np.ndarray
+    unread: np.ndarray
+
+
+def distances(first: Distributions, second: Distributions) -> Distances:
+    """The distances of the same names, in the same order, in two sets of answers.
+
+    What chance adds falls with the root of the number n of samples, so halves have about root 2 times as much of it:
+    noise = (distance of the halves, mean over both, - distance) / (r - 1), r = root 2 (1 - `FEW_SAMPLES` / root n).
+    Answers to the same prompts with the same random numbers differ less by chance than others do; their halves show
+    that, too. 0 for enumerated answers.
     """
     values = np.union1d(first.values, second.values)
-    masses = []
-    for each in (first, second):
-        mass = np.zeros((len(each.mass), len(values)))
-        mass[:, np.searchsorted(values, each.values)] = each.mass
-        masses.append(mass)
-    return _apart(values, *masses)
+    steps = np.diff(values)
 
+    def apart(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        there = (one.sum(axis=1) > 0) & (other.sum(axis=1) > 0)
+        parts = np.zeros((2, len(one), len(values)))
+        parts[0][:, np.searchsorted(values, first.values)] = one
+        parts[1][:, np.searchsorted(values, second.values)] = other
+        below = np.abs(np.subtract(*np.cumsum(parts, axis=2)))[:, :-1]
+        below[below < m.ROUNDING] = 0.0
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = below @ steps
+        return np.where(there & np.isfinite(found), found, np.nan)
 
-def _normalised(mass: np.ndarray) -> np.ndarray:
-    total = mass.sum(axis=1, keepdims=True)
-    return np.divide(mass, total, out=np.zeros_like(mass), where=total > 0)
-
-
-def _apart(values: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    there = (first.sum(axis=1) > 0) & (second.sum(axis=1) > 0)
-    below = np.abs(np.cumsum(first, axis=1) - np.cumsum(second, axis=1))[:, :-1]
-    below[below < m.ROUNDING] = 0.0
-    with np.errstate(over="ignore", invalid="ignore"):
-        found = below @ np.diff(values)
-    return np.where(there & np.isfinite(found), found, np.nan)
+    whole = apart(first.mass, second.mass)
+    halves = np.mean([apart(*pair) for pair in zip(first.halves, second.halves, strict=True)], axis=0)
+    fewer = np.minimum(*(np.where(each.samples > 0, each.samples, np.inf) for each in (first, second)))
+    ratio = math.sqrt(2) * (1 - FEW_SAMPLES / np.sqrt(fewer))
+    return Distances(whole, (halves - whole) / (ratio - 1), first.unread + second.unread)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -145,14 +161,20 @@ class _Names:
 
 @dataclass(frozen=True)
 class _Part:
-    """What is known of one variation under one condition, each [resamples + 1]; names: the fewest behind it.
+    """What is known of one variation under one condition, mean over names and draws, each [resamples + 1].
 
-    fault: why no distance can be told; deaf: why noise cannot.
+    distance: from the reference. Of the names whose noise is known, too: after and before, distances less noise under
+    the condition and unpruned; clear: before less what unread answers may make; noise: with that, of the condition;
+    over: distance less that noise. names: the fewest behind it. fault: why no distance can be told; deaf: why noise
+    cannot. scale: divides distances where variations are added up.
     """
 
+    distance: np.ndarray
     after: np.ndarray
     before: np.ndarray
+    clear: np.ndarray
     noise: np.ndarray
+    over: np.ndarray
     names: int
     fault: str | None
     deaf: str | None
@@ -179,12 +201,14 @@ def restoration(
     Metrics, per variation and over all of them, "(all)":
       * distance: mean over names of W(answers, R's answers), unpruned and under every mask, in the unit of the
         outcome or of its logarithm.
-      * noise: what that is between two sets of answers of R; distance_over_noise: the one less the other (unpruned).
-      * restoration: 1 - the mean distance under the mask over that of the unpruned model, over the same names. The
-        ratio of means, not the mean of each name's ratio: a name from whose answers the bias took little has a distance
-        near 0, and its ratio would be noise divided by noise and swamp all others. So a name counts by how much there
-        is to restore. Over variations likewise: one minus the sum of distances under the mask over the sum without it,
-        on a linear scale after division by the mean size of R's answers to the variation.
+      * noise: how much of that chance has made (`distances`), or unread answers may make; distance_over_noise: the one
+        less the other. Unpruned alone.
+      * restoration: 1 - the mean distance under the mask over that of the unpruned model, over the same names, both
+        less what chance has made of them. The ratio of means, not the mean of each name's ratio: a name from whose
+        answers the bias took little has a distance near 0, and its ratio would be noise divided by noise and swamp all
+        others. So a name counts by how much there is to restore. Over variations likewise: one minus the sum of
+        distances under the mask over the sum without it, on a linear scale after division by the mean size of R's
+        answers to the variation.
       * restoration_over_random: less that of the random masks of the same size, by the same names.
       * specificity: mean distance of R's answers under the mask from its own without; specificity_over_noise: less
         noise, so that an interval that is not above 0 is within what chance alone does.
@@ -206,44 +230,49 @@ def restoration(
         raise ExciseError(f"restoration: the reference has {told}; ask it the same prompts")
     names = _names_of(completions, groups, resamples, seed)
     table = _Rows(completions["model"][0], completions["scenario"][0], reference["model"][0])
-    own, others, noise, scale, before = {}, {}, {}, {}, {}
+    others, scale, before = {}, {}, {}
     for variation in completions["variation"].unique(maintain_order=True):
         here = pl.col("variation") == variation
-        own[variation] = answer_distributions(completions.filter(here), names.names, log=log)
         found = others[variation] = answer_distributions(reference.filter(here), names.names, log=log)
-        noise[variation], before[variation] = found.noise, distances(own[variation], found)
+        before[variation] = distances(answer_distributions(completions.filter(here), names.names, log=log), found)
         answered = found.mass.sum(axis=1) > 0
         sizes = found.mass[answered] @ np.abs(found.values)
         scale[variation] = 1.0 if log else float(sizes.mean()) if len(sizes) else math.nan
 
-    def part(variation: str, after: Sequence[np.ndarray]) -> _Part:
-        """after: [names] of each draw."""
-        known = [~np.isnan(each) & ~np.isnan(before[variation]) for each in after]
-        heard = [each & ~np.isnan(noise[variation]) for each in known]
+    def part(variation: str, after: Sequence[Distances]) -> _Part:
+        """after: of each draw."""
+        unpruned = before[variation]
+        known = [~np.isnan(each.apart + unpruned.apart) for each in after]
+        heard = [~np.isnan(each.noise + unpruned.noise) & one for each, one in zip(after, known, strict=True)]
         fewest = min(map(names.enough, known))
         few = f"fewer than {ENOUGH} names of a group have answers to compare" if fewest < ENOUGH else None
         deaf = few or (_NO_NOISE if min(map(names.enough, heard)) < ENOUGH else None)
 
-        def mean(arrays: Iterable[np.ndarray], of: Sequence[np.ndarray]) -> np.ndarray:
-            return mean_over_draws([names.mean(*pair) for pair in zip(arrays, of, strict=True)], seed)
+        def mean(by_draw: Iterable[np.ndarray], of: Sequence[np.ndarray]) -> np.ndarray:
+            return mean_over_draws([names.mean(*pair) for pair in zip(by_draw, of, strict=True)], seed)
 
+        net, draws = unpruned.apart - unpruned.noise, len(after)
         return _Part(
-            mean(after, known), mean([before[variation]] * len(after), known),
-            mean([noise[variation]] * len(after), heard), fewest, few, deaf, scale[variation],
+            distance=mean([each.apart for each in after], known),
+            after=mean([each.apart - each.noise for each in after], heard),
+            before=mean([net] * draws, heard),
+            clear=mean([net - unpruned.unread] * draws, heard),
+            noise=mean([each.noise + each.unread for each in after], heard),
+            over=mean([each.apart - each.noise - each.unread for each in after], heard),
+            names=fewest, fault=few, deaf=deaf, scale=scale[variation],
         )  # fmt: skip
 
-    unpruned = {variation: part(variation, [before[variation]]) for variation in own}
+    unpruned = {variation: part(variation, [found]) for variation, found in before.items()}
     for variation, each in [*((name, [found]) for name, found in unpruned.items()), (ALL, list(unpruned.values()))]:
-        table.add(variation, UNPRUNED, "distance", each, lambda found: found.after)
+        table.add(variation, UNPRUNED, "distance", each, lambda found: found.distance)
         table.add(variation, UNPRUNED, "noise", each, lambda found: found.noise, of_noise=True)
-        over = "distance_over_noise"
-        table.add(variation, UNPRUNED, over, each, lambda found: found.after - found.noise, of_noise=True)
+        table.add(variation, UNPRUNED, "distance_over_noise", each, lambda found: found.over, of_noise=True)
     edited = _conditions(pruned, names, others, part, log)
     for condition, by_variation in edited.items():
         strategy, level, matched_to = condition
         random = {} if strategy == "random" else edited.get(("random", level, matched_to or strategy), {})
         for variation, each in _with_all(by_variation):
-            table.add(variation, condition, "distance", each, lambda found: found.after)
+            table.add(variation, condition, "distance", each, lambda found: found.distance)
             values, fault = _restored(each)
             table.put(variation, condition, "restoration", each, values, fault)
             matched = [random[name] for name in (by_variation if variation == ALL else [variation]) if name in random]
@@ -254,9 +283,8 @@ def restoration(
                 table.put(variation, condition, "restoration_over_random", both, difference, why)
     for condition, by_variation in _conditions(reference_pruned, names, others, part, log).items():
         for variation, each in _with_all(by_variation):
-            table.add(variation, condition, "specificity", each, lambda found: found.after)
-            over = "specificity_over_noise"
-            table.add(variation, condition, over, each, lambda found: found.after - found.noise, of_noise=True)
+            table.add(variation, condition, "specificity", each, lambda found: found.distance)
+            table.add(variation, condition, "specificity_over_noise", each, lambda found: found.over, of_noise=True)
     return pl.DataFrame(table.rows, schema=RESTORATION_SCHEMA, orient="row")
 
 
@@ -276,11 +304,11 @@ def _conditions(
     pruned: pl.DataFrame,
     names: _Names,
     others: dict[str, Distributions],
-    part: Callable[[str, Sequence[np.ndarray]], _Part],
+    part: Callable[[str, Sequence[Distances]], _Part],
     log: bool,
 ) -> dict[Condition, dict[str, _Part]]:
     """Distances from the reference's answers by condition and variation."""
-    found: dict[Condition, dict[str, list[np.ndarray]]] = {}
+    found: dict[Condition, dict[str, list[Distances]]] = {}
     if not pruned.is_empty():
         frames = pruned.sort("draw", maintain_order=True).partition_by(
             *CONDITION, "variation", "draw", as_dict=True, maintain_order=True
@@ -305,10 +333,10 @@ def _restored(parts: Sequence[_Part]) -> tuple[np.ndarray | None, str | None]:
         return None, deaf
     if not all(part.scale > 0 and math.isfinite(part.scale) for part in parts):
         return None, _TOO_LARGE
-    before, after, noise = (
-        np.sum([getattr(part, side) / part.scale for part in parts], axis=0) for side in ("before", "after", "noise")
+    before, after, clear = (
+        np.sum([getattr(part, side) / part.scale for part in parts], axis=0) for side in ("before", "after", "clear")
     )
-    low, _ = m.percentile_interval((before - noise)[1:])
+    low, _ = m.percentile_interval(clear[1:])
     if not low > 0:
         return None, NOTHING
     with np.errstate(invalid="ignore", divide="ignore"):

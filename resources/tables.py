@@ -345,10 +345,10 @@ _ALL = (
                 "metric",
                 "VARCHAR",
                 "distance (Earth mover's distance of a name's answers from the reference's, mean over names; of "
-                "logarithms where the scenario's scale is log), noise (that distance where chance alone makes it), "
-                "distance_over_noise (the one less the other), restoration (1 - distance under the mask / distance of "
-                "the unpruned model), restoration_over_random (less that of the matched random masks), specificity "
-                "(distance of the reference's answers under the mask from its own), specificity_over_noise",
+                "logarithms where the scenario's scale is log), noise (what chance or unread answers make of that), "
+                "distance_over_noise (the one less the other), restoration (1 - distance under the mask over that of "
+                "the unpruned model, both less noise), restoration_over_random (less that of matched random masks), "
+                "specificity (distance of the reference's answers under the mask from its own), specificity_over_noise",
             ),
             *_METRIC[1:4],
             ("names", "BIGINT", "names with answers of the group that has fewer; below 5 low and high say little"),

@@ -57,7 +57,7 @@ SETTINGS = {"groups": ["white", "black"], "log": False, "resamples": 200}
 def test_distances_are_those_of_scipy_name_by_name():
     rng = np.random.default_rng(0)
     drawn = [{name: rng.integers(1, 9, 20).astype(float) for _, name in NAMES} for _ in range(2)]
-    found = distances(*(answer_distributions(answers("a", each), NAMES) for each in drawn))
+    found = distances(*(answer_distributions(answers("a", each), NAMES) for each in drawn)).apart
     for place, (_, name) in enumerate(NAMES):
         assert found[place] == pytest.approx(wasserstein_distance(drawn[0][name], drawn[1][name]))
 
@@ -67,38 +67,49 @@ def test_the_same_answers_are_exactly_no_distance_apart():
     first = {name: rng.random(30) for _, name in NAMES}
     second = first | {"Jake": rng.random(30)}
     found = distances(*(answer_distributions(answers("a", each), NAMES) for each in (first, second)))
-    assert found[0] > 0
-    assert (found[1:] == 0).all()
+    assert found.apart[0] > 0
+    assert (found.apart[1:] == 0).all()
+    assert (found.noise[1:] == 0).all()
 
 
 def test_on_a_log_scale_ratios_count_and_what_is_not_positive_is_left_out():
     first = answer_distributions(answers("a", [50.0, 0.0, -3.0, None, math.inf]), NAMES, log=True)
     second = answer_distributions(answers("a", [100.0]), NAMES, log=True)
-    assert distances(first, second) == pytest.approx(np.full(6, math.log(2)))
+    assert distances(first, second).apart == pytest.approx(np.full(6, math.log(2)))
     nothing = answer_distributions(answers("a", [0.0, None]), NAMES, log=True)
-    assert np.isnan(distances(nothing, second)).all()
-    assert np.isnan(nothing.noise).all()
+    assert np.isnan(distances(nothing, second).apart).all()
 
 
-def test_enumerated_answers_count_by_their_probability_and_noise_is_what_was_not_read():
+def test_enumerated_answers_count_by_their_probability_and_have_unread_mass_but_no_noise():
     exact = answers("a", [10.0, 20.0], leftover=0.04).with_columns(
         probability=pl.when(pl.col("sample") == 0).then(0.72).otherwise(0.24)
     )
     found = answer_distributions(exact, NAMES)
     assert found.mass[0] == pytest.approx([0.75, 0.25])
     # two answers differ with probability 2 x .75 x .25, by 10 then
-    assert found.noise == pytest.approx(np.full(6, 0.04 * 2 * 0.75 * 0.25 * 10))
-    assert distances(found, answer_distributions(answers("a", [10.0]), NAMES)) == pytest.approx(np.full(6, 2.5))
+    assert found.unread == pytest.approx(np.full(6, 0.04 * 2 * 0.75 * 0.25 * 10))
+    apart = distances(found, answer_distributions(answers("a", [10.0], leftover=0.0), NAMES))
+    assert apart.apart == pytest.approx(np.full(6, 2.5))
+    assert (apart.noise == 0).all()
+    assert apart.unread == pytest.approx(found.unread)
 
 
-def test_noise_of_samples_is_how_far_two_sets_of_them_are_apart():
+@pytest.mark.parametrize("samples", [4, 16, 40])
+def test_noise_is_what_chance_makes_of_a_distance(samples):
     rng = np.random.default_rng(2)
-    draws = [{name: rng.normal(0, 1, 40) for _, name in NAMES} for _ in range(400)]
-    found = [answer_distributions(answers("a", each), NAMES) for each in draws]
-    noise = np.mean([each.noise for each in found])
-    apart = np.mean([distances(*pair) for pair in zip(found[::2], found[1::2], strict=True)])
-    assert noise == pytest.approx(apart, rel=0.05)
-    assert np.isnan(answer_distributions(answers("a", [1.0]), NAMES).noise).all()
+    drawn = [{name: rng.normal(0, 1, samples) for _, name in NAMES} for _ in range(1000)]
+    found = [answer_distributions(answers("a", each), NAMES) for each in drawn]
+    pairs = [distances(*pair) for pair in zip(found[::2], found[1::2], strict=True)]
+    apart, noise = (np.mean([getattr(each, what) for each in pairs]) for what in ("apart", "noise"))
+    assert apart > 0.2
+    assert noise == pytest.approx(apart, rel=0.07)  # it is all chance
+    # The same random numbers: a shift is told exactly, and nothing of it is chance.
+    moved = answer_distributions(answers("a", {name: own + 0.1 for name, own in drawn[0].items()}), NAMES)
+    paired = distances(found[0], moved)
+    assert paired.apart == pytest.approx(np.full(6, 0.1))
+    assert paired.noise == pytest.approx(np.zeros(6), abs=1e-9)
+    one = answer_distributions(answers("a", [1.0]), NAMES)
+    assert np.isnan(distances(one, one).noise).all()
 
 
 # --- restoration ------------------------------------------------------------------------------------------------------
@@ -142,6 +153,19 @@ def test_a_name_of_whom_the_bias_took_next_to_nothing_does_not_swamp_the_others(
     found = told(restoration(biased, pruned, REFERENCE, pruned.clear(), **SETTINGS), "restoration")
     assert found["estimate"] == pytest.approx(1 - 1 / 100.001)  # the mean of ratios would be about -165
     assert 0.95 < found["low"] <= found["estimate"] <= found["high"] <= 1
+
+
+def test_what_chance_makes_of_distances_does_not_hide_what_was_restored():
+    """The answers are the reference's again, but drawn anew: the plain distances would say that less was restored."""
+    rng, found = np.random.default_rng(5), []
+    for _ in range(60):
+        plain, again = ({name: rng.normal(100, 10, 30) for _, name in NAMES} for _ in range(2))
+        biased = answers("p", {name: own + (6 if name in GROUPS["white"] else -6) for name, own in plain.items()})
+        pruned = masked("p", again)
+        rows = restoration(biased, pruned, answers("r", plain), pruned.clear(), **SETTINGS | {"resamples": 10})
+        found.append((1 - told(rows, "distance")["estimate"] / 6, told(rows, "restoration")["estimate"]))
+    assert np.mean(found, axis=0)[0] < 0.6
+    assert np.mean(found, axis=0)[1] == pytest.approx(1, abs=0.1)
 
 
 def test_intervals_resample_names():
