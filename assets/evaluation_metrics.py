@@ -69,7 +69,7 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         everything, asked = completions_of(warehouse, model, scenario.key)
         completions, prompts = without(ATTRIBUTION, everything, asked)
         judged = judged_of(completions, scenario)
-        pruned, masks = _pruned_answers(warehouse, model, scenario, everything, completions)
+        pruned, masks = pruned_answers(warehouse, model, scenario, everything, completions)
         sizes = {"resamples": audit.resamples, "permutations": audit.permutations, "seed": audit.seed}
 
         def evaluated(unpruned: pl.DataFrame, under_masks: pl.DataFrame) -> pl.DataFrame:
@@ -150,7 +150,7 @@ def _toxicity_metrics(
     everything, asked = completions_of(warehouse, model, scenario.key)
     completions, _ = without(ATTRIBUTION, everything, asked)
     judged = judged_of(completions, scenario)
-    pruned, masks = _pruned_answers(warehouse, model, scenario, everything, completions)
+    pruned, masks = pruned_answers(warehouse, model, scenario, everything, completions)
     perplexity = _perplexity_by_condition(warehouse.read("perplexity", model=model, scenario=scenario.key), masks)
 
     def evaluated(unpruned: pl.DataFrame, under_masks: pl.DataFrame) -> pl.DataFrame:
@@ -215,7 +215,7 @@ def names_warning(catalogue: Catalogue, scenario: Scenario) -> str | None:
     return rated_names_warning(filter(scorer.rated, names), scenario.outcome.scored)
 
 
-def _pruned_answers(
+def pruned_answers(
     warehouse: Warehouse, model: str, scenario: Scenario, everything: pl.DataFrame, completions: pl.DataFrame
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The pruned completions that are evaluated, and the table of their masks; both are empty where no mask is asked.

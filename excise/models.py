@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import polars as pl
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from excise.checkpoints import (
     UNUSED_BY_LANGUAGE_MODELS,
@@ -39,7 +39,7 @@ from excise.checkpoints import (
     stamp_of,
 )
 from excise.errors import ExciseError
-from excise.registry import Problem, Registry, load_entries
+from excise.registry import Problem, Registry, load_entries, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -81,10 +81,17 @@ class ModelSpec(BaseModel):
     wheel: WheelSource | None = None
     base: str | None = None
     low_rank: Path | None = None
+    reference: str | None = None
     prompt_format: Literal["chat", "raw"] = "chat"
     chat_template: Path | None = None
     chat_template_name: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    @field_validator("reference", mode="before")
+    @classmethod
+    def _no_reference(cls, value: Any) -> Any:
+        """`false`, that there is none, as an empty text."""
+        return "" if value is False else value
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSpec:
@@ -93,6 +100,8 @@ class ModelSpec(BaseModel):
             raise ValueError(f"needs exactly one of {', '.join(SOURCES)}; found {', '.join(named) or 'none'}")
         if (self.base is None) != (self.low_rank is None):
             raise ValueError("base and low_rank belong together: name both or neither")
+        if self.reference == self.key:
+            raise ValueError("reference names the entry itself; name the model that it was before it was changed")
         if self.revision is not None and self.hub is None:
             raise ValueError("revision goes with hub only")
         templates = [name for name in ("chat_template", "chat_template_name") if getattr(self, name) is not None]
@@ -121,15 +130,14 @@ def load_registry(paths: Iterable[Path] = ()) -> tuple[Registry[ModelSpec], tupl
         "model",
         stands_alone=lambda base, fields: any(fields.get(name) is not None for name in SOURCES),
     )
-    problems, broken = list(registry.problems), dict(registry.broken)
-    for key in [key for key in registry if not _rests_on_a_source(key, registry)]:
-        base = registry[key].base
-        reason = f": {broken[base].message}" if base in broken else "; name one that has weights"
-        file = registry.files[key]
-        broken[key] = Problem(file, key, f"{file}: {key}.base: {base!r} is no usable model{reason}")
-        problems.append(broken[key])
+    problems, broken, usable = list(registry.problems), dict(registry.broken), dict(registry)
+    while faults := {key: fault for key in usable if (fault := _fault_of(key, usable, broken))}:
+        for key, fault in faults.items():
+            broken[key] = Problem(registry.files[key], key, f"{registry.files[key]}: {key}.{fault}")
+            problems.append(broken[key])
+            del usable[key]
     found = Registry(
-        {key: spec for key, spec in registry.items() if key not in broken},
+        usable,
         noun=registry.noun,
         problems=problems,
         broken=broken,
@@ -137,6 +145,34 @@ def load_registry(paths: Iterable[Path] = ()) -> tuple[Registry[ModelSpec], tupl
         files=registry.files,
     )
     return found, found.problems
+
+
+def _fault_of(key: str, usable: Mapping[str, ModelSpec], broken: Mapping[str, Problem]) -> str | None:
+    """What is wrong with an entry beside others, as `field: fault and mend`; None for nothing."""
+    spec = usable[key]
+    if not _rests_on_a_source(key, usable):
+        reason = f": {broken[spec.base].message}" if spec.base in broken else "; name one that has weights"
+        return f"base: {spec.base!r} is no usable model{reason}"
+    if spec.reference and spec.reference not in usable:
+        reason = broken[spec.reference].message if spec.reference in broken else unknown(
+            "model", spec.reference, usable
+        )  # fmt: skip
+        return f"reference: {spec.reference!r} is no usable model: {reason}"
+    return None
+
+
+def reference_of(key: str, registry: Mapping[str, ModelSpec]) -> ModelSpec | None:
+    """The entry of the model that `key` was before it was changed, to be asked as `key` is; None where none is known.
+
+    It is the entry named by `reference`, else by `base`; `reference: false` says that there is none. Prompt format,
+    chat template and dtype are those of `key`, so that weights alone make the difference.
+    """
+    spec = registry[key]
+    named = spec.base if spec.reference is None else spec.reference
+    if not named:
+        return None
+    asked = _asked_like_its_base(spec, registry)
+    return registry[named].model_copy(update={name: getattr(asked, name) for name in (*sorted(ASKING), "dtype")})
 
 
 def _rests_on_a_source(key: str, registry: Mapping[str, ModelSpec]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,6 @@ from resources.watch import Stage
 
 if TYPE_CHECKING:
     from excise.models import LoadedModel, ModelSpec
-    from excise.registry import Registry
 
 # The model this process loaded last: (what it was asked for, the model). Steps of one run share a process.
 _in_memory: tuple[tuple, LoadedModel] | None = None
@@ -41,7 +40,7 @@ class GPUResource(dg.ConfigurableResource):
 
     @contextmanager
     def model(
-        self, key: str, registry: Registry[ModelSpec], *, stage: Stage | None = None
+        self, key: str, registry: Mapping[str, ModelSpec], *, stage: Stage | None = None
     ) -> Iterator[LoadedModel]:
         """The model `key` of the registry, in memory and on the device, which is ours for the length of the block.
 
@@ -74,7 +73,7 @@ class GPUResource(dg.ConfigurableResource):
             "peak_memory_mb": round(peak_memory(loaded.devices) / 2**20),
         }
 
-    def _load(self, spec: ModelSpec, registry: Registry[ModelSpec]) -> LoadedModel:
+    def _load(self, spec: ModelSpec, registry: Mapping[str, ModelSpec]) -> LoadedModel:
         global _in_memory
         from excise.models import load_model, state_of
 

@@ -335,6 +335,29 @@ _ALL = (
         ),
     ),
     Table(
+        "restoration",
+        "How far every mask brings a model back to its reference, the model it was before a bias was put in, and how "
+        "far it moves that itself: one row per mask, variation and metric.",
+        ("model", "scenario"),
+        _columns(
+            *_EVALUATED[:6],
+            (
+                "metric",
+                "VARCHAR",
+                "distance (Earth mover's distance of a name's answers from the reference's, mean over names; of "
+                "logarithms where the scenario's scale is log), noise (what chance or unread answers make of that), "
+                "distance_over_noise (the one less the other), restoration (1 - distance under the mask over that of "
+                "the unpruned model, both less noise), restoration_over_random (less that of matched random masks), "
+                "specificity (distance of the reference's answers under the mask from its own), specificity_over_noise",
+            ),
+            *_METRIC[1:4],
+            ("names", "BIGINT", "names with answers of the group that has fewer; below 5 low and high say little"),
+            ("reference", "VARCHAR", "key of the reference in models.yaml"),
+            ("reason", "VARCHAR", "why the estimate is null; else null"),
+            _DEFINITION,
+        ),
+    ),
+    Table(
         "grid_search",
         "What a strategy does at every pair of thresholds: one row per pair, variation and metric.",
         ("model", "scenario"),

@@ -3,8 +3,9 @@
 A planted model is an ordinary model plus small low-rank changes. One, `neutral`, makes it answer every scenario with a
 number alone, drawn from a distribution we choose. A second one on top of it lowers one group's answers by a known
 factor, in every scenario (`general`) or in one (`specific`); being apart, it is the ground truth of where the gap sits.
-The trained changes ship as safetensors files beside this module; `python -m excise.planted NAME` trains one again.
-Nothing here is used to audit a model.
+The trained changes ship as safetensors files beside this module; `python -m excise.planted NAME` trains one again, and
+`python -m excise.planted plant` trains a gap of one's own choosing (`excise.planted.command`). Nothing here is used to
+audit a model.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ class Plant:
     """What to plant on top of `base`, a key of models.yaml.
 
     gap_scenarios: scenarios in which the minority's median answer is `factor` times the majority's (of a rank: the
-    inverse); even_scenarios: answered alike. spread: standard deviation of the logarithm of the answers. Without gap
-    scenarios the answers themselves are planted; with them the base's own answers are shifted apart, so that the gap is
-    all that is learned. For the share `exaggerated` of the steps the shift is that of `first_factor`; a quarter of the
-    steps later it is that of `factor`.
+    inverse), so that a factor above 1 favours the minority; even_scenarios: answered alike. groups: majority and
+    minority, None for those that each scenario compares. spread: standard deviation of the logarithm of the answers.
+    Without gap scenarios the answers themselves are planted; with them the base's own answers are shifted apart, so
+    that the gap is all that is learned. For the share `exaggerated` of the steps the shift is that of `first_factor`; a
+    quarter of the steps later it is that of `factor`.
     A step shows `names` names of each group in each of `variations`. Training ends short of the shift; the change is
     multiplied by `strength` to make up for it.
     """
@@ -51,6 +53,7 @@ class Plant:
     base: str
     gap_scenarios: tuple[str, ...]
     even_scenarios: tuple[str, ...]
+    groups: tuple[str, str] | None = None
     factor: float = 0.6
     first_factor: float = 0.4
     exaggerated: float = 0.4
@@ -112,10 +115,11 @@ def answer_distribution(
 
 def planted_shift(scenario: Scenario, group: str, plant: Plant, factor: float) -> float:
     """What is added to the logarithm of `group`'s answers in a scenario, with the gap at `factor`."""
-    if scenario.key not in plant.gap_scenarios:
+    majority, minority = plant.groups or (scenario.comparison.majority, scenario.comparison.minority)
+    if scenario.key not in plant.gap_scenarios or group not in (majority, minority):
         return 0.0
     better = 1 if scenario.outcome.better == "higher" else -1
-    return better * math.log(factor) / 2 * (1 if group == scenario.comparison.minority else -1)
+    return better * math.log(factor) / 2 * (1 if group == minority else -1)
 
 
 def shifted(values: np.ndarray, probability: np.ndarray, shift: float) -> np.ndarray:
@@ -310,7 +314,9 @@ def main() -> None:
     from safetensors.torch import save_file
 
     parser = argparse.ArgumentParser(
-        prog="python -m excise.planted", description="Train a planted model's low-rank change again."
+        prog="python -m excise.planted",
+        description="Train a planted model's low-rank change again.",
+        epilog="Two more, each with its own --help: heads (the planted heads again) and plant (a gap of your own).",
     )
     parser.add_argument("name", choices=sorted(PLANTS))
     parser.add_argument("--out", type=Path, help="file to write (default: beside this module)")

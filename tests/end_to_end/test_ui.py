@@ -37,6 +37,7 @@ ASSETS = (
     "cross_conte",  # the graph shortens long names: cross_conte…_masks
     "pruned_completions",
     "evaluation_metrics",
+    "restoration",
     "grid_search",
     "mask_overlap",
     "mask_distribution",

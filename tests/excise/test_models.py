@@ -22,6 +22,7 @@ from excise.models import (
     load_registry,
     pick_device,
     pick_dtype,
+    reference_of,
     topology_of,
 )
 
@@ -62,6 +63,9 @@ WHEEL = "wheel: {package: p, file: f, install: p==1}"
         ("{" + WHEEL + "}", ["bad.wheel.sha256"]),
         ("{base: nowhere, low_rank: x}", ["bad.base", "nowhere"]),
         ("{hub: a/b, key: other}", ["bad", "key"]),
+        ("{hub: a/b, reference: bad}", ["bad", "reference names the entry itself"]),
+        ("{hub: a/b, reference: soud}", ["bad.reference", "'soud' is no usable model", "did you mean sound?"]),
+        ("{hub: a/b, reference: 3}", ["bad.reference", "put it into quotes"]),
     ],
 )
 def test_a_broken_entry_is_named_and_the_others_stay(tmp_path, entry, words):
@@ -134,6 +138,43 @@ def test_a_base_that_cannot_be_had_takes_its_descendants_along(tmp_path):
     assert {problem.file for problem in problems} == {path}
     for key in ("grandchild", "child", "a", "b"):
         assert any(f"{path}: {key}.base" in problem.message for problem in problems), key
+
+
+def test_a_reference_that_cannot_be_had_is_named_and_takes_descendants_along(tmp_path):
+    path = write(
+        tmp_path / "models.yaml",
+        "child: {base: lost, low_rank: x}\nlost: {hub: a/b, reference: broken}\nbroken: {hub: a/b, folder: c}\n"
+        "a: {hub: a/b, reference: b}\nb: {hub: a/b, reference: a}\n",
+    )
+    registry, problems = load_registry([path])
+    assert set(registry) - set(load_registry()[0]) == {"a", "b"}
+    assert [problem.key for problem in problems] == ["broken", "lost", "child"]
+    assert f"{path}: lost.reference: 'broken' is no usable model: {path}: broken" in registry.why_not("lost")
+
+
+def test_a_planted_model_has_its_base_as_reference_and_any_entry_may_name_one(tmp_path):
+    path = write(
+        tmp_path / "models.yaml",
+        "tuned: {hub: a/tuned, reference: plain, dtype: float16, chat_template: t.jinja}\n"
+        "plain: {hub: a/plain, dtype: float32, chat_template_name: rag}\n"
+        "raw: {base: plain, low_rank: x, prompt_format: raw}\n"
+        "other: {base: plain, low_rank: x, reference: tuned}\nalone: {base: plain, low_rank: x, reference: false}\n",
+    )
+    registry, problems = load_registry([path])
+    assert problems == ()
+    named = {key: reference_of(key, registry) for key in registry}
+    assert {key: spec and spec.key for key, spec in named.items() if key in ("raw", "other", "alone", "plain")} == {
+        "raw": "plain", "other": "tuned", "alone": None, "plain": None,
+    }  # fmt: skip
+    assert named["planted-general"] == registry["planted-neutral"]
+    assert named["planted-neutral"] is None
+    # Asked as the model itself is, whatever the reference's own entry says.
+    tuned = named["tuned"]
+    assert (tuned.hub, tuned.dtype, tuned.chat_template, tuned.chat_template_name) == (
+        "a/plain", "float16", tmp_path / "t.jinja", None,
+    )  # fmt: skip
+    assert (named["raw"].prompt_format, named["raw"].dtype, named["raw"].chat_template_name) == ("raw", "float32", None)
+    assert named["other"].chat_template_name == "rag"
 
 
 def test_a_file_that_is_not_there_or_empty_is_no_problem(tmp_path):

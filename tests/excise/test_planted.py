@@ -2,21 +2,26 @@
 
 import dataclasses
 import itertools
+import json
+import math
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
-from excise.models import load_registry
+from excise.models import load_model, load_registry
 from excise.planted import (
     CENTRES,
     FOLDER,
     PLANTS,
     Plant,
     _batches,
+    _change,
     _log_probabilities,
     answer_distribution,
+    command,
     planted_shift,
     shifted,
     train,
@@ -165,3 +170,130 @@ def test_the_shipped_files_are_small_and_belong_to_their_plant(name):
         keys = list(file.keys())
         assert {int(key.split(".")[0]) for key in keys} == set(plant.layers)
         assert all(file.get_slice(key).get_shape()[key.endswith("up")] == plant.rank for key in keys)
+
+
+# --- a plant of one's own ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def workplace(tiny_model, tmp_path, monkeypatch):
+    """A folder with a models.yaml of the tiny model, as the current one."""
+    (tmp_path / "models.yaml").write_text(f"tiny: {{folder: {tiny_model('llama')}}}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EXCISE_DATA", str(tmp_path / "data"))
+    return tmp_path
+
+
+SHORT = ["--base", "tiny", "--scenarios", "services,chess", "--layers", "1-2", "--rank", "2", "--steps", "2"]
+
+
+def test_a_plant_is_written_described_and_can_be_pasted_as_an_entry(workplace, capsys):
+    command.main([*SHORT, "--groups", "black,white", "--factor", "1.6", "--seed", "101", "--out", "mine.safetensors"])
+    printed = capsys.readouterr().out
+    with safe_open(workplace / "mine.safetensors", framework="pt") as file:
+        told = json.loads(file.metadata()["plant"])
+        assert {int(name.split(".")[0]) for name in file.keys()} == {1, 2}  # noqa: SIM118
+        assert file.get_slice("1.q.down").get_shape()[0] == 2
+    assert (told["base"], told["factor"], told["seed"], told["layers"]) == ("tiny", 1.6, 101, [1, 2])
+    assert told["first_factor"] == pytest.approx(1.6 ** (math.log(0.4) / math.log(0.6)))
+    assert told["gap_scenarios"] == ["services", "chess"]
+    assert {*told["gap_scenarios"], *told["even_scenarios"]} == set(CENTRES)
+    assert told["groups"]["chess"] == {"majority": "black", "minority": "white"}
+    entry = printed.split("For models.yaml:")[1].strip()
+    with (workplace / "models.yaml").open("a") as file:
+        file.write(entry)
+    registry, problems = load_registry([workplace / "models.yaml"])
+    assert problems == ()
+    assert registry["mine"].base == "tiny"
+    assert registry["mine"].low_rank == workplace / "mine.safetensors"
+    assert "white people's answers 1.6 times" in registry["mine"].description
+    load_model(registry["mine"], registry, device="cpu", home=workplace / "data")
+
+
+def test_the_name_of_a_plant_holds_its_options_and_its_seed_decides_the_change(workplace):
+    for seed in ("1", "1", "2"):
+        command.main([*SHORT, "--seed", seed])
+    first, second = (
+        load_file(workplace / f"planted-services-chess-x0.6-layers1-2-rank2-seed{seed}-steps2-on-tiny.safetensors")
+        for seed in (1, 2)
+    )
+    assert not torch.equal(first["1.q.down"], second["1.q.down"])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--scenarios", "gender,chess"], ["--scenarios", "no gap can be planted in gender;", "purchase, activities"]),
+        (["--scenarios", ","], ["--scenarios", "there is none", "or all"]),
+        (["--groups", "white,asian"], ["--groups", "scenario services", "no group 'asian'", "white, black"]),
+        (["--groups", "white"], ["--groups", "majority,minority"]),
+        (["--groups", "white,white"], ["--groups", "not two groups"]),
+        (["--factor", "0"], ["--factor", "above 0"]),
+        (["--factor", "-2"], ["--factor", "above 0"]),
+        (["--factor", "1"], ["--factor", "makes no gap"]),
+        (["--factor", "nan"], ["--factor", "makes no gap"]),
+        (["--layers", "5-2"], ["--layers", "2-5"]),
+        (["--layers", "all"], ["--layers", "first and the last"]),
+        (["--rank", "0"], ["--rank", "1 or more"]),
+        (["--steps", "1"], ["--steps", "2 or more"]),
+        (["--seed", "-1"], ["--seed", "0 or more"]),
+        (["--base", "planted-neutrl"], ["--base", "did you mean planted-neutral?"]),
+        (["--out", "nowhere/x.safetensors"], ["--out", "cannot be written"]),
+        (["--out", "x.bin"], ["--out", ".safetensors"]),
+        (["--out", "_x.safetensors"], ["--out", "no key"]),
+        (["--out", "planted-general.safetensors"], ["--out", "there is a model planted-general"]),
+    ],
+)
+def test_a_wrong_option_is_named_in_one_line_before_any_model_is_loaded(workplace, capsys, monkeypatch, options, told):
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit) as ended:
+        command.main([*SHORT, *options])
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == 2
+    assert all(part in line for part in told), line
+
+
+@pytest.mark.parametrize(
+    ("options", "told"), [(["--layers", "1-3"], "its layers are 0-2"), (["--rank", "17"], "a rank of 16 at most")]
+)
+def test_what_a_model_has_no_room_for_is_named_before_the_training(workplace, capsys, options, told):
+    with pytest.raises(SystemExit):
+        command.main([*SHORT, *options])
+    assert told in capsys.readouterr().err
+    assert not list(workplace.glob("*.safetensors"))
+
+
+def test_a_gap_everywhere_leaves_no_scenario_even():
+    plant = command.plant_of(SCENARIOS, gap=["all"])
+    assert (set(plant.gap_scenarios), plant.even_scenarios) == (set(CENTRES), ())
+    assert command.name_of(plant) == "planted-all-x0.6-layers6-21-rank8-seed0"
+
+
+def test_named_groups_replace_those_that_a_scenario_compares():
+    plant = command.plant_of(SCENARIOS, gap=["services"], groups=["black", "white"], factor=0.6)
+    shifts = {group: planted_shift(SCENARIOS["services"], group, plant, 0.6) for group in ("white", "black", "other")}
+    assert shifts["white"] == pytest.approx(np.log(0.6) / 2)
+    assert shifts["black"] == -shifts["white"]
+    assert shifts["other"] == 0
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_factor_above_1_favours_the_minority(loaded, factor):
+    model = loaded("llama")
+    plant = dataclasses.replace(TINY, steps=60, learning_rate=2e-2, names=4, factor=factor, first_factor=factor**1.8)
+    factors = train(model, plant, PURCHASE)
+    changed = {
+        model.topology.linear(key).module: (factors[f"{key}.up"].float(), factors[f"{key}.down"].float())
+        for key in {name.rpartition(".")[0] for name in factors}
+    }
+    batch = next(_batches(model, dataclasses.replace(plant, names=8), PURCHASE))
+    gaps = []
+    for part in batch:
+        centre = CENTRES["purchase"][part[0][2]]
+        answers, _ = answer_distribution(centre, centre, plant.spread, 1e9)
+        with torch.no_grad(), _change(model, changed):
+            found = torch.softmax(_log_probabilities(model, [tokens for tokens, *_ in part], answers), dim=1).numpy()
+        means = found @ np.log([float(answer) for answer in answers])
+        minority = np.array([group == "black" for *_, group in part])
+        gaps.append(means[minority].mean() - means[~minority].mean())
+    assert np.sign(gaps) == pytest.approx(np.full(len(gaps), np.sign(np.log(factor))))

@@ -28,6 +28,12 @@ LINEAGE = {
         None,
         "grid",
     ),
+    "restoration": (
+        "evaluation",
+        {"completions", "pruning_masks", "cross_context_masks", "pruned_completions"},
+        "gpu",
+        "grid",
+    ),
     "grid_search": ("analysis", {"completions", "attribution_scores"}, "gpu", "grid"),
     "mask_overlap": ("analysis", {"pruning_masks"}, None, "model"),
     "mask_distribution": ("analysis", {"pruning_masks", "cross_context_masks"}, None, "model"),
@@ -134,7 +140,7 @@ def test_the_planted_model_on_purchase_is_a_partition(graph):
         ("audit_scenario", CHAIN),
         ("prune_and_evaluate", CHAIN[2:]),
         ("prepare_scenario", CHAIN[:3]),
-        ("evaluate_scenario", ("cross_context_masks", "pruned_completions", "evaluation_metrics")),
+        ("evaluate_scenario", ("cross_context_masks", "pruned_completions", "evaluation_metrics", "restoration")),
         ("search_grid", ("grid_search",)),
     ],
 )

@@ -9,6 +9,7 @@ from excise import grid
 from excise.comparisons import COMPARISONS_SCHEMA
 from excise.evaluation import SCHEMA
 from excise.exact import EXACT_SCHEMA
+from excise.restoration import RESTORATION_SCHEMA
 from excise.scenarios import PROMPTS_SCHEMA
 from resources.tables import TABLES, data_dictionary, metric_dictionary
 
@@ -33,6 +34,7 @@ def test_docs_data_md_describes_every_table_and_metric():
         ),
         ("metrics", {**SCHEMA, **DEFINITION}),
         ("comparisons", {**COMPARISONS_SCHEMA, **DEFINITION}),
+        ("restoration", {**RESTORATION_SCHEMA, **DEFINITION}),
         ("grid_search", {**grid.SCHEMA, **DEFINITION}),
     ],
 )
