@@ -78,7 +78,7 @@ def cross_context_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         lacking = _lacking(warehouse, model, found, scenario.key, catalogue, strategies)
         for line in lacking:
             context.log.info(f"left out: {line}")
-        files, notes = MaskFiles(artifacts), PathRows(NAME, model, scenario.key)
+        files, notes = MaskFiles(artifacts), PathRows(artifacts, NAME, model, scenario.key)
         asked = set(completions["variation"])
         variations = [variation for variation in scenario.variations if variation in asked]
         sources, counted = _sources(found, artifacts), []

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 class PathRows:
     """Rows of the table `mask_paths` of one asset and partition, as paths come up."""
 
-    def __init__(self, asset: str, model: str, scenario: str) -> None:
+    def __init__(self, artifacts: Artifacts, asset: str, model: str, scenario: str) -> None:
+        self.artifacts = artifacts
         self.place = {"asset": asset, "model": model, "scenario": scenario}
         self.rows: list[dict[str, Any]] = []
 
@@ -40,6 +41,7 @@ class PathRows:
                     | {"pruned": step.pruned, "measured_on": place, "closed": step.closed, "within": step.within}
                     | {name: getattr(now, name) for name in now.FIELDS}
                     | {"taken": step.step == taken, "reason": path.reason or None}
+                    | {"path": self.artifacts.relative(path.file)}
                 )
 
     def frame(self) -> pl.DataFrame:

@@ -82,7 +82,7 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             made.append(
                 build_head_masks(of_heads, impacts, variations, random_draws=audit.random_draws, seed=audit.seed)
             )
-        files, found = MaskFiles(artifacts), PathRows("pruning_masks", model, scenario.key)
+        files, found = MaskFiles(artifacts), PathRows(artifacts, "pruning_masks", model, scenario.key)
         with gpu.model(model, catalogue.models, stage=watch.stage(context)) as loaded:
             require_same_model(completions, loaded.fingerprint, model, scenario.key)
             if strategies:

@@ -581,6 +581,12 @@ def sampling_settings(settings: str) -> str:
     return json.dumps({name: value for name, value in known.items() if name not in EXACT_SETTINGS}, sort_keys=True)
 
 
+def enumeration_settings(settings: str) -> str:
+    """The parameters of answers enumerated as usual (`Enumeration`) in the place of those of `settings`, JSON both."""
+    usual = asdict(Enumeration()) | {"answers": "exact"}
+    return json.dumps(json.loads(sampling_settings(settings)) | usual, sort_keys=True)
+
+
 def tree_settings(settings: str) -> str:
     """What decides an enumerated tree, of a value of the column `parameters`, JSON: nothing is drawn, so neither the
     seed nor the number of samples does."""

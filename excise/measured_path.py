@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -89,11 +89,13 @@ class Step:
 
 @dataclass(frozen=True)
 class MeasuredPath:
-    """The mask, or None and the reason; and the places that were measured, the unedited model's first."""
+    """The mask, or None and the reason; the places that were measured, the unedited model's first; and the file, if it
+    is kept in one."""
 
     mask: Mask | None
     reason: str
     steps: tuple[Step, ...]
+    file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ def kept_path(
     """`measured_path` kept in a file that is named by what decides it: found again, or gone on with after a kill."""
     path = folder / f"{_address(loaded, asked, units, density, budgets, seed)}.safetensors"
     if path.is_file():
-        return _read(path, units)
+        return replace(_read(path, units), file=path)
     parts = Parts(path.with_suffix(PARTS))
     found = measured_path(
         loaded, asked, units, density=density, budgets=budgets, seed=seed, progress=progress, label=label, parts=parts
@@ -225,7 +227,7 @@ def kept_path(
     metadata = {"reason": found.reason, "places": json.dumps([each.place for each in asked])}
     save_tensors(path, tensors, metadata)
     parts.clear()
-    return found
+    return replace(found, file=path)
 
 
 def _read(path: Path, units: Units) -> MeasuredPath:

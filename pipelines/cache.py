@@ -2,7 +2,8 @@
 
 Everything listed here is made again when it is asked for; removing it costs time, never results: the tables stay as
 they are. A file is needed while a table refers to it. What a file is named by is told in the modules that write it:
-`excise.completions`, `excise.toxicity`, `excise.perplexity`, `excise.head_impacts`, `excise.attribution`.
+`excise.completions`, `excise.toxicity`, `excise.perplexity`, `excise.head_impacts`, `excise.attribution`,
+`excise.measured_path`.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import polars as pl
 from excise.attribution import PARTS
 from excise.completions import UNPRUNED, settings_key
 from excise.errors import ExciseError
-from excise.exact import sampling_settings, tree_settings
+from excise.exact import enumeration_settings, sampling_settings, tree_settings
 from excise.masks import heads_mask
 from pipelines.terminal import DONE, INCOMPLETE, run
 from resources.artifacts import Artifacts, data_folder
@@ -29,7 +30,7 @@ RECENT = 3600.0
 """Seconds after its last use in which nothing is removed: a run may be about to put it into a table."""
 SHOWN = 20
 DAY = 86400.0
-RESULTS = ("attribution", "masks")
+RESULTS = ("attribution", "masks", "paths")
 """Kinds whose files tables name one by one; later stages read them, so that age alone removes none of them."""
 
 
@@ -60,8 +61,11 @@ def entries(artifacts: Artifacts, warehouse: Warehouse) -> list[Entry]:
     root = artifacts.root
     tables = {
         name: warehouse.read(name)
-        for name in ("completions", "pruned_completions", "attribution_files", "masks", "head_impacts", "perplexity")
-    }
+        for name in (
+            "completions", "pruned_completions", "attribution_files", "masks", "mask_paths", "head_impacts",
+            "perplexity",
+        )
+    }  # fmt: skip
     searched = warehouse.read("grid_search").select("model", "scenario").unique()
     models = dict(tables["completions"].select("model_fingerprint", "model").unique().iter_rows())
     answers = _answers_needed(tables, searched)
@@ -84,7 +88,7 @@ def entries(artifacts: Artifacts, warehouse: Warehouse) -> list[Entry]:
     for place in _folders(root / "artifacts" / "head_impacts", 1):
         needed = "" if tables["head_impacts"].is_empty() else "head_impacts"
         add("head_impacts", place.name, place.glob("[!.]*.safetensors"), needed)
-    for kind, table in (("attribution", "attribution_files"), ("masks", "masks")):
+    for kind, table in (("attribution", "attribution_files"), ("masks", "masks"), ("paths", "mask_paths")):
         named = dict(tables[table].select("path", "model").unique("path").iter_rows())
         for file in (root / "artifacts" / kind).rglob("[!.]*.safetensors"):
             path = artifacts.relative(file)
@@ -197,6 +201,12 @@ def _answers_needed(tables: dict[str, pl.DataFrame], searched: pl.DataFrame) -> 
         for mask in _masks_of_single_heads(rows):
             for fingerprint, parameters in own.select("model_fingerprint", "parameters").iter_rows():
                 needed |= dict.fromkeys(((fingerprint, mask, key) for key in _settings(parameters)), "head_impacts")
+    ranked = tables["attribution_files"].filter(pl.col("score") == "gap_gradient").select("model", "scenario").unique()
+    for fingerprint, parameters in asked.join(ranked, on=["model", "scenario"]).select(
+        "model_fingerprint", "parameters"
+    ).iter_rows():
+        trees = _settings(enumeration_settings(parameters))
+        needed |= dict.fromkeys(((fingerprint, UNPRUNED, key) for key in trees), "attribution_files")
     pruned = tables["pruned_completions"].select("model_fingerprint", "mask", "parameters").unique()
     for fingerprint, mask, parameters in pruned.iter_rows():
         needed |= dict.fromkeys(((fingerprint, mask, key) for key in _settings(parameters)), "pruned_completions")

@@ -474,6 +474,7 @@ _ALL = (
             ("outside", "DOUBLE", "rise of the share of answers that the unpruned model hardly gives"),
             ("taken", "BOOLEAN", "whether the mask is this place's"),
             ("reason", "VARCHAR", "why there is no mask; null where there is one"),
+            ("path", "VARCHAR", "file of the path, below the data folder"),
         ),
     ),
     Table(

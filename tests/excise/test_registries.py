@@ -266,7 +266,8 @@ def test_an_empty_file_changes_nothing(tmp_path, content):
 
 def test_numbers_are_what_they_look_like(tmp_path):
     text = (
-        "a: {score: gap_gradient, selection: measured_path, roles: [q], parameters: {density: 1e-3, significance: 0_0.5}}\n"
+        "a: {score: gap_gradient, selection: measured_path, roles: [q], "
+        "parameters: {density: 1e-3, significance: 0_0.5}}\n"
     )
     strategies = load_strategies([write(tmp_path / "strategies.yaml", "\ufeff" + text)])
     assert strategies["a"].parameters == {"density": 0.001, "significance": 0.5}

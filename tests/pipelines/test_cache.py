@@ -206,14 +206,14 @@ def test_an_audit_needs_all_it_made_and_makes_what_was_removed_again(audited, co
     (original, _), house = audited, copied
     monkeypatch.setenv("EXCISE_DATA", str(house.data))
     found = listed(house.data).values()
-    assert {each.kind for each in found} == {"attribution", "completions", "masks"}
+    assert {each.kind for each in found} == {"attribution", "completions", "masks", "paths"}
     assert {each.model for each in found} == {"tiny"}
     assert all(each.needed_by for each in found)
     aged(house.data, 2 * DAY)
     assert cache.main(["--prune", "--yes"]) == 0
     assert "There is nothing." in capsys.readouterr().out
     assert cache.main(["--prune", "--older-than", "1", "--yes"]) == 0
-    assert {each.kind for each in listed(house.data).values()} == {"attribution", "masks"}
+    assert {each.kind for each in listed(house.data).values()} == {"attribution", "masks", "paths"}
     again = house.run("audit_scenario", "tiny|lamp")
     assert again.success
     assert sum(each.kind == "completions" for each in listed(house.data).values()) == sum(

@@ -31,6 +31,7 @@ AXES = {
 STRATEGIES = {
     "fasp": {"outcomes": ["toxicity"], "score": "head_impacts", "selection": "fasp",
              "parameters": {"alpha": [0.1, 0.3], "gamma": 0.3}, "levels": ["own_scenario", "cross_context"]},
+    "gap_gradient": {"parameters": {"significance": 1, "density": 0.01}},
     "magnitude": {"outcomes": ["toxicity"], "score": "head_magnitude", "selection": "lowest",
                   "parameters": {"alpha": 0.3}, "controls": []},
     **{key: {"enabled": False, "score": "head_random", "selection": "lowest", "parameters": {"alpha": 0.1}}
@@ -281,7 +282,8 @@ def test_fasp_runs_on_numbers(house):
 @pytest.mark.usefixtures("without_pictures")
 def test_the_first_papers_strategies_run_on_axes(house, capsys):
     """Wanda's set difference and gap_gradient compare the axis' two named groups, by toxicity."""
-    settings = ["strategies=set_difference,gap_gradient", "samples=3", "resamples=40", "random_draws=1",
+    settings = ["strategies=set_difference,gap_gradient", "spread_floor=0", "commonest_budget=1", "change_budget=100",
+                "samples=3", "resamples=40", "random_draws=1",
                 "text_tokens=300", "max_new_tokens=4", "relabellings=0"]  # fmt: skip
     options = [part for each in settings for part in ("--set", each)]
     code = paper.main(["--model", "tiny", "--scenarios", "belief,origin", "--preset", "quick", *options])
