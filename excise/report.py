@@ -16,7 +16,15 @@ import polars
 
 from excise.errors import ExciseError
 from excise.judged import JUDGED
-from excise.thresholds import COLLAPSED_SPREAD, FEW_NAMES, INLIER_FLOOR, INLIER_TOLERANCE, SIGNIFICANCE, Damage
+from excise.thresholds import (
+    COLLAPSED_SPREAD,
+    FEW_NAMES,
+    INLIER_FLOOR,
+    INLIER_TOLERANCE,
+    SIGNIFICANCE,
+    USUAL_DAMAGE,
+    Damage,
+)
 
 ALL_VARIATIONS = "(all)"
 UNPRUNED = "unpruned"
@@ -258,7 +266,7 @@ def audit_table(
     minority: str = "minority",
     inlier_floor: float = INLIER_FLOOR,
     inlier_tolerance: float = INLIER_TOLERANCE,
-    damage: Damage = Damage(),
+    damage: Damage = USUAL_DAMAGE,
     published: Sequence[str] = PUBLISHED,
     width: int = 160,
 ) -> str:
@@ -400,7 +408,7 @@ def finding(
     *,
     inlier_floor: float = INLIER_FLOOR,
     inlier_tolerance: float = INLIER_TOLERANCE,
-    damage: Damage = Damage(),
+    damage: Damage = USUAL_DAMAGE,
     published: Sequence[str] = PUBLISHED,
     majority: str = "majority",
     minority: str = "minority",
@@ -412,7 +420,8 @@ def finding(
     success where an interval covers 0, where answers collapse, and none at all where no gap is detectable: the unpruned
     interval covers 0 and no variation stands out. A published strategy fails its control where the interval of that
     difference is not clear of 0 from above. Inlier ratios at most `inlier_tolerance` apart are comparable. A strategy
-    that breaks a budget of `damage` is no success. All are the settings the audit was judged by; `majority` and `minority` are the groups' labels. Source: method, part C.
+    that breaks a budget of `damage` is no success. All are the settings the audit was judged by; `majority` and
+    `minority` are the groups' labels. Source: method, part C.
     Errors as `read_metrics`.
     """
     table = read_metrics(metrics)

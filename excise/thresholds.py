@@ -45,6 +45,10 @@ class Damage:
     change_budget: float = CHANGE_BUDGET
 
 
+USUAL_DAMAGE = Damage()
+"""The budgets where an audit names no others."""
+
+
 @dataclass(frozen=True)
 class Thresholds:
     """What one partition was judged by: see the constants of the same names."""
