@@ -27,6 +27,7 @@ from excise.judged import (
     unit_of,
 )
 from excise.scenarios import Scenario
+from excise.thresholds import Damage
 from resources.tables import TABLES
 from resources.warehouse import Warehouse
 
@@ -35,6 +36,8 @@ WARN = dg.AssetCheckSeverity.WARN
 REDUCTIONS = ("gap_reduction", "reduction_over_random", "smd_reduction", "smd_reduction_over_random", "bias_reduction")
 STANDARDIZED = ("smd", "abs_smd")
 """Metrics that are not defined where a known gap has no deviation to be measured by."""
+MAY_LACK = ("spread_ratio", "excess_change", "closed_by_majority", "closed_by_minority")
+"""Metrics that are not defined where unpruned answers do not vary, or there is nothing to reduce."""
 ALWAYS_DEFINED = ("parse_rate", "share_scored", "density", "judged_variations")
 MASK = ("variation", "strategy", "level", "matched_to", "draw")
 CONDITION = MASK[1:4]
@@ -44,6 +47,7 @@ DESCRIPTIONS = {
     "judged_variations": "Every variation has enough answers of every group to be judged.",
     "parse_rate": "Enough answers of every variation and group hold a single number.",
     "mask_density": "Every strategy's mask prunes something, and not too much of the model.",
+    "damage": "Every strategy's mask keeps the spread of the answers, their variety and their size, beside the gap.",
     "metrics_finite": "Every metric of every mask is there and is a finite number.",
     "inlier_ratio": "Under every strategy's mask, enough answers stay in the range of the unpruned model's.",
     "all_checks_pass": "No check of any partition fails.",
@@ -299,6 +303,33 @@ def inlier_ratio(metrics: pl.DataFrame, floor: float) -> Outcome:
     return _at_least("inlier_ratio", ratios, "inlier_ratio", floor, "answers in the unpruned model's range")
 
 
+def damage(metrics: pl.DataFrame, budgets: Damage) -> Outcome:
+    """No strategy's mask closes a gap at the price of the answers: every one keeps the damage budgets everywhere.
+
+    Controls are not judged, nor masks of single other scenarios, which the transfer matrix tells of.
+    """
+    from excise.report import UNPRUNED_MASK, broken_budgets, read_metrics
+
+    if metrics.is_empty():
+        return Outcome("damage", True, WARN, "There is no mask to judge.")
+    table = read_metrics(metrics.filter(~pl.col("level").str.contains("/")))
+    masks = [mask for mask in table.masks if not mask.is_control and mask != UNPRUNED_MASK]
+    broken = [
+        {"variation": variation, "strategy": mask.strategy, "level": mask.level, "broken": ", ".join(found)}
+        for mask in masks
+        for variation in table.variations
+        if (found := broken_budgets(table, variation, mask, budgets))
+    ]
+    message = f"All {len(masks)} masks keep the damage budgets in every variation."
+    if broken:
+        worst = broken[0]
+        message = (
+            f"Damage budgets are broken in {len(broken)} places: {worst['variation']}, {worst['strategy']}, "
+            f"{worst['level'].replace('_', '-')}: {worst['broken']}" + (", and others." if len(broken) > 1 else ".")
+        )
+    return Outcome("damage", not broken, WARN, message, float(len(broken)), 0.0, None, broken)
+
+
 def metrics_finite(metrics: pl.DataFrame) -> Outcome:
     """Every estimate is a finite number, for every variation and mask.
 
@@ -312,7 +343,7 @@ def metrics_finite(metrics: pl.DataFrame) -> Outcome:
     place = ["variation", "strategy", "level", "matched_to"]
     gap_known = metrics.filter((pl.col("metric") == "gap_mean") & pl.col("estimate").is_not_null()).select(place)
     told = metrics.join(gap_known.with_columns(gap_known=True), on=place, how="left", nulls_equal=True)
-    may_lack = pl.col("metric").is_in([*REDUCTIONS, "spread_ratio"]) | (
+    may_lack = pl.col("metric").is_in([*REDUCTIONS, *MAY_LACK]) | (
         pl.col("metric").is_in(STANDARDIZED) & pl.col("gap_known")
     )
     told = told.join(_unanswered(metrics), on=[*place, "metric"], how="anti", nulls_equal=True, maintain_order="left")

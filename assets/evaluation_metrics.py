@@ -46,8 +46,9 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             checks.spec("metrics_finite", "evaluation_metrics", catalogue),
             checks.spec("judged_variations", "evaluation_metrics", catalogue),
             checks.spec("inlier_ratio", "evaluation_metrics", catalogue),
+            checks.spec("damage", "evaluation_metrics", catalogue),
         ],
-        code_version="3",
+        code_version="4",
     )
     def evaluation_metrics(
         context: dg.AssetExecutionContext,
@@ -80,6 +81,7 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                 majority=groups.majority,
                 minority=groups.minority,
                 answer_range=scenario.outcome.scored_range,
+                log_scale=scenario.outcome.scale == "log",
                 **sizes,
             )
 
@@ -97,6 +99,7 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             checks.metrics_finite(rows),
             checks.judged_under_masks(pruned, scenario, judged, completions["variation"].n_unique()),
             checks.inlier_ratio(rows, audit.inlier_floor),
+            checks.damage(rows, audit.thresholds.damage),
         ]
         checks.record(warehouse, "evaluation_metrics", model, scenario.key, outcomes)
         record_thresholds(warehouse, "evaluation_metrics", model, scenario.key, audit.thresholds)
@@ -106,6 +109,7 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         metadata = _explanation(completions, scenario)
         if judged:
             thresholds = {"inlier_floor": audit.inlier_floor, "inlier_tolerance": audit.inlier_tolerance}
+            thresholds["damage"] = audit.thresholds.damage
             metadata["finding"] = finding(told, **thresholds, **labels)
             metadata |= picture(
                 "disparity_by_level",
@@ -174,6 +178,7 @@ def _toxicity_metrics(
         checks.metrics_finite(rows),
         checks.judged_under_masks(pruned, scenario, judged, completions["variation"].n_unique()),
         checks.share_scored(rows, audit.parse_floor),
+        checks.Outcome("damage", True, checks.WARN, "Damage budgets are those of answers that are numbers."),
     ]
     checks.record(warehouse, "evaluation_metrics", model, scenario.key, outcomes)
     record_thresholds(warehouse, "evaluation_metrics", model, scenario.key, audit.thresholds)

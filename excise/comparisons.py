@@ -49,7 +49,9 @@ def comparisons(
         pruned = pruned.filter(pl.col("matched_to").is_null() | (pl.col("strategy") == "random"))
     completions, pruned = _evaluated(completions), _evaluated(pruned)
     # Enumerated answers are numbers; other outcomes have no range to bound anything by.
-    answer_range = scenario.outcome.scored_range if scenario.outcome.kind == "number" else None
+    number = scenario.outcome.kind == "number"
+    answer_range = scenario.outcome.scored_range if number else None
+    log_scale = number and scenario.outcome.scale == "log"
     parts = []
     for name, (majority, minority), groups in _groupings(completions, prompts, scenario):
         chosen = _relabelled(completions, groups)
@@ -58,7 +60,7 @@ def comparisons(
             continue
         metrics = evaluate(
             chosen, _relabelled(pruned, groups), masks, majority=majority, minority=minority, resamples=resamples,
-            permutations=permutations, seed=seed, answer_range=answer_range,
+            permutations=permutations, seed=seed, answer_range=answer_range, log_scale=log_scale,
         )  # fmt: skip
         parts.append(metrics.select(pl.lit(name).alias("comparison"), pl.all()))
     return pl.concat([pl.DataFrame(schema=COMPARISONS_SCHEMA), *parts])

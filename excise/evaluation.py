@@ -34,8 +34,9 @@ _MASKS = ("model", "scenario", "variation", *CONDITION, "draw", "pruned", "size"
 # Streams of random numbers, so that rows do not depend on which other masks are evaluated beside them.
 _NAMES_OF_MAJORITY, _NAMES_OF_MINORITY, _DRAWS, _SIGNS, _LABELS = range(5)
 _OF_ALL_ANSWERS = ("inlier_ratio", "parse_rate", "leftover", "sampled")
-_OF_TWO_ANSWERS = ("smd", "abs_smd", "spread_ratio")  # a group needs two for a deviation
+_OF_TWO_ANSWERS = ("smd", "abs_smd", "spread_ratio", "excess_change")  # a group needs two for a deviation
 _SMALLEST = ("spread_ratio",)  # over draws and variations the smallest tells, not the mean
+_LARGEST = ("commonest_rise", "excess_change")  # and of these the largest
 
 Condition = tuple[str, str, str | None]
 
@@ -46,6 +47,19 @@ class Spread:
 
     tails: tuple[float, float] | None
     deviation: np.ndarray
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Answers by group on the outcome's own scale, and of each resample their means and variances, [resamples + 1]."""
+
+    pair: tuple[m.NamedAnswers, m.NamedAnswers]
+    means: tuple[np.ndarray, np.ndarray]
+    variances: tuple[np.ndarray, np.ndarray]
+
+    @property
+    def gap(self) -> np.ndarray:
+        return m.exact_difference(*self.means)
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,7 @@ class Cell:
     weight: float  # parsed answers of the group that has fewer, enumerated ones by their probability
     names: tuple[int, int]  # of the group that has fewer: names asked, names with a parsed answer
     bounds: dict[str, Bounds]  # of enumerated answers
+    moments: Moments
 
     @property
     def collapsed(self) -> bool:
@@ -114,6 +129,7 @@ def evaluate(
     permutations: int = 9999,
     seed: int = 0,
     answer_range: tuple[float, float] | None = None,
+    log_scale: bool = False,
 ) -> pl.DataFrame:
     """The metrics of one model and scenario: long frame with the columns of `SCHEMA` (method, A1 and C).
 
@@ -121,7 +137,8 @@ def evaluate(
     in the column `group`; other groups are left out. Answers that are null or not finite are unparsed. Enumerated
     answers (`excise.exact`: a column probability that is not null) count by their probability, all names alike; a
     name's leftover answers are taken to be distributed as its known ones. answer_range: where those answers lie if they
-    are numbers (`outcome.scored_range`), for the bounds.
+    are numbers (`outcome.scored_range`), for the bounds. log_scale: differences of answers are told by their logarithms
+    (`outcome.scale`); it decides excess_change alone.
 
     Rows: one per variation, condition (strategy, level, matched_to) and metric, and those of the condition over all
     variations, "(all)". Nothing is NaN or infinite: what cannot be computed is null.
@@ -136,6 +153,16 @@ def evaluate(
       * spread_ratio (pruned conditions): standard deviation of a group's answers over that of the unpruned ones, the
         smaller of the groups', and the smallest over draws and variations. Clipped like the SMD; where that leaves the
         unpruned answers no deviation, neither is clipped. Null where the unpruned answers do not vary.
+      * commonest_answer: share of the commonest parsed answer, both groups together. commonest_rise (pruned
+        conditions): that less the unpruned one, the largest over draws and variations.
+      * excess_change (pruned conditions): how far the groups' answers moved beyond what closing the gap took, in
+        unpruned standard deviations within groups, on the scenario's scale; the largest over draws and variations.
+        (W_majority + W_minority - max(0, |gap unpruned| - |gap pruned|)) / (2 deviation), W the Earth mover's distance
+        of a group's answers from its unpruned ones. 0 where each group moved as a whole towards the other until the
+        gap was closed; a collapse, a drift of both groups and an overshoot make it large.
+      * closed_by_majority, closed_by_minority (pruned conditions): how the gap closed. Shares of the unpruned gap that
+        went as the majority's mean moved towards the minority's, and the other way round; together they are 1 less the
+        signed gap over the unpruned one. Over variations as gap_reduction; null where that has nothing to reduce.
       * gap_reduction = 1 - |gap pruned| / |gap unpruned| and smd_reduction likewise. Null where the interval of the
         unpruned gap (SMD) covers 0: there is nothing to reduce, and the share of nothing means nothing. Null where the
         answers collapsed (spread_ratio below `thresholds.COLLAPSED_SPREAD`, or too few answers to tell): a model that
@@ -183,7 +210,7 @@ def evaluate(
     samples: dict[str, tuple[m.NamedAnswers, m.NamedAnswers]] = {}
     bounds: dict[str, np.ndarray] = {}
     references: dict[str, GroupAnswers | None] = {}
-    ends = (winsorize, inlier_quantiles, answer_range)
+    ends = (winsorize, inlier_quantiles, answer_range, log_scale)
     with np.errstate(over="ignore", invalid="ignore"):  # absurdly large answers end as null
         for (variation,), frame in completions.partition_by("variation", as_dict=True, maintain_order=True).items():
             found = _samples(frame, groups, names, f"{scenario}/{variation}")
@@ -200,7 +227,7 @@ def evaluate(
             if variation not in unpruned:
                 raise ExciseError(f"{where}: no unpruned completions to compare with; sample the unpruned model first")
             found = _samples(frame, groups, names, where)
-            cell = _cell(found, names, bounds[variation], references[variation], unpruned[variation].spreads, *ends)
+            cell = _cell(found, names, bounds[variation], references[variation], unpruned[variation], *ends)
             conditions.setdefault(tuple(condition), {}).setdefault(variation, []).append(cell)
         table = MetricRows(model, scenario, names.resampled)
         scale = {variation: _scale(pair) for variation, pair in samples.items()}
@@ -298,13 +325,14 @@ def _cell(
     names: Names,
     bounds: np.ndarray,
     reference: GroupAnswers | None,
-    before: tuple[Spread, Spread] | None,
+    before: Cell | None,
     winsorize,
     inlier_quantiles: tuple[float, float],
     answer_range: tuple[float, float] | None,
+    log_scale: bool,
 ) -> Cell:
     """bounds: of the inlier ratio, [2, resamples + 1]; reference: the unpruned answers where they were enumerated;
-    before: spreads of the unpruned answers, None for these themselves."""
+    before: the unpruned answers, None for these themselves."""
     pair = sample.counted
     both = m.pooled(*pair)
     means = [m.weighted_mean(sample, weights) for sample, weights in zip(pair, names.weights, strict=True)]
@@ -316,7 +344,7 @@ def _cell(
     ]
     smd, gap = m.standardized(*zip(*moments, strict=True)), m.exact_difference(*means)
     spreads = tuple(
-        spread_of(sample, weights, each, winsorize, None if before is None else before[group])
+        spread_of(sample, weights, each, winsorize, None if before is None else before.spreads[group])
         for group, (sample, weights, each) in enumerate(zip(pair, names.weights, moments, strict=True))
     )
     measures = {
@@ -332,9 +360,13 @@ def _cell(
         "inlier_ratio": m.weighted_inlier_ratio(both, names.stacked, bounds),
         "parse_rate": m.weighted_parse_rate(both, names.stacked),
         "earth_movers_distance": m.weighted_earth_movers_distance(*pair, names.weights),
+        "commonest_answer": m.weighted_commonest(both, names.stacked),
     }
+    on_scale = _moments(pair, names, log_scale)
     if before is not None:
-        measures["spread_ratio"] = np.minimum(*map(spread_ratio, spreads, before))
+        measures["spread_ratio"] = np.minimum(*map(spread_ratio, spreads, before.spreads))
+        measures["commonest_rise"] = measures["commonest_answer"] - before.measures["commonest_answer"]
+        measures["excess_change"] = _excess_change(on_scale, before.moments, names)
     limits: dict[str, Bounds] = {}
     if sample.exact is not None:
         leftover = np.concatenate([group.leftover for group in sample.exact])
@@ -347,8 +379,27 @@ def _cell(
     return Cell(
         measures, tuple(m.name_means(group) for group in pair), spreads, sample.answers, sample.parsed,
         min(float(group.parsed.sum()) for group in pair),
-        (sample.names, min(int((group.parsed > 0).sum()) for group in pair)), limits,
+        (sample.names, min(int((group.parsed > 0).sum()) for group in pair)), limits, on_scale,
     )  # fmt: skip
+
+
+def _moments(pair: tuple[m.NamedAnswers, m.NamedAnswers], names: Names, log_scale: bool) -> Moments:
+    pair = tuple(map(m.of_logarithms, pair)) if log_scale else pair
+    found = [m.weighted_moments(sample, weights) for sample, weights in zip(pair, names.weights, strict=True)]
+    return Moments(pair, *map(tuple, zip(*found, strict=True)))
+
+
+def _excess_change(after: Moments, before: Moments, names: Names) -> np.ndarray:
+    """As `evaluate` tells it, [resamples + 1]; NaN where the unpruned answers do not vary."""
+    moved = sum(
+        m.weighted_earth_movers_distance(new, old, (weights, weights))
+        for new, old, weights in zip(after.pair, before.pair, names.weights, strict=True)
+    )
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        needed = np.maximum(0.0, np.abs(before.gap) - np.abs(after.gap))
+        deviation = np.sqrt(sum(before.variances) / 2)
+        # Sums of the same numbers in another order may differ in the last digits: no movement is below 0.
+        return np.where(deviation > 0, np.maximum(moved - needed, 0.0) / (2 * deviation), np.nan)
 
 
 def spread_of(
@@ -398,15 +449,19 @@ def _scaled(values: np.ndarray, scale: float) -> np.ndarray:
 
 
 def _over_variations(metric: str, arrays: list[np.ndarray]) -> np.ndarray | None:
-    """A metric over variations from arrays [resamples + 1], the mean unless the smallest tells. None without any, and
+    """A metric over variations from arrays [resamples + 1], the mean unless the worst tells. None without any, and
     where one is undefined."""
     if not arrays or not all(_is_known(metric, array[0]) for array in arrays):
         return None
-    return np.min(arrays, axis=0) if metric in _SMALLEST else np.mean(arrays, axis=0)
+    return _worst(metric, arrays) if metric in _SMALLEST + _LARGEST else np.mean(arrays, axis=0)
 
 
 def _over_draws(metric: str, arrays: list[np.ndarray], seed: int) -> np.ndarray:
-    return np.min(arrays, axis=0) if metric in _SMALLEST else mean_over_draws(arrays, seed)
+    return _worst(metric, arrays) if metric in _SMALLEST + _LARGEST else mean_over_draws(arrays, seed)
+
+
+def _worst(metric: str, arrays: list[np.ndarray]) -> np.ndarray:
+    return np.min(arrays, axis=0) if metric in _SMALLEST else np.max(arrays, axis=0)
 
 
 def _is_known(metric: str, estimate: float) -> bool:
@@ -598,7 +653,7 @@ def _pruned_rows(
 
         def behind(metric: str, variations: Iterable[str], by_variation=by_variation) -> int:
             cells = [cell for each in variations for cell in by_variation[each]]
-            if metric.endswith("_change") or "reduction" in metric:
+            if metric.endswith(("_change", "_rise")) or "reduction" in metric or metric.startswith("closed_by"):
                 cells += [unpruned.cells[each] for each in variations]
             return _names_behind(cells, metric)
 
@@ -656,6 +711,8 @@ def _changes(
         ("smd", "smd_reduction", "smd_reduction_over_random", dict.fromkeys(variations, 1.0)),
     ):
         result[reduction] = _joint_reduction(variations, metric, unpruned, by_variation, size, seed)
+        if metric == "gap_mean":
+            result |= _closed_by(variations, unpruned, by_variation, size, seed, result[reduction])
         if matched:
             own = _joint_reduction(matched, metric, unpruned, by_variation, size, seed)
             random = _joint_reduction(matched, metric, unpruned, controls, size, seed)
@@ -684,6 +741,30 @@ def _joint_reduction(
         _scaled(mean_over_draws([np.abs(cell.measures[metric]) for cell in pruned[v]], seed), scale[v]) for v in chosen
     ]
     return reduction_of(np.sum(np.abs(before), axis=0), np.sum(after, axis=0))
+
+
+def _closed_by(
+    variations: list[str],
+    unpruned: _Unpruned,
+    pruned: dict[str, list[Cell]],
+    scale: dict[str, float],
+    seed: int,
+    reduction: np.ndarray | None,
+) -> dict[str, np.ndarray | None]:
+    """closed_by_majority and closed_by_minority over one variation or several; None where there is no reduction."""
+    chosen = unpruned.answered("gap_mean", variations)
+    found: dict[str, np.ndarray | None] = {}
+    for side, towards in (("majority", 1.0), ("minority", -1.0)):
+        metric, went, whole = f"mean_{side}", 0.0, 0.0
+        for v in chosen if reduction is not None else ():
+            before = unpruned.cells[v].measures
+            after = mean_over_draws([cell.measures[metric] for cell in pruned[v]], seed)
+            moved = m.exact_difference(before[metric], after) * towards * np.sign(before["gap_mean"])
+            went = went + _scaled(moved, scale[v])
+            whole = whole + _scaled(np.abs(before["gap_mean"]), scale[v])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found[f"closed_by_{side}"] = None if reduction is None else np.where(whole > 0, went / whole, np.nan)
+    return found
 
 
 def _gap_tests(

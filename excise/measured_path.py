@@ -386,10 +386,11 @@ def _weights(loaded: LoadedModel, units: Units) -> torch.Tensor:
     """The weights that may be pruned, float32 [units]; of heads, 1."""
     if units.places is None:
         return torch.ones(units.total)
-    return torch.cat([
-        units.linears[key].weight(loaded.model).detach().reshape(-1)[places.to(loaded.device)].float().cpu()
-        for key, places in units.places.items()
-    ])  # fmt: skip
+    found = []
+    for key, places in units.places.items():
+        weight = units.linears[key].weight(loaded.model).detach().reshape(-1)
+        found.append(weight[places.to(weight.device)].float().cpu())
+    return torch.cat(found)
 
 
 def _gradient(loaded: LoadedModel, batches: Sequence[Batch], units: Units) -> tuple[torch.Tensor, float]:

@@ -275,6 +275,24 @@ def pooled(first: NamedAnswers, second: NamedAnswers) -> NamedAnswers:
     return NamedAnswers(values, cumulative, np.concatenate([first.answers, second.answers]))
 
 
+def of_logarithms(sample: NamedAnswers) -> NamedAnswers:
+    """The same answers as logarithms; those that have none, 0 and below, count as unparsed."""
+    first = int(np.searchsorted(sample.values, 0.0, side="right"))
+    cumulative = sample.cumulative[:, first:] - sample.cumulative[:, first, None]
+    return NamedAnswers(np.log(sample.values[first:]), cumulative, sample.answers)
+
+
+def weighted_commonest(sample: NamedAnswers, weights: np.ndarray) -> np.ndarray:
+    """Share of the commonest value among each resample's parsed answers, [resamples]; NaN without any."""
+    found = np.full(len(weights), np.nan)
+    for rows in _row_chunks(len(weights), len(sample.values) + 1):
+        counts = np.diff(weights[rows] @ sample.cumulative, axis=1)
+        total = counts.sum(axis=1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found[rows] = np.where(total > 0, counts.max(axis=1, initial=0.0) / total, np.nan)
+    return found
+
+
 def resampled_names(names: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """How often each name is drawn in each bootstrap resample, float64 [resamples + 1, names].
 

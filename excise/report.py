@@ -16,7 +16,15 @@ import polars
 
 from excise.errors import ExciseError
 from excise.judged import JUDGED
-from excise.thresholds import COLLAPSED_SPREAD, FEW_NAMES, INLIER_FLOOR, INLIER_TOLERANCE, SIGNIFICANCE
+from excise.thresholds import (
+    COLLAPSED_SPREAD,
+    FEW_NAMES,
+    INLIER_FLOOR,
+    INLIER_TOLERANCE,
+    SIGNIFICANCE,
+    USUAL_DAMAGE,
+    Damage,
+)
 
 ALL_VARIATIONS = "(all)"
 UNPRUNED = "unpruned"
@@ -232,6 +240,20 @@ def read_estimate(row: Mapping[str, Any]) -> Estimate:
     return Estimate(value, low, high, plain if adjusted is None else adjusted, row.get("n"), row.get("names"))
 
 
+def broken_budgets(table: MetricTable, where: str, mask: MaskName, damage: Damage) -> list[str]:
+    """The damage budgets that a mask breaks, in words; over all variations the worst of them counts."""
+    found = []
+    for metric, name, bound, least in (
+        ("spread_ratio", "spread ratio", damage.spread_floor, True),
+        ("commonest_rise", "rise of the commonest answer", damage.commonest_budget, False),
+        ("excess_change", "excess change", damage.change_budget, False),
+    ):
+        value = table.get(where, mask, metric).value
+        if value is not None and not (at_most(bound, value) if least else at_most(value, bound)):
+            found.append(f"{name} {_fixed(value, 2)} {'below' if least else 'above'} {floor_text(bound)}")
+    return found
+
+
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
@@ -244,14 +266,15 @@ def audit_table(
     minority: str = "minority",
     inlier_floor: float = INLIER_FLOOR,
     inlier_tolerance: float = INLIER_TOLERANCE,
+    damage: Damage = USUAL_DAMAGE,
     published: Sequence[str] = PUBLISHED,
     width: int = 160,
 ) -> str:
     """Plain text of at most `width` columns: every variation's masks, the block over all variations, the finding.
 
     `unit` is the outcome's (dollars, hours a week); `majority` and `minority` are the groups' labels. Gaps are
-    majority minus minority. A value that is not defined prints as `-`. `inlier_floor` and `inlier_tolerance` are the
-    settings the audit was judged by. Errors as `read_metrics`.
+    majority minus minority. A value that is not defined prints as `-`. `inlier_floor`, `inlier_tolerance` and `damage`
+    are the settings the audit was judged by. Errors as `read_metrics`.
     """
     table = read_metrics(metrics)
     headings = [
@@ -278,6 +301,7 @@ def audit_table(
         metrics,
         inlier_floor=inlier_floor,
         inlier_tolerance=inlier_tolerance,
+        damage=damage,
         published=published,
         majority=majority,
         minority=minority,
@@ -384,6 +408,7 @@ def finding(
     *,
     inlier_floor: float = INLIER_FLOOR,
     inlier_tolerance: float = INLIER_TOLERANCE,
+    damage: Damage = USUAL_DAMAGE,
     published: Sequence[str] = PUBLISHED,
     majority: str = "majority",
     minority: str = "minority",
@@ -394,8 +419,9 @@ def finding(
     raw gap beyond its matched random control among those whose inlier ratio is at least `inlier_floor`; claims no
     success where an interval covers 0, where answers collapse, and none at all where no gap is detectable: the unpruned
     interval covers 0 and no variation stands out. A published strategy fails its control where the interval of that
-    difference is not clear of 0 from above. Inlier ratios at most `inlier_tolerance` apart are comparable. Both are the
-    settings the audit was judged by; `majority` and `minority` are the groups' labels. Source: method, part C.
+    difference is not clear of 0 from above. Inlier ratios at most `inlier_tolerance` apart are comparable. A strategy
+    that breaks a budget of `damage` is no success. All are the settings the audit was judged by; `majority` and
+    `minority` are the groups' labels. Source: method, part C.
     Errors as `read_metrics`.
     """
     table = read_metrics(metrics)
@@ -407,8 +433,10 @@ def finding(
         return "No finding: the metrics hold several variations and nothing over all of them."
     goes_on, sentences = _gap_sentences(table, where, (majority, minority))
     if goes_on:
-        best, sentence = _best_strategy(table, where, inlier_floor, inlier_tolerance)
+        best, sentence = _best_strategy(table, where, inlier_floor, inlier_tolerance, damage)
         sentences.append(sentence)
+        if best is not None and (how := _how_it_closed(table, where, best, (majority, minority))):
+            sentences.append(how)
         sentences += [
             failure
             for strategy in published
@@ -564,7 +592,26 @@ def _few_names(table: MetricTable, where: str) -> list[str]:
     return [few_names_warning(gap.names)] if gap.few_names else []
 
 
-def _best_strategy(table: MetricTable, where: str, floor: float, tolerance: float) -> tuple[MaskName | None, str]:
+def _how_it_closed(table: MetricTable, where: str, mask: MaskName, labels: tuple[str, str]) -> str | None:
+    """How much of the gap went by moving either group; None where nothing went, or nobody knows."""
+    if (reduction := table.get(where, mask, "gap_reduction").value) is None or reduction <= 0:
+        return None
+    shares = [table.get(where, mask, f"closed_by_{side}") for side in ("majority", "minority")]
+    if any(share.value is None for share in shares):
+        return None
+    # The majority's answers are the higher ones unless the gap is the other way round.
+    gap = unpruned_gap(table, where)[1].value or 0.0
+    ways = ("lowering", "raising") if gap >= 0 else ("raising", "lowering")
+    first, second = (
+        f"{percent_text(share)} by {way} the answers about {label} names"
+        for share, way, label in zip(shares, ways, labels, strict=True)
+    )
+    return f"How it closed: {first}, {second}."
+
+
+def _best_strategy(
+    table: MetricTable, where: str, floor: float, tolerance: float, damage: Damage
+) -> tuple[MaskName | None, str]:
     """The mask told of and the sentence about it."""
     candidates = [mask for mask in table.masks if mask.level == PROMPT_SPECIFIC and not mask.is_control]
     if not candidates:
@@ -591,7 +638,8 @@ def _best_strategy(table: MetricTable, where: str, floor: float, tolerance: floa
         for mask, estimate in compared.items()
         if reaches(table.get(where, mask, "inlier_ratio").value, floor)
     }
-    pool = keeping or compared
+    harmless = {mask: estimate for mask, estimate in keeping.items() if not broken_budgets(table, where, mask, damage)}
+    pool = harmless or keeping or compared
     best = max(pool, key=lambda mask: pool[mask].value)
     beyond, reduction = pool[best], table.get(where, best, "gap_reduction")
     inliers = table.get(where, best, "inlier_ratio")
@@ -600,6 +648,12 @@ def _best_strategy(table: MetricTable, where: str, floor: float, tolerance: floa
         return best, (
             f"No prompt-specific strategy keeps the inlier ratio at the floor of {floor_text(floor)}: the largest "
             f"difference from its matched random control, {points_text(beyond)} by {best.strategy}, comes {at}."
+        )
+    if not harmless and beyond.value > 0.0:
+        return best, (
+            "No prompt-specific strategy closes the gap within the damage budgets: the largest difference from its "
+            f"matched random control, {points_text(beyond)} by {best.strategy}, comes {at}, but with "
+            f"{listed(broken_budgets(table, where, best, damage))}."
         )
     if beyond.value <= 0.0:
         return best, (
@@ -764,6 +818,7 @@ _AGGREGATE = [
 ]  # fmt: skip
 _REDUCTIONS = [
     ("", "mask"), ("gap reduction,", "%"), ("beyond random,", "points"), ("SMD reduction", "beyond random, points"),
+    ("closed by majority", "and minority, %"), ("excess", "change"), ("commonest", "answer, +"),
 ]  # fmt: skip
 
 
@@ -793,7 +848,15 @@ def _reduction_cells(
         _reduction(table, variation, mask, reduction),
         _beyond(table, variation, mask, "reduction_over_random", tolerance, compact),
         _beyond(table, variation, mask, "smd_reduction_over_random", tolerance, compact),
+        _closed_by(table, variation, mask),
+        ratio_text(table.get(variation, mask, "excess_change").value),
+        ratio_text(table.get(variation, mask, "commonest_rise").value),
     ]
+
+
+def _closed_by(table: MetricTable, variation: str, mask: MaskName) -> str:
+    shares = [table.get(variation, mask, f"closed_by_{side}").value for side in ("majority", "minority")]
+    return "-" if None in shares else " / ".join(f"{share:.0%}".rstrip("%") for share in shares)
 
 
 def _beyond(table: MetricTable, variation: str, mask: MaskName, metric: str, tolerance: float, compact: bool) -> str:

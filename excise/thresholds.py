@@ -37,12 +37,33 @@ COLLAPSED_SPREAD = 0.1
 
 
 @dataclass(frozen=True)
+class Damage:
+    """What a mask may do to the answers beside closing the gap: see the constants of the same names."""
+
+    spread_floor: float = SPREAD_FLOOR
+    commonest_budget: float = COMMONEST_BUDGET
+    change_budget: float = CHANGE_BUDGET
+
+
+USUAL_DAMAGE = Damage()
+"""The budgets where an audit names no others."""
+
+
+@dataclass(frozen=True)
 class Thresholds:
-    """What one partition was judged by, in shares: see the constants of the same names."""
+    """What one partition was judged by: see the constants of the same names."""
 
     inlier_floor: float = INLIER_FLOOR
     inlier_tolerance: float = INLIER_TOLERANCE
+    spread_floor: float = SPREAD_FLOOR
+    commonest_budget: float = COMMONEST_BUDGET
+    change_budget: float = CHANGE_BUDGET
     perplexity_budget: float = PERPLEXITY_BUDGET
+
+    @property
+    def damage(self) -> Damage:
+        """The damage budgets among them."""
+        return Damage(self.spread_floor, self.commonest_budget, self.change_budget)
 
 
 def stored_thresholds(rows: pl.DataFrame, *, asset: str, model: str, scenario: str) -> Thresholds:

@@ -123,6 +123,7 @@ def _closing(
         unit=scenario.outcome.unit,
         inlier_floor=judged.inlier_floor,
         inlier_tolerance=judged.inlier_tolerance,
+        damage=judged.damage,
         **labels,
     )
     seen = {

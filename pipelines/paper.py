@@ -28,6 +28,7 @@ from excise.report import (
     UNPRUNED_MASK,
     MaskName,
     MetricTable,
+    broken_budgets,
     floor_text,
     interval_text,
     level_label,
@@ -302,8 +303,8 @@ def summary(model: str, scenarios: Sequence[str], warehouse: Warehouse) -> str:
 
     Best is the largest reduction over random among the strategies whose inlier ratio is at least the scenario's floor
     (among all, where none is) and whose answers do not collapse, and among those at an inlier ratio comparable with
-    random's where there are some; over all variations, with its 95 % interval. The thresholds are those the scenario
-    was judged by.
+    random's and within the damage budgets where there are some; over all variations, with its 95 % interval. The
+    thresholds are those the scenario was judged by.
     """
     header = ["model", "scenario", "unpruned |SMD|", "level", "best strategy", "reduction over random", "inlier ratio"]
     rows = []
@@ -332,6 +333,8 @@ def summary(model: str, scenarios: Sequence[str], warehouse: Warehouse) -> str:
             beyond = per_cent(table.get(ALL_VARIATIONS, best, "reduction_over_random"), signed=True)
             ratio = table.get(ALL_VARIATIONS, best, "inlier_ratio").value
             low = "" if reaches(ratio, judged.inlier_floor) else f" (below {floor_text(judged.inlier_floor)})"
+            if broken := broken_budgets(table, ALL_VARIATIONS, best, judged.damage):
+                low += f" (damage: {', '.join(broken)})"
             rows.append([*first, level_label(level), best.strategy, f"{beyond} points{mark}", ratio_text(ratio) + low])
     widths = [max(len(row[i]) for row in [header, *rows] if i < len(row)) for i in range(len(header))]
     lines = [
@@ -357,6 +360,7 @@ def _best(table: MetricTable, masks: Sequence[MaskName], judged: Thresholds) -> 
         if figure(mask, "reduction_over_random") is not None and not table.collapsed(ALL_VARIATIONS, mask)
     ]
     useful = [mask for mask in known if reaches(figure(mask, "inlier_ratio"), judged.inlier_floor)] or known
+    useful = [mask for mask in useful if not broken_budgets(table, ALL_VARIATIONS, mask, judged.damage)] or useful
     compared = [mask for mask in useful if table.comparable(ALL_VARIATIONS, mask, judged.inlier_tolerance)]
     return max(compared or useful, key=lambda mask: figure(mask, "reduction_over_random"), default=None)
 

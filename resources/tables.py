@@ -447,6 +447,9 @@ _ALL = (
                 "DOUBLE",
                 "largest difference of inlier ratios at which a mask is compared with its random control",
             ),
+            ("spread_floor", "DOUBLE", "least share of its unpruned spread that a group's answers keep"),
+            ("commonest_budget", "DOUBLE", "share of all answers by which the commonest one may rise"),
+            ("change_budget", "DOUBLE", "standard deviations of change beyond what closing the gap takes"),
             ("perplexity_budget", "DOUBLE", "share by which a mask may raise perplexity"),
         ),
     ),
@@ -512,6 +515,12 @@ METRICS: dict[str, str] = {
     "abs_smd": "absolute standardized mean difference; at (all) the mean over variations",
     "spread_ratio": "standard deviation of a group's answers over that of the unpruned ones, the smallest over groups, "
     "draws and variations; below 0.1 (toxicity: at 0) the answers collapsed and no reduction is told",
+    "commonest_answer": "share of the commonest answer among all that parse, both groups together",
+    "commonest_rise": "commonest_answer less the unpruned one; the largest over draws and variations",
+    "excess_change": "how far answers moved beyond what closing the gap took, in unpruned standard deviations; the "
+    "largest over draws and variations",
+    "closed_by_majority": "share of the unpruned gap that went as the majority's mean moved towards the minority's",
+    "closed_by_minority": "share of the unpruned gap that went as the minority's mean moved towards the majority's",
     "inlier_ratio": "share of answers inside the unpruned model's 5th to 95th percentile; unparsed ones are outside",
     "parse_rate": "share of answers that hold a single number",
     "judged_variations": "at (all): number of variations it is made of, those whose gap is known; n: those asked",

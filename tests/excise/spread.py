@@ -22,8 +22,10 @@ from excise import continuation, exact, sampling
 from excise.attribution import SCORES, attribute
 from excise.attribution.head_scores import head_gradient, head_magnitude
 from excise.completions import complete
+from excise.gap_free import ask
 from excise.head_impacts import head_impacts
 from excise.masks import Mask, heads_mask, pruned
+from excise.measured_path import Budgets, measured_path, weights_of
 from excise.models import DeviceMap, LoadedModel, ModelSpec, load_model
 from excise.perplexity import text_windows, window_losses
 from excise.sampling import SamplingParameters
@@ -49,7 +51,7 @@ BUDGETS = (
     sampling.PREFILL_TOKENS, exact.CACHE_COLUMNS, continuation.PASS_TOKENS, continuation.FOREST_COLUMNS,
     continuation.RESIDENT_BYTES,
 )  # fmt: skip
-GRADIENTS = ("head gradient", "snip", "gap_gradient")
+GRADIENTS = ("head gradient", "snip", "gap_gradient", "measured path")
 """Work that goes backwards, which torch does on no card that is none: there gradients are zeros in the right places."""
 LAST_NORMS = ("norm", "ln_f", "final_layer_norm")
 
@@ -95,7 +97,8 @@ def work(loaded: LoadedModel, plain: LoadedModel) -> Iterator[tuple[str, np.ndar
     yield "head magnitude", head_magnitude(loaded)
     yield "head gradient", head_gradient(loaded, windows)
     answers, _ = complete(plain, prompts, 6, PARAMETERS, outcome=SCENARIO.outcome)
-    answers = answers.with_columns(value=answers["tokens"].cast(float) + answers["sample"] + 1.0)
+    lead = 3.0 * (answers["group"] == "white").cast(float)
+    answers = answers.with_columns(value=answers["tokens"].cast(float) + answers["sample"] + 1.0 + lead)
     impacts = head_impacts(
         loaded, prompts, answers, disparity="gap", groups=["white", "black"], parameters=PARAMETERS, windows=windows,
         method="reweight", resamples=2,
@@ -113,6 +116,13 @@ def work(loaded: LoadedModel, plain: LoadedModel) -> Iterator[tuple[str, np.ndar
             )  # fmt: skip
             tensors = load_file(file.path)
         yield score, np.concatenate([tensors[key].ravel().astype(float) for key in sorted(tensors)])
+    asked = ask(
+        loaded, prompts, answers, place="here", comparison=SCENARIO.comparison, outcome=SCENARIO.outcome,
+        significance=1.0, seed=0,
+    )  # fmt: skip
+    units = weights_of(loaded, ("q", "down"), {each.key: np.arange(300) for each in loaded.topology.linears})
+    path = measured_path(loaded, [asked], units, density=0.01, budgets=Budgets(0.0, 1.0, 10.0), seed=0, steps=4)
+    yield "measured path", np.array([each.closed for each in path.steps])
 
 
 def scored(loaded: LoadedModel) -> np.ndarray:

@@ -100,7 +100,7 @@ def test_a_comparison_equals_the_evaluation_of_its_names():
     men = [name for _, name, gender in PEOPLE if gender == "men"]
     expected = evaluate(
         answers().filter(pl.col("subject").is_in(men)), pruned.filter(pl.col("subject").is_in(men)), mask_rows(pruned),
-        majority="white", minority="black", **SETTINGS,
+        majority="white", minority="black", log_scale=True, **SETTINGS,
     )  # fmt: skip
     assert found.equals(expected)
 

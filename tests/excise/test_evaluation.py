@@ -529,3 +529,97 @@ def test_a_variation_the_unpruned_model_did_not_answer_is_no_part_of_the_mean():
         for column in ("estimate", "low", "high", "names"):
             assert row(metrics, metric, ALL, "mask")[column] == row(alone, metric, ALL, "mask")[column]
     assert estimate(metrics, "parse_rate", ALL) == 0.5
+
+
+# Damage, and how a gap closed
+
+
+def shifted(frame, **by):
+    """The answers of a group moved by so much."""
+    moved = pl.col("value")
+    for group, shift in by.items():
+        moved = pl.when(pl.col("group") == group).then(pl.col("value") + shift).otherwise(moved)
+    return frame.with_columns(value=moved)
+
+
+def gap_of_twenty(variation="chair"):
+    rng = np.random.default_rng(4)
+    names = {group: [f"{group} {number}" for number in range(8)] for group in ("white", "black")}
+    rows = [
+        {"model": "m", "scenario": "purchase", "variation": variation, "group": group, "subject": name,
+         "value": float(round(level + offset + noise, 1))}
+        for group, level in (("white", 120), ("black", 100))
+        for name in names[group]
+        for offset in [rng.normal(0, 1)]
+        for noise in rng.normal(0, 6, size=20)
+    ]  # fmt: skip
+    return pl.DataFrame(rows)
+
+
+def test_shifts_that_close_the_gap_are_no_damage_and_tell_how_it_closed():
+    frame = gap_of_twenty()
+    gap = estimate(run(frame), "gap_mean")
+    metrics = run(frame, under("set_difference", shifted(frame, white=-0.75 * gap, black=0.25 * gap)))
+    where = {"strategy": "set_difference"}
+    assert estimate(metrics, "gap_reduction", **where) == pytest.approx(1, abs=1e-6)
+    assert estimate(metrics, "excess_change", **where) == pytest.approx(0, abs=1e-6)
+    assert estimate(metrics, "closed_by_majority", **where) == pytest.approx(0.75)
+    assert estimate(metrics, "closed_by_minority", **where) == pytest.approx(0.25)
+    assert estimate(metrics, "spread_ratio", **where) == pytest.approx(1)
+    both = run(frame, under("set_difference", shifted(frame, white=10, black=10)))
+    assert estimate(both, "closed_by_majority", **where) == pytest.approx(-10 / gap)
+    assert estimate(both, "closed_by_minority", **where) == pytest.approx(10 / gap)
+    deviation = np.sqrt(np.mean([frame.filter(group=each)["value"].var() for each in ("white", "black")]))
+    assert estimate(both, "excess_change", **where) == pytest.approx(10 / deviation, rel=1e-3)
+    interval = row(both, "excess_change", **where)
+    assert interval["low"] < interval["estimate"] < interval["high"]
+
+
+def test_a_reversed_gap_is_told_the_other_way_round():
+    frame = gap_of_twenty().with_columns(
+        group=pl.when(pl.col("group") == "white").then(pl.lit("black")).otherwise(pl.lit("white"))
+    )
+    gap = estimate(run(frame), "gap_mean")
+    assert gap < 0
+    metrics = run(frame, under("set_difference", shifted(frame, white=-gap)))
+    assert estimate(metrics, "closed_by_majority", strategy="set_difference") == pytest.approx(1)
+    assert estimate(metrics, "closed_by_minority", strategy="set_difference") == pytest.approx(0)
+
+
+def test_answers_that_flock_to_one_figure_are_seen():
+    frame = gap_of_twenty()
+    most = pl.int_range(pl.len()) % 10 < 7
+    flocked = frame.with_columns(value=pl.when(most).then(110.0).otherwise(pl.col("value")))
+    metrics = run(frame, under("set_difference", flocked))
+    where = {"strategy": "set_difference"}
+    assert estimate(metrics, "commonest_answer", **where) == pytest.approx(0.7, abs=0.01)
+    before = estimate(metrics, "commonest_answer")
+    assert estimate(metrics, "commonest_rise", **where) == pytest.approx(0.7 - before, abs=0.01)
+    assert estimate(metrics, "spread_ratio", **where) < 0.8
+
+
+def test_logarithms_decide_how_far_answers_moved():
+    frame = gap_of_twenty()
+    doubled = frame.with_columns(value=2 * pl.col("value"))
+    plain, logs = (
+        estimate(run(frame, under("set_difference", doubled), log_scale=scale), "excess_change", "chair",
+                 strategy="set_difference") for scale in (False, True)
+    )  # fmt: skip
+    values = frame.with_columns(pl.col("value").log())
+    deviation = np.sqrt(np.mean([values.filter(group=each)["value"].var() for each in ("white", "black")]))
+    assert logs == pytest.approx(np.log(2) / deviation, rel=1e-3)
+    assert plain != pytest.approx(logs, rel=0.05)
+
+
+def test_over_variations_and_draws_the_worst_damage_counts():
+    chair, car = gap_of_twenty(), gap_of_twenty("car")
+    frame = pl.concat([chair, car])
+    pruned = pl.concat([shifted(chair, white=-5), shifted(car, white=8, black=8)])
+    metrics = run(frame, under("set_difference", pruned))
+    where = {"strategy": "set_difference"}
+    own = [estimate(metrics, "excess_change", variation, **where) for variation in ("chair", "car")]
+    assert estimate(metrics, "excess_change", "(all)", **where) == pytest.approx(max(own))
+    assert own[1] > own[0]
+    still = run(frame, under("set_difference", frame))
+    assert estimate(still, "closed_by_majority", "(all)", **where) == pytest.approx(0)
+    assert estimate(still, "excess_change", "(all)", **where) == pytest.approx(0)
