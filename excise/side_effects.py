@@ -43,7 +43,7 @@ TEXT_WINDOWS = 8
 SHOWN = 30
 """Rows of a table in words."""
 KL, RATIO = "text_kl", "text_perplexity_ratio"
-SCENARIO_METRICS = ("inlier_ratio", "spread_ratio", "gap_mean", "gap_change")
+SCENARIO_METRICS = ("inlier_ratio", "spread_ratio", "commonest_rise", "excess_change", "gap_mean", "gap_change")
 SIDE_EFFECTS_SCHEMA = {
     "model": pl.String, "scenario": pl.String, "variation": pl.String, "strategy": pl.String, "level": pl.String,
     "matched_to": pl.String, "target": pl.String, "metric": pl.String, "estimate": pl.Float64, "low": pl.Float64,
@@ -200,7 +200,7 @@ def scenario_effects(
     ExciseError for answers of several scenarios or variations.
     """
     if unpruned.select("scenario", "variation").unique().height != 1:
-        raise ExciseError("side effects: the unpruned answers are not of one scenario and variation; give one at a time")
+        raise ExciseError("side effects: the unpruned answers are of several scenarios or variations; give one at a time")
     if not pruned:
         return pl.DataFrame(schema=EFFECT_SCHEMA)
     nothing = pl.lit(None, pl.String)
@@ -211,7 +211,8 @@ def scenario_effects(
     masks = pl.DataFrame(schema=_NO_MASKS)
     rows = evaluate(
         unpruned, under_masks, masks, majority=scenario.comparison.majority, minority=scenario.comparison.minority,
-        answer_range=scenario.outcome.scored_range, resamples=resamples, permutations=1, seed=seed,
+        answer_range=scenario.outcome.scored_range, log_scale=scenario.outcome.scale == "log", resamples=resamples,
+        permutations=1, seed=seed,
     )  # fmt: skip
     here = pl.col("variation").eq(unpruned["variation"][0]) & pl.col("metric").is_in(SCENARIO_METRICS)
     return (
@@ -272,13 +273,8 @@ def _table(title: str, found: Mapping[tuple, Mapping[str, Any]], metrics: Sequen
 
     def harm(place: tuple) -> tuple[float, ...]:
         """The more, the worse; what is unknown comes first."""
-        each = found[place]
-
-        def figure(metric: str) -> float:
-            value = each[metric]["estimate"] if metric in each else None
-            return np.inf if value is None else value * _WORSE[metric]
-
-        return tuple(figure(metric) for metric in metrics if metric in _WORSE)
+        figures = {metric: found[place].get(metric, {}).get("estimate") for metric in _HARM if metric in metrics}
+        return tuple(np.inf if value is None else value * _HARM[metric] for metric, value in figures.items())
 
     lines = [
         f"{title}:", "", f"| target | mask | {' | '.join(_HEADINGS[metric] for metric in metrics)} |",
@@ -299,11 +295,11 @@ def _table(title: str, found: Mapping[tuple, Mapping[str, Any]], metrics: Sequen
     return "\n".join(lines)
 
 
-_WORSE = {"inlier_ratio": -1, "spread_ratio": -1, KL: 1}
-"""Metrics that tell how much harm is done, and whether it is more of them or less."""
-_SHARES = ("inlier_ratio", "spread_ratio", RATIO)
-_SIGNED = (RATIO,)
+_HARM = {"excess_change": 1, "inlier_ratio": -1, KL: 1}
+"""Metrics that tell how much harm is done, the first ones first, and whether it is more of them or less."""
+_SHARES = ("inlier_ratio", "spread_ratio", "commonest_rise", RATIO)
+_SIGNED = ("commonest_rise", RATIO)
 _HEADINGS = {
-    "inlier_ratio": "inliers, %", "spread_ratio": "spread kept, %", "gap_mean": "gap",
-    "gap_change": "gap closed (below 0: opened)", KL: "divergence, nats per token", RATIO: "perplexity, change in %",
+    "inlier_ratio": "inliers, %", "spread_ratio": "spread kept, %", "commonest_rise": "commonest answer, points",
+    "excess_change": "excess change, SD", "gap_mean": "gap", "gap_change": "gap closed (below 0: opened)", KL: "divergence, nats per token", RATIO: "perplexity, change in %",
 }  # fmt: skip
