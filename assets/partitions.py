@@ -74,9 +74,7 @@ class Catalogue:
         audit = settings.audit_of(scenario)
         for key in audit.side_effect_scenarios or ():
             if key in self.scenarios.broken:
-                raise ExciseError(
-                    f"resources.settings.config.side_effect_scenarios: {self.scenarios.why_not(key)}"
-                )
+                raise ExciseError(f"resources.settings.config.side_effect_scenarios: {self.scenarios.why_not(key)}")
         others = settings.side_effects_on(scenario, list(self.scenarios.values()))
         audit = replace(audit, side_effect_scenarios=others)
         kind, where = scenario.outcome.kind, "resources.settings.config"

@@ -200,7 +200,7 @@ def scenario_effects(
     ExciseError for answers of several scenarios or variations.
     """
     if unpruned.select("scenario", "variation").unique().height != 1:
-        raise ExciseError("side effects: the unpruned answers are of several scenarios or variations; give one at a time")
+        raise ExciseError("side effects: the unpruned answers are not of one variation of one scenario; give one alone")
     if not pruned:
         return pl.DataFrame(schema=EFFECT_SCHEMA)
     nothing = pl.lit(None, pl.String)
@@ -218,7 +218,7 @@ def scenario_effects(
     return (
         rows.filter(here & pl.col("strategy").is_in(list(pruned)))
         .with_columns(mask="strategy", target=pl.lit(target_name(unpruned)))
-        .select(EFFECT_SCHEMA)
+        .select(*EFFECT_SCHEMA)
     )
 
 
@@ -234,7 +234,7 @@ def of_masks(effects: pl.DataFrame, masks: pl.DataFrame) -> pl.DataFrame:
     effects: rows of EFFECT_SCHEMA. masks: model, scenario, variation, strategy, level, matched_to and mask, one row per
     place; masks that are equal were measured once and have a row each.
     """
-    return masks.join(effects, on="mask", maintain_order="left_right").select(SIDE_EFFECTS_SCHEMA)
+    return masks.join(effects, on="mask", maintain_order="left_right").select(*SIDE_EFFECTS_SCHEMA)
 
 
 def text_rows(mask: str, found: Mapping[str, Any], windows: int) -> pl.DataFrame:
@@ -301,5 +301,6 @@ _SHARES = ("inlier_ratio", "spread_ratio", "commonest_rise", RATIO)
 _SIGNED = ("commonest_rise", RATIO)
 _HEADINGS = {
     "inlier_ratio": "inliers, %", "spread_ratio": "spread kept, %", "commonest_rise": "commonest answer, points",
-    "excess_change": "excess change, SD", "gap_mean": "gap", "gap_change": "gap closed (below 0: opened)", KL: "divergence, nats per token", RATIO: "perplexity, change in %",
+    "excess_change": "excess change, SD", "gap_mean": "gap", "gap_change": "gap closed (below 0: opened)",
+    KL: "divergence, nats per token", RATIO: "perplexity, change in %",
 }  # fmt: skip

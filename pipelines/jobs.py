@@ -49,7 +49,8 @@ evaluate_scenario = dg.define_asset_job(
     "evaluate_scenario",
     selection=dg.AssetSelection.assets(*EVALUATION),
     description="Second round, when all scenarios of the model are prepared: make the masks across contexts, sample "
-    "under every mask of every level, try masks on text and other scenarios, evaluate, and hold a planted model against the model it was before.",
+    "under every mask of every level, try masks on text and other scenarios, evaluate, and hold a planted model "
+    "against the model it was before.",
 )
 
 prune_heads = dg.define_asset_job(
