@@ -18,9 +18,9 @@ CHAIN = [
     "attribution_scores",
     "pruning_masks",
     "pruned_completions",
+    "restoration",
     "side_effects",
     "evaluation_metrics",
-    "restoration",
     "quality_report",
 ]
 
