@@ -195,11 +195,12 @@ def _listed(
 ) -> list[tuple[list[Answer], np.ndarray, np.ndarray]]:
     """Answers, outcomes and shares of each prompt; of enumerated ones, all that any name gives."""
     by_prompt: dict[str, dict[Answer, float]] = {prompt_id: {} for prompt_id in prompt_ids}
-    outcome: dict[Answer, float] = {}
+    outcome: dict[tuple[str, Answer], float] = {}
     columns = rows.select("prompt_id", "token_ids", "finished", "probability", "value")
     for prompt_id, ids, finished, probability, value in columns.iter_rows():
         answer = (tuple(ids[:-1]), ids[-1]) if finished else (tuple(ids), None)
-        outcome[answer] = math.nan if value is None else value
+        # A continuation may be worth something else behind another prompt; a number is the same everywhere.
+        outcome["" if enumerated else prompt_id, answer] = math.nan if value is None else value
         own = by_prompt[prompt_id]
         own[answer] = own.get(answer, 0.0) + probability
     if enumerated:
@@ -210,8 +211,8 @@ def _listed(
         known = [answer for answer, mass in total.items() if mass >= RAREST * sum(total.values())]
         by_prompt = {key: {answer: own.get(answer, 0.0) for answer in known} for key, own in by_prompt.items()}
     found = []
-    for own in by_prompt.values():
-        values = np.array([outcome[answer] for answer in own], dtype=np.float64)
+    for prompt_id, own in by_prompt.items():
+        values = np.array([outcome["" if enumerated else prompt_id, answer] for answer in own], dtype=np.float64)
         if logarithms:
             values = np.log(np.where(values > 0, values, math.nan))
         shares = np.array(list(own.values()))
@@ -250,7 +251,7 @@ def _with_targets(loaded: LoadedModel, asked: Asked, enumerated: bool, significa
         raise ExciseError(f"{asked.place}: no answer of one of the groups has a value to tell a gap by; leave it out")
     gap = float(sides[0].mean() - sides[1].mean())
     p_value = _p_value(sides, seed)
-    found = replace(asked, names=tuple(names), gap=gap, p_value=p_value, closing=p_value <= significance)
+    found = replace(asked, names=tuple(names), gap=gap, p_value=p_value, closing=p_value <= significance and gap != 0)
     found = replace(found, deviation=_deviation(found, [name.drawn for name in names]))
     return replace(found, names=tuple(_targets(found, enumerated))) if found.closing else found
 

@@ -45,7 +45,7 @@ def test_a_spread_model_does_all_that_a_model_on_one_device_does(tiny_model, how
     if how == "cards":
         assert all(line["devices"] == ["cards:0", "cards:1"] for line in places)
     work = [line for line in lines if "work" in line]
-    assert len(work) == (1 + 12 * len(ARCHITECTURES) if how == "cards" else 15 * len(ARCHITECTURES))
+    assert len(work) == (1 + 12 * len(ARCHITECTURES) if how == "cards" else 16 * len(ARCHITECTURES))
     assert [line for line in work if not line["apart"] < 1e-4] == []
 
 

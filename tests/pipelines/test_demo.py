@@ -7,12 +7,13 @@ import pytest
 
 from pipelines import demo
 from resources.settings import PRESETS, Preset
+from tests.conftest import WIDE
 
 
 @pytest.fixture
 def at_home(house, monkeypatch):
     """The demo's surroundings: the house's files and data, and an instance on disk; the quick preset is smaller."""
-    small = replace(PRESETS[Preset.quick], samples=4, random_draws=1, resamples=40, permutations=40)
+    small = replace(PRESETS[Preset.quick], samples=4, random_draws=1, resamples=40, permutations=40, **WIDE)
     monkeypatch.setitem(PRESETS, Preset.quick, small)
     home = house.folder / "home"
     home.mkdir()
@@ -22,6 +23,7 @@ def at_home(house, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(house.folder))
     monkeypatch.setattr(demo, "SCENARIO_FOLDERS", [house.folder / "scenarios"])
     monkeypatch.setattr(demo, "MODEL_FILES", [house.folder / "models.yaml"])
+    monkeypatch.setattr(demo, "STRATEGY_FILES", [house.folder / "strategies.yaml"])
     return house
 
 

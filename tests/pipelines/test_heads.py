@@ -291,6 +291,9 @@ def test_the_first_papers_strategies_run_on_axes(house, capsys):
     for key in AXES:
         metrics = house.read("metrics", key).filter(pl.col("metric") == "toxicity_bias")
         found = set(metrics.filter(pl.col("matched_to").is_null())["strategy"])
-        assert found == {"unpruned", "set_difference", "gap_gradient"}
-        levels = set(metrics.filter(pl.col("strategy") == "gap_gradient")["level"])
+        assert {"unpruned", "set_difference"} <= found <= {"unpruned", "set_difference", "gap_gradient"}
+        # Few continuations of a random model: a mask may be looked for in vain.
+        paths = house.read("mask_paths", key)
+        assert set(paths["strategy"]) == {"gap_gradient"}
+        levels = set(paths["level"])
         assert {"prompt_specific", "cross_context", "all_contexts"} <= levels
