@@ -49,8 +49,8 @@ evaluate_scenario = dg.define_asset_job(
     "evaluate_scenario",
     selection=dg.AssetSelection.assets(*EVALUATION),
     description="Second round, when all scenarios of the model are prepared: make the masks across contexts, sample "
-    "under every mask of every level, hold a planted model against the model it was before, try masks on text and other "
-    "scenarios, and evaluate.",
+    "under every mask of every level, hold a planted model against the model it was before, try masks on text and "
+    "other scenarios, and evaluate.",
 )
 
 prune_heads = dg.define_asset_job(
