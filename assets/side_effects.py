@@ -11,7 +11,7 @@ import dagster as dg
 import polars as pl
 
 from assets import checks
-from assets.completions import completions_of, require_same_model, windows_of
+from assets.completions import completions_of, require_same_model
 from assets.partitions import Catalogue
 from assets.pruned_completions import masks_to_ask
 from assets.stage import data_version, grid_asset, table_metadata
@@ -112,6 +112,7 @@ def _measured(
     from excise.completions import CompletionCache, Work
     from excise.exact import Answering
     from excise.masks import Mask
+    from excise.perplexity import read_text
     from excise.report import reuse_sentence
 
     how, model, progress = Answering.of(completions), completions["model"][0], watch.progress(context)
@@ -124,7 +125,10 @@ def _measured(
 
     with gpu.model(model, catalogue.models, stage=watch.stage(context)) as loaded:
         require_same_model(completions, loaded.fingerprint, model, completions["scenario"][0])
-        windows = windows_of(loaded, audit)[: s.TEXT_WINDOWS]
+        windows = s.effect_windows(
+            loaded, read_text(audit.text), mode=audit.perplexity_mode, size=audit.text_window, stride=audit.text_stride,
+            limit_tokens=audit.text_tokens,
+        )  # fmt: skip
         text = s.text_unpruned(loaded, windows)
         asked, left_out = _prompts(loaded, completions, others, named, how, audit)
         total = sum(prompts.height for _, prompts in asked) * how.samples * (1 + distinct.height)

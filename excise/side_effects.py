@@ -16,6 +16,7 @@ import numpy as np
 import polars as pl
 
 from excise import metrics as m
+from excise.encoding import opening_tokens, positions
 from excise.errors import ExciseError
 from excise.evaluation import evaluate, finite_or_none
 from excise.perplexity import (
@@ -26,6 +27,7 @@ from excise.perplexity import (
     require_windows,
     scored_states,
     sums_by_window,
+    text_windows,
 )
 from excise.scenarios import Scenario, expand
 from excise.scenarios.subsets import EVALUATION, first_names, held_out_split
@@ -40,6 +42,9 @@ TEXT = "text"
 """The target that is no scenario."""
 TEXT_WINDOWS = 8
 """So many windows of the text are read under every mask."""
+TEXT_SIZE = 128
+"""Their length in tokens where the settings leave it out: shorter than for perplexity, and without overlap, as a
+difference between two models needs less context than either's perplexity, and every mask pays for it."""
 SHOWN = 30
 """Rows of a table in words."""
 KL, RATIO = "text_kl", "text_perplexity_ratio"
@@ -76,6 +81,24 @@ def token_kl(logits: torch.Tensor, pruned_logits: torch.Tensor) -> torch.Tensor:
     log_p, log_q = torch.log_softmax(logits, dim=-1), torch.log_softmax(pruned_logits, dim=-1)
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dim=-1).clamp(min=0)
+
+
+def effect_windows(
+    loaded: LoadedModel,
+    text: str,
+    *,
+    mode: Mode = "sliding",
+    size: int | None = None,
+    stride: int | None = None,
+    limit_tokens: int | None = None,
+) -> list[Window]:
+    """The first `TEXT_WINDOWS` windows of a text, as `perplexity.text_windows` cuts it; where neither size nor stride
+    is given, sliding windows have `TEXT_SIZE` tokens, and each token but the first of a window is scored."""
+    if mode == "sliding" and size is None and stride is None:
+        size = min(TEXT_SIZE, positions(loaded) or TEXT_SIZE)
+        stride = size - len(opening_tokens(loaded.tokenizer)) - 1
+    windows = text_windows(loaded, text, mode=mode, size=size, stride=stride, limit_tokens=limit_tokens)
+    return windows[:TEXT_WINDOWS]
 
 
 def text_unpruned(loaded: LoadedModel, windows: Sequence[Window]) -> TextUnpruned:

@@ -247,8 +247,12 @@ class AuditSettings(dg.ConfigurableResource):
         default=None, description="text for perplexity: a file, or hub:name/config/split/column; left out, our own"
     )
     text_tokens: int | None = Field(default=None, description="so many tokens of that text")
-    text_window: int | None = Field(default=None, description="tokens of a sliding window; left out, 256")
-    text_stride: int | None = Field(default=None, description="tokens between windows; left out, half a window")
+    text_window: int | None = Field(
+        default=None, description="tokens of a sliding window; left out, 256 (side effects: 128)"
+    )
+    text_stride: int | None = Field(
+        default=None, description="tokens between windows; left out, half a window (side effects: a whole one)"
+    )
     perplexity_mode: str | None = Field(default=None, description=f"windows of the text: {' or '.join(MODES)}")
     impact_method: str | None = Field(default=None, description=f"head impacts: {', '.join(METHODS)}")
     ess_floor: float | None = Field(

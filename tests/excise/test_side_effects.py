@@ -19,6 +19,9 @@ from excise.side_effects import (
     EFFECT_SCHEMA,
     SHOWN,
     SIDE_EFFECTS_SCHEMA,
+    TEXT_SIZE,
+    TEXT_WINDOWS,
+    effect_windows,
     mean_interval,
     of_masks,
     scenario_effects,
@@ -109,6 +112,17 @@ def test_without_a_mask_nothing_changes_and_one_window_has_no_interval(loaded):
     assert rows.select("target", "names").unique().rows() == [("text", 1)]
     with pytest.raises(ExciseError, match="window 0"):
         text_unpruned(loaded, [Window((1, 2), 2)])
+
+
+def test_the_first_windows_of_the_text_are_read_and_score_each_token_once(loaded):
+    text = "The lamp stands beside the bench, and nobody lights it. " * 200
+    windows, tokens = effect_windows(loaded, text), loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert [len(window.tokens) for window in windows] == [TEXT_SIZE] * TEXT_WINDOWS
+    assert [window.scored for window in windows] == [TEXT_SIZE - 1] * TEXT_WINDOWS
+    scored = [token for window in windows for token in window.tokens[-window.scored :]]
+    assert scored == tokens[1 : len(scored) + 1]
+    assert effect_windows(loaded, text, size=40) == text_windows(loaded, text, size=40)[:TEXT_WINDOWS]
+    assert effect_windows(loaded, text, mode="paper") == text_windows(loaded, text, mode="paper")[:TEXT_WINDOWS]
 
 
 def test_first_names_take_turns_as_those_of_an_audit_do(purchase):
