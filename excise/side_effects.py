@@ -78,9 +78,11 @@ def token_kl(logits: torch.Tensor, pruned_logits: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
-    log_p, log_q = torch.log_softmax(logits, dim=-1), torch.log_softmax(pruned_logits, dim=-1)
-    p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dim=-1).clamp(min=0)
+    p = torch.softmax(logits, dim=-1)
+    apart = (logits - pruned_logits).masked_fill_(p == 0, 0.0)
+    # log (p / q) is the difference of the logits less that of their normalizers, which are the same for all tokens.
+    normalizers = torch.logsumexp(logits, dim=-1) - torch.logsumexp(pruned_logits, dim=-1)
+    return (torch.linalg.vecdot(p, apart) - normalizers).clamp(min=0)
 
 
 def effect_windows(
