@@ -41,7 +41,7 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         kinds={"scipy", "duckdb"},
         description="The disparity between the groups and the usefulness of the answers, unpruned and under every "
         "mask, with intervals, tests, and the reduction over the matched random control.",
-        deps=["completions", "pruning_masks", "cross_context_masks", "pruned_completions"],
+        deps=["completions", "pruning_masks", "cross_context_masks", "pruned_completions", "side_effects"],
         checks=[
             checks.spec("metrics_finite", "evaluation_metrics", catalogue),
             checks.spec("judged_variations", "evaluation_metrics", catalogue),

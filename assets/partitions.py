@@ -6,7 +6,7 @@ Keys of the grid read `model|scenario`, the order Dagster gives its dimensions.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import dagster as dg
@@ -72,6 +72,11 @@ class Catalogue:
         ExciseError naming the setting.
         """
         audit = settings.audit_of(scenario)
+        for key in audit.side_effect_scenarios or ():
+            if key in self.scenarios.broken:
+                raise ExciseError(f"resources.settings.config.side_effect_scenarios: {self.scenarios.why_not(key)}")
+        others = settings.side_effects_on(scenario, list(self.scenarios.values()))
+        audit = replace(audit, side_effect_scenarios=others)
         kind, where = scenario.outcome.kind, "resources.settings.config"
         chosen = self.chosen_strategies(audit.strategies, audit.levels, kind, audit.alphas)
         everywhere = self.chosen_strategies(audit.strategies, ALL_LEVELS, kind)

@@ -28,6 +28,8 @@ from excise.registry import home_expanded
 from excise.table_files import read_table, save_table
 
 if TYPE_CHECKING:
+    import torch
+
     from excise.masks import Mask
 
 EMBEDDED_TEXT = Path(__file__).with_name("texts") / "plain.txt"
@@ -270,22 +272,39 @@ def _batch_losses(loaded: LoadedModel, windows: Sequence[Window]) -> np.ndarray:
     from excise.tree import logits_of
 
     with torch.inference_mode():
-        tokens = torch.tensor([window.tokens for window in windows], device=loaded.device)
-        hidden = loaded.last_hidden(tokens, use_cache=False)[:, :-1]
-        counts = torch.tensor([window.scored for window in windows], device=loaded.device)
-        scored = torch.arange(tokens.shape[1] - 1, device=loaded.device) >= tokens.shape[1] - 1 - counts[:, None]
-        states, targets = hidden[scored], tokens[:, 1:][scored]
-        vocabulary = loaded.model.get_output_embeddings().weight.shape[0]
-        rows = max(1, LOGITS_AT_ONCE.get(loaded.device.type, 1 << 24) // vocabulary)
+        states, targets = scored_states(loaded, windows)
+        rows = logits_at_once(loaded)
         each = torch.cat([
             torch.nn.functional.cross_entropy(
                 logits_of(loaded, states[start : start + rows]), targets[start : start + rows], reduction="none"
             )
             for start in range(0, len(targets), rows)
         ])  # fmt: skip
-    each = each.cpu().numpy().astype(np.float64)
+    return sums_by_window(each.cpu().numpy(), windows)
+
+
+def scored_states(loaded: LoadedModel, windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Last hidden states [tokens, hidden] before every scored token of windows of equal length, which run together,
+    and those tokens [tokens]: window by window, in the order of the text. Called in inference mode."""
+    import torch
+
+    tokens = torch.tensor([window.tokens for window in windows], device=loaded.device)
+    hidden = loaded.last_hidden(tokens, use_cache=False)[:, :-1]
+    counts = torch.tensor([window.scored for window in windows], device=loaded.device)
+    scored = torch.arange(tokens.shape[1] - 1, device=loaded.device) >= tokens.shape[1] - 1 - counts[:, None]
+    return hidden[scored], tokens[:, 1:][scored]
+
+
+def logits_at_once(loaded: LoadedModel) -> int:
+    """For how many tokens logits are made together."""
+    vocabulary = loaded.model.get_output_embeddings().weight.shape[0]
+    return max(1, LOGITS_AT_ONCE.get(loaded.device.type, 1 << 24) // vocabulary)
+
+
+def sums_by_window(each: np.ndarray, windows: Sequence[Window]) -> np.ndarray:
+    """Figures of all scored tokens [tokens], window by window, summed: float64 [windows]."""
     ends = np.cumsum([window.scored for window in windows])
-    return np.add.reduceat(each, [0, *ends[:-1]])
+    return np.add.reduceat(np.asarray(each, dtype=np.float64), [0, *ends[:-1]])
 
 
 class LossCache:

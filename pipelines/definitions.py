@@ -29,6 +29,7 @@ from assets.pruned_completions import pruned_completions_asset
 from assets.pruning_masks import pruning_masks_asset
 from assets.quality_report import quality_report_asset
 from assets.restoration import restoration_asset
+from assets.side_effects import side_effects_asset
 from assets.transfer_matrix import transfer_matrix_asset
 from excise.registry import Problem
 from pipelines.jobs import JOBS
@@ -52,6 +53,7 @@ FACTORIES = (
     pruning_masks_asset,
     cross_context_masks_asset,
     pruned_completions_asset,
+    side_effects_asset,
     evaluation_metrics_asset,
     restoration_asset,
     grid_search_asset,

@@ -13,13 +13,14 @@ CHAIN = (
     "attribution_scores",
     "pruning_masks",
     "pruned_completions",
-    "evaluation_metrics",
     "restoration",
+    "side_effects",
+    "evaluation_metrics",
     "quality_report",
 )
 PREPARATION = CHAIN[:3]
 HEADS = ("completions", "head_impacts", *CHAIN[2:])
-EVALUATION = ("cross_context_masks", "pruned_completions", "evaluation_metrics", "restoration")
+EVALUATION = ("cross_context_masks", "pruned_completions", "restoration", "side_effects", "evaluation_metrics")
 ANALYSIS = ("mask_overlap", "mask_distribution", "transfer_matrix", "quality_report")
 CORRELATION = ("bias_correlation", "transfer_matrix", "quality_report")
 
@@ -48,7 +49,8 @@ evaluate_scenario = dg.define_asset_job(
     "evaluate_scenario",
     selection=dg.AssetSelection.assets(*EVALUATION),
     description="Second round, when all scenarios of the model are prepared: make the masks across contexts, sample "
-    "under every mask of every level, evaluate, and hold a planted model against the model it was before.",
+    "under every mask of every level, hold a planted model against the model it was before, try masks on text and "
+    "other scenarios, and evaluate.",
 )
 
 prune_heads = dg.define_asset_job(

@@ -41,7 +41,8 @@ class Preset(Enum):
 
 @dataclass(frozen=True)
 class Audit:
-    """The settings of one audit. None in `variations`, `subjects_per_group`, `strategies`, `alphas`: all."""
+    """The settings of one audit. None in `variations`, `subjects_per_group`, `strategies`, `alphas`,
+    `side_effect_scenarios`: all."""
 
     variations: tuple[str, ...] | None
     subjects_per_group: int | None
@@ -81,6 +82,8 @@ class Audit:
     perplexity_mode: str
     impact_method: str
     ess_floor: float
+    side_effect_scenarios: tuple[str, ...] | None
+    side_effect_names: int
 
     @property
     def thresholds(self) -> Thresholds:
@@ -133,11 +136,14 @@ _PAPER = Audit(
     perplexity_mode="sliding",
     impact_method="auto",
     ess_floor=0.2,
+    side_effect_scenarios=None,
+    side_effect_names=8,
 )
 # A few minutes on two cores.
 _QUICK = replace(
     _PAPER, subjects_per_group=8, held_out=False, samples=16, per_source=False, random_draws=2, relabellings=1,
     resamples=1000, permutations=1999, grid_taus=(0.1, 0.2, 0.3, 0.4, 0.5), grid_counts=(10, 20, 40), grid_variations=1,
+    side_effect_names=3,
 )  # fmt: skip
 PRESETS: dict[Preset, Audit] = {Preset.paper: _PAPER, Preset.quick: _QUICK}
 # Toxicity axes (FASP, section 5): a continuation per prompt and seed, three seeds, all templates, descriptors. Quick:
@@ -154,13 +160,18 @@ TOXICITY_PRESETS: dict[Preset, Audit] = {
 # What an audit of the other kind of outcome reads, and one of this kind never does.
 UNUSABLE: dict[str, tuple[str, ...]] = {
     "number": ("max_new_tokens", "perplexity_budget"),
-    "toxicity": ("permutations", "inlier_floor", "grid_taus", "grid_counts", "grid_variations"),
+    "toxicity": (
+        "permutations", "inlier_floor", "grid_taus", "grid_counts", "grid_variations", "side_effect_scenarios",
+        "side_effect_names",
+    ),
 }
 _ASKS = {"number": "asks for numbers", "toxicity": "scores continuations"}
 
 # The variations of the quick preset by scenario: prices of different size. Elsewhere the first ones of the file.
 QUICK_VARIATIONS: dict[str, tuple[str, ...]] = {"purchase": ("bicycle", "television", "chair")}
 QUICK_VARIATION_COUNT = 3
+QUICK_SIDE_EFFECT_SCENARIOS = 2
+"""So many other scenarios the quick preset measures side effects on, the first ones that can be compared."""
 MOST = 10**9
 """The largest number a setting may be that counts something."""
 
@@ -243,6 +254,12 @@ class AuditSettings(dg.ConfigurableResource):
     ess_floor: float | None = Field(
         default=None, description="head impacts: below this share of effective samples a head is sampled anew"
     )
+    side_effect_scenarios: list[str] | None = Field(
+        default=None,
+        description="scenarios that masks are tried on though they were not made for them, by key; left out, all that "
+        "ask for numbers and compare the same groups (quick: the first two); empty: none",
+    )
+    side_effect_names: int | None = Field(default=None, description="names per group in each of those scenarios")
 
     def audit_of(self, scenario: Scenario) -> Audit:
         """The settings for a scenario. Raises ExciseError naming the field that is out of range or unknown."""
@@ -264,6 +281,37 @@ class AuditSettings(dg.ConfigurableResource):
         if changes.get("perplexity_mode") == "paper":
             preset = replace(preset, text_window=None, text_stride=None)
         return _checked(replace(preset, **changes), scenario)
+
+    def side_effects_on(self, scenario: Scenario, others: Sequence[Scenario]) -> tuple[str, ...]:
+        """The keys of the scenarios that side effects of the scenario's masks are measured on.
+
+        others: the scenarios there are. Raises ExciseError naming a scenario that there is none of, that is this one,
+        or that does not ask for numbers from the same two groups.
+        """
+        if scenario.outcome.kind != "number":
+            return ()
+        able = [other.key for other in others if other.key != scenario.key and not _not_alike(scenario, other)]
+        if self.side_effect_scenarios is None:
+            return tuple(able[: QUICK_SIDE_EFFECT_SCENARIOS if self.preset is Preset.quick else None])
+        by_key, has = {other.key: other for other in others}, "scenarios that can be compared are"
+        for key in self.side_effect_scenarios:
+            where = f"resources.settings.config.side_effect_scenarios: {key!r}"
+            mend = f"name others ({', '.join(able) or 'there are none'}), or none with an empty list"
+            if key == scenario.key:
+                raise ExciseError(f"{where} is the scenario that the masks are made for; {mend}")
+            if key in by_key and (why := _not_alike(scenario, by_key[key])):
+                raise ExciseError(f"{where} {why}; {mend}")
+            _require_known("side_effect_scenarios", [key], able, has)
+        return tuple(self.side_effect_scenarios)
+
+
+def _not_alike(scenario: Scenario, other: Scenario) -> str | None:
+    """Why side effects of a scenario's masks cannot be told in another one; None where they can."""
+    if other.outcome.kind != "number":
+        return _ASKS[other.outcome.kind]
+    if (pair := other.comparison) != scenario.comparison:
+        return f"compares {pair.majority} and {pair.minority}, other groups than {scenario.key} does"
+    return None
 
 
 def _refuse_unusable(changes: Mapping[str, Any], scenario: Scenario) -> None:
@@ -333,10 +381,12 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
     _require(ordered, "density_floor", audit.density_floor, f"give at most density_ceiling, {audit.density_ceiling}")
     shares = audit.alphas is None or (bool(audit.alphas) and all(0 < alpha < 1 for alpha in audit.alphas))
     _require(shares, "alphas", audit.alphas, "give shares above 0, below 1")
-    for name in ("variations", "levels", "strategies", "grid_taus", "grid_counts", "alphas"):
+    for name in ("variations", "levels", "strategies", "grid_taus", "grid_counts", "alphas", "side_effect_scenarios"):
         values = getattr(audit, name) or ()
         _require(len(set(values)) == len(values), name, values, "name each once")
     _require(audit.strategies is None or bool(audit.strategies), "strategies", audit.strategies, "name one at least")
+    named = audit.side_effect_names
+    _require(named >= 2, "side_effect_names", named, "give at least 2, as intervals are over names")
     budget = audit.perplexity_budget
     _require(0 <= budget < math.inf, "perplexity_budget", budget, "give a share of at least 0, such as 0.05")
     _require(0 <= audit.ess_floor <= 1, "ess_floor", audit.ess_floor, "give a share from 0 to 1")

@@ -358,6 +358,32 @@ _ALL = (
         ),
     ),
     Table(
+        "side_effects",
+        "What masks do to plain text and to scenarios they were not made for: one row per mask, target and metric. "
+        "Masks of strategies and the first random control of each; a mask that stands in several places has rows in "
+        "each.",
+        ("model", "scenario"),
+        _columns(
+            _MODEL,
+            ("scenario", "VARCHAR", "key of the scenario the mask is made for"),
+            ("variation", "VARCHAR", "variation the mask is made for"),
+            *_MASK[:3],
+            ("target", "VARCHAR", "what the mask was tried on: text, or scenario/variation"),
+            (
+                "metric",
+                "VARCHAR",
+                "of text: text_kl (mean over tokens of the KL divergence of the next-token distribution from that of "
+                "the unpruned model, nats) and text_perplexity_ratio (perplexity over that of the unpruned model, less "
+                "1). Of a scenario, as in metrics: inlier_ratio, spread_ratio, commonest_rise, excess_change, gap_mean "
+                "and gap_change",
+            ),
+            ("estimate", "DOUBLE", "the figure; null where it is not known"),
+            ("low", "DOUBLE", "lower end of the 95 % interval, names (of text: windows) resampled; null without one"),
+            ("high", "DOUBLE", "upper end of the 95 % interval"),
+            ("names", "BIGINT", "names with answers of the group that has fewer; of text, windows"),
+        ),
+    ),
+    Table(
         "grid_search",
         "What a strategy does at every pair of thresholds: one row per pair, variation and metric.",
         ("model", "scenario"),

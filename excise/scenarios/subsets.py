@@ -97,6 +97,24 @@ def halves(prompts: pl.DataFrame, seed: int) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=SPLIT_SCHEMA, orient="row").sort("group", "subject")
 
 
+def first_names(prompts: pl.DataFrame, count: int) -> pl.DataFrame:
+    """The rows of each group's first `count` names, genders taking turns as in `expand`; all of a group that has fewer.
+
+    prompts: rows of `expand`, or of a half of its names. The order of rows is kept.
+    """
+    names = prompts.select("group", "subject", "gender").unique(["group", "subject"], keep="first", maintain_order=True)
+    kept = []
+    for members in names.partition_by("group", maintain_order=True):
+        genders = members["gender"].unique(maintain_order=True).to_list()
+        turns, order = dict.fromkeys(genders, 0), []
+        for place, (group, subject, gender) in enumerate(members.iter_rows()):
+            turns[gender] += 1
+            order.append((turns[gender], genders.index(gender), place, group, subject))
+        kept += [name[3:] for name in sorted(order)[:count]]
+    chosen = pl.DataFrame(kept, schema={"group": pl.String, "subject": pl.String}, orient="row")
+    return prompts.join(chosen, on=["group", "subject"], how="semi", maintain_order="left")
+
+
 def token_matched(completions: pl.DataFrame) -> set[str]:
     """The largest set of names with equally many names of every group for every number of name tokens (method, A3).
 

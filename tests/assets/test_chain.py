@@ -18,8 +18,9 @@ CHAIN = [
     "attribution_scores",
     "pruning_masks",
     "pruned_completions",
-    "evaluation_metrics",
     "restoration",
+    "side_effects",
+    "evaluation_metrics",
     "quality_report",
 ]
 
@@ -154,7 +155,8 @@ def test_completions_drawn_anew_make_what_follows_stale(house):
     house.run("audit_scenario", "tiny|lamp")
     house.run("audit_scenario", "tiny|lamp", only=["completions"], samples=3)
     assert set(stale(house)) == {
-        "attribution_scores", "pruned_completions", "evaluation_metrics", "restoration", "quality_report",
+        "attribution_scores", "pruned_completions", "side_effects", "evaluation_metrics", "restoration",
+        "quality_report",
     }  # fmt: skip
 
 

@@ -36,6 +36,7 @@ ASSETS = (
     "pruning_masks",
     "cross_conte",  # the graph shortens long names: cross_conte…_masks
     "pruned_completions",
+    "side_effects",
     "evaluation_metrics",
     "restoration",
     "grid_search",

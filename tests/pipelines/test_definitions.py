@@ -22,9 +22,15 @@ LINEAGE = {
     "pruning_masks": ("pruning", {"attribution_scores", "head_impacts"}, "gpu", "grid"),
     "cross_context_masks": ("pruning", {"completions", "attribution_scores", "pruning_masks"}, "gpu", "grid"),
     "pruned_completions": ("pruning", {"completions", "pruning_masks", "cross_context_masks"}, "gpu", "grid"),
-    "evaluation_metrics": (
+    "side_effects": (
         "evaluation",
         {"completions", "pruning_masks", "cross_context_masks", "pruned_completions"},
+        "gpu",
+        "grid",
+    ),
+    "evaluation_metrics": (
+        "evaluation",
+        {"completions", "pruning_masks", "cross_context_masks", "pruned_completions", "side_effects"},
         None,
         "grid",
     ),
@@ -141,7 +147,10 @@ def test_the_planted_model_on_purchase_is_a_partition(graph):
         ("audit_scenario", CHAIN),
         ("prune_and_evaluate", CHAIN[2:]),
         ("prepare_scenario", CHAIN[:3]),
-        ("evaluate_scenario", ("cross_context_masks", "pruned_completions", "evaluation_metrics", "restoration")),
+        (
+            "evaluate_scenario",
+            ("cross_context_masks", "pruned_completions", "side_effects", "evaluation_metrics", "restoration"),
+        ),
         ("search_grid", ("grid_search",)),
     ],
 )

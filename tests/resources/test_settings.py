@@ -34,6 +34,7 @@ def test_quick_asks_three_items_and_half_the_names(purchase):
     assert audit.variations == ("bicycle", "television", "chair")
     assert (audit.subjects_per_group, audit.samples, audit.random_draws) == (8, 16, 2)
     assert (audit.held_out, audit.per_source, audit.grid_variations) == (False, False, 1)
+    assert (audit.side_effect_names, AuditSettings(preset=Preset.paper).audit_of(purchase).side_effect_names) == (3, 8)
 
 
 def test_quick_takes_the_first_variations_of_another_scenario(purchase):
@@ -76,11 +77,34 @@ def test_any_number_can_be_changed(purchase):
         ({"grid_taus": []}, "grid_taus is .*: give shares above 0"),
         ({"grid_counts": [0]}, "grid_counts is .*: give numbers of heads from 1"),
         ({"grid_variations": 0}, "grid_variations is 0"),
+        ({"side_effect_names": 1}, "side_effect_names is 1: give at least 2"),
+        ({"side_effect_scenarios": ["hiring", "hiring"]}, "side_effect_scenarios is .*: name each once"),
     ],
 )
 def test_a_wrong_number_is_named(purchase, change, message):
     with pytest.raises(ExciseError, match=message):
         AuditSettings(**change).audit_of(purchase)
+
+
+def test_side_effects_are_measured_on_other_scenarios_that_ask_the_same_groups_for_numbers(purchase):
+    every = list(load_scenarios()[0].values())
+    numbers = [each.key for each in every if each.outcome.kind == "number" and each.key != "purchase"]
+    assert AuditSettings().side_effects_on(purchase, every) == tuple(numbers[:2])
+    assert AuditSettings(preset=Preset.paper).side_effects_on(purchase, every) == tuple(numbers)
+    assert AuditSettings(side_effect_scenarios=[]).side_effects_on(purchase, every) == ()
+    chosen = AuditSettings(side_effect_scenarios=["sports", "chess"])
+    assert chosen.side_effects_on(purchase, every) == ("sports", "chess")
+    assert AuditSettings().side_effects_on(load_scenarios()[0]["gender"], every) == ()
+    turned = purchase.comparison.model_copy(update={"majority": "black", "minority": "white"})
+    others = [each.model_copy(update={"comparison": turned}) for each in every if each.key == "chess"]
+    assert AuditSettings().side_effects_on(purchase, others) == ()
+    for key, message in (("chess", "compares black and white"), ("purchase", "is the scenario that the masks are")):
+        with pytest.raises(ExciseError, match=rf"side_effect_scenarios: '{key}' {message}"):
+            AuditSettings(side_effect_scenarios=[key]).side_effects_on(purchase, others)
+    with pytest.raises(ExciseError, match="side_effect_scenarios: 'gender' scores continuations; name others .hiring"):
+        AuditSettings(side_effect_scenarios=["gender"]).side_effects_on(purchase, every)
+    with pytest.raises(ExciseError, match=r"side_effect_scenarios: 'chses' \(did you mean chess\?\)"):
+        AuditSettings(side_effect_scenarios=["chses"]).side_effects_on(purchase, every)
 
 
 @pytest.mark.trial(16)
@@ -104,6 +128,8 @@ def test_an_axis_takes_its_own_sampling_unless_a_run_changes_it(preset):
         ("gender", {"grid_taus": [0.1]}, "scenario gender scores continuations"),
         ("gender", {"grid_counts": [10]}, "scenario gender scores continuations"),
         ("gender", {"grid_variations": 1}, "scenario gender scores continuations"),
+        ("gender", {"side_effect_scenarios": []}, "scenario gender scores continuations"),
+        ("gender", {"side_effect_names": 3}, "scenario gender scores continuations"),
         ("gender", {"leftover": 0.1}, "answers are sampled"),
         ("purchase", {"max_new_tokens": 8}, "scenario purchase asks for numbers"),
         ("purchase", {"perplexity_budget": 0.1}, "scenario purchase asks for numbers"),
