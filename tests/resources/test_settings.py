@@ -101,7 +101,7 @@ def test_side_effects_are_measured_on_other_scenarios_that_ask_the_same_groups_f
     for key, message in (("chess", "compares black and white"), ("purchase", "is the scenario that the masks are")):
         with pytest.raises(ExciseError, match=rf"side_effect_scenarios: '{key}' {message}"):
             AuditSettings(side_effect_scenarios=[key]).side_effects_on(purchase, others)
-    with pytest.raises(ExciseError, match="side_effect_scenarios: 'gender' scores continuations; name others .hiring"):
+    with pytest.raises(ExciseError, match=r"side_effect_scenarios: 'gender' scores continuations; name others .hiring"):
         AuditSettings(side_effect_scenarios=["gender"]).side_effects_on(purchase, every)
     with pytest.raises(ExciseError, match=r"side_effect_scenarios: 'chses' \(did you mean chess\?\)"):
         AuditSettings(side_effect_scenarios=["chses"]).side_effects_on(purchase, every)
