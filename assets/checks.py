@@ -303,22 +303,23 @@ def inlier_ratio(metrics: pl.DataFrame, floor: float) -> Outcome:
     return _at_least("inlier_ratio", ratios, "inlier_ratio", floor, "answers in the unpruned model's range")
 
 
-def damage(metrics: pl.DataFrame, budgets: Damage) -> Outcome:
+def damage(metrics: pl.DataFrame, side_effects: pl.DataFrame, budgets: Damage) -> Outcome:
     """No strategy's mask closes a gap at the price of the answers: every one keeps the damage budgets everywhere.
 
     Controls are not judged, nor masks of single other scenarios, which the transfer matrix tells of.
     """
-    from excise.report import UNPRUNED_MASK, broken_budgets, read_metrics
+    from excise.report import UNPRUNED_MASK, broken_budgets, read_metrics, read_side_effects
 
     if metrics.is_empty():
         return Outcome("damage", True, WARN, "There is no mask to judge.")
     table = read_metrics(metrics.filter(~pl.col("level").str.contains("/")))
     masks = [mask for mask in table.masks if not mask.is_control and mask != UNPRUNED_MASK]
+    effects = read_side_effects(side_effects)
     broken = [
         {"variation": variation, "strategy": mask.strategy, "level": mask.level, "broken": ", ".join(found)}
         for mask in masks
         for variation in table.variations
-        if (found := broken_budgets(table, variation, mask, budgets))
+        if (found := broken_budgets(table, variation, mask, budgets, effects))
     ]
     message = f"All {len(masks)} masks keep the damage budgets in every variation."
     if broken:

@@ -95,11 +95,12 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         rows, others = with_definitions(rows, masks), with_definitions(others, masks)
         warehouse.replace_partition("metrics", rows, {"model": model, "scenario": scenario.key})
         warehouse.replace_partition("comparisons", others, {"model": model, "scenario": scenario.key})
+        effects = warehouse.read("side_effects", model=model, scenario=scenario.key)
         outcomes = [
             checks.metrics_finite(rows),
             checks.judged_under_masks(pruned, scenario, judged, completions["variation"].n_unique()),
             checks.inlier_ratio(rows, audit.inlier_floor),
-            checks.damage(rows, audit.thresholds.damage),
+            checks.damage(rows, effects, audit.thresholds.damage),
         ]
         checks.record(warehouse, "evaluation_metrics", model, scenario.key, outcomes)
         record_thresholds(warehouse, "evaluation_metrics", model, scenario.key, audit.thresholds)
@@ -109,7 +110,7 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         metadata = _explanation(completions, scenario)
         if judged:
             thresholds = {"inlier_floor": audit.inlier_floor, "inlier_tolerance": audit.inlier_tolerance}
-            thresholds["damage"] = audit.thresholds.damage
+            thresholds |= {"damage": audit.thresholds.damage, "side_effects": effects}
             metadata["finding"] = finding(told, **thresholds, **labels)
             metadata |= picture(
                 "disparity_by_level",

@@ -1,11 +1,12 @@
 """Answers without the gap, and how far a model is from giving them: the objective that a measured path descends.
 
-A variation's *gap-free answers* give every name half of its own answers and half of what the other group answers on
-average. Both groups' means of these are the mixture of the groups' distributions, so there is no gap of any kind, and
-no distribution without one is nearer on average (the mean divergence is then about the groups' Jensen-Shannon
-divergence). Where answers are too long to be enumerated, a name's samples are tilted instead, so that both groups'
-means meet halfway. The loss is the divergence of what the model answers from these: it falls while the gap closes, and
-rises when answers collapse, drift or overshoot, whatever the gap does. Descending it is `excise.measured_path`.
+A variation's *gap-free answers* weigh every name's own answers by the square root of how much more often the other
+group gives each than its own group does. Both groups then answer, on average, with the geometric mean of their
+distributions: of all distributions it has the least mean divergence from the two, and where both are tilts of one
+distribution, as groups are whose answers were moved apart, it is that distribution. Where answers are too long to be
+enumerated, a name's samples are tilted instead, so that both groups' means meet halfway. The loss is the divergence of
+what the model answers from these: it falls while the gap closes, and rises when answers collapse, spread out, drift or
+overshoot, whatever the gap does. Descending it is `excise.measured_path`.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Name:
     (`unlisted`); all before the sampling distribution is cut to its likeliest tokens. `drawn`: the shares that its
     answers are drawn with, and `listed` the probability of all of them together. `edges`, `logs`, `cut`: log p of
     the unedited model, of edges and of answers before the cut, of answers behind it, float64; `sampled`: whether the
-    answers are samples."""
+    answers are samples. `aim`: what the mean outcome should be."""
 
     tree: AnswerTree
     paths: np.ndarray
@@ -75,6 +76,7 @@ class Name:
     cut: np.ndarray
     sampled: bool
     listed: float = 1.0
+    aim: float = 0.0
 
     def shares(self, logs: np.ndarray) -> np.ndarray:
         """Shares of the answers that have log p `logs` now, as `own`. Samples are weighed by the ratio to before."""
@@ -244,7 +246,7 @@ def _with_targets(loaded: LoadedModel, asked: Asked, enumerated: bool, significa
         # Samples stand for answers that nobody listed, so theirs stay the shares they had.
         if enumerated:
             name = replace(name, own=_softmax(logs), drawn=_softmax(cut))
-        names[number] = replace(name, target=name.own)
+        names[number] = replace(name, target=name.own, aim=_mean(name.own, name.outcomes))
     means = np.array([_mean(name.drawn, name.outcomes) for name in names])
     sides = [means[side & np.isfinite(means)] for side in (asked.majority, ~asked.majority)]
     if not all(map(len, sides)):
@@ -253,18 +255,33 @@ def _with_targets(loaded: LoadedModel, asked: Asked, enumerated: bool, significa
     p_value = _p_value(sides, seed)
     found = replace(asked, names=tuple(names), gap=gap, p_value=p_value, closing=p_value <= significance and gap != 0)
     found = replace(found, deviation=_deviation(found, [name.drawn for name in names]))
-    return replace(found, names=tuple(_targets(found, enumerated))) if found.closing else found
+    return _aimed(replace(found, names=tuple(_targets(found, enumerated)))) if found.closing else found
+
+
+def _aimed(asked: Asked) -> Asked:
+    """With what every name's mean outcome should be: that of its target, less what is left of a gap between these."""
+    means = np.array([_mean(name.target, name.outcomes) for name in asked.names])
+    middle = np.nanmean([np.nanmean(means[asked.majority]), np.nanmean(means[~asked.majority])])
+    for side in (asked.majority, ~asked.majority):
+        means[side] += middle - np.nanmean(means[side])
+    return replace(asked, names=tuple(replace(name, aim=aim) for name, aim in zip(asked.names, means, strict=True)))
 
 
 def _targets(asked: Asked, enumerated: bool) -> list[Name]:
     if enumerated:
-        other = {
-            side: np.mean([name.own for name, own in zip(asked.names, asked.majority, strict=True) if own != side], 0)
+        of_group = {
+            side: np.mean([name.own for name, own in zip(asked.names, asked.majority, strict=True) if own == side], 0)
             for side in (True, False)
         }
+        weight = {
+            side: np.sqrt(np.maximum(of_group[not side], _LEAST) / np.maximum(of_group[side], _LEAST))
+            for side in (True, False)
+        }
+        targets = [
+            name.own * weight[bool(side)] for name, side in zip(asked.names, asked.majority, strict=True)
+        ]
         return [
-            replace(name, target=(name.own + other[bool(side)]) / 2)
-            for name, side in zip(asked.names, asked.majority, strict=True)
+            replace(name, target=target / target.sum()) for name, target in zip(asked.names, targets, strict=True)
         ]
     found = []
     for name, side in zip(asked.names, asked.majority, strict=True):
@@ -346,7 +363,7 @@ def loss(loaded: LoadedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]
 
     It is the divergence of the answers from the targets, node by node over the listed tokens and all others as one. A
     gap is a small part of that: a shift of both groups by half a gap costs 1/8 (gap / deviation)^2. So that it is not
-    left behind, the difference of the groups' mean distances from their targets counts `GAP_WEIGHT` times more.
+    left behind, the difference of the groups' mean distances from their aims counts `GAP_WEIGHT` times more.
     """
     edges, others, _ = _log_probabilities(loaded, batch)
     inside = torch.zeros_like(batch.reach).index_add(
@@ -357,7 +374,7 @@ def loss(loaded: LoadedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]
     asked = batch.asked
     if asked.deviation > 0:
         away = torch.stack([
-            _mean_outcome(asked.names[number], own) - _mean(asked.names[number].target, asked.names[number].outcomes)
+            _mean_outcome(asked.names[number], own) - asked.names[number].aim
             for number, own in zip(batch.numbers, edges.split(batch.sizes), strict=True)
         ])  # fmt: skip
         side = torch.from_numpy(asked.majority[batch.numbers]).to(edges.device)

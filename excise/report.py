@@ -240,7 +240,23 @@ def read_estimate(row: Mapping[str, Any]) -> Estimate:
     return Estimate(value, low, high, plain if adjusted is None else adjusted, row.get("n"), row.get("names"))
 
 
-def broken_budgets(table: MetricTable, where: str, mask: MaskName, damage: Damage) -> list[str]:
+Effects = Mapping[tuple[str, "MaskName", str, str], float]
+"""Side effects by variation, mask, target and metric."""
+
+
+def read_side_effects(side_effects: polars.DataFrame | None) -> Effects:
+    """Addresses the table `side_effects` of one model and scenario; without one there are none."""
+    if side_effects is None:
+        return {}
+    return {
+        (row["variation"], MaskName(row["strategy"], row["level"], row["matched_to"]), row["target"], row["metric"]):
+            row["estimate"]
+        for row in side_effects.iter_rows(named=True)
+        if row["estimate"] is not None
+    }  # fmt: skip
+
+
+def broken_budgets(table: MetricTable, where: str, mask: MaskName, damage: Damage, effects: Effects) -> list[str]:
     """The damage budgets that a mask breaks, in words; over all variations the worst of them counts."""
     found = []
     for metric, name, bound, least in (
@@ -251,6 +267,18 @@ def broken_budgets(table: MetricTable, where: str, mask: MaskName, damage: Damag
         value = table.get(where, mask, metric).value
         if value is not None and not (at_most(bound, value) if least else at_most(value, bound)):
             found.append(f"{name} {_fixed(value, 2)} {'below' if least else 'above'} {floor_text(bound)}")
+    worst: dict[tuple[str, str], float] = {}
+    for (variation, own, target, metric), value in effects.items():
+        if own == mask and where in (ALL_VARIATIONS, variation):
+            worst[target, metric] = max(value, worst.get((target, metric), value))
+    for metric, name, bound in (
+        ("text_kl", "divergence on the text", damage.kl_budget),
+        ("excess_change", "change of the answers about", damage.change_budget),
+    ):
+        for (target, own), value in worst.items():
+            if own == metric and not at_most(value, bound):
+                what = name if target == "text" else f"{name} {target}"
+                found.append(f"{what} {_fixed(value, 2)} above {floor_text(bound)}")
     return found
 
 
@@ -267,6 +295,7 @@ def audit_table(
     inlier_floor: float = INLIER_FLOOR,
     inlier_tolerance: float = INLIER_TOLERANCE,
     damage: Damage = USUAL_DAMAGE,
+    side_effects: polars.DataFrame | None = None,
     published: Sequence[str] = PUBLISHED,
     width: int = 160,
 ) -> str:
@@ -302,6 +331,7 @@ def audit_table(
         inlier_floor=inlier_floor,
         inlier_tolerance=inlier_tolerance,
         damage=damage,
+        side_effects=side_effects,
         published=published,
         majority=majority,
         minority=minority,
@@ -409,6 +439,7 @@ def finding(
     inlier_floor: float = INLIER_FLOOR,
     inlier_tolerance: float = INLIER_TOLERANCE,
     damage: Damage = USUAL_DAMAGE,
+    side_effects: polars.DataFrame | None = None,
     published: Sequence[str] = PUBLISHED,
     majority: str = "majority",
     minority: str = "minority",
@@ -420,7 +451,8 @@ def finding(
     success where an interval covers 0, where answers collapse, and none at all where no gap is detectable: the unpruned
     interval covers 0 and no variation stands out. A published strategy fails its control where the interval of that
     difference is not clear of 0 from above. Inlier ratios at most `inlier_tolerance` apart are comparable. A strategy
-    that breaks a budget of `damage` is no success. All are the settings the audit was judged by; `majority` and
+    that breaks a budget of `damage`, in the scenario or by its `side_effects` (the table of that name; None: not
+    measured), is no success. All are the settings the audit was judged by; `majority` and
     `minority` are the groups' labels. Source: method, part C.
     Errors as `read_metrics`.
     """
@@ -433,7 +465,9 @@ def finding(
         return "No finding: the metrics hold several variations and nothing over all of them."
     goes_on, sentences = _gap_sentences(table, where, (majority, minority))
     if goes_on:
-        best, sentence = _best_strategy(table, where, inlier_floor, inlier_tolerance, damage)
+        best, sentence = _best_strategy(
+            table, where, inlier_floor, inlier_tolerance, damage, read_side_effects(side_effects)
+        )
         sentences.append(sentence)
         if best is not None and (how := _how_it_closed(table, where, best, (majority, minority))):
             sentences.append(how)
@@ -610,7 +644,7 @@ def _how_it_closed(table: MetricTable, where: str, mask: MaskName, labels: tuple
 
 
 def _best_strategy(
-    table: MetricTable, where: str, floor: float, tolerance: float, damage: Damage
+    table: MetricTable, where: str, floor: float, tolerance: float, damage: Damage, effects: Effects
 ) -> tuple[MaskName | None, str]:
     """The mask told of and the sentence about it."""
     candidates = [mask for mask in table.masks if mask.level == PROMPT_SPECIFIC and not mask.is_control]
@@ -638,7 +672,10 @@ def _best_strategy(
         for mask, estimate in compared.items()
         if reaches(table.get(where, mask, "inlier_ratio").value, floor)
     }
-    harmless = {mask: estimate for mask, estimate in keeping.items() if not broken_budgets(table, where, mask, damage)}
+    harmless = {
+        mask: estimate for mask, estimate in keeping.items()
+        if not broken_budgets(table, where, mask, damage, effects)
+    }  # fmt: skip
     pool = harmless or keeping or compared
     best = max(pool, key=lambda mask: pool[mask].value)
     beyond, reduction = pool[best], table.get(where, best, "gap_reduction")
@@ -653,7 +690,7 @@ def _best_strategy(
         return best, (
             "No prompt-specific strategy closes the gap within the damage budgets: the largest difference from its "
             f"matched random control, {points_text(beyond)} by {best.strategy}, comes {at}, but with "
-            f"{listed(broken_budgets(table, where, best, damage))}."
+            f"{listed(broken_budgets(table, where, best, damage, effects))}."
         )
     if beyond.value <= 0.0:
         return best, (

@@ -28,6 +28,8 @@ COMMONEST_BUDGET = 0.15
 """Share of all answers by which the commonest one may rise."""
 CHANGE_BUDGET = 0.40
 """Standard deviations by which answers may change beyond what closing the gap takes."""
+KL_BUDGET = 0.05
+"""Divergence of the next token's distribution on a text from the unpruned model's, in nats per token."""
 SIGNIFICANCE = 0.05
 """p-values below it reject, as 95 % intervals go with it."""
 FEW_NAMES = 5
@@ -43,6 +45,7 @@ class Damage:
     spread_floor: float = SPREAD_FLOOR
     commonest_budget: float = COMMONEST_BUDGET
     change_budget: float = CHANGE_BUDGET
+    kl_budget: float = KL_BUDGET
 
 
 USUAL_DAMAGE = Damage()
@@ -58,12 +61,13 @@ class Thresholds:
     spread_floor: float = SPREAD_FLOOR
     commonest_budget: float = COMMONEST_BUDGET
     change_budget: float = CHANGE_BUDGET
+    kl_budget: float = KL_BUDGET
     perplexity_budget: float = PERPLEXITY_BUDGET
 
     @property
     def damage(self) -> Damage:
         """The damage budgets among them."""
-        return Damage(self.spread_floor, self.commonest_budget, self.change_budget)
+        return Damage(self.spread_floor, self.commonest_budget, self.change_budget, self.kl_budget)
 
 
 def stored_thresholds(rows: pl.DataFrame, *, asset: str, model: str, scenario: str) -> Thresholds:

@@ -124,6 +124,7 @@ def _closing(
         inlier_floor=judged.inlier_floor,
         inlier_tolerance=judged.inlier_tolerance,
         damage=judged.damage,
+        side_effects=warehouse.read("side_effects", model=model, scenario=scenario_key),
         **labels,
     )
     seen = {

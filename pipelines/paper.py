@@ -26,6 +26,7 @@ from excise.report import (
     FEW,
     NO_COMPARISON,
     UNPRUNED_MASK,
+    Effects,
     MaskName,
     MetricTable,
     broken_budgets,
@@ -36,6 +37,7 @@ from excise.report import (
     ratio_text,
     reaches,
     read_metrics,
+    read_side_effects,
     standing_out,
     unpruned_gap,
 )
@@ -319,13 +321,14 @@ def summary(model: str, scenarios: Sequence[str], warehouse: Warehouse) -> str:
             rows.append([model, scenario, str(error)])
             continue
         table = read_metrics(metrics)
+        effects = read_side_effects(warehouse.read("side_effects", model=model, scenario=scenario))
         smd = interval_text(table.get(ALL_VARIATIONS, UNPRUNED_MASK, "abs_smd"), decimals=2)
         # Masks of whole heads over a scenario are the second paper's; they are told where there are some.
         own = {mask.level for mask in table.masks}
         for number, level in enumerate(each for each in LEVELS if each != OWN_SCENARIO or each in own):
             masks = [mask for mask in table.masks if mask.level == level and not mask.is_control]
             first = [model, scenario, smd] if number == 0 else ["", "", ""]
-            best = _best(table, masks, judged)
+            best = _best(table, masks, judged, effects)
             if best is None:
                 rows.append([*first, level_label(level), _none(table, masks) if masks else "-", "-", "-"])
                 continue
@@ -333,7 +336,7 @@ def summary(model: str, scenarios: Sequence[str], warehouse: Warehouse) -> str:
             beyond = per_cent(table.get(ALL_VARIATIONS, best, "reduction_over_random"), signed=True)
             ratio = table.get(ALL_VARIATIONS, best, "inlier_ratio").value
             low = "" if reaches(ratio, judged.inlier_floor) else f" (below {floor_text(judged.inlier_floor)})"
-            if broken := broken_budgets(table, ALL_VARIATIONS, best, judged.damage):
+            if broken := broken_budgets(table, ALL_VARIATIONS, best, judged.damage, effects):
                 low += f" (damage: {', '.join(broken)})"
             rows.append([*first, level_label(level), best.strategy, f"{beyond} points{mark}", ratio_text(ratio) + low])
     widths = [max(len(row[i]) for row in [header, *rows] if i < len(row)) for i in range(len(header))]
@@ -350,7 +353,7 @@ def summary(model: str, scenarios: Sequence[str], warehouse: Warehouse) -> str:
     return "\n".join(lines)
 
 
-def _best(table: MetricTable, masks: Sequence[MaskName], judged: Thresholds) -> MaskName | None:
+def _best(table: MetricTable, masks: Sequence[MaskName], judged: Thresholds, effects: Effects) -> MaskName | None:
     def figure(mask: MaskName, metric: str) -> float | None:
         return table.get(ALL_VARIATIONS, mask, metric).value
 
@@ -360,7 +363,8 @@ def _best(table: MetricTable, masks: Sequence[MaskName], judged: Thresholds) -> 
         if figure(mask, "reduction_over_random") is not None and not table.collapsed(ALL_VARIATIONS, mask)
     ]
     useful = [mask for mask in known if reaches(figure(mask, "inlier_ratio"), judged.inlier_floor)] or known
-    useful = [mask for mask in useful if not broken_budgets(table, ALL_VARIATIONS, mask, judged.damage)] or useful
+    harmless = [mask for mask in useful if not broken_budgets(table, ALL_VARIATIONS, mask, judged.damage, effects)]
+    useful = harmless or useful
     compared = [mask for mask in useful if table.comparable(ALL_VARIATIONS, mask, judged.inlier_tolerance)]
     return max(compared or useful, key=lambda mask: figure(mask, "reduction_over_random"), default=None)
 

@@ -23,6 +23,7 @@ from excise.thresholds import (
     COMMONEST_BUDGET,
     INLIER_FLOOR,
     INLIER_TOLERANCE,
+    KL_BUDGET,
     PERPLEXITY_BUDGET,
     SPREAD_FLOOR,
     Thresholds,
@@ -67,6 +68,7 @@ class Audit:
     spread_floor: float
     commonest_budget: float
     change_budget: float
+    kl_budget: float
     density_floor: float
     density_ceiling: float
     grid_taus: tuple[float, ...]
@@ -121,6 +123,7 @@ _PAPER = Audit(
     spread_floor=SPREAD_FLOOR,
     commonest_budget=COMMONEST_BUDGET,
     change_budget=CHANGE_BUDGET,
+    kl_budget=KL_BUDGET,
     density_floor=0.0,
     density_ceiling=0.2,
     grid_taus=tuple(step / 20 for step in range(1, 11)),
@@ -228,6 +231,9 @@ class AuditSettings(dg.ConfigurableResource):
     )
     change_budget: float | None = Field(
         default=None, description="standard deviations that answers may change beyond what closing the gap takes"
+    )
+    kl_budget: float | None = Field(
+        default=None, description="nats per token by which a mask may change the next token's distribution on a text"
     )
     density_floor: float | None = Field(default=None, description="check mask_density: a mask prunes more than this")
     density_ceiling: float | None = Field(default=None, description="check mask_density: a mask prunes at most this")
@@ -368,8 +374,9 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
         "density_ceiling",
     ):  # fmt: skip
         _require(0 <= getattr(audit, name) <= 1, name, getattr(audit, name), "give a share from 0 to 1")
-    change = audit.change_budget
-    _require(0 <= change < math.inf, "change_budget", change, "give standard deviations of at least 0, such as 0.4")
+    for name, unit, usual in (("change_budget", "standard deviations", 0.4), ("kl_budget", "nats", 0.05)):
+        value = getattr(audit, name)
+        _require(0 <= value < math.inf, name, value, f"give {unit} of at least 0, such as {usual}")
     if audit.variations is not None:
         _require_known("variations", audit.variations, tuple(scenario.variations), f"scenario {scenario.key} has")
     _require_known("levels", audit.levels, LEVELS, "there are")

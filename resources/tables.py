@@ -476,6 +476,7 @@ _ALL = (
             ("spread_floor", "DOUBLE", "least share of its unpruned spread that a group's answers keep"),
             ("commonest_budget", "DOUBLE", "share of all answers by which the commonest one may rise"),
             ("change_budget", "DOUBLE", "standard deviations of change beyond what closing the gap takes"),
+            ("kl_budget", "DOUBLE", "nats per token by which a mask may change the next token's distribution"),
             ("perplexity_budget", "DOUBLE", "share by which a mask may raise perplexity"),
         ),
     ),

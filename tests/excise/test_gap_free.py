@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from excise import gap_free
 from excise.completions import complete
 from excise.distributions import tilted
 from excise.errors import ExciseError
@@ -69,16 +70,28 @@ def test_a_tilt_moves_the_mean_and_nothing_more():
 
 
 def test_the_groups_answer_alike_without_the_gap(about):
+    """By the geometric mean of both groups; what a name's own answers leave of a gap is taken from its aim."""
     asked = about()
     assert asked.closing
-    means = [np.mean([name.target for name, own in zip(asked.names, asked.majority, strict=True) if own == side], 0)
-             for side in (True, False)]  # fmt: skip
-    assert np.allclose(means[0], means[1])
-    for name, side in zip(asked.names, asked.majority, strict=True):
-        other = np.mean([each.own for each, own in zip(asked.names, asked.majority, strict=True) if own != side], 0)
-        assert np.allclose(name.target, (name.own + other) / 2)
+    side = asked.majority
+    mean = {each: np.mean([name.own for name, own in zip(asked.names, side, strict=True) if own == each], 0)
+            for each in (True, False)}  # fmt: skip
+    for name, own in zip(asked.names, side, strict=True):
+        wanted = name.own * np.sqrt(mean[not own] / mean[bool(own)])
+        assert np.allclose(name.target, wanted / wanted.sum(), atol=1e-4)
         for shares in (name.own, name.target, name.drawn):
             assert shares.sum() == pytest.approx(1)
+    aims = np.array([name.aim for name in asked.names])
+    assert aims[side].mean() == pytest.approx(aims[~side].mean())
+
+
+def test_answers_moved_apart_are_moved_back():
+    """Where both groups' answers are tilts of one distribution, the target is that distribution."""
+    outcomes, base = np.arange(5.0), np.array([0.1, 0.25, 0.3, 0.25, 0.1])
+    up, down = tilted(outcomes, base, 0.5), tilted(outcomes, base, -0.5)
+    asked = by_hand([up, up], [down, down, down], outcomes)
+    for name in gap_free._targets(asked, True):
+        assert np.allclose(name.target, base, atol=1e-4)
 
 
 def test_answers_are_those_the_model_gives(about, numeric, prompts, scenario):
@@ -162,8 +175,7 @@ def test_the_loss_is_the_divergence_and_the_gap(about, numeric):
         kept = name.target > 0
         total += name.target[kept] @ np.log(name.target[kept] / shares[kept])
         known = np.isfinite(name.outcomes)
-        mean = [(each[known] @ name.outcomes[known]) / each[known].sum() for each in (shares, name.target)]
-        away.append(mean[0] - mean[1])
+        away.append((shares[known] @ name.outcomes[known]) / shares[known].sum() - name.aim)
     away = np.array(away)
     gap = (away[asked.majority].mean() - away[~asked.majority].mean()) / asked.deviation
     assert float(height) == pytest.approx(total + 8 * len(every) / 8 * gap**2, rel=0.15)
