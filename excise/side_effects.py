@@ -221,8 +221,9 @@ def scenario_effects(
     """What masks do to the answers to another scenario: rows of EFFECT_SCHEMA, one per mask and metric.
 
     unpruned, pruned: answers to `target_prompts`, with the columns of `completions`; the pruned ones by the mask's
-    fingerprint. The metrics are those of `evaluation.evaluate`, with its intervals over names, which are few. Raises
-    ExciseError for answers of several scenarios or variations.
+    fingerprint. The metrics are those of `evaluation.evaluate`, with its intervals over names, which are few. Under a
+    mask that leaves no answer a number, the inlier ratio is 0 and all else null; where the unpruned model gives none,
+    all is null. Raises ExciseError for answers of several scenarios or variations.
     """
     if unpruned.select("scenario", "variation").unique().height != 1:
         raise ExciseError("side effects: the unpruned answers are not of one variation of one scenario; give one alone")

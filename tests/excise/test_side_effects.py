@@ -168,6 +168,19 @@ def test_answers_that_did_not_change_have_no_side_effect(loaded, purchase):
         scenario_effects(both, {"same": answers}, purchase, resamples=50, seed=0)
 
 
+def test_a_mask_that_leaves_no_number_is_told_by_the_inlier_ratio_alone(purchase):
+    prompts = target_prompts(purchase, names=3, subjects_per_group=8, held_out=False, seed=0)
+    answers = pl.concat([
+        prompts.with_columns(model=pl.lit("m"), sample=pl.lit(k), value=pl.lit(100.0 + k)) for k in range(6)
+    ])  # fmt: skip
+    silent = answers.with_columns(value=pl.lit(None, pl.Float64))
+    found = scenario_effects(answers, {"mute": silent}, purchase, resamples=50, seed=0)
+    known = found.filter(pl.col("estimate").is_not_null())
+    assert known.select("metric", "estimate").rows() == [("inlier_ratio", 0.0)]
+    # A scenario that the unpruned model does not answer either tells nothing.
+    assert scenario_effects(silent, {"mute": silent}, purchase, resamples=50, seed=0)["estimate"].null_count() == 6
+
+
 def effects(mask: str, target: str, **figures: float | None) -> pl.DataFrame:
     rows = [(mask, target, metric, value, None, None, 3) for metric, value in figures.items()]
     return pl.DataFrame(rows, schema=EFFECT_SCHEMA, orient="row")
