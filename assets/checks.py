@@ -303,7 +303,7 @@ def inlier_ratio(metrics: pl.DataFrame, floor: float) -> Outcome:
     return _at_least("inlier_ratio", ratios, "inlier_ratio", floor, "answers in the unpruned model's range")
 
 
-def damage(metrics: pl.DataFrame, side_effects: pl.DataFrame, budgets: Damage) -> Outcome:
+def damage(metrics: pl.DataFrame, side_effects: pl.DataFrame, budgets: Damage, *, inlier_floor: float) -> Outcome:
     """No strategy's mask closes a gap at the price of the answers: every one keeps the damage budgets everywhere.
 
     Controls are not judged, nor masks of single other scenarios, which the transfer matrix tells of.
@@ -319,7 +319,7 @@ def damage(metrics: pl.DataFrame, side_effects: pl.DataFrame, budgets: Damage) -
         {"variation": variation, "strategy": mask.strategy, "level": mask.level, "broken": ", ".join(found)}
         for mask in masks
         for variation in table.variations
-        if (found := broken_budgets(table, variation, mask, budgets, effects))
+        if (found := broken_budgets(table, variation, mask, budgets, effects, inlier_floor=inlier_floor))
     ]
     message = f"All {len(masks)} masks keep the damage budgets in every variation."
     if broken:

@@ -100,7 +100,7 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             checks.metrics_finite(rows),
             checks.judged_under_masks(pruned, scenario, judged, completions["variation"].n_unique()),
             checks.inlier_ratio(rows, audit.inlier_floor),
-            checks.damage(rows, effects, audit.thresholds.damage),
+            checks.damage(rows, effects, audit.thresholds.damage, inlier_floor=audit.inlier_floor),
         ]
         checks.record(warehouse, "evaluation_metrics", model, scenario.key, outcomes)
         record_thresholds(warehouse, "evaluation_metrics", model, scenario.key, audit.thresholds)

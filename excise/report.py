@@ -256,8 +256,11 @@ def read_side_effects(side_effects: polars.DataFrame | None) -> Effects:
     }  # fmt: skip
 
 
-def broken_budgets(table: MetricTable, where: str, mask: MaskName, damage: Damage, effects: Effects) -> list[str]:
-    """The damage budgets that a mask breaks, in words; over all variations the worst of them counts."""
+def broken_budgets(
+    table: MetricTable, where: str, mask: MaskName, damage: Damage, effects: Effects, *, inlier_floor: float
+) -> list[str]:
+    """The damage budgets that a mask breaks, in words; over all variations the worst of them counts. inlier_floor: of
+    the answers in scenarios that the mask was not made for; the scenario's own is told elsewhere."""
     found = []
     for metric, name, bound, least in (
         ("spread_ratio", "spread ratio", damage.spread_floor, True),
@@ -267,18 +270,22 @@ def broken_budgets(table: MetricTable, where: str, mask: MaskName, damage: Damag
         value = table.get(where, mask, metric).value
         if value is not None and not (at_most(bound, value) if least else at_most(value, bound)):
             found.append(f"{name} {_fixed(value, 2)} {'below' if least else 'above'} {floor_text(bound)}")
-    worst: dict[tuple[str, str], float] = {}
-    for (variation, own, target, metric), value in effects.items():
-        if own == mask and where in (ALL_VARIATIONS, variation):
-            worst[target, metric] = max(value, worst.get((target, metric), value))
-    for metric, name, bound in (
-        ("text_kl", "divergence on the text", damage.kl_budget),
-        ("excess_change", "change of the answers about", damage.change_budget),
+    own = [
+        (target, metric, value) for (variation, each, target, metric), value in effects.items()
+        if each == mask and where in (ALL_VARIATIONS, variation)
+    ]  # fmt: skip
+    for metric, name, bound, least in (
+        ("text_kl", "divergence on the text", damage.kl_budget, False),
+        ("excess_change", "change of the answers about", damage.change_budget, False),
+        # Where no answer is a number any more, nothing else is known of a scenario.
+        ("inlier_ratio", "inlier ratio of", inlier_floor, True),
     ):
-        for (target, own), value in worst.items():
-            if own == metric and not at_most(value, bound):
+        for target in dict.fromkeys(target for target, known, _ in own if known == metric):
+            values = [value for place, known, value in own if (place, known) == (target, metric)]
+            value = min(values) if least else max(values)
+            if not (at_most(bound, value) if least else at_most(value, bound)):
                 what = name if target == "text" else f"{name} {target}"
-                found.append(f"{what} {_fixed(value, 2)} above {floor_text(bound)}")
+                found.append(f"{what} {_fixed(value, 2)} {'below' if least else 'above'} {floor_text(bound)}")
     return found
 
 
@@ -674,7 +681,7 @@ def _best_strategy(
     }
     harmless = {
         mask: estimate for mask, estimate in keeping.items()
-        if not broken_budgets(table, where, mask, damage, effects)
+        if not broken_budgets(table, where, mask, damage, effects, inlier_floor=floor)
     }  # fmt: skip
     pool = harmless or keeping or compared
     best = max(pool, key=lambda mask: pool[mask].value)
@@ -690,7 +697,7 @@ def _best_strategy(
         return best, (
             "No prompt-specific strategy closes the gap within the damage budgets: the largest difference from its "
             f"matched random control, {points_text(beyond)} by {best.strategy}, comes {at}, but with "
-            f"{listed(broken_budgets(table, where, best, damage, effects))}."
+            f"{listed(broken_budgets(table, where, best, damage, effects, inlier_floor=floor))}."
         )
     if beyond.value <= 0.0:
         return best, (

@@ -22,7 +22,7 @@ INLIER_TOLERANCE = 0.10
 """Inlier ratios further apart than this make a mask and its random control two different kinds of damage."""
 PERPLEXITY_BUDGET = 0.05
 """Share by which pruning may raise perplexity."""
-SPREAD_FLOOR = 0.70
+SPREAD_FLOOR = 0.60
 """Least share of a group's unpruned spread that its answers keep under a mask."""
 COMMONEST_BUDGET = 0.15
 """Share of all answers by which the commonest one may rise."""

@@ -336,7 +336,7 @@ def summary(model: str, scenarios: Sequence[str], warehouse: Warehouse) -> str:
             beyond = per_cent(table.get(ALL_VARIATIONS, best, "reduction_over_random"), signed=True)
             ratio = table.get(ALL_VARIATIONS, best, "inlier_ratio").value
             low = "" if reaches(ratio, judged.inlier_floor) else f" (below {floor_text(judged.inlier_floor)})"
-            if broken := broken_budgets(table, ALL_VARIATIONS, best, judged.damage, effects):
+            if broken := _broken(table, best, judged, effects):
                 low += f" (damage: {', '.join(broken)})"
             rows.append([*first, level_label(level), best.strategy, f"{beyond} points{mark}", ratio_text(ratio) + low])
     widths = [max(len(row[i]) for row in [header, *rows] if i < len(row)) for i in range(len(header))]
@@ -363,10 +363,14 @@ def _best(table: MetricTable, masks: Sequence[MaskName], judged: Thresholds, eff
         if figure(mask, "reduction_over_random") is not None and not table.collapsed(ALL_VARIATIONS, mask)
     ]
     useful = [mask for mask in known if reaches(figure(mask, "inlier_ratio"), judged.inlier_floor)] or known
-    harmless = [mask for mask in useful if not broken_budgets(table, ALL_VARIATIONS, mask, judged.damage, effects)]
+    harmless = [mask for mask in useful if not _broken(table, mask, judged, effects)]
     useful = harmless or useful
     compared = [mask for mask in useful if table.comparable(ALL_VARIATIONS, mask, judged.inlier_tolerance)]
     return max(compared or useful, key=lambda mask: figure(mask, "reduction_over_random"), default=None)
+
+
+def _broken(table: MetricTable, mask: MaskName, judged: Thresholds, effects: Effects) -> list[str]:
+    return broken_budgets(table, ALL_VARIATIONS, mask, judged.damage, effects, inlier_floor=judged.inlier_floor)
 
 
 def _none(table: MetricTable, masks: Sequence[MaskName]) -> str:

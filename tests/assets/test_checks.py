@@ -9,6 +9,7 @@ from assets import checks
 from assets.partitions import Catalogue
 from assets.quality_report import judge
 from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, Variation
+from excise.thresholds import Damage
 from resources.tables import TABLES
 
 
@@ -321,3 +322,53 @@ def test_figures_that_lack_for_want_of_answers_are_no_fault():
     assert checks.metrics_finite(pl.concat([silenced(0), together])).passed
     assert not checks.metrics_finite(together).passed
     assert not checks.metrics_finite(metrics(mean_majority=None, parse_rate=None).with_columns(n=0)).passed
+
+
+# Damage
+
+
+def conditioned(**values):
+    """Metrics of one mask in one variation."""
+    place = {"model": "m", "scenario": "s", "variation": "car", "strategy": "ours", "level": "prompt_specific"}
+    rows = [
+        {**place, "matched_to": None, "metric": name, "estimate": value, "low": None, "high": None, "p_value": None,
+         "p_holm": None}
+        for name, value in values.items()
+    ]  # fmt: skip
+    return pl.DataFrame(rows, schema_overrides={"matched_to": pl.String, **dict.fromkeys(
+        ("low", "high", "p_value", "p_holm", "estimate"), pl.Float64)})  # fmt: skip
+
+
+def effects(*rows):
+    place = {"variation": "car", "strategy": "ours", "level": "prompt_specific", "matched_to": None}
+    columns = ("target", "metric", "estimate")
+    return pl.DataFrame(
+        [place | dict(zip(columns, row, strict=True)) for row in rows],
+        schema={**dict.fromkeys((*place, *columns), pl.String), "estimate": pl.Float64},
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "elsewhere", "told"),
+    [
+        ({}, (), None),
+        ({"spread_ratio": 0.44}, (), "spread ratio 0.44 below 0.60"),
+        ({"commonest_rise": 0.28}, (), "rise of the commonest answer 0.28 above 0.15"),
+        ({"excess_change": 1.2}, (), "excess change 1.20 above 0.40"),
+        ({}, [("text", "text_kl", 0.2)], "divergence on the text 0.20 above 0.05"),
+        ({}, [("finance/stocks", "excess_change", 3.0)], "change of the answers about finance/stocks 3.00 above 0.40"),
+        ({}, [("finance/stocks", "inlier_ratio", 0.0)], "inlier ratio of finance/stocks 0.00 below 0.80"),
+        ({"spread_ratio": None}, [("text", "text_kl", None), ("finance/stocks", "excess_change", 0.4)], None),
+    ],
+)
+def test_a_mask_that_breaks_a_damage_budget_is_named(values, elsewhere, told):
+    sound = {"gap_mean": 1.0, "spread_ratio": 0.9, "commonest_rise": 0.05, "excess_change": 0.1, "inlier_ratio": 0.95}
+    outcome = checks.damage(conditioned(**sound | values), effects(*elsewhere), Damage(), inlier_floor=0.8)
+    assert outcome.passed is (told is None)
+    if told:
+        assert outcome.message == f"Damage budgets are broken in 1 places: car, ours, prompt-specific: {told}."
+        assert outcome.table == [
+            {"variation": "car", "strategy": "ours", "level": "prompt_specific", "broken": told}
+        ]  # fmt: skip
+    else:
+        assert outcome.message == "All 1 masks keep the damage budgets in every variation."
