@@ -157,6 +157,8 @@ def _measured(
             frames.append(s.text_rows(row["mask"], found, len(windows)))
         device = gpu.report(loaded)
     frames += [s.scenario_effects(unpruned[other.key], pruned[other.key], other, **drawn) for other, _ in asked]
+    if not others:
+        frames.append(s.nothing_asked(distinct["mask"].to_list()))
     told = {
         "targets": ", ".join([s.TEXT, *(s.target_name(prompts) for _, prompts in asked)]),
         "masks": distinct.height, "reuse": reuse_sentence(work.drawn, work.reused),

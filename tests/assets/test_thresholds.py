@@ -102,7 +102,7 @@ def test_results_of_an_earlier_version_are_not_judged_by_guesswork(copied):
 
 def judging() -> dict[str, set[str]]:
     """The parameters of every function that judges by thresholds, by its name."""
-    thresholds = {"inlier_floor", "inlier_tolerance", "perplexity_budget"}
+    thresholds = {"inlier_floor", "inlier_tolerance", "perplexity_budget", "verdicts"}
     found = {}
     for module in (excise.report, excise.toxicity_report, excise.figures):
         for name, function in inspect.getmembers(module, inspect.isfunction):
@@ -126,7 +126,8 @@ def test_no_stage_and_no_command_leaves_a_threshold_to_its_default():
     assert calls >= 7
 
 
-@pytest.mark.parametrize("name", ["INLIER_FLOOR", "INLIER_TOLERANCE", "PERPLEXITY_BUDGET", "FEW_NAMES",
+@pytest.mark.parametrize("name", ["INLIER_FLOOR", "INLIER_TOLERANCE", "PERPLEXITY_BUDGET", "FEW_NAMES", "KL_BUDGET",
+                                  "SIDE_EFFECT_BUDGET", "SPREAD_FLOOR", "COMMONEST_BUDGET", "CHANGE_BUDGET",
                                   "SIGNIFICANCE", "COLLAPSED_SPREAD", "CATASTROPHIC"])  # fmt: skip
 def test_every_threshold_is_assigned_in_one_module(name):
     places = [
