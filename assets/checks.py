@@ -319,12 +319,13 @@ def damage(verdicts: pl.DataFrame) -> Outcome:
     if own.is_empty():
         message = "There is no mask to judge."
     elif not table:
-        message = f"Of {own.height} masks none is shown to close a gap, so no budget is held against them."
+        message = f"None of {own.height} masks is shown to close a gap, so no budget is held against any."
     elif not broken and not unknown:
-        message = f"{len(table)} of {own.height} masks close a gap, and keep every budget."
+        message = f"Masks that close a gap: {len(table)} of {own.height}. All keep every budget."
     else:
-        message = f"Of {len(table)} masks that close a gap {len(broken)} break a budget"
-        message += f" and of {len(unknown)} more one is not known: " if unknown else ": "
+        message = f"Masks that close a gap: {len(table)}; of these break a budget: {len(broken)}"
+        message += f"; a budget is not known: {len(unknown)}" if unknown else ""
+        message += ". "
         message += "; ".join(f"{_place(row)}: {row['failed'] or row['unknown']}" for row in [*broken, *unknown][:3])
         message += "; and others." if len(broken) + len(unknown) > 3 else "."
     worst = _place((broken or unknown)[0]) if broken or unknown else None

@@ -74,7 +74,7 @@ def test_equal_masks_are_measured_once_and_have_rows_in_each_place(furnished):
 def test_without_other_scenarios_the_text_alone_is_told(furnished):
     result = furnished.run(*RUN, only=["side_effects"], side_effect_scenarios=[])
     assert failures(result) == {}
-    assert set(furnished.warehouse.read("side_effects")["target"]) == {"text"}
+    assert set(furnished.warehouse.read("side_effects")["target"]) == {"text", "(none)"}
     assert materialized(result)["side_effects"]["targets"] == "text"
 
 
