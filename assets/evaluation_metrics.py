@@ -11,6 +11,7 @@ from assets.completions import completions_of, require_paired, without
 from assets.mask_definitions import with_definitions
 from assets.partitions import Catalogue
 from assets.pruned_completions import masks_to_ask
+from assets.side_effects import side_effects_of
 from assets.stage import (
     data_version,
     grid_asset,
@@ -98,7 +99,7 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         warehouse.replace_partition("comparisons", others, {"model": model, "scenario": scenario.key})
         # What masks of single other scenarios do is told by the transfer matrix.
         told = rows.filter(~pl.col("level").str.starts_with(f"{CROSS_CONTEXT}/"))
-        effects = warehouse.read("side_effects", model=model, scenario=scenario.key)
+        effects = side_effects_of(warehouse, model, scenario.key, masks)
         verdict = verdicts(told, effects, audit.thresholds)
         outcomes = [
             checks.metrics_finite(rows),

@@ -721,10 +721,10 @@ def _best_strategy(
         ]
         if below:
             sentence += f", though below that floor on {listed(below)}"
+    if not success and verdict.failed:
+        sentence += f", but with {listed(verdict.failed)}"
     if not success and verdict.closes:
-        broken = f", but with {listed(verdict.failed)}" if verdict.failed else ""
-        unknown = f"; {listed(verdict.unknown)}" if verdict.unknown else ""
-        return best, f"{sentence}{broken}{unknown}."
+        return best, sentence + (f"; {listed(verdict.unknown)}." if verdict.unknown else ".")
     if not beyond.has_interval:
         return best, sentence + "; without an interval this is a lead, not a result."
     if beyond.low <= 0.0:

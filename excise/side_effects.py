@@ -53,10 +53,10 @@ KL, RATIO, CHANGE = "text_kl", "text_perplexity_ratio", "excess_change"
 SCENARIO_METRICS = ("inlier_ratio", "spread_ratio", "commonest_rise", CHANGE, "gap_mean", "gap_change")
 SIDE_EFFECTS_SCHEMA = {
     "model": pl.String, "scenario": pl.String, "variation": pl.String, "strategy": pl.String, "level": pl.String,
-    "matched_to": pl.String, "target": pl.String, "metric": pl.String, "estimate": pl.Float64, "low": pl.Float64,
-    "high": pl.Float64, "names": pl.Int64,
+    "matched_to": pl.String, "mask": pl.String, "target": pl.String, "metric": pl.String, "estimate": pl.Float64,
+    "low": pl.Float64, "high": pl.Float64, "names": pl.Int64,
 }  # fmt: skip
-EFFECT_SCHEMA = {"mask": pl.String, **{name: SIDE_EFFECTS_SCHEMA[name] for name in list(SIDE_EFFECTS_SCHEMA)[6:]}}
+EFFECT_SCHEMA = {name: SIDE_EFFECTS_SCHEMA[name] for name in list(SIDE_EFFECTS_SCHEMA)[6:]}
 """Rows about a mask, whichever strategies and variations it belongs to."""
 
 

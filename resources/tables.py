@@ -368,6 +368,7 @@ _ALL = (
             ("scenario", "VARCHAR", "key of the scenario the mask is made for"),
             ("variation", "VARCHAR", "variation the mask is made for"),
             *_MASK[:3],
+            _MASK[4],
             (
                 "target",
                 "VARCHAR",

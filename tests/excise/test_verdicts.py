@@ -214,6 +214,8 @@ def test_the_finding_calls_a_success_best_and_says_how_the_gap_closed():
          "; text_kl not known, text_perplexity_ratio not known and excess_change elsewhere not known"),
         (metrics(low={"reduction_over_random": -0.1}), effects(),
          "No prompt-specific strategy is shown to close the gap", "covers 0"),
+        (metrics(low={"reduction_over_random": -0.1}, spread_ratio=0.44), effects(),
+         "No prompt-specific strategy is shown to close the gap", "but with spread_ratio 0.44 below 0.70; that"),
     ],
 )  # fmt: skip
 def test_the_finding_calls_nothing_best_that_is_no_success(frame, beside, opening, reason):
