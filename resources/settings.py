@@ -25,6 +25,7 @@ from excise.thresholds import (
     INLIER_TOLERANCE,
     KL_BUDGET,
     PERPLEXITY_BUDGET,
+    SIDE_EFFECT_BUDGET,
     SPREAD_FLOOR,
     Thresholds,
 )
@@ -70,6 +71,7 @@ class Audit:
     commonest_budget: float
     change_budget: float
     kl_budget: float
+    side_effect_budget: float
     density_floor: float
     density_ceiling: float
     grid_taus: tuple[float, ...]
@@ -126,6 +128,7 @@ _PAPER = Audit(
     commonest_budget=COMMONEST_BUDGET,
     change_budget=CHANGE_BUDGET,
     kl_budget=KL_BUDGET,
+    side_effect_budget=SIDE_EFFECT_BUDGET,
     density_floor=0.0,
     density_ceiling=0.2,
     grid_taus=tuple(step / 20 for step in range(1, 11)),
@@ -164,10 +167,10 @@ TOXICITY_PRESETS: dict[Preset, Audit] = {
 
 # What an audit of the other kind of outcome reads, and one of this kind never does.
 UNUSABLE: dict[str, tuple[str, ...]] = {
-    "number": ("max_new_tokens", "perplexity_budget"),
+    "number": ("max_new_tokens",),
     "toxicity": (
         "permutations", "splits", "inlier_floor", "grid_taus", "grid_counts", "grid_variations",
-        "side_effect_scenarios", "side_effect_names",
+        "side_effect_scenarios", "side_effect_names", "side_effect_budget", "kl_budget",
     ),
 }
 _ASKS = {"number": "asks for numbers", "toxicity": "scores continuations"}
@@ -239,6 +242,9 @@ class AuditSettings(dg.ConfigurableResource):
     )
     kl_budget: float | None = Field(
         default=None, description="nats per token by which a mask may change the next token's distribution on a text"
+    )
+    side_effect_budget: float | None = Field(
+        default=None, description="standard deviations that answers may change so in scenarios a mask was not made for"
     )
     density_floor: float | None = Field(default=None, description="check mask_density: a mask prunes more than this")
     density_ceiling: float | None = Field(default=None, description="check mask_density: a mask prunes at most this")
@@ -383,7 +389,10 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
         "density_ceiling",
     ):  # fmt: skip
         _require(0 <= getattr(audit, name) <= 1, name, getattr(audit, name), "give a share from 0 to 1")
-    for name, unit, usual in (("change_budget", "standard deviations", 0.4), ("kl_budget", "nats", 0.05)):
+    for name, unit, usual in (
+        ("change_budget", "standard deviations", 0.4), ("side_effect_budget", "standard deviations", 0.4),
+        ("kl_budget", "nats", 0.05),
+    ):  # fmt: skip
         value = getattr(audit, name)
         _require(0 <= value < math.inf, name, value, f"give {unit} of at least 0, such as {usual}")
     if audit.variations is not None:

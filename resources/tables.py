@@ -368,7 +368,13 @@ _ALL = (
             ("scenario", "VARCHAR", "key of the scenario the mask is made for"),
             ("variation", "VARCHAR", "variation the mask is made for"),
             *_MASK[:3],
-            ("target", "VARCHAR", "what the mask was tried on: text, or scenario/variation"),
+            _MASK[4],
+            (
+                "target",
+                "VARCHAR",
+                "what the mask was tried on: text, or scenario/variation; (none) where no other scenario was to be "
+                "asked",
+            ),
             (
                 "metric",
                 "VARCHAR",
@@ -477,6 +483,11 @@ _ALL = (
             ("commonest_budget", "DOUBLE", "share of all answers by which the commonest one may rise"),
             ("change_budget", "DOUBLE", "standard deviations of change beyond what closing the gap takes"),
             ("kl_budget", "DOUBLE", "nats per token by which a mask may change the next token's distribution"),
+            (
+                "side_effect_budget",
+                "DOUBLE",
+                "standard deviations of such change in scenarios that the mask was not made for",
+            ),
             ("perplexity_budget", "DOUBLE", "share by which a mask may raise perplexity"),
         ),
     ),
