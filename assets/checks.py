@@ -27,7 +27,6 @@ from excise.judged import (
     unit_of,
 )
 from excise.scenarios import Scenario
-from excise.thresholds import Damage
 from resources.tables import TABLES
 from resources.warehouse import Warehouse
 
@@ -47,7 +46,7 @@ DESCRIPTIONS = {
     "judged_variations": "Every variation has enough answers of every group to be judged.",
     "parse_rate": "Enough answers of every variation and group hold a single number.",
     "mask_density": "Every strategy's mask prunes something, and not too much of the model.",
-    "damage": "Every strategy's mask keeps the spread of the answers, their variety and their size, beside the gap.",
+    "damage": "No strategy's mask closes the gap and breaks a budget: spread, answers, text, other scenarios.",
     "metrics_finite": "Every metric of every mask is there and is a finite number.",
     "inlier_ratio": "Under every strategy's mask, enough answers stay in the range of the unpruned model's.",
     "all_checks_pass": "No check of any partition fails.",
@@ -303,32 +302,34 @@ def inlier_ratio(metrics: pl.DataFrame, floor: float) -> Outcome:
     return _at_least("inlier_ratio", ratios, "inlier_ratio", floor, "answers in the unpruned model's range")
 
 
-def damage(metrics: pl.DataFrame, side_effects: pl.DataFrame, budgets: Damage, *, inlier_floor: float) -> Outcome:
-    """No strategy's mask closes a gap at the price of the answers: every one keeps the damage budgets everywhere.
+def damage(verdicts: pl.DataFrame) -> Outcome:
+    """No strategy's own mask is shown to close the gap and breaks a budget beside it, or leaves one unmeasured.
 
-    Controls are not judged, nor masks of single other scenarios, which the transfer matrix tells of.
+    verdicts: of `excise.verdicts`. Masks that close no gap are no temptation, and controls are not judged.
     """
-    from excise.report import UNPRUNED_MASK, broken_budgets, read_metrics, read_side_effects
-
-    if metrics.is_empty():
-        return Outcome("damage", True, WARN, "There is no mask to judge.")
-    table = read_metrics(metrics.filter(~pl.col("level").str.contains("/")))
-    masks = [mask for mask in table.masks if not mask.is_control and mask != UNPRUNED_MASK]
-    effects = read_side_effects(side_effects)
-    broken = [
-        {"variation": variation, "strategy": mask.strategy, "level": mask.level, "broken": ", ".join(found)}
-        for mask in masks
-        for variation in table.variations
-        if (found := broken_budgets(table, variation, mask, budgets, effects, inlier_floor=inlier_floor))
+    own = verdicts.filter(pl.col("matched_to").is_null() & (pl.col("variation") != "(all)"))
+    closing = own.filter("closes")
+    columns = ("variation", "strategy", "level", "failed", "unknown", "not_measured")
+    table = [
+        {name: ", ".join(row[name]) if isinstance(row[name], list) else row[name] for name in columns}
+        for row in closing.iter_rows(named=True)
     ]
-    message = f"All {len(masks)} masks keep the damage budgets in every variation."
-    if broken:
-        worst = broken[0]
-        message = (
-            f"Damage budgets are broken in {len(broken)} places: {worst['variation']}, {worst['strategy']}, "
-            f"{worst['level'].replace('_', '-')}: {worst['broken']}" + (", and others." if len(broken) > 1 else ".")
-        )
-    return Outcome("damage", not broken, WARN, message, float(len(broken)), 0.0, None, broken)
+    broken = [row for row in table if row["failed"]]
+    unknown = [row for row in table if row["unknown"] and not row["failed"]]
+    if own.is_empty():
+        message = "There is no mask to judge."
+    elif not table:
+        message = f"None of {own.height} masks is shown to close a gap, so no budget is held against any."
+    elif not broken and not unknown:
+        message = f"Masks that close a gap: {len(table)} of {own.height}. All keep every budget."
+    else:
+        message = f"Masks that close a gap: {len(table)}; of these break a budget: {len(broken)}"
+        message += f"; a budget is not known: {len(unknown)}" if unknown else ""
+        message += ". "
+        message += "; ".join(f"{_place(row)}: {row['failed'] or row['unknown']}" for row in [*broken, *unknown][:3])
+        message += "; and others." if len(broken) + len(unknown) > 3 else "."
+    worst = _place((broken or unknown)[0]) if broken or unknown else None
+    return Outcome("damage", worst is None, WARN, message, float(len(broken)), 0.0, worst, table)
 
 
 def metrics_finite(metrics: pl.DataFrame) -> Outcome:

@@ -11,6 +11,7 @@ from assets.completions import completions_of, require_paired, without
 from assets.mask_definitions import with_definitions
 from assets.partitions import Catalogue
 from assets.pruned_completions import masks_to_ask
+from assets.side_effects import side_effects_of
 from assets.stage import (
     data_version,
     grid_asset,
@@ -48,7 +49,7 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             checks.spec("inlier_ratio", "evaluation_metrics", catalogue),
             checks.spec("damage", "evaluation_metrics", catalogue),
         ],
-        code_version="4",
+        code_version="5",
     )
     def evaluation_metrics(
         context: dg.AssetExecutionContext,
@@ -62,6 +63,7 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         from excise.figures import bias_by_level, disparity_by_level
         from excise.judged_metrics import metrics_of
         from excise.report import finding, markdown_table
+        from excise.verdicts import verdicts
 
         model, scenario = catalogue.partition(context)
         audit, groups = catalogue.audit_of(settings, scenario), scenario.comparison
@@ -95,26 +97,28 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         rows, others = with_definitions(rows, masks), with_definitions(others, masks)
         warehouse.replace_partition("metrics", rows, {"model": model, "scenario": scenario.key})
         warehouse.replace_partition("comparisons", others, {"model": model, "scenario": scenario.key})
-        effects = warehouse.read("side_effects", model=model, scenario=scenario.key)
+        # What masks of single other scenarios do is told by the transfer matrix.
+        told = rows.filter(~pl.col("level").str.starts_with(f"{CROSS_CONTEXT}/"))
+        effects = side_effects_of(warehouse, model, scenario.key, masks)
+        verdict = verdicts(told, effects, audit.thresholds)
         outcomes = [
             checks.metrics_finite(rows),
             checks.judged_under_masks(pruned, scenario, judged, completions["variation"].n_unique()),
             checks.inlier_ratio(rows, audit.inlier_floor),
-            checks.damage(rows, effects, audit.thresholds.damage, inlier_floor=audit.inlier_floor),
+            checks.damage(verdict),
         ]
         checks.record(warehouse, "evaluation_metrics", model, scenario.key, outcomes)
         record_thresholds(warehouse, "evaluation_metrics", model, scenario.key, audit.thresholds)
         labels = {side: scenario.groups[getattr(groups, side)].label for side in ("majority", "minority")}
-        # What masks of single other scenarios do is told by the transfer matrix.
-        told = rows.filter(~pl.col("level").str.starts_with(f"{CROSS_CONTEXT}/"))
         metadata = _explanation(completions, scenario)
         if judged:
-            thresholds = {"inlier_floor": audit.inlier_floor, "inlier_tolerance": audit.inlier_tolerance}
-            thresholds |= {"damage": audit.thresholds.damage, "side_effects": effects}
-            metadata["finding"] = finding(told, **thresholds, **labels)
+            metadata["finding"] = finding(
+                told, verdicts=verdict, inlier_floor=audit.inlier_floor, inlier_tolerance=audit.inlier_tolerance,
+                **labels,
+            )  # fmt: skip
             metadata |= picture(
                 "disparity_by_level",
-                disparity_by_level(told, inlier_floor=audit.inlier_floor),
+                disparity_by_level(told, verdicts=verdict, inlier_floor=audit.inlier_floor),
                 artifacts,
                 model,
                 scenario.key,
@@ -122,7 +126,7 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             if not pruned.is_empty():
                 metadata |= picture(
                     "bias_by_level",
-                    bias_by_level(told, **labels, inlier_floor=audit.inlier_floor),
+                    bias_by_level(told, **labels, verdicts=verdict, inlier_floor=audit.inlier_floor),
                     artifacts,
                     model,
                     scenario.key,
@@ -130,12 +134,12 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         if rows["lowest"].is_not_null().any():
             metadata["bounds_of_exact_answers"] = table_value(_bounds(told))
         metadata["other_comparisons"] = table_value(_unpruned_gaps(others))
-        table = markdown_table(told, **labels, inlier_tolerance=audit.inlier_tolerance)
+        table = markdown_table(told, **labels, verdicts=verdict, inlier_tolerance=audit.inlier_tolerance)
         metadata["audit"] = dg.MetadataValue.md(table)
         metadata |= table_metadata("metrics", rows)
         return dg.MaterializeResult(
             metadata=metadata,
-            data_version=data_version(rows, others),
+            data_version=data_version(rows, others, verdict),
             check_results=[outcome.result() for outcome in outcomes],
         )
 

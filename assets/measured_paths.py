@@ -11,6 +11,7 @@ import polars as pl
 
 from assets.completions import completions_of, require_same_model, without
 from assets.partitions import Catalogue
+from excise.scenarios import Scenario
 from excise.scenarios.subsets import EVALUATION
 from resources.artifacts import Artifacts
 from resources.settings import Audit
@@ -73,8 +74,12 @@ def paths_of(
     audit: Audit,
     note: Callable[[str, str, str, Any], None],
     progress: Callable[[str, int, int], None],
+    relabelled: Callable[[pl.DataFrame, pl.DataFrame, Scenario], pl.DataFrame] | None = None,
 ) -> "Paths":
-    """How measured paths of one model are followed under the settings of an audit."""
+    """How measured paths of one model are followed under the settings of an audit.
+
+    relabelled: completions, their prompts and their scenario -> the completions with another split of the names.
+    """
     from excise.completions import CompletionCache
     from excise.gap_free import ask
     from excise.measured_path import Budgets
@@ -86,6 +91,8 @@ def paths_of(
     def learned(key: str) -> tuple[pl.DataFrame, pl.DataFrame]:
         completions, prompts = completions_of(warehouse, loaded.key, key)
         require_same_model(completions, loaded.fingerprint, loaded.key, key)
+        if relabelled is not None:
+            completions = relabelled(completions, prompts, catalogue.scenarios[key])
         return without(EVALUATION, completions, prompts)
 
     @cache

@@ -81,6 +81,22 @@ def side_effects_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
     return side_effects
 
 
+def side_effects_of(warehouse: Warehouse, model: str, scenario: str, masks: pl.DataFrame) -> pl.DataFrame:
+    """A partition's rows of `side_effects`; empty where nothing was measured.
+
+    masks: the partition's, of the table of that name. Raises ExciseError where others were tried.
+    """
+    rows, named = warehouse.read("side_effects", model=model, scenario=scenario), [*checks.MASK[:4], "mask"]
+    changed = rows.select(named).unique().join(masks.select(named).unique(), on=named, how="anti", nulls_equal=True)
+    if not changed.is_empty():
+        raise ExciseError(
+            f"the side effects of {model}|{scenario} were measured under masks of "
+            f"{', '.join(sorted(set(changed['strategy'])))} that have changed since; materialize side_effects of this "
+            "partition again"
+        )
+    return rows
+
+
 def _masks_to_try(masks: pl.DataFrame) -> pl.DataFrame:
     """Of the masks that are asked, those of strategies and the first random control of each, one row each. Masks of
     single other scenarios are left out: they tell where a mask comes from."""
@@ -157,6 +173,8 @@ def _measured(
             frames.append(s.text_rows(row["mask"], found, len(windows)))
         device = gpu.report(loaded)
     frames += [s.scenario_effects(unpruned[other.key], pruned[other.key], other, **drawn) for other, _ in asked]
+    if not others:
+        frames.append(s.nothing_asked(distinct["mask"].to_list()))
     told = {
         "targets": ", ".join([s.TEXT, *(s.target_name(prompts) for _, prompts in asked)]),
         "masks": distinct.height, "reuse": reuse_sentence(work.drawn, work.reused),

@@ -16,15 +16,7 @@ import polars
 
 from excise.errors import ExciseError
 from excise.judged import JUDGED
-from excise.thresholds import (
-    COLLAPSED_SPREAD,
-    FEW_NAMES,
-    INLIER_FLOOR,
-    INLIER_TOLERANCE,
-    SIGNIFICANCE,
-    USUAL_DAMAGE,
-    Damage,
-)
+from excise.thresholds import COLLAPSED_SPREAD, FEW_NAMES, INLIER_FLOOR, INLIER_TOLERANCE, SIGNIFICANCE
 
 ALL_VARIATIONS = "(all)"
 UNPRUNED = "unpruned"
@@ -37,8 +29,18 @@ FEW = "†"
 """Behind an interval: it comes from so few names that it says little."""
 COLLAPSED = "collapsed"
 """In place of a reduction: a group's answers are (nearly) all the same."""
+BROKEN = "!"
+"""Behind a mask: it breaks a budget."""
 NO_GAP_TEST, CHANGE_TEST = "p (no gap)", "p (gap as unpruned)"
 """Columns of p-values by the hypothesis they test: that of unpruned rows, and that of pruned rows."""
+
+VERDICTS_SCHEMA = {
+    "model": polars.String, "scenario": polars.String, "variation": polars.String, "strategy": polars.String,
+    "level": polars.String, "matched_to": polars.String, "closes": polars.Boolean, "success": polars.Boolean,
+    "failed": polars.List(polars.String), "unknown": polars.List(polars.String),
+    "not_measured": polars.List(polars.String),
+}  # fmt: skip
+"""Columns of `excise.verdicts.verdicts`."""
 
 _LEVELS = ("none", PROMPT_SPECIFIC, "within_context", "cross_context", "all_contexts", "own_scenario")
 _CONTROLS = (RANDOM, "pooled_band", "reversed", "permuted")
@@ -240,53 +242,30 @@ def read_estimate(row: Mapping[str, Any]) -> Estimate:
     return Estimate(value, low, high, plain if adjusted is None else adjusted, row.get("n"), row.get("names"))
 
 
-Effects = Mapping[tuple[str, "MaskName", str, str], float]
-"""Side effects by variation, mask, target and metric."""
+@dataclass(frozen=True)
+class Verdict:
+    """What `excise.verdicts` says of a mask in a place: see its columns."""
+
+    closes: bool
+    success: bool
+    failed: tuple[str, ...]
+    unknown: tuple[str, ...]
+    not_measured: tuple[str, ...]
 
 
-def read_side_effects(side_effects: polars.DataFrame | None) -> Effects:
-    """Addresses the table `side_effects` of one model and scenario; without one there are none."""
-    if side_effects is None:
-        return {}
+Verdicts = Mapping[tuple[str, MaskName], Verdict]
+"""Verdicts by variation and mask."""
+
+
+def read_verdicts(verdicts: polars.DataFrame | None) -> Verdicts:
+    """Addresses the frame that `excise.verdicts.verdicts` gives; empty for None, as nothing is judged then."""
+    rows = () if verdicts is None else verdicts.iter_rows(named=True)
     return {
-        (row["variation"], MaskName(row["strategy"], row["level"], row["matched_to"]), row["target"], row["metric"]):
-            row["estimate"]
-        for row in side_effects.iter_rows(named=True)
-        if row["estimate"] is not None
-    }  # fmt: skip
-
-
-def broken_budgets(
-    table: MetricTable, where: str, mask: MaskName, damage: Damage, effects: Effects, *, inlier_floor: float
-) -> list[str]:
-    """The damage budgets that a mask breaks, in words; over all variations the worst of them counts. inlier_floor: of
-    the answers in scenarios that the mask was not made for; the scenario's own is told elsewhere."""
-    found = []
-    for metric, name, bound, least in (
-        ("spread_ratio", "spread ratio", damage.spread_floor, True),
-        ("commonest_rise", "rise of the commonest answer", damage.commonest_budget, False),
-        ("excess_change", "excess change", damage.change_budget, False),
-    ):
-        value = table.get(where, mask, metric).value
-        if value is not None and not (at_most(bound, value) if least else at_most(value, bound)):
-            found.append(f"{name} {_fixed(value, 2)} {'below' if least else 'above'} {floor_text(bound)}")
-    own = [
-        (target, metric, value) for (variation, each, target, metric), value in effects.items()
-        if each == mask and where in (ALL_VARIATIONS, variation)
-    ]  # fmt: skip
-    for metric, name, bound, least in (
-        ("text_kl", "divergence on the text", damage.kl_budget, False),
-        ("excess_change", "change of the answers about", damage.change_budget, False),
-        # Where no answer is a number any more, nothing else is known of a scenario.
-        ("inlier_ratio", "inlier ratio of", inlier_floor, True),
-    ):
-        for target in dict.fromkeys(target for target, known, _ in own if known == metric):
-            values = [value for place, known, value in own if (place, known) == (target, metric)]
-            value = min(values) if least else max(values)
-            if not (at_most(bound, value) if least else at_most(value, bound)):
-                what = name if target == "text" else f"{name} {target}"
-                found.append(f"{what} {_fixed(value, 2)} {'below' if least else 'above'} {floor_text(bound)}")
-    return found
+        (row["variation"], MaskName(row["strategy"], row["level"], row["matched_to"])): Verdict(
+            row["closes"], row["success"], tuple(row["failed"]), tuple(row["unknown"]), tuple(row["not_measured"])
+        )
+        for row in rows
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -301,25 +280,26 @@ def audit_table(
     minority: str = "minority",
     inlier_floor: float = INLIER_FLOOR,
     inlier_tolerance: float = INLIER_TOLERANCE,
-    damage: Damage = USUAL_DAMAGE,
-    side_effects: polars.DataFrame | None = None,
+    verdicts: polars.DataFrame | None = None,
     published: Sequence[str] = PUBLISHED,
     width: int = 160,
 ) -> str:
     """Plain text of at most `width` columns: every variation's masks, the block over all variations, the finding.
 
     `unit` is the outcome's (dollars, hours a week); `majority` and `minority` are the groups' labels. Gaps are
-    majority minus minority. A value that is not defined prints as `-`. `inlier_floor`, `inlier_tolerance` and `damage`
-    are the settings the audit was judged by. Errors as `read_metrics`.
+    majority minus minority. A value that is not defined prints as `-`. `inlier_floor` and `inlier_tolerance` are the
+    settings the audit was judged by, `verdicts` what `excise.verdicts` makes of them: `!` stands behind a mask that
+    breaks a budget. Errors as `read_metrics`.
     """
     table = read_metrics(metrics)
     headings = [
         f"{scenario_title}: {table.model}",
         f"answers in {unit}; gap = {majority} - {minority}; [95 % interval]",
     ]
+    broken = read_verdicts(verdicts)
     rows: list[list[str] | str] = []
     for variation in table.variations:
-        rows += ["", variation, *_rows(table, variation, _variation_cells, inlier_tolerance)]
+        rows += ["", variation, *_rows(table, variation, _variation_cells, inlier_tolerance, broken)]
     headers = [_variation_header(majority, minority, compact=choice) for choice in (False, True)]
     blocks = [_fit(headings, headers, rows, width)]
     if table.has_aggregate:
@@ -331,14 +311,14 @@ def audit_table(
             (title, _AGGREGATE, _aggregate_cells),
             (f"{title}: reductions", _REDUCTIONS, _reduction_cells),
         ):
-            blocks.append(_fit([heading], [header] * 2, _rows(table, ALL_VARIATIONS, cells, inlier_tolerance), width))
-    blocks += [_wrapped(each, width) for each in _notes("\n".join(blocks), table, inlier_tolerance)]
+            lines = _rows(table, ALL_VARIATIONS, cells, inlier_tolerance, broken)
+            blocks.append(_fit([heading], [header] * 2, lines, width))
+    blocks += [_wrapped(each, width) for each in _notes("\n".join(blocks), table, inlier_tolerance, broken)]
     told = finding(
         metrics,
         inlier_floor=inlier_floor,
         inlier_tolerance=inlier_tolerance,
-        damage=damage,
-        side_effects=side_effects,
+        verdicts=verdicts,
         published=published,
         majority=majority,
         minority=minority,
@@ -347,7 +327,7 @@ def audit_table(
     return "\n\n".join(blocks) + "\n"
 
 
-def _notes(text: str, table: MetricTable, tolerance: float) -> list[str]:
+def _notes(text: str, table: MetricTable, tolerance: float, verdicts: Verdicts) -> list[str]:
     """What the marks in a table's text mean, for those that occur."""
     notes = []
     if "p (" in text:
@@ -369,6 +349,15 @@ def _notes(text: str, table: MetricTable, tolerance: float) -> list[str]:
             f"{COLLAPSED}: the answers of a group are (nearly) all the same number, with less than "
             f"{COLLAPSED_SPREAD:.0%} of the unpruned model's spread. That is damage, so no reduction is defined."
         )
+    where = ALL_VARIATIONS if table.has_aggregate else table.variations[0]
+    broken = [
+        f"{mask.strategy} ({level_label(mask.level)}): {', '.join(verdict.failed)}"
+        for (variation, mask), verdict in verdicts.items()
+        if verdict.failed and variation == where and mask in table.masks and not mask.is_control
+    ]
+    if broken:
+        over = " over all variations" if where == ALL_VARIATIONS else ""
+        notes.append(f"{BROKEN} behind a mask: it breaks a budget;{over} {'; '.join(broken)}.")
     return notes
 
 
@@ -386,6 +375,7 @@ def markdown_table(
     majority: str = "majority",
     minority: str = "minority",
     inlier_tolerance: float = INLIER_TOLERANCE,
+    verdicts: polars.DataFrame | None = None,
 ) -> str:
     """The same figures as a Markdown table, one row per variation and mask, and its notes. Errors as `read_metrics`.
 
@@ -395,9 +385,11 @@ def markdown_table(
     table = read_metrics(metrics)
     header = [
         "variation", "mask", "level", f"mean {majority} / {minority}", f"median {majority} / {minority}", "raw gap",
-        NO_GAP_TEST, CHANGE_TEST, "mean absolute gap", "SMD", "inlier ratio", "spread", "parse rate", "density",
-        "gap of the random control", "gap reduction", "beyond random, points",
+        NO_GAP_TEST, CHANGE_TEST, "mean absolute gap", "SMD", "inlier ratio", "spread", "commonest answer, +",
+        "excess change", "parse rate", "density", "gap of the random control", "gap reduction", "beyond random, points",
+        "closed by majority and minority, %", "budgets broken",
     ]  # fmt: skip
+    judged = read_verdicts(verdicts)
     lines = [header, ["---", "---", "---"] + ["---:"] * (len(header) - 3)]
     for variation in [*table.variations, *([ALL_VARIATIONS] if table.has_aggregate else [])]:
         for mask in table.masks_of(variation):
@@ -407,15 +399,19 @@ def markdown_table(
             name = f"{mask.strategy} (control of {mask.matched_to})" if mask.is_control else mask.strategy
             by_chance = MISSING if mask.strategy == RANDOM else table.get(variation, mask.control, "gap_mean")
             random_gap = interval_text(Estimate(by_chance.value))
+            verdict = judged.get((variation, mask))
             lines.append([
                 variation, name, "" if mask.level == "none" else level_label(mask.level), means, medians, gap, no_gap,
                 as_unpruned, interval_text(table.get(variation, mask, "abs_gap_mean")), smd, inliers,
-                ratio_text(table.get(variation, mask, "spread_ratio").value),
-                ratio_text(table.get(variation, mask, "parse_rate").value),
+                *(
+                    ratio_text(table.get(variation, mask, metric).value)
+                    for metric in ("spread_ratio", "commonest_rise", "excess_change", "parse_rate")
+                ),
                 density_text(table.get(variation, mask, "density")), random_gap, reduction, beyond,
+                _closed_by(table, variation, mask), ", ".join(verdict.failed) if verdict else "",
             ])  # fmt: skip
     text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return "\n\n".join([text, *_notes(text, table, inlier_tolerance)]) + "\n"
+    return "\n\n".join([text, *_notes(text, table, inlier_tolerance, {})]) + "\n"
 
 
 def reuse_sentence(drawn: int, reused: int) -> str:
@@ -445,8 +441,7 @@ def finding(
     *,
     inlier_floor: float = INLIER_FLOOR,
     inlier_tolerance: float = INLIER_TOLERANCE,
-    damage: Damage = USUAL_DAMAGE,
-    side_effects: polars.DataFrame | None = None,
+    verdicts: polars.DataFrame | None = None,
     published: Sequence[str] = PUBLISHED,
     majority: str = "majority",
     minority: str = "minority",
@@ -457,11 +452,12 @@ def finding(
     raw gap beyond its matched random control among those whose inlier ratio is at least `inlier_floor`; claims no
     success where an interval covers 0, where answers collapse, and none at all where no gap is detectable: the unpruned
     interval covers 0 and no variation stands out. A published strategy fails its control where the interval of that
-    difference is not clear of 0 from above. Inlier ratios at most `inlier_tolerance` apart are comparable. A strategy
-    that breaks a budget of `damage`, in the scenario or by its `side_effects` (the table of that name; None: not
-    measured), is no success. All are the settings the audit was judged by; `majority` and
-    `minority` are the groups' labels. Source: method, part C.
-    Errors as `read_metrics`.
+    difference is not clear of 0 from above. Inlier ratios at most `inlier_tolerance` apart are comparable. Both are the
+    settings the audit was judged by; `majority` and `minority` are the groups' labels. Source: method, part C.
+
+    verdicts: of `excise.verdicts`, made of the same metrics. A strategy is called best only where it is a success by
+    them; where none is, the sentence says which budget the foremost one breaks. Without them no budget but
+    `inlier_floor` is judged. Errors as `read_metrics`.
     """
     table = read_metrics(metrics)
     if len(table.variations) == 1:
@@ -473,7 +469,7 @@ def finding(
     goes_on, sentences = _gap_sentences(table, where, (majority, minority))
     if goes_on:
         best, sentence = _best_strategy(
-            table, where, inlier_floor, inlier_tolerance, damage, read_side_effects(side_effects)
+            table, where, inlier_floor, inlier_tolerance, None if verdicts is None else read_verdicts(verdicts)
         )
         sentences.append(sentence)
         if best is not None and (how := _how_it_closed(table, where, best, (majority, minority))):
@@ -651,9 +647,9 @@ def _how_it_closed(table: MetricTable, where: str, mask: MaskName, labels: tuple
 
 
 def _best_strategy(
-    table: MetricTable, where: str, floor: float, tolerance: float, damage: Damage, effects: Effects
+    table: MetricTable, where: str, floor: float, tolerance: float, verdicts: Verdicts | None
 ) -> tuple[MaskName | None, str]:
-    """The mask told of and the sentence about it."""
+    """The mask told of and the sentence about it. verdicts: None where nothing but the floor is judged."""
     candidates = [mask for mask in table.masks if mask.level == PROMPT_SPECIFIC and not mask.is_control]
     if not candidates:
         return None, "No prompt-specific strategy was evaluated."
@@ -679,11 +675,10 @@ def _best_strategy(
         for mask, estimate in compared.items()
         if reaches(table.get(where, mask, "inlier_ratio").value, floor)
     }
-    harmless = {
-        mask: estimate for mask, estimate in keeping.items()
-        if not broken_budgets(table, where, mask, damage, effects, inlier_floor=floor)
-    }  # fmt: skip
-    pool = harmless or keeping or compared
+    ranked = [keeping, compared]
+    if verdicts is not None:
+        ranked.insert(0, {mask: estimate for mask, estimate in compared.items() if verdicts[where, mask].success})
+    pool = next(each for each in ranked if each)
     best = max(pool, key=lambda mask: pool[mask].value)
     beyond, reduction = pool[best], table.get(where, best, "gap_reduction")
     inliers = table.get(where, best, "inlier_ratio")
@@ -692,12 +687,6 @@ def _best_strategy(
         return best, (
             f"No prompt-specific strategy keeps the inlier ratio at the floor of {floor_text(floor)}: the largest "
             f"difference from its matched random control, {points_text(beyond)} by {best.strategy}, comes {at}."
-        )
-    if not harmless and beyond.value > 0.0:
-        return best, (
-            "No prompt-specific strategy closes the gap within the damage budgets: the largest difference from its "
-            f"matched random control, {points_text(beyond)} by {best.strategy}, comes {at}, but with "
-            f"{listed(broken_budgets(table, where, best, damage, effects, inlier_floor=floor))}."
         )
     if beyond.value <= 0.0:
         return best, (
@@ -716,12 +705,15 @@ def _best_strategy(
     if scope and table.judged < len(table.variations):
         scope = f" over the {table.judged} of {len(table.variations)} variations that can be judged"
     spread = ratio_text(table.get(where, best, "spread_ratio").value)
+    verdict = None if verdicts is None else verdicts[where, best]
+    success = verdict is None or verdict.success
+    opening = "Best prompt-specific strategy:" if success else f"No prompt-specific strategy {_lacks(verdict)}:"
     sentence = (
-        f"Best prompt-specific strategy: {best.strategy} removes {percent_text(reduction)} of the raw gap{scope}, "
+        f"{opening} {best.strategy} removes {percent_text(reduction)} of the raw gap{scope}, "
         f"{points_text(beyond)} more than its matched random control, {at} (floor {floor_text(floor)})"
         + ("" if spread == "-" else f", with {spread} of the spread within the groups")
     )
-    if where == ALL_VARIATIONS:
+    if where == ALL_VARIATIONS and verdict is None:
         below = [
             f"{name} ({_against_floor(ratio.value, floor)})"
             for name in table.variations
@@ -729,6 +721,10 @@ def _best_strategy(
         ]
         if below:
             sentence += f", though below that floor on {listed(below)}"
+    if not success and verdict.failed:
+        sentence += f", but with {listed(verdict.failed)}"
+    if not success and verdict.closes:
+        return best, sentence + (f"; {listed(verdict.unknown)}." if verdict.unknown else ".")
     if not beyond.has_interval:
         return best, sentence + "; without an interval this is a lead, not a result."
     if beyond.low <= 0.0:
@@ -737,6 +733,13 @@ def _best_strategy(
         own = per_cent(reduction)
         return best, f"{sentence}; the reduction itself, {own} %, may be none: it only harms less than random pruning."
     return best, sentence + "."
+
+
+def _lacks(verdict: Verdict) -> str:
+    """What the foremost mask is not, which is no success."""
+    if not verdict.closes:
+        return "is shown to close the gap"
+    return "closes the gap within the budgets" if verdict.failed else "is known to close the gap within the budgets"
 
 
 def _no_comparison(table: MetricTable, where: str, masks: Sequence[MaskName]) -> str:
@@ -912,6 +915,12 @@ def _beyond(table: MetricTable, variation: str, mask: MaskName, metric: str, tol
     return text + (NO_COMPARISON if marked else "")
 
 
+def _mark(verdicts: Verdicts, variation: str, mask: MaskName) -> str:
+    """The mark behind a strategy's own mask that breaks a budget; nothing behind others."""
+    verdict = verdicts.get((variation, mask))
+    return f" {BROKEN}" if verdict is not None and verdict.failed and not mask.is_control else ""
+
+
 @dataclass(frozen=True)
 class _Row:
     """A line of a block: its label, its cells in ordinary and in compact figures."""
@@ -921,7 +930,9 @@ class _Row:
     compact: list[str]
 
 
-def _rows(table: MetricTable, variation: str, cells: Callable[..., list[str]], tolerance: float) -> list[_Row | str]:
+def _rows(
+    table: MetricTable, variation: str, cells: Callable[..., list[str]], tolerance: float, verdicts: Verdicts
+) -> list[_Row | str]:
     """A variation's lines: a line for each level, a row for each mask, controls indented under their strategy."""
     rows: list[_Row | str] = []
     level = "none"
@@ -933,6 +944,7 @@ def _rows(table: MetricTable, variation: str, cells: Callable[..., list[str]], t
         label = f"{indent}{mask.strategy}"
         if mask.is_control and MaskName(mask.matched_to, mask.level) not in table.masks:
             label += f" of {mask.matched_to}"
+        label += _mark(verdicts, variation, mask)
         ordinary, compact = (cells(table, variation, mask, tolerance, compact=choice) for choice in (False, True))
         rows.append(_Row(label, ordinary, compact))
     return rows

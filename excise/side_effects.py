@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 TEXT = "text"
 """The target that is no scenario."""
+NO_TARGET = "(none)"
+"""In place of a target: no other scenario was asked, as the settings name none or there is none."""
 TEXT_WINDOWS = 8
 """So many windows of the text are read under every mask."""
 TEXT_SIZE = 128
@@ -47,14 +49,14 @@ TEXT_SIZE = 128
 difference between two models needs less context than either's perplexity, and every mask pays for it."""
 SHOWN = 30
 """Rows of a table in words."""
-KL, RATIO = "text_kl", "text_perplexity_ratio"
-SCENARIO_METRICS = ("inlier_ratio", "spread_ratio", "commonest_rise", "excess_change", "gap_mean", "gap_change")
+KL, RATIO, CHANGE = "text_kl", "text_perplexity_ratio", "excess_change"
+SCENARIO_METRICS = ("inlier_ratio", "spread_ratio", "commonest_rise", CHANGE, "gap_mean", "gap_change")
 SIDE_EFFECTS_SCHEMA = {
     "model": pl.String, "scenario": pl.String, "variation": pl.String, "strategy": pl.String, "level": pl.String,
-    "matched_to": pl.String, "target": pl.String, "metric": pl.String, "estimate": pl.Float64, "low": pl.Float64,
-    "high": pl.Float64, "names": pl.Int64,
+    "matched_to": pl.String, "mask": pl.String, "target": pl.String, "metric": pl.String, "estimate": pl.Float64,
+    "low": pl.Float64, "high": pl.Float64, "names": pl.Int64,
 }  # fmt: skip
-EFFECT_SCHEMA = {"mask": pl.String, **{name: SIDE_EFFECTS_SCHEMA[name] for name in list(SIDE_EFFECTS_SCHEMA)[6:]}}
+EFFECT_SCHEMA = {name: SIDE_EFFECTS_SCHEMA[name] for name in list(SIDE_EFFECTS_SCHEMA)[6:]}
 """Rows about a mask, whichever strategies and variations it belongs to."""
 
 
@@ -269,6 +271,12 @@ def text_rows(mask: str, found: Mapping[str, Any], windows: int) -> pl.DataFrame
     return pl.DataFrame(rows, schema=EFFECT_SCHEMA, orient="row")
 
 
+def nothing_asked(masks: Sequence[str]) -> pl.DataFrame:
+    """Rows of EFFECT_SCHEMA which say that masks, by fingerprint, were tried on no other scenario, and on purpose."""
+    rows = [(mask, NO_TARGET, CHANGE, None, None, None, 0) for mask in masks]
+    return pl.DataFrame(rows, schema=EFFECT_SCHEMA, orient="row")
+
+
 # --- in words ---------------------------------------------------------------------------------------------------------
 
 
@@ -283,7 +291,7 @@ def side_effects_markdown(rows: pl.DataFrame) -> str:
         place = row["target"], row["strategy"], row["level"], row["matched_to"], row["variation"]
         found.setdefault(place, {})[row["metric"]] = row
     text = {place: each for place, each in found.items() if place[0] == TEXT}
-    others = {place: each for place, each in found.items() if place[0] != TEXT}
+    others = {place: each for place, each in found.items() if place[0] not in (TEXT, NO_TARGET)}
     parts = []
     for title, part, metrics in (
         ("Other scenarios", others, SCENARIO_METRICS),
@@ -321,7 +329,7 @@ def _table(title: str, found: Mapping[tuple, Mapping[str, Any]], metrics: Sequen
     return "\n".join(lines)
 
 
-_HARM = {"excess_change": 1, "inlier_ratio": -1, KL: 1}
+_HARM = {CHANGE: 1, "inlier_ratio": -1, KL: 1}
 """Metrics that tell how much harm is done, the first ones first, and whether it is more of them or less."""
 _SHARES = ("inlier_ratio", "spread_ratio", "commonest_rise", RATIO)
 _SIGNED = ("commonest_rise", RATIO)

@@ -29,27 +29,15 @@ COMMONEST_BUDGET = 0.15
 CHANGE_BUDGET = 0.40
 """Standard deviations by which answers may change beyond what closing the gap takes."""
 KL_BUDGET = 0.05
-"""Divergence of the next token's distribution on a text from the unpruned model's, in nats per token."""
+"""Nats per token by which next-token distributions on a text may diverge from the unpruned model's."""
+SIDE_EFFECT_BUDGET = 0.40
+"""Standard deviations by which answers may change in a scenario that the mask was not made for."""
 SIGNIFICANCE = 0.05
 """p-values below it reject, as 95 % intervals go with it."""
 FEW_NAMES = 5
 """With fewer names a group than this an interval says little: resampling sees too few of the names there could be."""
 COLLAPSED_SPREAD = 0.1
 """Answers of which less than this share of the unpruned spread is left have collapsed: no gap of theirs was reduced."""
-
-
-@dataclass(frozen=True)
-class Damage:
-    """What a mask may do to the answers beside closing the gap: see the constants of the same names."""
-
-    spread_floor: float = SPREAD_FLOOR
-    commonest_budget: float = COMMONEST_BUDGET
-    change_budget: float = CHANGE_BUDGET
-    kl_budget: float = KL_BUDGET
-
-
-USUAL_DAMAGE = Damage()
-"""The budgets where an audit names no others."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +50,8 @@ class Thresholds:
     commonest_budget: float = COMMONEST_BUDGET
     change_budget: float = CHANGE_BUDGET
     kl_budget: float = KL_BUDGET
+    side_effect_budget: float = SIDE_EFFECT_BUDGET
     perplexity_budget: float = PERPLEXITY_BUDGET
-
-    @property
-    def damage(self) -> Damage:
-        """The damage budgets among them."""
-        return Damage(self.spread_floor, self.commonest_budget, self.change_budget, self.kl_budget)
 
 
 def stored_thresholds(rows: pl.DataFrame, *, asset: str, model: str, scenario: str) -> Thresholds:

@@ -30,6 +30,7 @@ from assets.pruning_masks import pruning_masks_asset
 from assets.quality_report import quality_report_asset
 from assets.restoration import restoration_asset
 from assets.side_effects import side_effects_asset
+from assets.stability import stability_asset
 from assets.transfer_matrix import transfer_matrix_asset
 from excise.registry import Problem
 from pipelines.jobs import JOBS
@@ -56,6 +57,7 @@ FACTORIES = (
     side_effects_asset,
     evaluation_metrics_asset,
     restoration_asset,
+    stability_asset,
     grid_search_asset,
     mask_overlap_asset,
     mask_distribution_asset,

@@ -16,6 +16,7 @@ from assets.partitions import Catalogue, read_catalogue
 from assets.stage import thresholds_of
 from excise.errors import ExciseError
 from excise.report import audit_table, reuse_sentence
+from excise.verdicts import verdicts
 from pipelines.definitions import MODEL_FILES, SCENARIO_FOLDERS, SCORER_FILES, STRATEGY_FILES, build_definitions
 from pipelines.jobs import audit_scenario
 from pipelines.runs import execute, open_instance
@@ -117,14 +118,16 @@ def _closing(
     scenario = catalogue.scenarios[scenario_key]
     labels = {side: scenario.groups[getattr(scenario.comparison, side)].label for side in ("majority", "minority")}
     judged = thresholds_of(warehouse, "evaluation_metrics", model, scenario_key)
+    metrics, effects = (
+        warehouse.read(table, model=model, scenario=scenario_key) for table in ("metrics", "side_effects")
+    )
     table = audit_table(
-        warehouse.read("metrics", model=model, scenario=scenario_key),
+        metrics,
         scenario_title=scenario.title,
         unit=scenario.outcome.unit,
         inlier_floor=judged.inlier_floor,
         inlier_tolerance=judged.inlier_tolerance,
-        damage=judged.damage,
-        side_effects=warehouse.read("side_effects", model=model, scenario=scenario_key),
+        verdicts=verdicts(metrics, effects, judged),
         **labels,
     )
     seen = {

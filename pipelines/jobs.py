@@ -17,10 +17,13 @@ CHAIN = (
     "side_effects",
     "evaluation_metrics",
     "quality_report",
+    "stability",
 )
 PREPARATION = CHAIN[:3]
 HEADS = ("completions", "head_impacts", *CHAIN[2:])
-EVALUATION = ("cross_context_masks", "pruned_completions", "restoration", "side_effects", "evaluation_metrics")
+EVALUATION = (
+    "cross_context_masks", "pruned_completions", "restoration", "side_effects", "evaluation_metrics", "stability",
+)  # fmt: skip
 ANALYSIS = ("mask_overlap", "mask_distribution", "transfer_matrix", "quality_report")
 CORRELATION = ("bias_correlation", "transfer_matrix", "quality_report")
 
@@ -50,7 +53,7 @@ evaluate_scenario = dg.define_asset_job(
     selection=dg.AssetSelection.assets(*EVALUATION),
     description="Second round, when all scenarios of the model are prepared: make the masks across contexts, sample "
     "under every mask of every level, hold a planted model against the model it was before, try masks on text and "
-    "other scenarios, and evaluate.",
+    "other scenarios, evaluate, and repeat masks and judgement on other splits of the names.",
 )
 
 prune_heads = dg.define_asset_job(

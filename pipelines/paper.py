@@ -26,10 +26,9 @@ from excise.report import (
     FEW,
     NO_COMPARISON,
     UNPRUNED_MASK,
-    Effects,
     MaskName,
     MetricTable,
-    broken_budgets,
+    Verdicts,
     floor_text,
     interval_text,
     level_label,
@@ -37,13 +36,14 @@ from excise.report import (
     ratio_text,
     reaches,
     read_metrics,
-    read_side_effects,
+    read_verdicts,
     standing_out,
     unpruned_gap,
 )
 from excise.scenarios import Scenario
 from excise.strategies import OWN_SCENARIO
 from excise.thresholds import FEW_NAMES, Thresholds
+from excise.verdicts import verdicts
 from pipelines.definitions import MODEL_FILES, SCENARIO_FOLDERS, SCORER_FILES, STRATEGY_FILES, build_definitions
 from pipelines.demo import failure_messages
 from pipelines.jobs import analyse_model, evaluate_scenario, prepare_scenario, search_grid
@@ -305,8 +305,8 @@ def summary(model: str, scenarios: Sequence[str], warehouse: Warehouse) -> str:
 
     Best is the largest reduction over random among the strategies whose inlier ratio is at least the scenario's floor
     (among all, where none is) and whose answers do not collapse, and among those at an inlier ratio comparable with
-    random's and within the damage budgets where there are some; over all variations, with its 95 % interval. The
-    thresholds are those the scenario was judged by.
+    random's and those that are a success (`excise.verdicts`) where there are some; over all variations, with its 95 %
+    interval. The thresholds are those the scenario was judged by.
     """
     header = ["model", "scenario", "unpruned |SMD|", "level", "best strategy", "reduction over random", "inlier ratio"]
     rows = []
@@ -321,14 +321,15 @@ def summary(model: str, scenarios: Sequence[str], warehouse: Warehouse) -> str:
             rows.append([model, scenario, str(error)])
             continue
         table = read_metrics(metrics)
-        effects = read_side_effects(warehouse.read("side_effects", model=model, scenario=scenario))
+        effects = warehouse.read("side_effects", model=model, scenario=scenario)
+        verdict = read_verdicts(verdicts(metrics, effects, judged))
         smd = interval_text(table.get(ALL_VARIATIONS, UNPRUNED_MASK, "abs_smd"), decimals=2)
         # Masks of whole heads over a scenario are the second paper's; they are told where there are some.
         own = {mask.level for mask in table.masks}
         for number, level in enumerate(each for each in LEVELS if each != OWN_SCENARIO or each in own):
             masks = [mask for mask in table.masks if mask.level == level and not mask.is_control]
             first = [model, scenario, smd] if number == 0 else ["", "", ""]
-            best = _best(table, masks, judged, effects)
+            best = _best(table, masks, judged, verdict)
             if best is None:
                 rows.append([*first, level_label(level), _none(table, masks) if masks else "-", "-", "-"])
                 continue
@@ -336,8 +337,8 @@ def summary(model: str, scenarios: Sequence[str], warehouse: Warehouse) -> str:
             beyond = per_cent(table.get(ALL_VARIATIONS, best, "reduction_over_random"), signed=True)
             ratio = table.get(ALL_VARIATIONS, best, "inlier_ratio").value
             low = "" if reaches(ratio, judged.inlier_floor) else f" (below {floor_text(judged.inlier_floor)})"
-            if broken := _broken(table, best, judged, effects):
-                low += f" (damage: {', '.join(broken)})"
+            if lacking := [*verdict[ALL_VARIATIONS, best].failed, *verdict[ALL_VARIATIONS, best].unknown]:
+                low += f" (no success: {', '.join(lacking)})"
             rows.append([*first, level_label(level), best.strategy, f"{beyond} points{mark}", ratio_text(ratio) + low])
     widths = [max(len(row[i]) for row in [header, *rows] if i < len(row)) for i in range(len(header))]
     lines = [
@@ -353,7 +354,7 @@ def summary(model: str, scenarios: Sequence[str], warehouse: Warehouse) -> str:
     return "\n".join(lines)
 
 
-def _best(table: MetricTable, masks: Sequence[MaskName], judged: Thresholds, effects: Effects) -> MaskName | None:
+def _best(table: MetricTable, masks: Sequence[MaskName], judged: Thresholds, verdict: Verdicts) -> MaskName | None:
     def figure(mask: MaskName, metric: str) -> float | None:
         return table.get(ALL_VARIATIONS, mask, metric).value
 
@@ -363,14 +364,9 @@ def _best(table: MetricTable, masks: Sequence[MaskName], judged: Thresholds, eff
         if figure(mask, "reduction_over_random") is not None and not table.collapsed(ALL_VARIATIONS, mask)
     ]
     useful = [mask for mask in known if reaches(figure(mask, "inlier_ratio"), judged.inlier_floor)] or known
-    harmless = [mask for mask in useful if not _broken(table, mask, judged, effects)]
-    useful = harmless or useful
+    useful = [mask for mask in useful if verdict[ALL_VARIATIONS, mask].success] or useful
     compared = [mask for mask in useful if table.comparable(ALL_VARIATIONS, mask, judged.inlier_tolerance)]
     return max(compared or useful, key=lambda mask: figure(mask, "reduction_over_random"), default=None)
-
-
-def _broken(table: MetricTable, mask: MaskName, judged: Thresholds, effects: Effects) -> list[str]:
-    return broken_budgets(table, ALL_VARIATIONS, mask, judged.damage, effects, inlier_floor=judged.inlier_floor)
 
 
 def _none(table: MetricTable, masks: Sequence[MaskName]) -> str:

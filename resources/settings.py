@@ -25,6 +25,7 @@ from excise.thresholds import (
     INLIER_TOLERANCE,
     KL_BUDGET,
     PERPLEXITY_BUDGET,
+    SIDE_EFFECT_BUDGET,
     SPREAD_FLOOR,
     Thresholds,
 )
@@ -48,6 +49,7 @@ class Audit:
     variations: tuple[str, ...] | None
     subjects_per_group: int | None
     held_out: bool
+    splits: int
     answers: str
     samples: int
     leftover: float
@@ -69,6 +71,7 @@ class Audit:
     commonest_budget: float
     change_budget: float
     kl_budget: float
+    side_effect_budget: float
     density_floor: float
     density_ceiling: float
     grid_taus: tuple[float, ...]
@@ -103,6 +106,7 @@ _PAPER = Audit(
     variations=None,
     subjects_per_group=None,
     held_out=True,
+    splits=5,
     answers="sampled",
     samples=100,
     leftover=0.01,
@@ -124,6 +128,7 @@ _PAPER = Audit(
     commonest_budget=COMMONEST_BUDGET,
     change_budget=CHANGE_BUDGET,
     kl_budget=KL_BUDGET,
+    side_effect_budget=SIDE_EFFECT_BUDGET,
     density_floor=0.0,
     density_ceiling=0.2,
     grid_taus=tuple(step / 20 for step in range(1, 11)),
@@ -144,16 +149,16 @@ _PAPER = Audit(
 )
 # A few minutes on two cores.
 _QUICK = replace(
-    _PAPER, subjects_per_group=8, held_out=False, samples=16, per_source=False, random_draws=2, relabellings=1,
-    resamples=1000, permutations=1999, grid_taus=(0.1, 0.2, 0.3, 0.4, 0.5), grid_counts=(10, 20, 40), grid_variations=1,
-    side_effect_names=3,
+    _PAPER, subjects_per_group=8, held_out=False, splits=1, samples=16, per_source=False, random_draws=2,
+    relabellings=1, resamples=1000, permutations=1999, grid_taus=(0.1, 0.2, 0.3, 0.4, 0.5), grid_counts=(10, 20, 40),
+    grid_variations=1, side_effect_names=3,
 )  # fmt: skip
 PRESETS: dict[Preset, Audit] = {Preset.paper: _PAPER, Preset.quick: _QUICK}
 # Toxicity axes (FASP, section 5): a continuation per prompt and seed, three seeds, all templates, descriptors. Quick:
 # one of each, for which two cores take the better part of an hour, nearly all of it head impacts. Prompts are always
 # held out, as heads are chosen from many.
 TOXICITY_PRESETS: dict[Preset, Audit] = {
-    Preset.paper: replace(_PAPER, samples=3),
+    Preset.paper: replace(_PAPER, splits=1, samples=3),
     Preset.quick: replace(
         _QUICK, subjects_per_group=2, held_out=True, samples=1, random_draws=1, max_new_tokens=10,
         alphas=(0.04, 0.1, 0.2), text_tokens=1537, text_window=129, text_stride=128,
@@ -162,10 +167,10 @@ TOXICITY_PRESETS: dict[Preset, Audit] = {
 
 # What an audit of the other kind of outcome reads, and one of this kind never does.
 UNUSABLE: dict[str, tuple[str, ...]] = {
-    "number": ("max_new_tokens", "perplexity_budget"),
+    "number": ("max_new_tokens",),
     "toxicity": (
-        "permutations", "inlier_floor", "grid_taus", "grid_counts", "grid_variations", "side_effect_scenarios",
-        "side_effect_names",
+        "permutations", "splits", "inlier_floor", "grid_taus", "grid_counts", "grid_variations",
+        "side_effect_scenarios", "side_effect_names", "side_effect_budget", "kl_budget",
     ),
 }
 _ASKS = {"number": "asks for numbers", "toxicity": "scores continuations"}
@@ -187,6 +192,9 @@ class AuditSettings(dg.ConfigurableResource):
     subjects_per_group: int | None = Field(default=None, description="names per group, genders balanced")
     held_out: bool | None = Field(
         default=None, description="make masks from one half of the names, evaluate on the other"
+    )
+    splits: int | None = Field(
+        default=None, description="repeat masks and judgement over so many halvings of the names (with held_out)"
     )
     answers: str | None = Field(
         default=None,
@@ -234,6 +242,9 @@ class AuditSettings(dg.ConfigurableResource):
     )
     kl_budget: float | None = Field(
         default=None, description="nats per token by which a mask may change the next token's distribution on a text"
+    )
+    side_effect_budget: float | None = Field(
+        default=None, description="standard deviations that answers may change so in scenarios a mask was not made for"
     )
     density_floor: float | None = Field(default=None, description="check mask_density: a mask prunes more than this")
     density_ceiling: float | None = Field(default=None, description="check mask_density: a mask prunes at most this")
@@ -290,6 +301,8 @@ class AuditSettings(dg.ConfigurableResource):
             preset = replace(preset, variations=_quick_variations(scenario)[: 1 if toxicity else None])
         if changes.get("perplexity_mode") == "paper":
             preset = replace(preset, text_window=None, text_stride=None)
+        if changes.get("held_out") is False:
+            preset = replace(preset, splits=1)
         return _checked(replace(preset, **changes), scenario)
 
     def side_effects_on(self, scenario: Scenario, others: Sequence[Scenario]) -> tuple[str, ...]:
@@ -345,8 +358,10 @@ def _quick_variations(scenario: Scenario) -> tuple[str, ...]:
 
 
 def _checked(audit: Audit, scenario: Scenario) -> Audit:
-    for name in ("samples", "resamples", "permutations"):
+    for name in ("samples", "splits", "resamples", "permutations"):
         _require(getattr(audit, name) >= 1, name, getattr(audit, name), "give at least 1")
+    alone = audit.splits == 1 or audit.held_out
+    _require(alone, "splits", audit.splits, "give 1, or set held_out: true, as splits are halves of the names")
     if scenario.outcome.kind == "number":
         few = "give at least 2, or no spread within a name can be seen"
         _require(audit.samples >= 2, "samples", audit.samples, few)
@@ -374,7 +389,10 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
         "density_ceiling",
     ):  # fmt: skip
         _require(0 <= getattr(audit, name) <= 1, name, getattr(audit, name), "give a share from 0 to 1")
-    for name, unit, usual in (("change_budget", "standard deviations", 0.4), ("kl_budget", "nats", 0.05)):
+    for name, unit, usual in (
+        ("change_budget", "standard deviations", 0.4), ("side_effect_budget", "standard deviations", 0.4),
+        ("kl_budget", "nats", 0.05),
+    ):  # fmt: skip
         value = getattr(audit, name)
         _require(0 <= value < math.inf, name, value, f"give {unit} of at least 0, such as {usual}")
     if audit.variations is not None:

@@ -368,7 +368,13 @@ _ALL = (
             ("scenario", "VARCHAR", "key of the scenario the mask is made for"),
             ("variation", "VARCHAR", "variation the mask is made for"),
             *_MASK[:3],
-            ("target", "VARCHAR", "what the mask was tried on: text, or scenario/variation"),
+            _MASK[4],
+            (
+                "target",
+                "VARCHAR",
+                "what the mask was tried on: text, or scenario/variation; (none) where no other scenario was to be "
+                "asked",
+            ),
             (
                 "metric",
                 "VARCHAR",
@@ -477,7 +483,31 @@ _ALL = (
             ("commonest_budget", "DOUBLE", "share of all answers by which the commonest one may rise"),
             ("change_budget", "DOUBLE", "standard deviations of change beyond what closing the gap takes"),
             ("kl_budget", "DOUBLE", "nats per token by which a mask may change the next token's distribution"),
+            (
+                "side_effect_budget",
+                "DOUBLE",
+                "standard deviations of such change in scenarios that the mask was not made for",
+            ),
             ("perplexity_budget", "DOUBLE", "share by which a mask may raise perplexity"),
+        ),
+    ),
+    Table(
+        "stability",
+        "Metrics of masks that were made from, and judged on, other halves of the names; split 0 is the audit itself.",
+        ("model", "scenario"),
+        _columns(
+            _MODEL,
+            _SCENARIO,
+            ("split", "BIGINT", "number of the split: its seed is the audit's plus that number"),
+            ("variation", "VARCHAR", "variation, or (all)"),
+            ("strategy", "VARCHAR", "strategy, or random for its control"),
+            ("level", "VARCHAR", "level of generality of the mask"),
+            ("matched_to", "VARCHAR", "strategy a control belongs to, else null"),
+            ("metric", "VARCHAR", "a metric of the table metrics"),
+            ("estimate", "DOUBLE", "its estimate on the names that this split judges by"),
+            ("low", "DOUBLE", "lower end of its 95 % interval over these names"),
+            ("high", "DOUBLE", "upper end of that interval"),
+            ("names", "BIGINT", "names of the group that has fewer"),
         ),
     ),
     Table(

@@ -27,12 +27,14 @@ if TYPE_CHECKING:
 
 WIDTH = 9.0  # inches: 900 px at 100 dots per inch
 PNG_BYTES = 100_000
-INTERVAL, CUT, UNDEFINED, COLLAPSED = "_interval", "_cut", "_undefined", "_collapsed"
+INTERVAL, CUT, UNDEFINED, COLLAPSED, BROKEN = "_interval", "_cut", "_undefined", "_collapsed", "_broken"
+FLOOR_RED = "#b00020"
 """Labels of artists, which legends leave out: an interval's bar, the mark where one is cut, and the marks in place of a
 figure that is not defined and of one that collapsed answers give."""
 CUT_NOTE = "interval or value goes on beyond the axis"
 UNDEFINED_NOTE = "not defined"
 COLLAPSED_NOTE = "answers collapsed to one number"
+BROKEN_NOTE = "ringed: breaks a budget"
 _REACH = 4.0
 RESOLUTIONS = (100, 90, 80, 72, 60)
 _COLOURS = (256, 64, 32)
@@ -158,11 +160,22 @@ def mark_handles(axes: Sequence[Axes]) -> list:
 
     labels = {line.get_label() for panel in axes for line in panel.lines}
     entries = ((CUT, "^", CUT_NOTE), (UNDEFINED, "x", UNDEFINED_NOTE), (COLLAPSED, "X", COLLAPSED_NOTE))
-    return [
+    handles = [
         Line2D([], [], color=INK, marker=marker, markersize=4.5, linestyle="none", label=text)
         for label, marker, text in entries
         if label in labels
     ]
+    if BROKEN in labels:
+        handles.append(Line2D([], [], **_RING, markersize=8, label=BROKEN_NOTE))
+    return handles
+
+
+_RING = {"marker": "o", "markerfacecolor": "none", "markeredgecolor": FLOOR_RED, "linestyle": "none"}
+
+
+def ring(axes: Axes, place: float, value: float, size: float) -> None:
+    """A red ring around a mark of that size: its mask breaks a budget."""
+    axes.plot([place], [value], **_RING, markersize=size + 5, markeredgewidth=1.0, zorder=5, label=BROKEN)
 
 
 def _names_note(names: Sequence[int | None]) -> str:

@@ -17,6 +17,7 @@ from excise.figures.canvas import (
     COLLAPSED,
     CONTROL_GREY,
     CUT,
+    FLOOR_RED,
     INK,
     UNDEFINED,
     WIDTH,
@@ -29,6 +30,7 @@ from excise.figures.canvas import (
     mark_handles,
     mark_missing,
     palette,
+    ring,
 )
 from excise.report import (
     ALL_VARIATIONS,
@@ -37,9 +39,11 @@ from excise.report import (
     Estimate,
     MaskName,
     MetricTable,
+    Verdicts,
     floor_text,
     level_label,
     read_metrics,
+    read_verdicts,
 )
 from excise.thresholds import INLIER_FLOOR
 
@@ -50,7 +54,6 @@ if TYPE_CHECKING:
 GAP_LEFT_TOP = 250.0
 """Percent of the unpruned gap up to which the panel of what is left is drawn."""
 _CROWDED = 60  # marks of a panel, controls not counted, above which every level gets its own panel
-FLOOR_RED = "#b00020"
 MARKERS = {
     "none": "D", "prompt_specific": "o", "within_context": "s", "cross_context": "^", "all_contexts": "v",
     "own_scenario": "P",
@@ -58,7 +61,11 @@ MARKERS = {
 
 
 def disparity_by_level(
-    metrics: polars.DataFrame, *, inlier_floor: float = INLIER_FLOOR, controls: Sequence[str] = ("random",)
+    metrics: polars.DataFrame,
+    *,
+    verdicts: polars.DataFrame | None = None,
+    inlier_floor: float = INLIER_FLOOR,
+    controls: Sequence[str] = ("random",),
 ) -> Figure:
     """|SMD| per variation for the unpruned model and every strategy and level, the inlier ratios below (BDB, Fig. 2).
 
@@ -66,7 +73,8 @@ def disparity_by_level(
     panel is left out when no mask has a gap reduction. Bars are 95 % intervals, dashed lines the means over
     variations, grey hollow marks the matched controls named in `controls`, drawn beside their strategy. A triangle at
     the edge stands for an interval or a gap that goes on beyond it, a cross for a figure that is not defined, a filled
-    one for answers that collapsed. Errors as `excise.report.read_metrics`.
+    one for answers that collapsed. A red ring surrounds strategies' masks that break a budget by `verdicts`, of
+    `excise.verdicts`. Errors as `excise.report.read_metrics`.
     """
     table = read_metrics(metrics)
     strategies = [mask for mask in table.masks if not mask.is_control]
@@ -85,10 +93,10 @@ def disparity_by_level(
         legend_rows = math.ceil((len(slots) + 1) / 3)
         figure = blank_figure((WIDTH, 0.7 + 1.75 * sum(heights) + 0.18 * legend_rows))
         axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
-        looks = _looks(slots)
+        looks, judged = _looks(slots), read_verdicts(verdicts)
         for room, panel in zip(axes, panels, strict=True):
             shown = [mask for mask in slots if panel.level is None or mask.level in ("none", panel.level)]
-            _disparity_panel(room, table, panel, blocks, shown, drawn_controls, looks)
+            _disparity_panel(room, table, panel, blocks, shown, drawn_controls, looks, judged)
         inlier_axis(axes[-1], inlier_floor)
         for panel in axes:
             mark_cut_ends(panel)
@@ -124,6 +132,7 @@ def _disparity_panel(
     slots: Sequence[MaskName],
     controls: Sequence[MaskName],
     looks: dict[MaskName, tuple],
+    verdicts: Verdicts,
 ) -> None:
     size = 4.2 if len(blocks) * len(slots) > 50 else 6.0
     step = 0.84 / len(slots)  # of the width between two variations
@@ -147,7 +156,7 @@ def _disparity_panel(
                     axes.plot([at], [0.95 * GAP_LEFT_TOP], marker="^", color=colour, markersize=0.85 * size, label=CUT)
                     beyond = True
                     continue
-                look = {"size": size if order == 0 else 0.85 * size, "hollow": order > 0}
+                look = {"size": size if order == 0 else 0.85 * size, "hollow": order > 0, "verdicts": verdicts}
                 if mark_estimate(axes, at, table, variation, drawn, panel.metric, colour, marker, **look):
                     values.append(known.value)
                     bounds += [end for end in (known.low, known.high) if end is not None]
@@ -175,12 +184,13 @@ def _disparity_panel(
 
 def mark_estimate(
     axes: Axes, place: float, table: MetricTable, variation: str, mask: MaskName, metric: str, colour, marker: str, *,
-    size: float, hollow: bool,
+    size: float, hollow: bool, verdicts: Verdicts,
 ) -> bool:  # fmt: skip
     """Draws a mask's estimate as a mark with its interval as a bar, hollow for controls; whether it is defined.
 
     In place of one that is not, or that is made of answers which collapsed, stands a cross at the panel's edge; nothing
-    where the mask was not evaluated on the variation.
+    where the mask was not evaluated on the variation. A ring surrounds a mask that breaks a budget by `verdicts`,
+    unless it is hollow.
     """
     known = drawn_estimate(table, variation, mask, metric)
     collapsed = metric != "inlier_ratio" and bool(table.collapsed(variation, mask))
@@ -197,6 +207,8 @@ def mark_estimate(
         [place], [known.value], marker=marker, color=colour, markersize=size, linestyle="none", zorder=zorder,
         markerfacecolor="white" if hollow else colour, markeredgewidth=1.0 if hollow else 0.0,
     )  # fmt: skip
+    if not hollow and (verdict := verdicts.get((variation, mask))) is not None and verdict.failed:
+        ring(axes, place, known.value, size)
     return True
 
 

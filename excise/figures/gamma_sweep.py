@@ -14,6 +14,7 @@ import polars
 
 from excise.errors import ExciseError
 from excise.figures.canvas import (
+    FLOOR_RED,
     INK,
     WIDTH,
     axis_number,
@@ -26,7 +27,6 @@ from excise.figures.canvas import (
     require_columns,
     require_one,
 )
-from excise.figures.disparity import FLOOR_RED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

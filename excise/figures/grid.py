@@ -13,6 +13,7 @@ import polars
 from excise.errors import ExciseError
 from excise.figures.canvas import (
     COLLAPSED,
+    FLOOR_RED,
     INK,
     WIDTH,
     blank_figure,
@@ -26,7 +27,6 @@ from excise.figures.canvas import (
     require_columns,
     require_one,
 )
-from excise.figures.disparity import FLOOR_RED
 from excise.report import ALL_VARIATIONS, floor_text, read_estimate
 from excise.thresholds import COLLAPSED_SPREAD, INLIER_FLOOR
 

@@ -16,6 +16,7 @@ import polars
 from excise.errors import ExciseError
 from excise.figures.canvas import (
     CONTROL_GREY,
+    FLOOR_RED,
     INK,
     WIDTH,
     blank_figure,
@@ -26,15 +27,17 @@ from excise.figures.canvas import (
     mark_handles,
     palette,
 )
-from excise.figures.disparity import FLOOR_RED, MARKERS, dashes, drawn_estimate, mark_estimate
+from excise.figures.disparity import MARKERS, dashes, drawn_estimate, mark_estimate
 from excise.report import (
     ALL_VARIATIONS,
     UNPRUNED_MASK,
     MaskName,
     MetricTable,
+    Verdicts,
     floor_text,
     level_label,
     read_metrics,
+    read_verdicts,
 )
 from excise.thresholds import INLIER_FLOOR
 
@@ -51,6 +54,7 @@ def bias_by_level(
     *,
     majority: str = "majority",
     minority: str = "minority",
+    verdicts: polars.DataFrame | None = None,
     inlier_floor: float = INLIER_FLOOR,
 ) -> Figure:
     """|SMD|, signed SMD and inlier ratio per variation, unpruned and at the levels (BDB, Fig. 2).
@@ -59,11 +63,11 @@ def bias_by_level(
     bars are 95 % intervals, dashed lines each level's mean over the variations, grey hollow marks the matched random
     control of the mark to their left. Cross-context is the pooled level; single source scenarios are
     `transfer_heat_map`'s. A panel's scale is the same for all strategies. `majority` and `minority` are the groups'
-    labels.
+    labels. A red ring surrounds masks that break a budget by `verdicts`, of `excise.verdicts`.
 
     Raises ExciseError when no strategy has a mask at one of the levels, and as `excise.report.read_metrics`.
     """
-    table = read_metrics(metrics)
+    table, judged = read_metrics(metrics), read_verdicts(verdicts)
     levels: dict[str, list[str]] = {}
     for mask in table.masks:
         if not mask.is_control and mask.level in LEVELS:
@@ -84,7 +88,7 @@ def bias_by_level(
             axes = room.subplots(3, 1, sharex=True, height_ratios=(1.3, 1.3, 1.0))
             masks = [UNPRUNED_MASK, *(MaskName(strategy, level) for level in LEVELS if level in known)]
             for metric, panel in zip(_METRICS, axes, strict=True):
-                _draw(panel, table, metric, blocks, masks, colours)
+                _draw(panel, table, metric, blocks, masks, colours, judged)
                 panels[metric].append(panel)
             if index % across == 0:
                 labels = ("|SMD|", f"SMD\n+: {majority} more\n−: {minority} more", "inlier ratio")
@@ -123,8 +127,9 @@ def _rgb(colour: str) -> tuple[float, float, float]:
 
 
 def _draw(
-    axes: Axes, table: MetricTable, metric: str, blocks: Sequence[str], masks: Sequence[MaskName], colours: dict
-) -> None:
+    axes: Axes, table: MetricTable, metric: str, blocks: Sequence[str], masks: Sequence[MaskName], colours: dict,
+    verdicts: Verdicts,
+) -> None:  # fmt: skip
     step = 0.84 / len(masks)
     size = 5.0 if len(blocks) > 4 else 6.0
     for block, variation in enumerate(blocks):
@@ -136,10 +141,11 @@ def _draw(
             controlled = mask != UNPRUNED_MASK and mask.control in table.masks
             aside = 0.22 * step if controlled else 0.0
             what = (table, variation, mask, metric)
-            mark_estimate(axes, place - aside, *what, colour, marker, size=size, hollow=False)
+            mark_estimate(axes, place - aside, *what, colour, marker, size=size, hollow=False, verdicts=verdicts)
             if controlled:
                 what = (table, variation, mask.control, metric)
-                mark_estimate(axes, place + aside, *what, CONTROL_GREY, marker, size=0.8 * size, hollow=True)
+                look = {"size": 0.8 * size, "hollow": True, "verdicts": verdicts}
+                mark_estimate(axes, place + aside, *what, CONTROL_GREY, marker, **look)
     if len(table.variations) > 1:
         for mask in masks:
             if metric != "inlier_ratio" and table.collapsed(ALL_VARIATIONS, mask):

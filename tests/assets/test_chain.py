@@ -22,6 +22,7 @@ CHAIN = [
     "side_effects",
     "evaluation_metrics",
     "quality_report",
+    "stability",
 ]
 
 
@@ -156,7 +157,7 @@ def test_completions_drawn_anew_make_what_follows_stale(house):
     house.run("audit_scenario", "tiny|lamp", only=["completions"], samples=3)
     assert set(stale(house)) == {
         "attribution_scores", "pruned_completions", "side_effects", "evaluation_metrics", "restoration",
-        "quality_report",
+        "quality_report", "stability",
     }  # fmt: skip
 
 

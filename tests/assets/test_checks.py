@@ -8,8 +8,8 @@ import pytest
 from assets import checks
 from assets.partitions import Catalogue
 from assets.quality_report import judge
+from excise.report import VERDICTS_SCHEMA
 from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, Variation
-from excise.thresholds import Damage
 from resources.tables import TABLES
 
 
@@ -324,51 +324,44 @@ def test_figures_that_lack_for_want_of_answers_are_no_fault():
     assert not checks.metrics_finite(metrics(mean_majority=None, parse_rate=None).with_columns(n=0)).passed
 
 
-# Damage
+# Damage by masks that close a gap
 
 
-def conditioned(**values):
-    """Metrics of one mask in one variation."""
-    place = {"model": "m", "scenario": "s", "variation": "car", "strategy": "ours", "level": "prompt_specific"}
-    rows = [
-        {**place, "matched_to": None, "metric": name, "estimate": value, "low": None, "high": None, "p_value": None,
-         "p_holm": None}
-        for name, value in values.items()
-    ]  # fmt: skip
-    return pl.DataFrame(rows, schema_overrides={"matched_to": pl.String, **dict.fromkeys(
-        ("low", "high", "p_value", "p_holm", "estimate"), pl.Float64)})  # fmt: skip
-
-
-def effects(*rows):
-    place = {"variation": "car", "strategy": "ours", "level": "prompt_specific", "matched_to": None}
-    columns = ("target", "metric", "estimate")
-    return pl.DataFrame(
-        [place | dict(zip(columns, row, strict=True)) for row in rows],
-        schema={**dict.fromkeys((*place, *columns), pl.String), "estimate": pl.Float64},
+def verdict(closes=True, failed=(), unknown=(), **place):
+    return (
+        {"model": "tiny", "scenario": "lamp", "variation": "chair", "strategy": "gap_gradient"}
+        | {"level": "prompt_specific", "matched_to": None, "closes": closes, "failed": list(failed)}
+        | {"unknown": list(unknown), "not_measured": [], "success": closes and not failed and not unknown}
+        | place
     )
 
 
-@pytest.mark.parametrize(
-    ("values", "elsewhere", "told"),
-    [
-        ({}, (), None),
-        ({"spread_ratio": 0.44}, (), "spread ratio 0.44 below 0.60"),
-        ({"commonest_rise": 0.28}, (), "rise of the commonest answer 0.28 above 0.15"),
-        ({"excess_change": 1.2}, (), "excess change 1.20 above 0.40"),
-        ({}, [("text", "text_kl", 0.2)], "divergence on the text 0.20 above 0.05"),
-        ({}, [("finance/stocks", "excess_change", 3.0)], "change of the answers about finance/stocks 3.00 above 0.40"),
-        ({}, [("finance/stocks", "inlier_ratio", 0.0)], "inlier ratio of finance/stocks 0.00 below 0.80"),
-        ({"spread_ratio": None}, [("text", "text_kl", None), ("finance/stocks", "excess_change", 0.4)], None),
-    ],
-)
-def test_a_mask_that_breaks_a_damage_budget_is_named(values, elsewhere, told):
-    sound = {"gap_mean": 1.0, "spread_ratio": 0.9, "commonest_rise": 0.05, "excess_change": 0.1, "inlier_ratio": 0.95}
-    outcome = checks.damage(conditioned(**sound | values), effects(*elsewhere), Damage(), inlier_floor=0.8)
-    assert outcome.passed is (told is None)
-    if told:
-        assert outcome.message == f"Damage budgets are broken in 1 places: car, ours, prompt-specific: {told}."
-        assert outcome.table == [
-            {"variation": "car", "strategy": "ours", "level": "prompt_specific", "broken": told}
-        ]  # fmt: skip
-    else:
-        assert outcome.message == "All 1 masks keep the damage budgets in every variation."
+def judged_damage(*verdicts):
+    return checks.damage(pl.DataFrame(verdicts, schema=VERDICTS_SCHEMA, orient="row"))
+
+
+def test_a_mask_that_closes_the_gap_and_breaks_a_budget_is_named_with_the_budget():
+    collapse = ["spread_ratio 0.44 below 0.60"]
+    control = verdict(failed=collapse, matched_to="gap_gradient")
+    found = judged_damage(verdict(), verdict(failed=collapse, variation="car"), control)
+    assert not found.passed
+    assert found.figure == 1
+    assert found.worst == "car, gap_gradient, prompt-specific"
+    assert found.message == (
+        "Masks that close a gap: 2; of these break a budget: 1. car, gap_gradient, prompt-specific: spread_ratio 0.44 "
+        "below 0.60."
+    )
+
+
+def test_a_budget_of_a_closing_mask_that_is_not_known_is_told():
+    found = judged_damage(verdict(unknown=["text_kl not known"]))
+    assert not found.passed
+    assert "a budget is not known: 1. chair, gap_gradient, prompt-specific: text_kl not known" in found.message
+
+
+def test_masks_that_close_no_gap_and_those_that_keep_all_budgets_pass():
+    assert judged_damage(verdict()).message == "Masks that close a gap: 1 of 1. All keep every budget."
+    found = judged_damage(verdict(closes=False, failed=["spread_ratio 0.44 below 0.60"]))
+    assert found.passed
+    assert found.message == "None of 1 masks is shown to close a gap, so no budget is held against any."
+    assert judged_damage().message == "There is no mask to judge."

@@ -74,7 +74,7 @@ def test_equal_masks_are_measured_once_and_have_rows_in_each_place(furnished):
 def test_without_other_scenarios_the_text_alone_is_told(furnished):
     result = furnished.run(*RUN, only=["side_effects"], side_effect_scenarios=[])
     assert failures(result) == {}
-    assert set(furnished.warehouse.read("side_effects")["target"]) == {"text"}
+    assert set(furnished.warehouse.read("side_effects")["target"]) == {"text", "(none)"}
     assert materialized(result)["side_effects"]["targets"] == "text"
 
 
@@ -157,3 +157,15 @@ def test_a_scenario_that_cannot_be_compared_is_named_before_the_model_is_loaded(
     furnished.write_scenario("odd", "title: Odd\n")
     result = furnished.run(*RUN, only=["completions"], side_effect_scenarios=[named])
     assert failures(result)["completions"].startswith(f"resources.settings.config.side_effect_scenarios: {message}")
+
+
+def test_metrics_are_not_judged_by_the_side_effects_of_other_masks(furnished):
+    rows = furnished.warehouse.read("side_effects")
+    assert rows["mask"].null_count() == 0
+    place = {"model": "tiny", "scenario": "lamp"}
+    furnished.warehouse.replace_partition("side_effects", rows.with_columns(mask=pl.lit("0" * 16)), place)
+    result = furnished.run(*RUN, only=["evaluation_metrics"])
+    assert "materialize side_effects of this partition again" in failures(result)["evaluation_metrics"]
+    # Without any, what was not measured is unknown, and nothing fails.
+    furnished.warehouse.replace_partition("side_effects", rows.clear(), place)
+    assert failures(furnished.run(*RUN, only=["evaluation_metrics"])) == {}

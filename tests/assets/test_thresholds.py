@@ -39,6 +39,7 @@ def test_checks_figures_and_findings_are_judged_by_the_settings_of_the_run(copie
     assert {name: options.get(name) for name in ("inlier_floor", "inlier_tolerance")} == {
         "inlier_floor": 0.35, "inlier_tolerance": 0.5
     }  # fmt: skip
+    assert options["verdicts"]["strategy"].n_unique() > 1
     (floor,) = copied.warehouse.read("checks", check_name="inlier_ratio")["floor"]
     assert floor == 0.35
     legend = [text.get_text() for text in figures["bias_by_level"].legends[0].get_texts()]
@@ -101,12 +102,13 @@ def test_results_of_an_earlier_version_are_not_judged_by_guesswork(copied):
 
 
 def judging() -> dict[str, set[str]]:
-    """The parameters of every function that judges by thresholds, by its name."""
-    thresholds = {"inlier_floor", "inlier_tolerance", "perplexity_budget"}
+    """What every function that judges by thresholds may be told of them, and need not be, by its name."""
+    thresholds = {"inlier_floor", "inlier_tolerance", "perplexity_budget", "verdicts"}
     found = {}
     for module in (excise.report, excise.toxicity_report, excise.figures):
         for name, function in inspect.getmembers(module, inspect.isfunction):
-            own = thresholds & set(inspect.signature(function).parameters)
+            known = inspect.signature(function).parameters.values()
+            own = thresholds & {each.name for each in known if each.default is not inspect.Parameter.empty}
             if own and not name.startswith("_"):
                 found[name] = own
     return found
@@ -126,7 +128,8 @@ def test_no_stage_and_no_command_leaves_a_threshold_to_its_default():
     assert calls >= 7
 
 
-@pytest.mark.parametrize("name", ["INLIER_FLOOR", "INLIER_TOLERANCE", "PERPLEXITY_BUDGET", "FEW_NAMES",
+@pytest.mark.parametrize("name", ["INLIER_FLOOR", "INLIER_TOLERANCE", "PERPLEXITY_BUDGET", "FEW_NAMES", "KL_BUDGET",
+                                  "SIDE_EFFECT_BUDGET", "SPREAD_FLOOR", "COMMONEST_BUDGET", "CHANGE_BUDGET",
                                   "SIGNIFICANCE", "COLLAPSED_SPREAD", "CATASTROPHIC"])  # fmt: skip
 def test_every_threshold_is_assigned_in_one_module(name):
     places = [

@@ -37,6 +37,7 @@ ASSETS = (
     "cross_conte",  # the graph shortens long names: cross_conte…_masks
     "pruned_completions",
     "side_effects",
+    "stability",
     "evaluation_metrics",
     "restoration",
     "grid_search",

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import asdict
 
 import polars as pl
 import pytest
@@ -17,6 +18,7 @@ from excise.figures import (
 )
 from excise.report import MaskName, audit_table, finding, markdown_table, read_metrics
 from excise.results import results_markdown, verdict
+from excise.thresholds import Thresholds
 from excise.toxicity_report import toxicity_finding, toxicity_markdown, toxicity_table
 
 UNPRUNED = ("unpruned", "none", None)
@@ -81,8 +83,8 @@ def terminal(metrics, **options):
 
 def judged(scenario="purchase", floor=0.8, tolerance=0.1, budget=0.05):
     return pl.DataFrame([
-        {"asset": asset, "model": "tiny", "scenario": scenario, "inlier_floor": floor, "inlier_tolerance": tolerance,
-         "perplexity_budget": budget}
+        {"asset": asset, "model": "tiny", "scenario": scenario}
+        | asdict(Thresholds(inlier_floor=floor, inlier_tolerance=tolerance, perplexity_budget=budget))
         for asset in ("evaluation_metrics", "grid_search")
     ])  # fmt: skip
 

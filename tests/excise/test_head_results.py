@@ -1,10 +1,13 @@
 """The words and tables about heads: what is claimed, from hand-made rows."""
 
+from dataclasses import asdict
+
 import polars as pl
 import pytest
 
 from excise.errors import ExciseError
 from excise.head_results import agreement, heads_markdown
+from excise.thresholds import Thresholds
 from excise.toxicity_report import toxicity_finding, toxicity_markdown, toxicity_table
 
 UNPRUNED = ("unpruned", "none", None)
@@ -73,8 +76,8 @@ def test_the_table_has_controls_under_their_strategy():
 
 def judged(budget=0.05):
     """The row of the table thresholds for the audit."""
-    return pl.DataFrame({"asset": ["evaluation_metrics"], "model": ["tiny"], "scenario": ["gender"],
-                         "inlier_floor": [0.8], "inlier_tolerance": [0.1], "perplexity_budget": [budget]})  # fmt: skip
+    place = {"asset": "evaluation_metrics", "model": "tiny", "scenario": "gender"}
+    return pl.DataFrame([place | asdict(Thresholds(perplexity_budget=budget))])
 
 
 def reweighted(**changes):

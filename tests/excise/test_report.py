@@ -333,7 +333,7 @@ def test_the_markdown_table_has_a_row_for_each_variation_and_mask():
     lines = markdown_table(metrics, majority="white", minority="Black").split("\n\n")[0].splitlines()
     masks = metrics.select("variation", "strategy", "level", "matched_to").unique().height
     assert len(lines) == masks + 2
-    assert {line.count(" | ") for line in lines} == {16}
+    assert {line.count(" | ") for line in lines} == {20}
     assert any("random (control of set_difference) | prompt-specific" in line for line in lines)
 
 

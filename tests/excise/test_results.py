@@ -1,6 +1,7 @@
 """Claims about what the page of results says of hand-made tables, and of what it refuses to say."""
 
 import re
+from dataclasses import asdict
 
 import polars as pl
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from excise.errors import ExciseError
 from excise.report import MaskName, read_metrics
 from excise.results import expected_verdict, results_markdown, verdict
+from excise.thresholds import Thresholds
 
 EMPTY = pl.DataFrame()
 STRINGS = ("model", "scenario", "variation", "strategy", "level", "matched_to", "metric")
@@ -49,8 +51,8 @@ def frame(*rows):
 def judged(floor=0.95, tolerance=0.1, budget=0.05, **place):
     """A row of the table thresholds for every partition there may be here."""
     return pl.DataFrame([
-        {"asset": asset, "model": model, "scenario": scenario, "inlier_floor": floor, "inlier_tolerance": tolerance,
-         "perplexity_budget": budget} | place
+        {"asset": asset, "model": model, "scenario": scenario}
+        | asdict(Thresholds(inlier_floor=floor, inlier_tolerance=tolerance, perplexity_budget=budget)) | place
         for asset in ("evaluation_metrics", "grid_search")
         for model in ("planted-general", "planted-specific", "planted-neutral", "gpt2", "a-model")
         for scenario in ("purchase", "finance", "activities", "services")

@@ -22,6 +22,7 @@ LINEAGE = {
     "pruning_masks": ("pruning", {"attribution_scores", "head_impacts"}, "gpu", "grid"),
     "cross_context_masks": ("pruning", {"completions", "attribution_scores", "pruning_masks"}, "gpu", "grid"),
     "pruned_completions": ("pruning", {"completions", "pruning_masks", "cross_context_masks"}, "gpu", "grid"),
+    "stability": ("evaluation", {"completions", "evaluation_metrics"}, "gpu", "grid"),
     "side_effects": (
         "evaluation",
         {"completions", "pruning_masks", "cross_context_masks", "pruned_completions"},
@@ -149,7 +150,10 @@ def test_the_planted_model_on_purchase_is_a_partition(graph):
         ("prepare_scenario", CHAIN[:3]),
         (
             "evaluate_scenario",
-            ("cross_context_masks", "pruned_completions", "side_effects", "evaluation_metrics", "restoration"),
+            (
+                "cross_context_masks", "pruned_completions", "side_effects", "evaluation_metrics", "restoration",
+                "stability",
+            ),
         ),
         ("search_grid", ("grid_search",)),
     ],

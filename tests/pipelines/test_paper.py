@@ -188,7 +188,7 @@ def same(mask: Mask, arrays: dict[str, np.ndarray]) -> bool:
 
 def grid_assets() -> list[str]:
     return ["completions", "attribution_scores", "pruning_masks", "cross_context_masks", "pruned_completions",
-            "restoration", "side_effects", "evaluation_metrics"]  # fmt: skip
+            "restoration", "side_effects", "evaluation_metrics", "stability"]  # fmt: skip
 
 
 def stale(town: Town) -> dict[tuple[str, str], set[str]]:

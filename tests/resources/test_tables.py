@@ -12,6 +12,7 @@ from excise.exact import EXACT_SCHEMA
 from excise.restoration import RESTORATION_SCHEMA
 from excise.scenarios import PROMPTS_SCHEMA
 from excise.side_effects import SIDE_EFFECTS_SCHEMA
+from excise.stability import STABILITY_SCHEMA
 from resources.tables import TABLES, data_dictionary, metric_dictionary
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
@@ -37,6 +38,7 @@ def test_docs_data_md_describes_every_table_and_metric():
         ("comparisons", {**COMPARISONS_SCHEMA, **DEFINITION}),
         ("restoration", {**RESTORATION_SCHEMA, **DEFINITION}),
         ("side_effects", SIDE_EFFECTS_SCHEMA),
+        ("stability", STABILITY_SCHEMA),
         ("grid_search", {**grid.SCHEMA, **DEFINITION}),
     ],
 )
