@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import polars as pl
 
-from excise.report import Estimate, level_label, percent_text
+from excise.report import Estimate, level_label, per_cent
 
 METRICS = (
     "gap_reduction", "reduction_over_random", "smd_reduction", "gap_mean", "inlier_ratio", "spread_ratio",
@@ -66,12 +66,12 @@ def stability_sentence(summed: pl.DataFrame, where: str = "(all)") -> str:
         (pl.col("metric") == "gap_reduction") & (pl.col("variation") == where) & pl.col("matched_to").is_null()
     )
     for row in own.iter_rows(named=True):
-        text = percent_text(Estimate(row["median"], row["low"], row["high"]))
+        text = per_cent(Estimate(row["median"], row["low"], row["high"]))
         lacking = row["splits"] - row["found"]
         grew = f"in {row['below_0']} it grew the gap" if row["below_0"] else "in none it grew the gap"
         sentences.append(
             f"Over {row['splits']} splits of the names {row['strategy']}, {level_label(row['level'])}, removes {text} "
-            f"of the gap (median; {row['lowest']:.0%} to {row['highest']:.0%}); {grew}"
+            f"% of the gap (median; {row['lowest']:.0%} to {row['highest']:.0%}); {grew}"
             + (f"; in {lacking} no mask or no reduction was found." if lacking else ".")
         )
     return " ".join(sentences) or "No strategy has a reduction in any split."

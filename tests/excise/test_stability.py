@@ -41,8 +41,9 @@ def test_splits_without_a_mask_are_counted():
     summed = summary(rows, 5)
     assert summed["found"].to_list() == [2]
     sentence = stability_sentence(summed)
-    assert sentence.startswith("Over 5 splits of the names ours, prompt-specific, removes 75 % [")
-    assert "(median; 70% to 80%); in none it grew the gap; in 3 no mask or no reduction was found." in sentence
+    assert sentence.startswith("Over 5 splits of the names ours, prompt-specific, removes 75 [")
+    assert "] % of the gap (median; 70% to 80%); in none it grew the gap;" in sentence
+    assert sentence.endswith("; in 3 no mask or no reduction was found.")
 
 
 def test_a_gap_that_grew_in_a_split_is_said():
