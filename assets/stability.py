@@ -66,16 +66,21 @@ def stability_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         if audit.splits == 1:
             return nothing(s.ONE_SPLIT if audit.held_out else s.NO_SPLIT)
         metrics = rows_of(warehouse, "metrics", model, scenario.key, made_by="evaluation_metrics")
-        frames = [s.kept(metrics, 0)]
+        frames = []
         with gpu.model(model, catalogue.models, stage=watch.stage(context)) as loaded:
             completions, _ = completions_of(warehouse, model, scenario.key)
             require_same_model(completions, loaded.fingerprint, model, scenario.key)
             for split in range(1, audit.splits):
                 one = _Split(split, scenario, audit, catalogue, warehouse, artifacts, loaded, watch.progress(context))
-                frames.append(one.judged())
-        rows = pl.concat(frames)
+                frames.append(one.judged(audit.splits))
+        # Of the audit's own split, the masks that the others repeat.
+        repeated = pl.DataFrame(one.repeated, schema={"strategy": pl.String, "level": pl.String}, orient="row")
+        own = metrics.with_columns(of=pl.coalesce("matched_to", "strategy")).join(
+            repeated.rename({"strategy": "of"}), on=["of", "level"], how="semi"
+        )
+        rows = pl.concat([s.kept(own, 0, audit.splits), *frames])
         warehouse.replace_partition(NAME, rows, place)
-        summed = s.summary(rows, audit.splits)
+        summed = s.summary(rows)
         return dg.MaterializeResult(
             metadata={
                 "finding": s.stability_sentence(summed),
@@ -122,15 +127,29 @@ class _Split:
             progress=self.progress,
         )  # fmt: skip
 
-    def _masks(self) -> list[NamedMask]:
-        from excise.strategies import build_cross_context_masks, build_masks
-
-        audit, files = self.audit, MaskFiles(self.artifacts)
-        chosen = [
+    def _strategies(self) -> list[Strategy]:
+        audit = self.audit
+        return [
             each.model_copy(update={"controls": tuple(c for c in each.controls if c == "random")})
             for each in self.catalogue.chosen_strategies(audit.strategies, audit.levels, "number", audit.alphas)
             if each.score not in HEAD_SCORES
         ]
+
+    @property
+    def repeated(self) -> list[tuple[str, str]]:
+        """Strategies and levels whose masks are made anew. Across contexts these are paths alone: other masks would
+        need those of all scenarios for this split."""
+        return [
+            (each.key, level)
+            for each in self._strategies()
+            for level in each.levels
+            if level not in ACROSS or each.selection == MEASURED_PATH
+        ]
+
+    def _masks(self) -> list[NamedMask]:
+        from excise.strategies import build_cross_context_masks, build_masks
+
+        audit, files, chosen = self.audit, MaskFiles(self.artifacts), self._strategies()
         paths = paths_of(
             self.warehouse, self.artifacts, self.catalogue, self.loaded, audit,
             PathRows(self.artifacts, NAME, self.loaded.key, self.scenario.key).note, self.progress, self._relabelled,
@@ -143,7 +162,6 @@ class _Split:
                 self.loaded, within, own, scenario=self.scenario.key, permutations=0, store=files.store, **options
             )
         )
-        # Across contexts only paths are followed anew: the others would need all scenarios' masks of this split.
         across = [each for each in chosen if set(each.levels) & set(ACROSS) and each.selection == MEASURED_PATH]
         asked = self.warehouse.read("completions", model=self.loaded.key).select("scenario").unique()["scenario"]
         sources = [
@@ -158,8 +176,8 @@ class _Split:
         made += build_cross_context_masks(across, sources, self.scenario.key, variations, per_source=False, **options)
         return made
 
-    def judged(self) -> pl.DataFrame:
-        """The metrics of this split, as `excise.stability` keeps them."""
+    def judged(self, splits: int) -> pl.DataFrame:
+        """The metrics of this split of `splits`, as `excise.stability` keeps them."""
         from excise.completions import CompletionCache
         from excise.evaluation import evaluate
         from excise.exact import Answering
@@ -190,7 +208,7 @@ class _Split:
             resamples=audit.resamples, permutations=audit.permutations, seed=audit.seed,
             answer_range=self.scenario.outcome.scored_range, log_scale=self.scenario.outcome.scale == "log",
         )  # fmt: skip
-        return kept(metrics, self.number)
+        return kept(metrics, self.number, splits)
 
 
 def _within(strategy: Strategy) -> Strategy:

@@ -17,7 +17,7 @@ METRICS = (
 """Of `metrics`, what is kept of every split."""
 CONDITION = ("variation", "strategy", "level", "matched_to")
 STABILITY_SCHEMA = {
-    "model": pl.String, "scenario": pl.String, "split": pl.Int64, **dict.fromkeys(CONDITION, pl.String),
+    "model": pl.String, "scenario": pl.String, "split": pl.Int64, "splits": pl.Int64, **dict.fromkeys(CONDITION, pl.String),
     "metric": pl.String, "estimate": pl.Float64, "low": pl.Float64, "high": pl.Float64, "names": pl.Int64,
 }  # fmt: skip
 ONE_SPLIT = (
@@ -30,12 +30,12 @@ NO_SPLIT = (
 )
 
 
-def summary(stability: pl.DataFrame, splits: int) -> pl.DataFrame:
+def summary(stability: pl.DataFrame) -> pl.DataFrame:
     """Over splits, for every condition and metric: median, lowest, highest, an interval, splits with a figure, and
     splits in which the figure is below 0.
 
-    stability: rows of STABILITY_SCHEMA of one model and scenario, the audit's own split among them. splits: how many
-    there are; a condition that has fewer had no mask in the others. low, high: median -+ 1.96 sqrt(v + w), v the mean
+    stability: rows of STABILITY_SCHEMA of one model and scenario, the audit's own split among them; a condition with
+    figures of fewer splits than there are had no mask in the others, or no reduction. low, high: median -+ 1.96 sqrt(v + w), v the mean
     over splits of the variance that a 95 % interval over names stands for ((high - low) / 3.92)^2, w the variance of
     the estimates over splits (ddof 1). Null where a split's interval is not known, and with a single split.
     """
@@ -54,8 +54,8 @@ def summary(stability: pl.DataFrame, splits: int) -> pl.DataFrame:
             high=pl.when(told).then(middle + reach),
             found=pl.len(),
             below_0=(pl.col("estimate") < 0).sum(),
+            splits=pl.col("splits").first(),
         )
-        .with_columns(splits=pl.lit(splits))
     )
 
 
@@ -93,7 +93,17 @@ def stability_markdown(summed: pl.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def kept(metrics: pl.DataFrame, split: int) -> pl.DataFrame:
+def kept(metrics: pl.DataFrame, split: int, splits: int) -> pl.DataFrame:
     """The rows of the table `metrics` that are kept of a split, as STABILITY_SCHEMA has them."""
     told = metrics.filter(pl.col("metric").is_in(METRICS) & (pl.col("strategy") != "unpruned"))
-    return told.with_columns(split=pl.lit(split, pl.Int64)).select(STABILITY_SCHEMA.keys())
+    numbers = {"split": split, "splits": splits}
+    return told.with_columns(pl.lit(value, pl.Int64).alias(name) for name, value in numbers.items()).select(
+        STABILITY_SCHEMA.keys()
+    )
+
+
+def stability_finding(stability: pl.DataFrame, *, held_out: bool) -> str:
+    """`stability_sentence` of the table's rows of a partition; without rows, what is not known then."""
+    if stability.is_empty():
+        return ONE_SPLIT if held_out else NO_SPLIT
+    return stability_sentence(summary(stability))

@@ -7,6 +7,7 @@ progress instead of Dagster's log. Anything it prints it reads from the warehous
 import argparse
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 
@@ -16,6 +17,8 @@ from assets.partitions import Catalogue, read_catalogue
 from assets.stage import thresholds_of
 from excise.errors import ExciseError
 from excise.report import audit_table, reuse_sentence
+from excise.scenarios.subsets import ATTRIBUTION
+from excise.stability import stability_finding
 from excise.verdicts import verdicts
 from pipelines.definitions import MODEL_FILES, SCENARIO_FOLDERS, SCORER_FILES, STRATEGY_FILES, build_definitions
 from pipelines.jobs import audit_scenario
@@ -139,8 +142,12 @@ def _closing(
     reused = completions["completions_reused"] + pruned["completions_reused"]
     scores, masks = seen["attribution_scores"], seen["pruning_masks"]
     figures = warehouse.path.parent / "figures" / model / scenario_key
+    place = {"model": model, "scenario": scenario_key}
+    held_out = ATTRIBUTION in set(warehouse.read("completions", **place)["split"])
     lines = [
         table,
+        textwrap.fill(stability_finding(warehouse.read("stability", **place), held_out=held_out), 160),
+        "",
         f"Done in {seconds:.0f} s. {reuse_sentence(drawn, reused)}",
         f"Attribution scores: {scores['files_computed']} computed, {scores['files_reused']} reused. "
         f"Mask files: {masks['mask_files_written']} written, {masks['mask_files_reused']} known already.",

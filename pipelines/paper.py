@@ -41,6 +41,7 @@ from excise.report import (
     unpruned_gap,
 )
 from excise.scenarios import Scenario
+from excise.stability import stability_finding
 from excise.strategies import OWN_SCENARIO
 from excise.thresholds import FEW_NAMES, Thresholds
 from excise.verdicts import verdicts
@@ -283,6 +284,7 @@ def _closing(
     call: Call, catalogue: Catalogue, warehouse: Warehouse, failures: dict[Step, list[str]], outdated: list[str]
 ) -> str:
     lines = [summary(call.model, call.evaluated, warehouse)]
+    lines += _splits(call, warehouse)
     lines += unjudged(warehouse, call.model, map(catalogue.scenario, call.scenarios))
     if failures:
         lines += ["", f"{len(failures)} of the runs failed:"]
@@ -298,6 +300,16 @@ def _closing(
         ]
     lines += ["", "  make ui    the runs, pictures and checks, at http://127.0.0.1:3000"]
     return "\n".join(lines)
+
+
+def _splits(call: Call, warehouse: Warehouse) -> list[str]:
+    """What other splits of the names say, a line for each evaluated scenario that has some."""
+    lines = []
+    for key in call.evaluated:
+        rows = warehouse.read("stability", model=call.model, scenario=key)
+        if not rows.is_empty():
+            lines.append(f"{key}: {stability_finding(rows, held_out=True)}")
+    return ["", *lines] if lines else []
 
 
 def summary(model: str, scenarios: Sequence[str], warehouse: Warehouse) -> str:

@@ -499,6 +499,7 @@ _ALL = (
             _MODEL,
             _SCENARIO,
             ("split", "BIGINT", "number of the split: its seed is the audit's plus that number"),
+            ("splits", "BIGINT", "number of splits"),
             ("variation", "VARCHAR", "variation, or (all)"),
             ("strategy", "VARCHAR", "strategy, or random for its control"),
             ("level", "VARCHAR", "level of generality of the mask"),

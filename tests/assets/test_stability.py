@@ -23,15 +23,17 @@ def test_masks_are_made_and_judged_on_every_split(house):
     assert set(rows["split"]) == {0, 1, 2}
     assert set(rows["metric"]) <= set(METRICS)
     assert "unpruned" not in set(rows["strategy"])
-    own = rows.filter(pl.col("split") == 0).drop("split")
+    own = rows.filter(pl.col("split") == 0).drop("split", "splits")
     metrics = house.warehouse.read("metrics", scenario="lamp").select(own.columns)
     assert own.join(metrics, on=own.columns, how="anti", nulls_equal=True).is_empty()
     strategies = {(row["strategy"], row["level"]) for row in rows.filter(pl.col("split") > 0).iter_rows(named=True)}
     assert {("set_difference", "prompt_specific"), ("set_difference", "within_context")} <= strategies
     means = rows.filter(metric="gap_mean", variation="lamp", strategy="set_difference", level="prompt_specific")
     assert means["estimate"].n_unique() == 3
+    assert ("set_difference", "cross_context") not in set(rows.select("strategy", "level").rows())
     told = materialized(result)["stability"]
     assert "splits" in told
+    assert told["finding"].startswith(("Over 3 splits", "No strategy"))
     again = house.run("evaluate_scenario", "tiny|lamp", only=["stability"], **SPLITS)
     assert failures(again) == {}
     assert house.warehouse.read("stability").sort(pl.all()).equals(rows.sort(pl.all()))

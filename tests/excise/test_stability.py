@@ -5,12 +5,20 @@ import math
 import polars as pl
 import pytest
 
-from excise.stability import STABILITY_SCHEMA, stability_markdown, stability_sentence, summary
+from excise.stability import (
+    NO_SPLIT,
+    ONE_SPLIT,
+    STABILITY_SCHEMA,
+    stability_finding,
+    stability_markdown,
+    stability_sentence,
+    summary,
+)
 
 
-def split(number, estimate, low, high, metric="gap_reduction", strategy="ours", variation="(all)"):
-    place = {"model": "m", "scenario": "s", "split": number, "variation": variation, "strategy": strategy}
-    told = {"level": "prompt_specific", "matched_to": None, "metric": metric, "names": 8}
+def split(number, estimate, low, high, splits=3, strategy="ours", variation="(all)"):
+    place = {"model": "m", "scenario": "s", "split": number, "splits": splits, "variation": variation, "strategy": strategy}
+    told = {"level": "prompt_specific", "matched_to": None, "metric": "gap_reduction", "names": 8}
     return place | told | {"estimate": estimate, "low": low, "high": high}
 
 
@@ -20,7 +28,7 @@ def frame(*rows):
 
 def test_the_interval_holds_the_names_and_the_split():
     rows = frame(split(0, 0.8, 0.7, 0.9), split(1, 0.6, 0.4, 0.8), split(2, -0.1, -0.3, 0.1))
-    (row,) = summary(rows, 3).iter_rows(named=True)
+    (row,) = summary(rows).iter_rows(named=True)
     assert (row["median"], row["lowest"], row["highest"]) == (0.6, -0.1, 0.8)
     assert (row["found"], row["splits"], row["below_0"]) == (3, 3, 1)
     within = sum((width / 3.92) ** 2 for width in (0.2, 0.4, 0.4)) / 3
@@ -31,14 +39,14 @@ def test_the_interval_holds_the_names_and_the_split():
 
 
 def test_one_split_and_unknown_intervals_have_none():
-    assert summary(frame(split(0, 0.8, 0.7, 0.9)), 1)["low"].to_list() == [None]
+    assert summary(frame(split(0, 0.8, 0.7, 0.9, 1)))["low"].to_list() == [None]
     some = frame(split(0, 0.8, 0.7, 0.9), split(1, 0.8, None, None))
-    assert summary(some, 2)["high"].to_list() == [None]
+    assert summary(some)["high"].to_list() == [None]
 
 
 def test_splits_without_a_mask_are_counted():
-    rows = frame(split(0, 0.8, 0.7, 0.9), split(3, 0.7, 0.6, 0.8), split(1, None, None, None))
-    summed = summary(rows, 5)
+    rows = frame(split(0, 0.8, 0.7, 0.9, 5), split(3, 0.7, 0.6, 0.8, 5), split(1, None, None, None, 5))
+    summed = summary(rows)
     assert summed["found"].to_list() == [2]
     sentence = stability_sentence(summed)
     assert sentence.startswith("Over 5 splits of the names ours, prompt-specific, removes 75 [")
@@ -47,10 +55,17 @@ def test_splits_without_a_mask_are_counted():
 
 
 def test_a_gap_that_grew_in_a_split_is_said():
-    summed = summary(frame(split(0, 0.8, 0.7, 0.9), split(1, -3.0, -4.0, -2.0)), 2)
+    summed = summary(frame(split(0, 0.8, 0.7, 0.9, 2), split(1, -3.0, -4.0, -2.0, 2)))
     assert "in 1 it grew the gap." in stability_sentence(summed)
     assert "| (all) | ours | prompt-specific | gap_reduction | -1.10 | -3.00 to 0.80 |" in stability_markdown(summed)
 
 
 def test_nothing_is_said_of_nothing():
-    assert stability_sentence(summary(frame(), 3)) == "No strategy has a reduction in any split."
+    assert stability_sentence(summary(frame())) == "No strategy has a reduction in any split."
+
+
+def test_without_splits_the_finding_says_what_is_not_known():
+    assert stability_finding(frame(), held_out=True) == ONE_SPLIT
+    assert stability_finding(frame(), held_out=False) == NO_SPLIT
+    rows = frame(split(0, 0.8, 0.7, 0.9, 2), split(1, 0.6, 0.5, 0.7, 2))
+    assert stability_finding(rows, held_out=True) == stability_sentence(summary(rows))
