@@ -17,8 +17,8 @@ METRICS = (
 """Of `metrics`, what is kept of every split."""
 CONDITION = ("variation", "strategy", "level", "matched_to")
 STABILITY_SCHEMA = {
-    "model": pl.String, "scenario": pl.String, "split": pl.Int64, "splits": pl.Int64, **dict.fromkeys(CONDITION, pl.String),
-    "metric": pl.String, "estimate": pl.Float64, "low": pl.Float64, "high": pl.Float64, "names": pl.Int64,
+    "model": pl.String, "scenario": pl.String, "split": pl.Int64, "splits": pl.Int64,
+    **dict.fromkeys(CONDITION, pl.String), "metric": pl.String, "estimate": pl.Float64, "low": pl.Float64, "high": pl.Float64, "names": pl.Int64,
 }  # fmt: skip
 ONE_SPLIT = (
     "The masks were made once, from one half of the names: how much hangs on which half that was is not known "
@@ -35,9 +35,10 @@ def summary(stability: pl.DataFrame) -> pl.DataFrame:
     splits in which the figure is below 0.
 
     stability: rows of STABILITY_SCHEMA of one model and scenario, the audit's own split among them; a condition with
-    figures of fewer splits than there are had no mask in the others, or no reduction. low, high: median -+ 1.96 sqrt(v + w), v the mean
-    over splits of the variance that a 95 % interval over names stands for ((high - low) / 3.92)^2, w the variance of
-    the estimates over splits (ddof 1). Null where a split's interval is not known, and with a single split.
+    figures of fewer splits than there are had no mask in the others, or no reduction. low, high: median -+
+    1.96 sqrt(v + w), v the mean over splits of the variance that a 95 % interval over names stands for
+    ((high - low) / 3.92)^2, w the variance of the estimates over splits (ddof 1). Null where a split's interval is not
+    known, and with a single split.
     """
     known = stability.filter(pl.col("estimate").is_not_null())
     within, between = ((pl.col("high") - pl.col("low")) / 3.92).pow(2).mean(), pl.col("estimate").var()

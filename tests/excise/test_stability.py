@@ -17,7 +17,8 @@ from excise.stability import (
 
 
 def split(number, estimate, low, high, splits=3, strategy="ours", variation="(all)"):
-    place = {"model": "m", "scenario": "s", "split": number, "splits": splits, "variation": variation, "strategy": strategy}
+    place = {"model": "m", "scenario": "s", "split": number, "splits": splits}
+    place |= {"variation": variation, "strategy": strategy}
     told = {"level": "prompt_specific", "matched_to": None, "metric": "gap_reduction", "names": 8}
     return place | told | {"estimate": estimate, "low": low, "high": high}
 
