@@ -18,7 +18,8 @@ METRICS = (
 CONDITION = ("variation", "strategy", "level", "matched_to")
 STABILITY_SCHEMA = {
     "model": pl.String, "scenario": pl.String, "split": pl.Int64, "splits": pl.Int64,
-    **dict.fromkeys(CONDITION, pl.String), "metric": pl.String, "estimate": pl.Float64, "low": pl.Float64, "high": pl.Float64, "names": pl.Int64,
+    **dict.fromkeys(CONDITION, pl.String), "metric": pl.String, "estimate": pl.Float64, "low": pl.Float64,
+    "high": pl.Float64, "names": pl.Int64,
 }  # fmt: skip
 ONE_SPLIT = (
     "The masks were made once, from one half of the names: how much hangs on which half that was is not known "
