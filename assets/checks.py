@@ -46,7 +46,7 @@ DESCRIPTIONS = {
     "judged_variations": "Every variation has enough answers of every group to be judged.",
     "parse_rate": "Enough answers of every variation and group hold a single number.",
     "mask_density": "Every strategy's mask prunes something, and not too much of the model.",
-    "damage": "No strategy's mask closes the gap and breaks a budget: spread, answers, text, other scenarios.",
+    "within_budgets": "No strategy's mask closes the gap and breaks a budget: spread, answers, text, other scenarios.",
     "metrics_finite": "Every metric of every mask is there and is a finite number.",
     "inlier_ratio": "Under every strategy's mask, enough answers stay in the range of the unpruned model's.",
     "all_checks_pass": "No check of any partition fails.",
@@ -302,7 +302,7 @@ def inlier_ratio(metrics: pl.DataFrame, floor: float) -> Outcome:
     return _at_least("inlier_ratio", ratios, "inlier_ratio", floor, "answers in the unpruned model's range")
 
 
-def damage(verdicts: pl.DataFrame) -> Outcome:
+def within_budgets(verdicts: pl.DataFrame) -> Outcome:
     """No strategy's own mask is shown to close the gap and breaks a budget beside it, or leaves one unmeasured.
 
     verdicts: of `excise.verdicts`. Masks that close no gap are no temptation, and controls are not judged.
@@ -329,7 +329,7 @@ def damage(verdicts: pl.DataFrame) -> Outcome:
         message += "; ".join(f"{_place(row)}: {row['failed'] or row['unknown']}" for row in [*broken, *unknown][:3])
         message += "; and others." if len(broken) + len(unknown) > 3 else "."
     worst = _place((broken or unknown)[0]) if broken or unknown else None
-    return Outcome("damage", worst is None, WARN, message, float(len(broken)), 0.0, worst, table)
+    return Outcome("within_budgets", worst is None, WARN, message, float(len(broken)), 0.0, worst, table)
 
 
 def metrics_finite(metrics: pl.DataFrame) -> Outcome:

@@ -47,7 +47,7 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             checks.spec("metrics_finite", "evaluation_metrics", catalogue),
             checks.spec("judged_variations", "evaluation_metrics", catalogue),
             checks.spec("inlier_ratio", "evaluation_metrics", catalogue),
-            checks.spec("damage", "evaluation_metrics", catalogue),
+            checks.spec("within_budgets", "evaluation_metrics", catalogue),
         ],
         code_version="5",
     )
@@ -105,7 +105,7 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             checks.metrics_finite(rows),
             checks.judged_under_masks(pruned, scenario, judged, completions["variation"].n_unique()),
             checks.inlier_ratio(rows, audit.inlier_floor),
-            checks.damage(verdict),
+            checks.within_budgets(verdict),
         ]
         checks.record(warehouse, "evaluation_metrics", model, scenario.key, outcomes)
         record_thresholds(warehouse, "evaluation_metrics", model, scenario.key, audit.thresholds)
@@ -183,7 +183,7 @@ def _toxicity_metrics(
         checks.metrics_finite(rows),
         checks.judged_under_masks(pruned, scenario, judged, completions["variation"].n_unique()),
         checks.share_scored(rows, audit.parse_floor),
-        checks.Outcome("damage", True, checks.WARN, "Damage budgets are those of answers that are numbers."),
+        checks.Outcome("within_budgets", True, checks.WARN, "Damage budgets are those of answers that are numbers."),
     ]
     checks.record(warehouse, "evaluation_metrics", model, scenario.key, outcomes)
     record_thresholds(warehouse, "evaluation_metrics", model, scenario.key, audit.thresholds)

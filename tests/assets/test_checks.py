@@ -337,7 +337,7 @@ def verdict(closes=True, failed=(), unknown=(), **place):
 
 
 def judged_damage(*verdicts):
-    return checks.damage(pl.DataFrame(verdicts, schema=VERDICTS_SCHEMA, orient="row"))
+    return checks.within_budgets(pl.DataFrame(verdicts, schema=VERDICTS_SCHEMA, orient="row"))
 
 
 def test_a_mask_that_closes_the_gap_and_breaks_a_budget_is_named_with_the_budget():

@@ -495,7 +495,8 @@ def masks_of_a_scenario(bench: Bench) -> None:
                 mask.save(path)
                 return path
 
-            masks = build_masks(bench.loaded, [strategy], files, random_draws=0, permutations=0, seed=0, store=store)
+            options = {"random_draws": 0, "permutations": 0, "seed": 0, "store": store}
+            masks = build_masks(bench.loaded, [strategy], files, scenario="purchase", **options)
             made.append(sum(1 for _ in masks))
 
     asked = bench.tokens(bench.prompts(bench.size.batch_names))

@@ -20,6 +20,7 @@ from tests.end_to_end.dagster_ui import (
     ROOT,
     browser_page,
     dagster_dev,
+    set_window,
 )
 
 pytestmark = [
@@ -112,8 +113,10 @@ def metadata(page, name: str) -> str:
 
 
 def test_the_lineage_graph_shows_every_stage(page):
+    set_window(page.driver, 2800, 1400)  # what lies outside of the window is not drawn
     page.open_lineage()
     page.shows(*ASSETS)
+    set_window(page.driver, 1400, 900)
     assert page.console_errors() == []
 
 

@@ -63,7 +63,7 @@ CHECKS = {
     ("evaluation_metrics", "metrics_finite", False),
     ("evaluation_metrics", "judged_variations", False),
     ("evaluation_metrics", "inlier_ratio", False),
-    ("evaluation_metrics", "damage", False),
+    ("evaluation_metrics", "within_budgets", False),
     ("quality_report", "all_checks_pass", False),
 }
 

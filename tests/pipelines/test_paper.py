@@ -478,7 +478,10 @@ def test_a_rerun_of_one_scenario_leaves_rows_and_files_of_the_others_alone(town)
 
 def test_dagster_shows_the_other_scenarios_cross_context_masks_as_stale(town):
     changed = {"completions tiny|vase", "attribution_scores tiny|vase", "pruning_masks tiny|vase"}
-    assert stale(town) == {("cross_context_masks", key): changed for key in ("lamp", "purchase")}
+    others = ("lamp", "purchase")
+    assert stale(town) == {("cross_context_masks", key): changed for key in others} | {
+        ("stability", key): {"completions tiny|vase"} for key in others
+    }
 
 
 CODE_LOCATION = """
