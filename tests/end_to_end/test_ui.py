@@ -113,7 +113,7 @@ def metadata(page, name: str) -> str:
 
 
 def test_the_lineage_graph_shows_every_stage(page):
-    set_window(page.driver, 2800, 1400)  # what lies outside of the window is not drawn
+    set_window(page.driver, 1400, 2000)  # what lies outside of the window is not drawn
     page.open_lineage()
     page.shows(*ASSETS)
     set_window(page.driver, 1400, 900)
