@@ -6,6 +6,7 @@ model is in memory at a time. What is estimated is in `excise.restoration`.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import dagster as dg
@@ -16,7 +17,7 @@ from assets.completions import completions_of, without
 from assets.evaluation_metrics import pruned_answers
 from assets.mask_definitions import with_definitions
 from assets.partitions import Catalogue
-from assets.stage import data_version, grid_asset, table_metadata
+from assets.stage import data_version, grid_asset, nothing_to_tell, table_metadata
 from excise.errors import ExciseError
 from excise.judged import compared_groups, judged_of
 from excise.models import ModelSpec, reference_of
@@ -58,12 +59,7 @@ def restoration_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         audit, place = catalogue.audit_of(settings, scenario), {"model": model, "scenario": scenario.key}
         reference = reference_of(model, catalogue.models)
 
-        def nothing(why: str) -> dg.MaterializeResult:
-            rows = pl.DataFrame(schema=TABLES["restoration"].schema)
-            warehouse.replace_partition("restoration", rows, place)
-            metadata = {"restoration": why} | table_metadata("restoration", rows)
-            return dg.MaterializeResult(metadata=metadata, data_version=data_version(rows, why))
-
+        nothing = partial(nothing_to_tell, warehouse, "restoration", place, under="restoration")
         if reference is None:
             return nothing(
                 f"{model} has no reference to be restored to: name in models.yaml the model that it was before a bias "

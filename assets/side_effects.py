@@ -5,6 +5,7 @@ in `excise.side_effects`; which scenarios, the settings say.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import dagster as dg
@@ -14,7 +15,7 @@ from assets import checks
 from assets.completions import completions_of, require_same_model
 from assets.partitions import Catalogue
 from assets.pruned_completions import masks_to_ask
-from assets.stage import data_version, grid_asset, table_metadata
+from assets.stage import data_version, grid_asset, nothing_to_tell, table_metadata
 from excise.errors import ExciseError
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import ATTRIBUTION
@@ -22,7 +23,6 @@ from excise.strategies import CROSS_CONTEXT
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import Audit, AuditSettings
-from resources.tables import TABLES
 from resources.warehouse import Warehouse
 from resources.watch import RunWatch
 
@@ -52,12 +52,7 @@ def side_effects_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         model, scenario = catalogue.partition(context)
         audit, place = catalogue.audit_of(settings, scenario), {"model": model, "scenario": scenario.key}
 
-        def nothing(why: str) -> dg.MaterializeResult:
-            rows = pl.DataFrame(schema=TABLES["side_effects"].schema)
-            warehouse.replace_partition("side_effects", rows, place)
-            metadata = {"side_effects": why} | table_metadata("side_effects", rows)
-            return dg.MaterializeResult(metadata=metadata, data_version=data_version(rows, why))
-
+        nothing = partial(nothing_to_tell, warehouse, "side_effects", place, under="side_effects")
         if scenario.outcome.kind != "number":
             return nothing("Side effects are told of masks made in scenarios whose answers are numbers.")
         completions, _ = completions_of(warehouse, model, scenario.key)

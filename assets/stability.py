@@ -6,6 +6,7 @@ paths and answers. The audit's own split is the table `metrics`. What is summed 
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import dagster as dg
 import polars as pl
@@ -14,7 +15,7 @@ from assets.completions import completions_of, require_same_model, without
 from assets.measured_paths import PathRows, paths_of
 from assets.partitions import Catalogue
 from assets.pruning_masks import MaskFiles, mask_rows
-from assets.stage import data_version, grid_asset, rows_of, table_metadata
+from assets.stage import data_version, grid_asset, nothing_to_tell, rows_of, table_metadata
 from excise.judged import judged_of
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import ATTRIBUTION, EVALUATION, held_out_split
@@ -54,13 +55,7 @@ def stability_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         model, scenario = catalogue.partition(context)
         audit, place = catalogue.audit_of(settings, scenario), {"model": model, "scenario": scenario.key}
 
-        def nothing(why: str) -> dg.MaterializeResult:
-            rows = pl.DataFrame(schema=TABLES[NAME].schema)
-            warehouse.replace_partition(NAME, rows, place)
-            return dg.MaterializeResult(
-                metadata={"finding": why} | table_metadata(NAME, rows), data_version=data_version(rows, why)
-            )
-
+        nothing = partial(nothing_to_tell, warehouse, NAME, place, under="finding")
         if scenario.outcome.kind != "number":
             return nothing("Splits of the names are for scenarios whose answers are numbers.")
         if audit.splits == 1:

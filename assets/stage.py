@@ -132,6 +132,17 @@ def nothing_judged(
     return dg.MaterializeResult(metadata=metadata, data_version=data_version(rows))
 
 
+def nothing_to_tell(
+    warehouse: Warehouse, table: str, place: Mapping[str, str], why: str, *, under: str
+) -> dg.MaterializeResult:
+    """The result of a stage that has nothing to tell of a partition: an empty table, and `why` as metadata `under`."""
+    rows = pl.DataFrame(schema=TABLES[table].schema)
+    warehouse.replace_partition(table, rows, place)
+    return dg.MaterializeResult(
+        metadata={under: why} | table_metadata(table, rows), data_version=data_version(rows, why)
+    )
+
+
 def rows_of(warehouse: Warehouse, table: str, model: str, scenario: str, *, made_by: str) -> pl.DataFrame:
     """A partition's rows. Raises ExciseError naming the asset to materialize when there are none."""
     rows = warehouse.read(table, model=model, scenario=scenario)

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from excise.distributions import tilted
 from excise.encoding import encode
 from excise.models import LoadedModel, load_model, load_registry
 from excise.progress import Progress, TerminalProgress, silent
@@ -128,22 +129,7 @@ def shifted(values: np.ndarray, probability: np.ndarray, shift: float) -> np.nda
     An exponential tilt changes a distribution as little as can be for the shift. Where the values leave too little
     room, it goes as far as a tilt by 20 does.
     """
-    from scipy.optimize import brentq
-    from scipy.special import softmax
-
-    logs = np.log(values)
-    centred = logs - probability @ logs
-
-    def tilted(tilt: float) -> np.ndarray:
-        return softmax(np.log(np.maximum(probability, 1e-12)) + tilt * centred)
-
-    def missing(tilt: float) -> float:
-        return tilted(tilt) @ centred - shift
-
-    end = math.copysign(20.0, shift)
-    if shift == 0:
-        return probability
-    return tilted(end if missing(end) * shift < 0 else brentq(missing, 0.0, end))
+    return tilted(np.log(values), probability, shift)
 
 
 def _batches(loaded: LoadedModel, plant: Plant, scenarios: Mapping[str, Scenario]) -> Iterator[list[list[tuple]]]:
