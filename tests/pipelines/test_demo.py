@@ -1,13 +1,15 @@
 """The demo ends with a table and where to look next, reuses what it can, and fails with a message."""
 
+from argparse import Namespace
 from dataclasses import replace
 
 import dagster as dg
 import pytest
 
+from assets.partitions import read_catalogue
 from pipelines import demo
 from resources.settings import PRESETS, Preset
-from tests.conftest import WIDE
+from tests.conftest import SMALL_SCENARIO, WIDE
 
 
 @pytest.fixture
@@ -47,6 +49,18 @@ def test_the_demo_shows_progress_a_table_and_the_way_on(at_home, capsys):
     assert "Nothing was sampled anew" in second.out
     assert "0 computed" in second.out
     assert "0 written" in second.out
+
+
+@pytest.mark.parametrize(
+    ("preset", "variations", "asked"),
+    [("quick", None, ["lamp", "bench"]), ("quick", "desk, lamp", ["desk", "lamp"]), ("paper", None, None)],
+)
+def test_the_quick_demo_asks_two_variations_where_none_are_named(house, preset, variations, asked):
+    items = {key: {"item": key} for key in ("lamp", "bench", "desk")}
+    house.write_scenario("shop", SMALL_SCENARIO | {"variations": items})
+    catalogue = read_catalogue([house.folder / "scenarios"], [], [])
+    chosen = Namespace(preset=preset, variations=variations, strategies="all")
+    assert demo.settings_of(catalogue, catalogue.scenarios["shop"], chosen).get("variations") == asked
 
 
 @pytest.mark.parametrize(
