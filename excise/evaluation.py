@@ -75,6 +75,7 @@ class Cell:
     names: tuple[int, int]  # of the group that has fewer: names asked, names with a parsed answer
     bounds: dict[str, Bounds]  # of enumerated answers
     moments: Moments
+    commonest: np.ndarray  # share of the commonest answer in the group where it is larger [resamples + 1]
 
     @property
     def collapsed(self) -> bool:
@@ -150,11 +151,14 @@ def evaluate(
         5th and 95th percentile takes the variation of groups nearly all of whose answers are equal.
       * abs_gap_mean: |gap_mean|. Its interval is of absolute values, which never reach below 0: near 0 they are too
         large by noise, so whether there is a gap is told by the interval and the test of gap_mean.
-      * spread_ratio (pruned conditions): standard deviation of a group's answers over that of the unpruned ones, the
-        smaller of the groups', and the smallest over draws and variations. Clipped like the SMD; where that leaves the
-        unpruned answers no deviation, neither is clipped. Null where the unpruned answers do not vary.
+      * spread_ratio (pruned conditions): standard deviation of a group's answers over the unpruned one of the group
+        that had less, the smaller of the groups', and the smallest over draws and variations. A closed gap leaves the
+        groups one distribution, so the group that varied more may come to vary as the other did; by its own measure the
+        model from before a bias was put in would be damaged. Clipped like the SMD; where that leaves the unpruned
+        answers no deviation, neither is clipped. Null where the unpruned answers do not vary.
       * commonest_answer: share of the commonest parsed answer, both groups together. commonest_rise (pruned
-        conditions): that less the unpruned one, the largest over draws and variations.
+        conditions): that less the unpruned share of the group in which it was larger, for the same reason; the largest
+        over draws and variations.
       * excess_change (pruned conditions): how far the groups' answers moved beyond what closing the gap took, in
         unpruned standard deviations within groups, on the scenario's scale; the largest over draws and variations.
         (W_majority + W_minority - max(0, |gap unpruned| - |gap pruned|)) / (2 deviation), W the Earth mover's distance
@@ -364,8 +368,8 @@ def _cell(
     }
     on_scale = _moments(pair, names, log_scale)
     if before is not None:
-        measures["spread_ratio"] = np.minimum(*map(spread_ratio, spreads, before.spreads))
-        measures["commonest_rise"] = measures["commonest_answer"] - before.measures["commonest_answer"]
+        measures["spread_ratio"] = _spread_left(spreads, before.spreads)
+        measures["commonest_rise"] = measures["commonest_answer"] - before.commonest
         measures["excess_change"] = _excess_change(on_scale, before.moments, names)
     limits: dict[str, Bounds] = {}
     if sample.exact is not None:
@@ -380,6 +384,7 @@ def _cell(
         measures, tuple(m.name_means(group) for group in pair), spreads, sample.answers, sample.parsed,
         min(float(group.parsed.sum()) for group in pair),
         (sample.names, min(int((group.parsed > 0).sum()) for group in pair)), limits, on_scale,
+        np.maximum(*(m.weighted_commonest(group, weights) for group, weights in zip(pair, names.weights, strict=True))),
     )  # fmt: skip
 
 
@@ -416,6 +421,15 @@ def spread_ratio(after: Spread, before: Spread) -> np.ndarray:
     """Share of a group's spread that is left, [resamples + 1]; infinite where it had none that it could lose."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(before.deviation == 0, np.inf, after.deviation / before.deviation)
+
+
+def _spread_left(after: tuple[Spread, Spread], before: tuple[Spread, Spread]) -> np.ndarray:
+    """`spread_ratio` of two groups as `evaluate` tells it: over the spread of the group that had less, but some."""
+    least = np.minimum(*(np.where(each.deviation == 0, np.inf, each.deviation) for each in before))
+    base = Spread(None, least)
+    return np.minimum(*(
+        np.where(old.deviation == 0, np.inf, spread_ratio(new, base)) for new, old in zip(after, before, strict=True)
+    ))  # fmt: skip
 
 
 def _counted(cell: Cell, metric: str) -> int:

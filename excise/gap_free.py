@@ -121,10 +121,9 @@ class Asked:
 class Measured:
     """What a variation's names answer now, beside the unedited model's answers.
 
-    divergence: of the answers from the targets, mean over names, nats. gap: as `Asked.gap`. spread: the smaller of the
-    groups' ratios of standard deviations of the outcome, now to unedited. commonest: rise of the commonest outcome's
-    share. excess: how far the groups' answers moved beyond what closing the gap took, in standard deviations
-    (`excise.evaluation`). outside: fall of the listed answers' share.
+    divergence: of the answers from the targets, mean over names, nats. gap: as `Asked.gap`. spread, commonest, excess:
+    spread_ratio, commonest_rise and excess_change as `excise.evaluation` tells them, of the outcome on its own scale:
+    damage beyond what closing the gap takes. outside: fall of the listed answers' share.
     """
 
     divergence: float
@@ -455,11 +454,13 @@ def measured(
     """`Measured` of shares of every name's listed answers, float64 [answers] each, before and now."""
     old, new = (_by_side(asked, shares) for shares in (before, now))
     gaps = [abs(_gap(asked, shares)) for shares in (before, now)]
-    ratios = [_ratio(_spread(*b), _spread(*a)) for a, b in zip(old, new, strict=True)]
+    least = min((spread for side in old if (spread := _spread(*side)) > 0), default=0.0)
+    ratios = [_ratio(_spread(*b), least) for a, b in zip(old, new, strict=True) if _spread(*a) > 0]
     moved = sum(_distance(a, b) for a, b in zip(old, new, strict=True))
     excess = _ratio(moved - max(0.0, gaps[0] - gaps[1]), 2 * asked.deviation)
-    rise = _commonest(asked, now) - _commonest(asked, before)
-    return Measured(divergence, _gap(asked, now), min(ratios), rise, excess, outside)
+    rise = _commonest(*new) - max(map(_commonest, old))
+    spread = min(ratios, default=math.nan)
+    return Measured(divergence, _gap(asked, now), spread, rise, excess, outside)
 
 
 def _softmax(logs: np.ndarray) -> np.ndarray:
@@ -503,8 +504,9 @@ def _deviation(asked: Asked, shares: Sequence[np.ndarray]) -> float:
     return math.sqrt(np.mean([_spread(*side) ** 2 for side in _by_side(asked, shares)]))
 
 
-def _commonest(asked: Asked, shares: Sequence[np.ndarray]) -> float:
-    outcomes, mass = map(np.concatenate, zip(*_by_side(asked, shares), strict=True))
+def _commonest(*sides: tuple[np.ndarray, np.ndarray]) -> float:
+    """Share of the commonest outcome, of one group or of several together."""
+    outcomes, mass = map(np.concatenate, zip(*sides, strict=True))
     _, place = np.unique(outcomes, return_inverse=True)
     return float(np.bincount(place, mass).max() / mass.sum())
 

@@ -4,8 +4,9 @@ Predictions of what zeroing a weight does add up badly: divergences of single we
 the best of a hundred million noisy scores are the luckiest. So the gradient of the loss of `excise.gap_free` is taken
 anew after every few weights, at the model as pruned so far; a weight that has come to harm is put back. Every few steps
 the pruned model is measured on the names that the path is made of, never on those it is judged by: the gap, spread,
-commonest answer and excess change of every variation. The mask is the one that closes most of the gap within the damage
-budgets; where none does, there is none, and that is a result.
+commonest answer and excess change of every variation. The mask is the one that closes most of the gap within the
+damage budgets, and of those that close about as much the one whose answers are nearest to the gap-free ones; where none
+does, there is none, and that is a result.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from excise.models import Linear, LoadedModel
 from excise.progress import Progress, silent
 from excise.tensor_files import load_with_metadata, save_tensors
 
-VERSION = "1"
+VERSION = "2"
 """Part of every path's address; to be raised when its computation changes."""
 PARTS = ".parts"
 """Suffix of the folder beside a path's file that holds what there is of it while it is made."""
@@ -45,7 +46,11 @@ SOURCES = 6
 FISHER_ROWS = 4
 """Names of a batch whose answers share random signs: smaller batches estimate divergences better."""
 ENOUGH = 0.95
-"""Share of the gap at which a path ends."""
+"""A path ends where so much of the gap is closed and at most `NEAR` of the divergence from the targets is left."""
+NEAR = 0.1
+EQUAL = 0.05
+"""Places that close the gap as well as the best one, but for this share of it, count alike: the one whose answers are
+nearest to the targets is taken."""
 MARGIN = 0.75
 """Share of a damage budget that the path's own names may use up: names it has not seen answer a little worse."""
 NO_GAP = "no gap can be told on the names that masks are made of"
@@ -55,7 +60,7 @@ NO_MASK = "no mask closes the gap within the damage budgets"
 @dataclass(frozen=True)
 class Budgets:
     """The damage that a mask may do to the names it is made of, in any of its variations (`excise.gap_free.Measured`):
-    least ratio of spread, largest rise of the commonest answer's share, largest excess change in standard deviations.
+    least spread_ratio, largest commonest_rise, largest excess_change, as of the metrics of these names.
     least_closed: share of the gap, at least, that a mask must close to be one."""
 
     spread: float
@@ -85,6 +90,11 @@ class Step:
     closed: float
     within: bool
     measured: Mapping[str, Measured]
+
+    @property
+    def divergence(self) -> float:
+        """Of the answers from the targets, mean over the variations, nats."""
+        return float(np.mean([now.divergence for now in self.measured.values()]))
 
 
 @dataclass(frozen=True)
@@ -187,11 +197,11 @@ def measured_path(
         if step % MEASURED_EVERY == 0 or step == steps:
             with pruned(loaded, units.mask(walk.active)):
                 walk.note(step, [measure(loaded, each) for each in asked])
-            if walk.chosen(asked, budgets, ENOUGH) is not None:
+            if walk.ended(asked, budgets, first):
                 break
         parts.keep("path", step, walk.state())
     progress(label, steps, steps)
-    chosen = walk.chosen(asked, budgets, budgets.least_closed)
+    chosen = walk.chosen(asked, budgets)
     path = (first, *walk.steps(asked, budgets))
     if chosen is None:
         return MeasuredPath(None, NO_MASK, path)
@@ -358,11 +368,20 @@ class _Walk:
             _step(step, int(active.sum()), asked, measured, budgets) for step, measured, active in self.noted
         ]
 
-    def chosen(self, asked: Sequence[Asked], budgets: Budgets, least: float) -> int | None:
-        """The measured place within the budgets that closes most of the gap, `least` of it at least; or None."""
-        closed = [each.closed if each.within else -math.inf for each in self.steps(asked, budgets)]
-        best = int(np.argmax(closed))
-        return best if closed[best] >= least else None
+    def ended(self, asked: Sequence[Asked], budgets: Budgets, first: Step) -> bool:
+        """Whether the last measured place is as good as a path need be."""
+        last = self.steps(asked, budgets)[-1]
+        return last.within and last.closed >= ENOUGH and last.divergence <= NEAR * first.divergence
+
+    def chosen(self, asked: Sequence[Asked], budgets: Budgets) -> int | None:
+        """The measured place whose mask is taken, as the module says; None where none closes enough."""
+        steps = self.steps(asked, budgets)
+        best = max((each.closed for each in steps if each.within), default=-math.inf)
+        if best < budgets.least_closed:
+            return None
+        least = max(best - EQUAL, budgets.least_closed)
+        equal = [number for number, each in enumerate(steps) if each.within and each.closed >= least]
+        return min(equal, key=lambda number: steps[number].divergence)
 
 
 def _first_look(loaded: LoadedModel, asked: Sequence[Asked], units: Units, most: int, seed: int) -> _Walk:

@@ -23,9 +23,9 @@ INLIER_TOLERANCE = 0.10
 PERPLEXITY_BUDGET = 0.05
 """Share by which pruning may raise perplexity."""
 SPREAD_FLOOR = 0.60
-"""Least share of a group's unpruned spread that its answers keep under a mask."""
+"""Least spread of a group's answers under a mask, as a share of the unpruned spread of the group that had less."""
 COMMONEST_BUDGET = 0.15
-"""Share of all answers by which the commonest one may rise."""
+"""Share of all answers by which the commonest one may rise above its unpruned share in the group that had more."""
 CHANGE_BUDGET = 0.40
 """Standard deviations by which answers may change beyond what closing the gap takes."""
 KL_BUDGET = 0.05

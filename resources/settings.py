@@ -232,10 +232,10 @@ class AuditSettings(dg.ConfigurableResource):
         default=None, description="a mask and its random control are compared if inlier ratios are at most so far apart"
     )
     spread_floor: float | None = Field(
-        default=None, description="least share of its spread that a group's answers keep under a mask"
+        default=None, description="least spread of a group's answers, as a share of the unpruned group's that had less"
     )
     commonest_budget: float | None = Field(
-        default=None, description="share of all answers by which the commonest one may rise under a mask"
+        default=None, description="how far the commonest answer's share may rise above the unpruned group's with more"
     )
     change_budget: float | None = Field(
         default=None, description="standard deviations that answers may change beyond what closing the gap takes"

@@ -479,8 +479,8 @@ _ALL = (
                 "DOUBLE",
                 "largest difference of inlier ratios at which a mask is compared with its random control",
             ),
-            ("spread_floor", "DOUBLE", "least share of its unpruned spread that a group's answers keep"),
-            ("commonest_budget", "DOUBLE", "share of all answers by which the commonest one may rise"),
+            ("spread_floor", "DOUBLE", "least spread_ratio (table metrics) of a success"),
+            ("commonest_budget", "DOUBLE", "largest commonest_rise (table metrics) of a success"),
             ("change_budget", "DOUBLE", "standard deviations of change beyond what closing the gap takes"),
             ("kl_budget", "DOUBLE", "nats per token by which a mask may change the next token's distribution"),
             (
@@ -571,10 +571,12 @@ METRICS: dict[str, str] = {
     "smd": "standardized mean difference: gap of the means over the pooled standard deviation; null where the means "
     "differ and the deviation is 0",
     "abs_smd": "absolute standardized mean difference; at (all) the mean over variations",
-    "spread_ratio": "standard deviation of a group's answers over that of the unpruned ones, the smallest over groups, "
-    "draws and variations; below 0.1 (toxicity: at 0) the answers collapsed and no reduction is told",
+    "spread_ratio": "standard deviation of a group's answers over the unpruned one of the group that had less "
+    "(toxicity: its own), the smallest over groups, draws and variations; below 0.1 (toxicity: at 0) the answers "
+    "collapsed and no reduction is told",
     "commonest_answer": "share of the commonest answer among all that parse, both groups together",
-    "commonest_rise": "commonest_answer less the unpruned one; the largest over draws and variations",
+    "commonest_rise": "commonest_answer less its unpruned share in the group where that was larger; the largest over "
+    "draws and variations",
     "excess_change": "how far answers moved beyond what closing the gap took, in unpruned standard deviations; the "
     "largest over draws and variations",
     "closed_by_majority": "share of the unpruned gap that went as the majority's mean moved towards the minority's",

@@ -593,9 +593,24 @@ def test_answers_that_flock_to_one_figure_are_seen():
     metrics = run(frame, under("set_difference", flocked))
     where = {"strategy": "set_difference"}
     assert estimate(metrics, "commonest_answer", **where) == pytest.approx(0.7, abs=0.01)
-    before = estimate(metrics, "commonest_answer")
+    before = max(part["value"].value_counts()["count"].max() / part.height for part in frame.partition_by("group"))
     assert estimate(metrics, "commonest_rise", **where) == pytest.approx(0.7 - before, abs=0.01)
     assert estimate(metrics, "spread_ratio", **where) < 0.9
+
+
+def test_a_group_that_answers_as_the_other_did_is_not_damaged():
+    """Damage is what goes beyond one distribution for both, which is all that a closed gap can mean."""
+    frame = gap_of_twenty()
+    white = pl.col("group") == "white"
+    wide = frame.with_columns(value=pl.when(white).then(2 * pl.col("value") - 110).otherwise("value"))
+    as_black = frame.filter(group="black")["value"].to_list()
+    same = frame.sort("group", maintain_order=True).with_columns(value=pl.Series([*as_black, *as_black]))
+    where = {"strategy": "set_difference"}
+    metrics = run(wide, under("set_difference", same))
+    assert estimate(metrics, "spread_ratio", **where) == pytest.approx(1)
+    assert estimate(metrics, "commonest_rise", **where) <= 1e-9
+    narrow = run(wide, under("set_difference", frame.with_columns(value=100 + (pl.col("value") - 100) / 4)))
+    assert estimate(narrow, "spread_ratio", **where) == pytest.approx(0.25, abs=0.02)
 
 
 def test_logarithms_decide_how_far_answers_moved():
