@@ -13,7 +13,7 @@ from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, table_metadata, table_value
 from excise.errors import ExciseError
 from excise.scenarios.subsets import EVALUATION
-from excise.strategies import HEAD_SCORES, Strategy
+from excise.strategies.build import HEAD_SCORES, Strategy
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import AuditSettings
@@ -45,8 +45,8 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         watch: RunWatch,
     ) -> dg.MaterializeResult:
         from excise.attribution import attribute, scored_places
-        from excise.completions import CompletionCache
-        from excise.exact import Answering, as_samples
+        from excise.generation.completions import CompletionCache
+        from excise.generation.enumeration import Answering, as_samples
 
         model, scenario = catalogue.partition(context)
         audit = catalogue.audit_of(settings, scenario)

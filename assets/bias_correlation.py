@@ -35,8 +35,8 @@ def bias_correlation_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         import polars as pl
 
-        from excise.bias_correlation import impact_correlations
-        from excise.figures import impact_correlation
+        from excise.evaluation.bias_correlation import impact_correlations
+        from excise.reporting.figures import impact_correlation
 
         model = context.partition_key
         impacts = warehouse.read("head_impacts", model=model)

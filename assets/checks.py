@@ -16,7 +16,7 @@ import polars as pl
 
 from assets.partitions import Catalogue
 from assets.stage import table_value
-from excise.judged import (
+from excise.evaluation.judged import (
     compared_groups,
     each_unjudged,
     judgements,
@@ -198,13 +198,21 @@ def completions_complete_and_balanced(
     else:
         message = "There are rows that belong to no wanted prompt, or empty texts."
     return Outcome(
-        "completions_complete_and_balanced", not unmet, ERROR, message, float(figure), float(samples), worst,
-        sizes.to_dicts(), unmet,
-    )  # fmt: skip
+        "completions_complete_and_balanced",
+        not unmet,
+        ERROR,
+        message,
+        float(figure),
+        float(samples),
+        worst,
+        sizes.to_dicts(),
+        unmet,
+    )
 
 
 def judged_variations(completions: pl.DataFrame, scenario: Scenario) -> Outcome:
-    """Every variation can be judged (`excise.judged`). An error only where none can: the others go on without it."""
+    """Every variation can be judged (`excise.evaluation.judged`). An error only where none can: the others go on
+    without it."""
     asked = completions["variation"].n_unique()
     unjudged = each_unjudged(completions, scenario)
     count = asked - unjudged.height
@@ -226,9 +234,15 @@ def judged_variations(completions: pl.DataFrame, scenario: Scenario) -> Outcome:
     )
     message += f" {told}. {mend(of_them, scenario)}"
     return Outcome(
-        "judged_variations", False, WARN if count else ERROR, message, float(count), float(asked),
-        unjudged["variation"][0], unjudged.to_dicts(),
-    )  # fmt: skip
+        "judged_variations",
+        False,
+        WARN if count else ERROR,
+        message,
+        float(count),
+        float(asked),
+        unjudged["variation"][0],
+        unjudged.to_dicts(),
+    )
 
 
 def judged_under_masks(pruned: pl.DataFrame, scenario: Scenario, judged: Sequence[str], asked: int) -> Outcome:
@@ -305,7 +319,7 @@ def inlier_ratio(metrics: pl.DataFrame, floor: float) -> Outcome:
 def within_budgets(verdicts: pl.DataFrame) -> Outcome:
     """No strategy's own mask is shown to close the gap and breaks a budget beside it, or leaves one unmeasured.
 
-    verdicts: of `excise.verdicts`. Masks that close no gap are no temptation, and controls are not judged.
+    verdicts: of `excise.evaluation.verdicts`. Masks that close no gap are no temptation, and controls are not judged.
     """
     own = verdicts.filter(pl.col("matched_to").is_null() & (pl.col("variation") != "(all)"))
     closing = own.filter("closes")

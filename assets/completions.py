@@ -14,7 +14,7 @@ from assets.partitions import Catalogue
 from assets.prompts import up_to_date_prompts
 from assets.stage import data_version, grid_asset, mistakes, picture, rows_of, table_metadata
 from excise.errors import ExciseError
-from excise.judged import judged_of, share_with_value
+from excise.evaluation.judged import judged_of, share_with_value
 from excise.scenarios import Scenario, expand
 from excise.scenarios.subsets import ATTRIBUTION, BOTH, EVALUATION, held_out_split
 from resources.artifacts import Artifacts
@@ -50,13 +50,13 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         settings: AuditSettings,
         watch: RunWatch,
     ) -> dg.MaterializeResult:
-        from excise.completions import CompletionCache
-        from excise.encoding import encode
-        from excise.exact import Answering, Enumeration, as_samples
-        from excise.figures import answers_by_group
-        from excise.report import reuse_sentence
-        from excise.sampling import SamplingParameters
-        from excise.toxicity import ScoreCache
+        from excise.generation.completions import CompletionCache
+        from excise.generation.encoding import encode
+        from excise.generation.enumeration import Answering, Enumeration, as_samples
+        from excise.generation.sampling import SamplingParameters
+        from excise.outcomes.toxicity import ScoreCache
+        from excise.reporting.figures import answers_by_group
+        from excise.reporting.report import reuse_sentence
 
         model, scenario = catalogue.partition(context)
         audit = catalogue.audit_of(settings, scenario)
@@ -132,19 +132,23 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
 
 def windows_of(loaded: Any, audit: Audit) -> list:
     """The windows of the text that perplexity is measured on."""
-    from excise.perplexity import read_text, text_windows
+    from excise.evaluation.perplexity import read_text, text_windows
 
     return text_windows(
-        loaded, read_text(audit.text), mode=audit.perplexity_mode, size=audit.text_window, stride=audit.text_stride,
+        loaded,
+        read_text(audit.text),
+        mode=audit.perplexity_mode,
+        size=audit.text_window,
+        stride=audit.text_stride,
         limit_tokens=audit.text_tokens,
-    )  # fmt: skip
+    )
 
 
 def scorer_of(catalogue: Catalogue, scenario: Scenario) -> Any:
     """The loaded scorer of a scenario whose outcome is toxicity, else None."""
     if scenario.outcome.kind == "number":
         return None
-    from excise.toxicity import load_scorer
+    from excise.outcomes.toxicity import load_scorer
 
     key = catalogue.scorer_of(scenario)
     if key not in catalogue.scorers:
@@ -163,7 +167,7 @@ def _prompt_values(scorer: Any, scores: Any, prompts: pl.DataFrame) -> pl.DataFr
     """prompt_id and prompt_value: the score of the prompt alone, null without a scorer."""
     values = [None] * prompts.height
     if scorer is not None:
-        from excise.toxicity import score_texts
+        from excise.outcomes.toxicity import score_texts
 
         found = score_texts(scorer, prompts["text"].to_list(), cache=scores)
         values = [None if math.isnan(score) else score for score in found]
@@ -232,7 +236,7 @@ def require_paired(rows: pl.DataFrame, pruned: pl.DataFrame, model: str, scenari
 
 def require_same_prompts(rows: pl.DataFrame, prompts: pl.DataFrame, loaded: Any, scenario: Scenario) -> None:
     """Raise ExciseError when the model would read the prompts otherwise than when it gave the completions."""
-    from excise import encoding
+    from excise.generation import encoding
 
     encoding.require_same_prompts(encoding.encode(loaded.asked_for(scenario.outcome), prompts), rows)
 

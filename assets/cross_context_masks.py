@@ -19,7 +19,7 @@ from assets.partitions import Catalogue
 from assets.pruning_masks import MaskFiles, definition_of, mask_rows, with_none_found
 from assets.stage import data_version, grid_asset, table_metadata, table_value
 from excise.errors import ExciseError
-from excise.strategies import (
+from excise.strategies.build import (
     ACROSS,
     ALL_CONTEXTS,
     MEASURED_PATH,
@@ -165,11 +165,19 @@ def _source_masks(
     scores = warehouse.read("attribution_files", model=model, scenario=[*others, scenario])
     measured = [strategy for strategy in strategies if strategy.selection == MEASURED_PATH]
     combined = [strategy for strategy in strategies if strategy not in measured]
-    masks = warehouse.read(
-        "masks", asset="pruning_masks", model=model, scenario=[*others, scenario],
-        level=[PROMPT_SPECIFIC, OWN_SCENARIO], matched_to=None,
-        strategy=[strategy.key for strategy in combined],
-    ).select("scenario", "variation", "strategy", "path", "definition").unique()  # fmt: skip
+    masks = (
+        warehouse.read(
+            "masks",
+            asset="pruning_masks",
+            model=model,
+            scenario=[*others, scenario],
+            level=[PROMPT_SPECIFIC, OWN_SCENARIO],
+            matched_to=None,
+            strategy=[strategy.key for strategy in combined],
+        )
+        .select("scenario", "variation", "strategy", "path", "definition")
+        .unique()
+    )
     require_defined_as(masks, combined, again="pruning_masks")
     by_strategy = pl.DataFrame(
         [(each.key, each.score) for each in strategies], schema=["strategy", "score"], orient="row"
@@ -177,10 +185,12 @@ def _source_masks(
     read_from = scores.select("scenario", "variation", "score", score_path="path")
     found = masks.join(by_strategy, on="strategy").join(read_from, on=["scenario", "variation", "score"], how="left")
     lent = by_strategy.filter(pl.col("strategy").is_in([strategy.key for strategy in measured]))
-    found = pl.concat([
-        found.select(schema.keys()),
-        read_from.join(lent, on="score").with_columns(path=pl.lit(None, pl.String)).select(schema.keys()),
-    ])  # fmt: skip
+    found = pl.concat(
+        [
+            found.select(schema.keys()),
+            read_from.join(lent, on="score").with_columns(path=pl.lit(None, pl.String)).select(schema.keys()),
+        ]
+    )
     asked_of_all = [strategy.key for strategy in strategies if ALL_CONTEXTS in strategy.levels]
     found = found.filter((pl.col("scenario") != scenario) | pl.col("strategy").is_in(asked_of_all))
     for key in asked_of_all:

@@ -1,6 +1,7 @@
 """The stage `evaluation_metrics`: disparity and usefulness, unpruned and under every mask.
 
-The estimates are those of `excise.evaluation` and `excise.comparisons`; here they are stored, checked and drawn.
+The estimates are those of `excise.evaluation.numbers` and `excise.evaluation.comparisons`; here they are stored,
+checked and drawn.
 """
 
 import dagster as dg
@@ -22,10 +23,10 @@ from assets.stage import (
     table_value,
 )
 from excise.errors import ExciseError
-from excise.judged import explained, judged_of
+from excise.evaluation.judged import explained, judged_of
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import ATTRIBUTION
-from excise.strategies import CROSS_CONTEXT
+from excise.strategies.build import CROSS_CONTEXT
 from resources.artifacts import Artifacts
 from resources.settings import Audit, AuditSettings
 from resources.tables import TABLES
@@ -58,12 +59,12 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         settings: AuditSettings,
         watch: RunWatch,
     ) -> dg.MaterializeResult:
-        from excise.comparisons import COMPARISONS_SCHEMA, comparisons
-        from excise.evaluation import evaluate
-        from excise.figures import bias_by_level, disparity_by_level
-        from excise.judged_metrics import metrics_of
-        from excise.report import finding, markdown_table
-        from excise.verdicts import verdicts
+        from excise.evaluation.comparisons import COMPARISONS_SCHEMA, comparisons
+        from excise.evaluation.judged_metrics import metrics_of
+        from excise.evaluation.numbers import evaluate
+        from excise.evaluation.verdicts import verdicts
+        from excise.reporting.figures import bias_by_level, disparity_by_level
+        from excise.reporting.report import finding, markdown_table
 
         model, scenario = catalogue.partition(context)
         audit, groups = catalogue.audit_of(settings, scenario), scenario.comparison
@@ -113,9 +114,12 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         metadata = _explanation(completions, scenario)
         if judged:
             metadata["finding"] = finding(
-                told, verdicts=verdict, inlier_floor=audit.inlier_floor, inlier_tolerance=audit.inlier_tolerance,
+                told,
+                verdicts=verdict,
+                inlier_floor=audit.inlier_floor,
+                inlier_tolerance=audit.inlier_tolerance,
                 **labels,
-            )  # fmt: skip
+            )
             metadata |= picture(
                 "disparity_by_level",
                 disparity_by_level(told, verdicts=verdict, inlier_floor=audit.inlier_floor),
@@ -150,11 +154,11 @@ def _toxicity_metrics(
     warehouse: Warehouse, artifacts: Artifacts, model: str, scenario: Scenario, audit: Audit, catalogue: Catalogue
 ) -> dg.MaterializeResult:
     """The metrics of an axis of social groups (FASP): differences of toxicity between subgroups, and perplexity."""
-    from excise.bias_correlation import gamma_choice, gamma_points
-    from excise.figures import gamma_sweep, toxicity_by_subgroup, trade_off
-    from excise.judged_metrics import metrics_of
-    from excise.toxicity_evaluation import evaluate_toxicity
-    from excise.toxicity_report import choice_sentence, toxicity_finding, toxicity_markdown
+    from excise.evaluation.bias_correlation import gamma_choice, gamma_points
+    from excise.evaluation.judged_metrics import metrics_of
+    from excise.evaluation.toxicity import evaluate_toxicity
+    from excise.reporting.figures import gamma_sweep, toxicity_by_subgroup, trade_off
+    from excise.reporting.toxicity import choice_sentence, toxicity_finding, toxicity_markdown
 
     everything, asked = completions_of(warehouse, model, scenario.key)
     completions, _ = without(ATTRIBUTION, everything, asked)
@@ -214,8 +218,8 @@ def _toxicity_metrics(
 
 def names_warning(catalogue: Catalogue, scenario: Scenario) -> str | None:
     """That names of an axis are negative words to the lexicon which scores its continuations; None where none is."""
-    from excise.toxicity import load_scorer
-    from excise.toxicity_report import rated_names_warning
+    from excise.outcomes.toxicity import load_scorer
+    from excise.reporting.toxicity import rated_names_warning
 
     key = catalogue.scorer_of(scenario)
     if catalogue.scorers[key].builtin is None:
@@ -269,7 +273,7 @@ def _explanation(completions: pl.DataFrame, scenario: Scenario) -> dict[str, str
 
 
 def _perplexity_by_condition(perplexity: pl.DataFrame, masks: pl.DataFrame) -> pl.DataFrame:
-    """Perplexity per condition, variation and draw, as `excise.toxicity_evaluation` takes it."""
+    """Perplexity per condition, variation and draw, as `excise.evaluation.toxicity` takes it."""
     columns = ["perplexity", "low", "high", "difference_low", "difference_high"]
     place = ["variation", "strategy", "level", "matched_to", "draw"]
     unpruned = perplexity.filter(pl.col("mask") == "unpruned").select(

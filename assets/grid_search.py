@@ -22,11 +22,11 @@ from assets.stage import (
     table_value,
 )
 from excise.errors import ExciseError
-from excise.judged import explained, judged_of
-from excise.report import MISSING, floor_text, interval_text, percent_text, ratio_text, reaches, read_estimate
+from excise.evaluation.judged import explained, judged_of
+from excise.evaluation.thresholds import COLLAPSED_SPREAD
+from excise.reporting.report import MISSING, floor_text, interval_text, percent_text, ratio_text, reaches, read_estimate
 from excise.scenarios.subsets import ATTRIBUTION, EVALUATION
-from excise.strategies import Strategy
-from excise.thresholds import COLLAPSED_SPREAD
+from excise.strategies.build import Strategy
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import Audit, AuditSettings
@@ -60,14 +60,14 @@ def grid_search_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         settings: AuditSettings,
         watch: RunWatch,
     ) -> dg.MaterializeResult:
-        from excise.completions import CompletionCache, Work
-        from excise.evaluation import evaluate
-        from excise.exact import Answering
-        from excise.figures import grid_heat_maps
-        from excise.grid import LEVEL, point_label
-        from excise.grid import grid_search as table_of
-        from excise.report import reuse_sentence
-        from excise.strategies import grid_masks
+        from excise.evaluation.grid import LEVEL, point_label
+        from excise.evaluation.grid import grid_search as table_of
+        from excise.evaluation.numbers import evaluate
+        from excise.generation.completions import CompletionCache, Work
+        from excise.generation.enumeration import Answering
+        from excise.reporting.figures import grid_heat_maps
+        from excise.reporting.report import reuse_sentence
+        from excise.strategies.build import grid_masks
 
         model, scenario = catalogue.partition(context)
         audit = catalogue.audit_of(settings, scenario)
@@ -172,7 +172,7 @@ def _points(strategy: Strategy, audit: Audit, heads: int) -> dict[tuple[float, f
 
     heads: number of heads of the model, to which the counts (of 1,024) are scaled.
     """
-    from excise.grid import grid_points
+    from excise.evaluation.grid import grid_points
 
     if not strategy.of_heads:
         return {point: point for point in grid_points(audit.grid_taus)}

@@ -4,7 +4,6 @@ The answers are those of `completions` (of the part that masks may be made from)
 files of model work are found again by their content, so a killed run goes on where it was.
 """
 
-
 import dagster as dg
 import polars as pl
 
@@ -12,7 +11,7 @@ from assets.completions import completions_of, require_same_model, scorer_of, wi
 from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, picture, table_metadata, table_value
 from excise.errors import ExciseError
-from excise.judged import compared_groups, explained, judged_of, unit_of
+from excise.evaluation.judged import compared_groups, explained, judged_of, unit_of
 from excise.scenarios.subsets import EVALUATION
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
@@ -44,12 +43,12 @@ def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         settings: AuditSettings,
         watch: RunWatch,
     ) -> dg.MaterializeResult:
+        from excise.attribution.head_impacts import head_impacts, split_half_reliability
         from excise.attribution.head_scores import head_gradient, head_magnitude
-        from excise.completions import CompletionCache
-        from excise.exact import Answering, as_samples
-        from excise.figures import head_map
-        from excise.head_impacts import head_impacts, split_half_reliability
-        from excise.toxicity import ScoreCache
+        from excise.generation.completions import CompletionCache
+        from excise.generation.enumeration import Answering, as_samples
+        from excise.outcomes.toxicity import ScoreCache
+        from excise.reporting.figures import head_map
 
         model, scenario = catalogue.partition(context)
         audit, outcome = catalogue.audit_of(settings, scenario), scenario.outcome

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import polars as pl
 
 from excise.errors import ExciseError
-from excise.strategies import Strategy
+from excise.strategies.build import Strategy
 
 MASK = ("strategy", "level", "matched_to")
 

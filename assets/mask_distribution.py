@@ -18,7 +18,7 @@ from assets.stage import (
     table_metadata,
     table_value,
 )
-from excise.strategies import LEVELS
+from excise.strategies.build import LEVELS
 from resources.artifacts import Artifacts
 from resources.tables import TABLES
 from resources.warehouse import Warehouse
@@ -39,7 +39,7 @@ def mask_distribution_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
     def mask_distribution(
         context: dg.AssetExecutionContext, warehouse: Warehouse, artifacts: Artifacts
     ) -> dg.MaterializeResult:
-        from excise.figures import mask_distribution_heat_map
+        from excise.reporting.figures import mask_distribution_heat_map
 
         model = context.partition_key
         masks = warehouse.read("masks", model=model, matched_to=None).filter(pl.col("asset").is_not_null())

@@ -1,7 +1,8 @@
 """The analysis `mask_overlap`: do different prompts find the same weights? (BDB, Fig. 3)
 
 Every prompt-specific mask of every scenario is laid upon those of the reference scenario, purchases where there are
-any. The counting streams from the mask files (`excise.overlap`); chance level and excess stand beside every share.
+any. The counting streams from the mask files (`excise.evaluation.overlap`); chance level and excess stand beside every
+share.
 """
 
 import dagster as dg
@@ -18,7 +19,7 @@ from assets.stage import (
     table_metadata,
     table_value,
 )
-from excise.strategies import PROMPT_SPECIFIC
+from excise.strategies.build import PROMPT_SPECIFIC
 from resources.artifacts import Artifacts
 from resources.tables import TABLES
 from resources.warehouse import Warehouse
@@ -39,12 +40,14 @@ def mask_overlap_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
     def mask_overlap(
         context: dg.AssetExecutionContext, warehouse: Warehouse, artifacts: Artifacts
     ) -> dg.MaterializeResult:
-        from excise.figures import overlap_heat_map
+        from excise.reporting.figures import overlap_heat_map
 
         model = context.partition_key
-        masks = warehouse.read(
-            "masks", asset="pruning_masks", model=model, level=PROMPT_SPECIFIC, matched_to=None
-        ).select("scenario", "variation", "strategy", "matched_to", "path", "definition").unique()  # fmt: skip
+        masks = (
+            warehouse.read("masks", asset="pruning_masks", model=model, level=PROMPT_SPECIFIC, matched_to=None)
+            .select("scenario", "variation", "strategy", "matched_to", "path", "definition")
+            .unique()
+        )
         scenarios, left_out = scenarios_with_results(context, warehouse, masks, catalogue, made_by="pruning_masks")
         if not scenarios:
             return nothing_judged(warehouse, "mask_overlap", model, left_out)
@@ -82,7 +85,7 @@ def mask_overlap_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
 
 def overlaps(model: str, strategy: str, paths: dict, definition: str) -> pl.DataFrame:
     """Rows of the table `mask_overlap` for one strategy; `paths` has the file of each (scenario, variation)."""
-    from excise.overlap import overlap_table
+    from excise.evaluation.overlap import overlap_table
 
     places = list(paths)
     columns = [place for place in places if place[0] == REFERENCE] or places

@@ -19,8 +19,8 @@ from resources.tables import TABLES
 from resources.warehouse import Warehouse
 
 if TYPE_CHECKING:
-    from excise.models import LoadedModel
-    from excise.strategies import Paths
+    from excise.models.loading import LoadedModel
+    from excise.strategies.build import Paths
 
 
 class PathRows:
@@ -54,8 +54,9 @@ class PathRows:
         """A line for every mask that was looked for in vain, and why."""
         lines = {
             (row["strategy"], row["level"], row["variation"]): row["reason"]
-            for row in self.rows if row["reason"] is not None
-        }  # fmt: skip
+            for row in self.rows
+            if row["reason"] is not None
+        }
         return [
             f"{strategy}, {level.replace('_', '-')}{f', {variation}' if variation else ''}: none, as {reason}"
             for (strategy, level, variation), reason in lines.items()
@@ -80,10 +81,10 @@ def paths_of(
 
     relabelled: completions, their prompts and their scenario -> the completions with another split of the names.
     """
-    from excise.completions import CompletionCache
-    from excise.gap_free import ask
-    from excise.measured_path import Budgets
-    from excise.strategies import Paths
+    from excise.attribution.gap_free import ask
+    from excise.generation.completions import CompletionCache
+    from excise.strategies.build import Paths
+    from excise.strategies.measured_path import Budgets
 
     answers = CompletionCache(artifacts.completion_cache)
 

@@ -15,7 +15,7 @@ from assets.mask_definitions import require_one_definition
 from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, table_metadata
 from excise.errors import ExciseError
-from excise.judged import judged_of
+from excise.evaluation.judged import judged_of
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import ATTRIBUTION, EVALUATION
 from resources.artifacts import Artifacts
@@ -49,12 +49,12 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         settings: AuditSettings,
         watch: RunWatch,
     ) -> dg.MaterializeResult:
-        from excise.completions import UNPRUNED, CompletionCache, Work
-        from excise.exact import Answering
-        from excise.masks import Mask
-        from excise.perplexity import LossCache
-        from excise.report import reuse_sentence
-        from excise.toxicity import ScoreCache
+        from excise.evaluation.perplexity import LossCache
+        from excise.generation.completions import UNPRUNED, CompletionCache, Work
+        from excise.generation.enumeration import Answering
+        from excise.interventions.masks import Mask
+        from excise.outcomes.toxicity import ScoreCache
+        from excise.reporting.report import reuse_sentence
 
         model, scenario = catalogue.partition(context)
         everything, every_prompt = completions_of(warehouse, model, scenario.key)
@@ -135,7 +135,7 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
 
 def _perplexities(model: str, scenario: str, losses: dict, windows: list, audit: Audit) -> pl.DataFrame:
     """Rows of the table `perplexity`: the text under every mask, and paired with the unpruned model."""
-    from excise.perplexity import perplexity_difference, perplexity_interval
+    from excise.evaluation.perplexity import perplexity_difference, perplexity_interval
 
     rows, drawn = [], {"resamples": audit.resamples, "seed": audit.seed}
     for mask, found in losses.items():
@@ -143,12 +143,19 @@ def _perplexities(model: str, scenario: str, losses: dict, windows: list, audit:
         change = perplexity_difference(found, losses["unpruned"], windows, audit.perplexity_mode, **drawn)
         rows.append(
             {
-                "model": model, "scenario": scenario, "mask": mask, "perplexity": own.estimate, "low": own.low,
-                "high": own.high, "difference": change.estimate, "difference_low": change.low,
-                "difference_high": change.high, "tokens": sum(window.scored for window in windows),
+                "model": model,
+                "scenario": scenario,
+                "mask": mask,
+                "perplexity": own.estimate,
+                "low": own.low,
+                "high": own.high,
+                "difference": change.estimate,
+                "difference_low": change.low,
+                "difference_high": change.high,
+                "tokens": sum(window.scored for window in windows),
                 "text": audit.text or "built-in",
             }
-        )  # fmt: skip
+        )
     return pl.DataFrame(rows, schema=TABLES["perplexity"].schema)
 
 

@@ -19,11 +19,11 @@ from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, mistakes, picture, rows_of, table_metadata
 from excise.attribution import AttributionFile
 from excise.errors import ExciseError
-from excise.judged import judged_of
-from excise.masks import Mask
+from excise.evaluation.judged import judged_of
+from excise.interventions.masks import Mask
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import EVALUATION
-from excise.strategies import ACROSS, HEAD_SCORES, PROMPT_SPECIFIC, NamedMask, Strategy
+from excise.strategies.build import ACROSS, HEAD_SCORES, PROMPT_SPECIFIC, NamedMask, Strategy
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import AuditSettings
@@ -54,8 +54,8 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         settings: AuditSettings,
         watch: RunWatch,
     ) -> dg.MaterializeResult:
-        from excise.figures import mask_density_by_layer
-        from excise.strategies import build_head_masks, build_masks
+        from excise.reporting.figures import mask_density_by_layer
+        from excise.strategies.build import build_head_masks, build_masks
 
         model, scenario = catalogue.partition(context)
         audit = catalogue.audit_of(settings, scenario)
@@ -125,11 +125,15 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         outcome = with_none_found(outcome, found)
         checks.record(warehouse, "pruning_masks", model, scenario.key, [outcome])
         masks = rows.select(*checks.MASK, "mask").unique().height
-        metadata = table_metadata("masks", rows) | mistakes(catalogue) | {
-            "masks": masks,
-            "mask_files_written": files.written,
-            "mask_files_reused": len(files.seen) - files.written,
-        }
+        metadata = (
+            table_metadata("masks", rows)
+            | mistakes(catalogue)
+            | {
+                "masks": masks,
+                "mask_files_written": files.written,
+                "mask_files_reused": len(files.seen) - files.written,
+            }
+        )
         if not rows.is_empty():
             figure = mask_density_by_layer(rows)
             metadata = picture("mask_density_by_layer", figure, artifacts, model, scenario.key) | metadata
@@ -174,16 +178,20 @@ def _within_the_scenario(strategy: Strategy) -> Strategy:
 
 
 def require_scores(
-    stored: pl.DataFrame, scores: set[str], completions: pl.DataFrame, learned: pl.DataFrame, model: str,
+    stored: pl.DataFrame,
+    scores: set[str],
+    completions: pl.DataFrame,
+    learned: pl.DataFrame,
+    model: str,
     scenario: Scenario,
-) -> None:  # fmt: skip
+) -> None:
     """Raise ExciseError unless the attribution files are of these completions and hold these scores of all variations
     that they can be learned from.
 
     learned: the completions that masks are made from.
     """
     from excise.attribution import scored_places
-    from excise.exact import Answering, as_samples
+    from excise.generation.enumeration import Answering, as_samples
 
     place = f"{model}|{scenario.key}"
     if not stored.is_empty() and set(stored["completions_version"]) != {data_version(completions).value}:
@@ -201,7 +209,7 @@ def require_scores(
 
 
 def attribution_files_of(stored: pl.DataFrame, artifacts: Artifacts) -> list[AttributionFile]:
-    """Rows of the table `attribution_files` as `excise.strategies` takes them."""
+    """Rows of the table `attribution_files` as `excise.strategies.build` takes them."""
     return [
         AttributionFile(
             variation=row["variation"],
@@ -221,9 +229,7 @@ def definition_of(named: NamedMask, strategies: Sequence[Strategy], seed: int) -
     return strategy.definition(None if named.matched_to is None else named.strategy, seed)
 
 
-def mask_rows(
-    named: NamedMask, asset: str, model: str, scenario: str, *, path: str, definition: str
-) -> list[dict]:
+def mask_rows(named: NamedMask, asset: str, model: str, scenario: str, *, path: str, definition: str) -> list[dict]:
     """Rows of the table `masks`: one per matrix (for heads: per layer) of a mask."""
     rows = []
     for key, pruned in named.mask.counts().items():

@@ -2,7 +2,7 @@
 
 The model's own answers are those of `completions` and `pruned_completions`. Its reference (`models.reference_of`) is
 asked the same prompts here, unpruned and under every strategy's own masks and their first random control. Only one
-model is in memory at a time. What is estimated is in `excise.restoration`.
+model is in memory at a time. What is estimated is in `excise.evaluation.restoration`.
 """
 
 from collections.abc import Mapping
@@ -19,11 +19,11 @@ from assets.mask_definitions import with_definitions
 from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, nothing_to_tell, table_metadata
 from excise.errors import ExciseError
-from excise.judged import compared_groups, judged_of
-from excise.models import ModelSpec, reference_of
+from excise.evaluation.judged import compared_groups, judged_of
+from excise.models.loading import ModelSpec, reference_of
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import ATTRIBUTION
-from excise.strategies import CROSS_CONTEXT
+from excise.strategies.build import CROSS_CONTEXT
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import AuditSettings
@@ -52,8 +52,8 @@ def restoration_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         settings: AuditSettings,
         watch: RunWatch,
     ) -> dg.MaterializeResult:
-        from excise import restoration as r
-        from excise.exact import Answering
+        from excise.evaluation import restoration as r
+        from excise.generation.enumeration import Answering
 
         model, scenario = catalogue.partition(context)
         audit, place = catalogue.audit_of(settings, scenario), {"model": model, "scenario": scenario.key}
@@ -76,13 +76,28 @@ def restoration_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         if completions.is_empty():
             return nothing("No variation can be judged (check judged_variations of completions).")
         own, edited, told = _asked(
-            reference, _masks_for_reference(pruned, masks), completions, prompts, scenario, how,
-            catalogue.models, artifacts, gpu, watch, context,
-        )  # fmt: skip
+            reference,
+            _masks_for_reference(pruned, masks),
+            completions,
+            prompts,
+            scenario,
+            how,
+            catalogue.models,
+            artifacts,
+            gpu,
+            watch,
+            context,
+        )
         rows = r.restoration(
-            completions, pruned, own, edited, groups=compared_groups(scenario), log=scenario.outcome.scale == "log",
-            resamples=audit.resamples, seed=audit.seed,
-        )  # fmt: skip
+            completions,
+            pruned,
+            own,
+            edited,
+            groups=compared_groups(scenario),
+            log=scenario.outcome.scale == "log",
+            resamples=audit.resamples,
+            seed=audit.seed,
+        )
         rows = with_definitions(rows, masks)
         warehouse.replace_partition("restoration", rows, place)
         # What masks of single other scenarios do is left to the table.
@@ -126,10 +141,10 @@ def _asked(
 
     Raises ExciseError, before any answer is drawn, where the reference reads the prompts otherwise than the model did.
     """
-    from excise.completions import CompletionCache
-    from excise.encoding import encode
-    from excise.masks import Mask
-    from excise.report import reuse_sentence
+    from excise.generation.completions import CompletionCache
+    from excise.generation.encoding import encode
+    from excise.interventions.masks import Mask
+    from excise.reporting.report import reuse_sentence
 
     model, progress = completions["model"][0], watch.progress(context)
     sizes = dict(prompts.group_by("variation").len().iter_rows())

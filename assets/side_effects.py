@@ -1,7 +1,7 @@
 """The stage `side_effects`: what masks do to plain text, and to scenarios they were not made for.
 
 Every strategy's own masks and the first random control of each are tried, each distinct mask once. What is measured is
-in `excise.side_effects`; which scenarios, the settings say.
+in `excise.evaluation.side_effects`; which scenarios, the settings say.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from assets.stage import data_version, grid_asset, nothing_to_tell, table_metada
 from excise.errors import ExciseError
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import ATTRIBUTION
-from excise.strategies import CROSS_CONTEXT
+from excise.strategies.build import CROSS_CONTEXT
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import Audit, AuditSettings
@@ -47,7 +47,7 @@ def side_effects_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         settings: AuditSettings,
         watch: RunWatch,
     ) -> dg.MaterializeResult:
-        from excise import side_effects as s
+        from excise.evaluation import side_effects as s
 
         model, scenario = catalogue.partition(context)
         audit, place = catalogue.audit_of(settings, scenario), {"model": model, "scenario": scenario.key}
@@ -61,9 +61,7 @@ def side_effects_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             return nothing("There are no masks whose side effects could be measured.")
         others = [catalogue.scenario(key) for key in audit.side_effect_scenarios]
         named = settings.side_effect_scenarios is not None
-        effects, told = _measured(
-            masks, completions, others, named, audit, catalogue, artifacts, gpu, watch, context
-        )  # fmt: skip
+        effects, told = _measured(masks, completions, others, named, audit, catalogue, artifacts, gpu, watch, context)
         rows = s.of_masks(effects, masks.with_columns(**{key: pl.lit(value) for key, value in place.items()}))
         warehouse.replace_partition("side_effects", rows, place)
         return dg.MaterializeResult(
@@ -119,12 +117,12 @@ def _measured(
     named: whether the settings name the other scenarios. Otherwise one that the model cannot be asked is left out, and
     the metadata say why.
     """
-    from excise import side_effects as s
-    from excise.completions import CompletionCache, Work
-    from excise.exact import Answering
-    from excise.masks import Mask
-    from excise.perplexity import read_text
-    from excise.report import reuse_sentence
+    from excise.evaluation import side_effects as s
+    from excise.evaluation.perplexity import read_text
+    from excise.generation.completions import CompletionCache, Work
+    from excise.generation.enumeration import Answering
+    from excise.interventions.masks import Mask
+    from excise.reporting.report import reuse_sentence
 
     how, model, progress = Answering.of(completions), completions["model"][0], watch.progress(context)
     drawn = {"resamples": audit.resamples, "seed": audit.seed}
@@ -137,9 +135,13 @@ def _measured(
     with gpu.model(model, catalogue.models, stage=watch.stage(context)) as loaded:
         require_same_model(completions, loaded.fingerprint, model, completions["scenario"][0])
         windows = s.effect_windows(
-            loaded, read_text(audit.text), mode=audit.perplexity_mode, size=audit.text_window, stride=audit.text_stride,
+            loaded,
+            read_text(audit.text),
+            mode=audit.perplexity_mode,
+            size=audit.text_window,
+            stride=audit.text_stride,
             limit_tokens=audit.text_tokens,
-        )  # fmt: skip
+        )
         text = s.text_unpruned(loaded, windows)
         asked, left_out = _prompts(loaded, completions, others, named, how, audit)
         total = sum(prompts.height for _, prompts in asked) * how.samples * (1 + distinct.height)
@@ -147,9 +149,7 @@ def _measured(
 
         def answers(other: Scenario, prompts: pl.DataFrame, mask: Mask | None) -> pl.DataFrame:
             nonlocal before, work
-            found, cost = how.answers(
-                loaded, prompts, outcome=other.outcome, mask=mask, cache=cache, progress=so_far
-            )  # fmt: skip
+            found, cost = how.answers(loaded, prompts, outcome=other.outcome, mask=mask, cache=cache, progress=so_far)
             before, work = before + prompts.height * how.samples, work + cost
             return found
 
@@ -172,8 +172,9 @@ def _measured(
         frames.append(s.nothing_asked(distinct["mask"].to_list()))
     told = {
         "targets": ", ".join([s.TEXT, *(s.target_name(prompts) for _, prompts in asked)]),
-        "masks": distinct.height, "reuse": reuse_sentence(work.drawn, work.reused),
-    }  # fmt: skip
+        "masks": distinct.height,
+        "reuse": reuse_sentence(work.drawn, work.reused),
+    }
     if left_out:
         told["scenarios_left_out"] = "\n".join(left_out)
     return pl.concat(frames), told | work.metadata() | device
@@ -183,8 +184,8 @@ def _prompts(
     loaded: Any, completions: pl.DataFrame, others: Sequence[Scenario], named: bool, how: Any, audit: Audit
 ) -> tuple[list[tuple[Scenario, pl.DataFrame]], list[str]]:
     """The scenarios that the model can be asked with their prompts, and a line for each that it cannot."""
-    from excise import side_effects as s
-    from excise.encoding import encode
+    from excise.evaluation import side_effects as s
+    from excise.generation.encoding import encode
 
     subjects = completions.group_by("group").agg(pl.col("subject").n_unique())["subject"].max()
     held_out = ATTRIBUTION in set(completions["split"])
@@ -192,9 +193,12 @@ def _prompts(
     for other in others:
         try:
             prompts = s.target_prompts(
-                other, names=audit.side_effect_names, subjects_per_group=subjects, held_out=held_out,
+                other,
+                names=audit.side_effect_names,
+                subjects_per_group=subjects,
+                held_out=held_out,
                 seed=how.parameters.seed,
-            )  # fmt: skip
+            )
             encode(loaded.asked_for(other.outcome), prompts, new_tokens=other.outcome.max_new_tokens)
         except ExciseError as error:
             if named:

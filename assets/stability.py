@@ -1,7 +1,7 @@
 """The stage `stability`: masks made and judged again on other splits of the names.
 
 A split only relabels the names of the completions that are there; everything dear comes from the caches of scores,
-paths and answers. The audit's own split is the table `metrics`. What is summed up is in `excise.stability`.
+paths and answers. The audit's own split is the table `metrics`. What is summed up is in `excise.evaluation.stability`.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from assets.measured_paths import PathRows, paths_of
 from assets.partitions import Catalogue
 from assets.pruning_masks import MaskFiles, mask_rows
 from assets.stage import data_version, grid_asset, nothing_to_tell, rows_of, table_metadata
-from excise.judged import judged_of
+from excise.evaluation.judged import judged_of
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import ATTRIBUTION, EVALUATION, held_out_split
-from excise.strategies import ACROSS, HEAD_SCORES, MEASURED_PATH, NamedMask, SourceMask, Strategy
+from excise.strategies.build import ACROSS, HEAD_SCORES, MEASURED_PATH, NamedMask, SourceMask, Strategy
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import Audit, AuditSettings
@@ -50,7 +50,7 @@ def stability_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         settings: AuditSettings,
         watch: RunWatch,
     ) -> dg.MaterializeResult:
-        from excise import stability as s
+        from excise.evaluation import stability as s
 
         model, scenario = catalogue.partition(context)
         audit, place = catalogue.audit_of(settings, scenario), {"model": model, "scenario": scenario.key}
@@ -92,9 +92,16 @@ class _Split:
     """One more split of the names: its masks, and what they are judged to do."""
 
     def __init__(
-        self, number: int, scenario: Scenario, audit: Audit, catalogue: Catalogue, warehouse: Warehouse,
-        artifacts: Artifacts, loaded, progress: Callable[[str, int, int], None],
-    ) -> None:  # fmt: skip
+        self,
+        number: int,
+        scenario: Scenario,
+        audit: Audit,
+        catalogue: Catalogue,
+        warehouse: Warehouse,
+        artifacts: Artifacts,
+        loaded,
+        progress: Callable[[str, int, int], None],
+    ) -> None:
         self.number, self.scenario, self.catalogue = number, scenario, catalogue
         self.audit = replace(audit, seed=audit.seed + number)
         self.warehouse, self.artifacts, self.loaded, self.progress = warehouse, artifacts, loaded, progress
@@ -111,16 +118,23 @@ class _Split:
 
     def _attributed(self, scenario: Scenario, scores: set[str]):
         from excise.attribution import attribute
-        from excise.completions import CompletionCache
-        from excise.exact import Answering, as_samples
+        from excise.generation.completions import CompletionCache
+        from excise.generation.enumeration import Answering, as_samples
 
         (learned, prompts), _ = self._halves(scenario)
         return attribute(
-            self.loaded, prompts, as_samples(learned, Answering.of(learned).samples), comparison=scenario.comparison,
-            outcome=scenario.outcome, scores=sorted(scores), permutations=0, seed=self.audit.seed,
-            folder=self.artifacts.tensors("attribution"), cache=CompletionCache(self.artifacts.completion_cache),
+            self.loaded,
+            prompts,
+            as_samples(learned, Answering.of(learned).samples),
+            comparison=scenario.comparison,
+            outcome=scenario.outcome,
+            scores=sorted(scores),
+            permutations=0,
+            seed=self.audit.seed,
+            folder=self.artifacts.tensors("attribution"),
+            cache=CompletionCache(self.artifacts.completion_cache),
             progress=self.progress,
-        )  # fmt: skip
+        )
 
     def _strategies(self) -> list[Strategy]:
         audit = self.audit
@@ -142,13 +156,19 @@ class _Split:
         ]
 
     def _masks(self) -> list[NamedMask]:
-        from excise.strategies import build_cross_context_masks, build_masks
+        from excise.strategies.build import build_cross_context_masks, build_masks
 
         audit, files, chosen = self.audit, MaskFiles(self.artifacts), self._strategies()
         paths = paths_of(
-            self.warehouse, self.artifacts, self.catalogue, self.loaded, audit,
-            PathRows(self.artifacts, NAME, self.loaded.key, self.scenario.key).note, self.progress, self._relabelled,
-        )  # fmt: skip
+            self.warehouse,
+            self.artifacts,
+            self.catalogue,
+            self.loaded,
+            audit,
+            PathRows(self.artifacts, NAME, self.loaded.key, self.scenario.key).note,
+            self.progress,
+            self._relabelled,
+        )
         own = self._attributed(self.scenario, {each.score for each in chosen})
         options = {"random_draws": 1, "seed": audit.seed, "paths": paths, "progress": self.progress}
         within = [_within(each) for each in chosen if set(each.levels) - set(ACROSS)]
@@ -162,21 +182,23 @@ class _Split:
         sources = [
             SourceMask(key, file.variation, strategy.key, None, file.path)
             for strategy in across
-            for key in self.catalogue.scenarios_like(self.scenario.key) if key in set(asked)
-            for file in (own if key == self.scenario.key else self._attributed(
-                self.catalogue.scenarios[key], {strategy.score}))
+            for key in self.catalogue.scenarios_like(self.scenario.key)
+            if key in set(asked)
+            for file in (
+                own if key == self.scenario.key else self._attributed(self.catalogue.scenarios[key], {strategy.score})
+            )
             if file.score == strategy.score
-        ]  # fmt: skip
+        ]
         variations = list(dict.fromkeys(file.variation for file in own))
         made += build_cross_context_masks(across, sources, self.scenario.key, variations, per_source=False, **options)
         return made
 
     def judged(self, splits: int) -> pl.DataFrame:
-        """The metrics of this split of `splits`, as `excise.stability` keeps them."""
-        from excise.completions import CompletionCache
-        from excise.evaluation import evaluate
-        from excise.exact import Answering
-        from excise.stability import STABILITY_SCHEMA, kept
+        """The metrics of this split of `splits`, as `excise.evaluation.stability` keeps them."""
+        from excise.evaluation.numbers import evaluate
+        from excise.evaluation.stability import STABILITY_SCHEMA, kept
+        from excise.generation.completions import CompletionCache
+        from excise.generation.enumeration import Answering
 
         _, (completions, prompts) = self._halves(self.scenario)
         able = judged_of(completions, self.scenario)
@@ -187,9 +209,12 @@ class _Split:
         frames, masks = [], []
         for number, named in enumerate(made):
             rows, _ = how.answers(
-                self.loaded, prompts.filter(pl.col("variation") == named.variation), outcome=self.scenario.outcome,
-                mask=named.mask, cache=cache,
-            )  # fmt: skip
+                self.loaded,
+                prompts.filter(pl.col("variation") == named.variation),
+                outcome=self.scenario.outcome,
+                mask=named.mask,
+                cache=cache,
+            )
             told = {"strategy": named.strategy, "level": named.level, "matched_to": named.matched_to}
             kinds = TABLES["pruned_completions"].schema
             columns = [pl.lit(value, dtype=kinds[name]).alias(name) for name, value in told.items()]
@@ -198,11 +223,17 @@ class _Split:
             self.progress(f"split {self.number}: pruned completions", number + 1, len(made))
         groups, audit = self.scenario.comparison, self.audit
         metrics = evaluate(
-            completions.filter(pl.col("variation").is_in(able)), pl.concat(frames),
-            pl.DataFrame(masks, schema=TABLES["masks"].schema), majority=groups.majority, minority=groups.minority,
-            resamples=audit.resamples, permutations=audit.permutations, seed=audit.seed,
-            answer_range=self.scenario.outcome.scored_range, log_scale=self.scenario.outcome.scale == "log",
-        )  # fmt: skip
+            completions.filter(pl.col("variation").is_in(able)),
+            pl.concat(frames),
+            pl.DataFrame(masks, schema=TABLES["masks"].schema),
+            majority=groups.majority,
+            minority=groups.minority,
+            resamples=audit.resamples,
+            permutations=audit.permutations,
+            seed=audit.seed,
+            answer_range=self.scenario.outcome.scored_range,
+            log_scale=self.scenario.outcome.scale == "log",
+        )
         return kept(metrics, self.number, splits)
 
 

@@ -18,7 +18,7 @@ import polars.selectors as cs
 
 from assets.partitions import Catalogue
 from excise.errors import ExciseError
-from excise.thresholds import Thresholds, stored_thresholds
+from excise.evaluation.thresholds import Thresholds, stored_thresholds
 from resources.artifacts import Artifacts
 from resources.tables import TABLES
 from resources.warehouse import Warehouse
@@ -121,9 +121,7 @@ def scenarios_with_results(
     return known, metadata
 
 
-def nothing_judged(
-    warehouse: Warehouse, table: str, model: str, left_out: Mapping[str, str]
-) -> dg.MaterializeResult:  # fmt: skip
+def nothing_judged(warehouse: Warehouse, table: str, model: str, left_out: Mapping[str, str]) -> dg.MaterializeResult:
     """The result of an analysis of a model none of whose scenarios can be judged: an empty table that says so."""
     rows = pl.DataFrame(schema=TABLES[table].schema)
     warehouse.replace_partition(table, rows, {"model": model})
@@ -202,7 +200,7 @@ def table_metadata(table: str, rows: pl.DataFrame) -> dict[str, Any]:
 
 def picture(name: str, figure: Any, artifacts: Artifacts, *partition: str) -> dict[str, dg.MetadataValue]:
     """Save a figure in the partition's folder and return it as metadata, drawn inline and as a path."""
-    from excise.figures import save
+    from excise.reporting.figures import save
 
     saved = save(figure, artifacts.figures(*partition) / name)
     encoded = base64.b64encode(saved.png).decode()

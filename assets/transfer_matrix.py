@@ -19,8 +19,8 @@ from assets.stage import (
     table_value,
     thresholds_of,
 )
-from excise.report import RANDOM
-from excise.strategies import CROSS_CONTEXT, WITHIN_CONTEXT
+from excise.reporting.report import RANDOM
+from excise.strategies.build import CROSS_CONTEXT, WITHIN_CONTEXT
 from resources.artifacts import Artifacts
 from resources.tables import TABLES
 from resources.warehouse import Warehouse
@@ -39,7 +39,7 @@ def transfer_matrix_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
     def transfer_matrix(
         context: dg.AssetExecutionContext, warehouse: Warehouse, artifacts: Artifacts
     ) -> dg.MaterializeResult:
-        from excise.figures import transfer_heat_map
+        from excise.reporting.figures import transfer_heat_map
 
         model = context.partition_key
         metrics = warehouse.read("metrics", model=model, variation="(all)")

@@ -10,15 +10,15 @@ from importlib import import_module
 
 _PLACES = {
     "ExciseError": "excise.errors",
-    "fasp": "excise.selection",
-    "inlier_ratio": "excise.metrics",
-    "load_model": "excise.models",
+    "fasp": "excise.strategies.selection",
+    "inlier_ratio": "excise.evaluation.metrics",
+    "load_model": "excise.models.loading",
     "load_scenarios": "excise.scenarios",
-    "overlap_fraction": "excise.overlap",
-    "parse_number": "excise.answers",
-    "set_difference": "excise.selection",
-    "standardized_mean_difference": "excise.metrics",
-    "toxicity_bias": "excise.metrics",
+    "overlap_fraction": "excise.evaluation.overlap",
+    "parse_number": "excise.outcomes.answers",
+    "set_difference": "excise.strategies.selection",
+    "standardized_mean_difference": "excise.evaluation.metrics",
+    "toxicity_bias": "excise.evaluation.metrics",
 }
 __all__ = list(_PLACES)
 

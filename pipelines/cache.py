@@ -2,8 +2,8 @@
 
 Everything listed here is made again when it is asked for; removing it costs time, never results: the tables stay as
 they are. A file is needed while a table refers to it. What a file is named by is told in the modules that write it:
-`excise.completions`, `excise.toxicity`, `excise.perplexity`, `excise.head_impacts`, `excise.attribution`,
-`excise.measured_path`.
+`excise.generation.completions`, `excise.outcomes.toxicity`, `excise.evaluation.perplexity`,
+`excise.attribution.head_impacts`, `excise.attribution`, `excise.strategies.measured_path`.
 """
 
 import argparse
@@ -18,10 +18,10 @@ import numpy as np
 import polars as pl
 
 from excise.attribution import PARTS
-from excise.completions import UNPRUNED, settings_key
 from excise.errors import ExciseError
-from excise.exact import enumeration_settings, sampling_settings, tree_settings
-from excise.masks import heads_mask
+from excise.generation.completions import UNPRUNED, settings_key
+from excise.generation.enumeration import enumeration_settings, sampling_settings, tree_settings
+from excise.interventions.masks import heads_mask
 from pipelines.terminal import DONE, INCOMPLETE, run
 from resources.artifacts import Artifacts, data_folder
 from resources.warehouse import Warehouse
@@ -62,10 +62,15 @@ def entries(artifacts: Artifacts, warehouse: Warehouse) -> list[Entry]:
     tables = {
         name: warehouse.read(name)
         for name in (
-            "completions", "pruned_completions", "attribution_files", "masks", "mask_paths", "head_impacts",
+            "completions",
+            "pruned_completions",
+            "attribution_files",
+            "masks",
+            "mask_paths",
+            "head_impacts",
             "perplexity",
         )
-    }  # fmt: skip
+    }
     searched = warehouse.read("grid_search").select("model", "scenario").unique()
     models = dict(tables["completions"].select("model_fingerprint", "model").unique().iter_rows())
     answers = _answers_needed(tables, searched)
@@ -138,9 +143,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help=f"list everything, not the largest {SHOWN} alone")
     parser.add_argument("--prune", action="store_true", help="remove what no table refers to any more")
     parser.add_argument(
-        "--older-than", type=float, metavar="DAYS",
+        "--older-than",
+        type=float,
+        metavar="DAYS",
         help="with --prune, also answers, scores and losses that were not used for so many days",
-    )  # fmt: skip
+    )
     parser.add_argument("--yes", action="store_true", help="with --prune, really remove it")
     given = parser.parse_args(arguments)
     if (given.older_than is not None or given.yes) and not given.prune:
@@ -192,9 +199,9 @@ def _answers_needed(tables: dict[str, pl.DataFrame], searched: pl.DataFrame) -> 
     """Addresses of answers (model, mask, parameters) and the table that refers to them; mask "" stands for any."""
     needed: dict[tuple[str, str, str], str] = {}
     asked = tables["completions"].select("model", "scenario", "model_fingerprint", "parameters").unique()
-    for fingerprint, parameters in asked.join(searched, on=["model", "scenario"]).select(
-        "model_fingerprint", "parameters"
-    ).iter_rows():
+    for fingerprint, parameters in (
+        asked.join(searched, on=["model", "scenario"]).select("model_fingerprint", "parameters").iter_rows()
+    ):
         needed |= dict.fromkeys(((fingerprint, "", key) for key in _settings(parameters)), "grid_search")
     for (model, scenario), rows in tables["head_impacts"].group_by("model", "scenario"):
         own = asked.filter((pl.col("model") == model) & (pl.col("scenario") == scenario))
@@ -202,9 +209,9 @@ def _answers_needed(tables: dict[str, pl.DataFrame], searched: pl.DataFrame) -> 
             for fingerprint, parameters in own.select("model_fingerprint", "parameters").iter_rows():
                 needed |= dict.fromkeys(((fingerprint, mask, key) for key in _settings(parameters)), "head_impacts")
     ranked = tables["attribution_files"].filter(pl.col("score") == "gap_gradient").select("model", "scenario").unique()
-    for fingerprint, parameters in asked.join(ranked, on=["model", "scenario"]).select(
-        "model_fingerprint", "parameters"
-    ).iter_rows():
+    for fingerprint, parameters in (
+        asked.join(ranked, on=["model", "scenario"]).select("model_fingerprint", "parameters").iter_rows()
+    ):
         trees = _settings(enumeration_settings(parameters))
         needed |= dict.fromkeys(((fingerprint, UNPRUNED, key) for key in trees), "attribution_files")
     pruned = tables["pruned_completions"].select("model_fingerprint", "mask", "parameters").unique()

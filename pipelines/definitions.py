@@ -32,7 +32,7 @@ from assets.restoration import restoration_asset
 from assets.side_effects import side_effects_asset
 from assets.stability import stability_asset
 from assets.transfer_matrix import transfer_matrix_asset
-from excise.registry import Problem
+from excise.files.registry import Problem
 from pipelines.jobs import JOBS
 from resources.artifacts import Artifacts
 from resources.artifacts import data_folder as default_folder

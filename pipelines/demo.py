@@ -16,11 +16,11 @@ import dagster as dg
 from assets.partitions import Catalogue, read_catalogue
 from assets.stage import thresholds_of
 from excise.errors import ExciseError
-from excise.report import audit_table, reuse_sentence
+from excise.evaluation.stability import stability_finding
+from excise.evaluation.verdicts import verdicts
+from excise.reporting.report import audit_table, reuse_sentence
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import ATTRIBUTION
-from excise.stability import stability_finding
-from excise.verdicts import verdicts
 from pipelines.definitions import MODEL_FILES, SCENARIO_FOLDERS, SCORER_FILES, STRATEGY_FILES, build_definitions
 from pipelines.jobs import audit_scenario
 from pipelines.runs import execute, open_instance
@@ -97,9 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INCOMPLETE
     print(_closing(result, warehouse, catalogue, chosen.model, chosen.scenario, time.monotonic() - began))
     scenario = catalogue.scenarios[chosen.scenario]
-    return conclude(
-        warehouse, chosen.model, [scenario], evaluated=[scenario.key], failed=False, fail_on=chosen.fail_on
-    )
+    return conclude(warehouse, chosen.model, [scenario], evaluated=[scenario.key], failed=False, fail_on=chosen.fail_on)
 
 
 def settings_of(catalogue: Catalogue, scenario: Scenario, chosen: argparse.Namespace) -> dict[str, object]:

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from assets.evaluation_metrics import names_warning
 from assets.partitions import Catalogue, read_catalogue
 from assets.stage import thresholds_of
-from excise.bias_correlation import gamma_choice, gamma_points
 from excise.errors import ExciseError
-from excise.perplexity import read_text
-from excise.toxicity_report import choice_sentence, toxicity_finding, toxicity_table
+from excise.evaluation.bias_correlation import gamma_choice, gamma_points
+from excise.evaluation.perplexity import read_text
+from excise.reporting.toxicity import choice_sentence, toxicity_finding, toxicity_table
 from pipelines.definitions import (
     MODEL_FILES,
     SCENARIO_FOLDERS,
@@ -82,9 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if failed:
         print("Nothing computed so far is lost; the same command goes on.", file=sys.stderr)
     asked = [catalogue.scenarios[key] for key in scenarios]
-    return conclude(
-        warehouse, given.model, asked, evaluated=scenarios, failed=bool(failed), fail_on=given.fail_on
-    )
+    return conclude(warehouse, given.model, asked, evaluated=scenarios, failed=bool(failed), fail_on=given.fail_on)
 
 
 def _checked(given: argparse.Namespace, catalogue: Catalogue, scenarios: Sequence[str]) -> dict[str, object]:

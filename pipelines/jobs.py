@@ -22,8 +22,13 @@ CHAIN = (
 PREPARATION = CHAIN[:3]
 HEADS = ("completions", "head_impacts", *CHAIN[2:])
 EVALUATION = (
-    "cross_context_masks", "pruned_completions", "restoration", "side_effects", "evaluation_metrics", "stability",
-)  # fmt: skip
+    "cross_context_masks",
+    "pruned_completions",
+    "restoration",
+    "side_effects",
+    "evaluation_metrics",
+    "stability",
+)
 ANALYSIS = ("mask_overlap", "mask_distribution", "transfer_matrix", "quality_report")
 CORRELATION = ("bias_correlation", "transfer_matrix", "quality_report")
 

@@ -21,7 +21,10 @@ from pydantic import TypeAdapter, ValidationError
 from assets.partitions import Catalogue, read_catalogue
 from assets.stage import thresholds_of
 from excise.errors import ExciseError
-from excise.report import (
+from excise.evaluation.stability import stability_finding
+from excise.evaluation.thresholds import FEW_NAMES, Thresholds
+from excise.evaluation.verdicts import verdicts
+from excise.reporting.report import (
     ALL_VARIATIONS,
     FEW,
     NO_COMPARISON,
@@ -41,10 +44,7 @@ from excise.report import (
     unpruned_gap,
 )
 from excise.scenarios import Scenario
-from excise.stability import stability_finding
-from excise.strategies import OWN_SCENARIO
-from excise.thresholds import FEW_NAMES, Thresholds
-from excise.verdicts import verdicts
+from excise.strategies.build import OWN_SCENARIO
 from pipelines.definitions import MODEL_FILES, SCENARIO_FOLDERS, SCORER_FILES, STRATEGY_FILES, build_definitions
 from pipelines.demo import failure_messages
 from pipelines.jobs import analyse_model, evaluate_scenario, prepare_scenario, search_grid
@@ -317,8 +317,8 @@ def summary(model: str, scenarios: Sequence[str], warehouse: Warehouse) -> str:
 
     Best is the largest reduction over random among the strategies whose inlier ratio is at least the scenario's floor
     (among all, where none is) and whose answers do not collapse, and among those at an inlier ratio comparable with
-    random's and those that are a success (`excise.verdicts`) where there are some; over all variations, with its 95 %
-    interval. The thresholds are those the scenario was judged by.
+    random's and those that are a success (`excise.evaluation.verdicts`) where there are some; over all variations, with
+    its 95 % interval. The thresholds are those the scenario was judged by.
     """
     header = ["model", "scenario", "unpruned |SMD|", "level", "best strategy", "reduction over random", "inlier ratio"]
     rows = []

@@ -2,7 +2,8 @@
 
 It runs `pipelines.paper` on the three planted models, `pipelines.heads` on the default model and on the one with known
 heads, and writes what the warehouse then holds; a rerun reuses what is there. The tables are the work of
-`excise.results` and `excise.head_results`, the share of the planted change under a mask `planted.localisation`'s.
+`excise.reporting.results` and `excise.reporting.head_results`, the share of the planted change under a mask
+`planted.localisation`'s.
 """
 
 import argparse
@@ -15,9 +16,9 @@ import polars as pl
 
 from assets.partitions import read_catalogue
 from excise.errors import ExciseError
-from excise.masks import HEAD_ROLES, Mask
-from excise.models import ModelSpec
-from excise.registry import unknown
+from excise.files.registry import unknown
+from excise.interventions.masks import HEAD_ROLES, Mask
+from excise.models.loading import ModelSpec
 from pipelines import heads, paper, reweighting
 from pipelines.definitions import MODEL_FILES, ROOT, SCENARIO_FOLDERS, STRATEGY_FILES, build_definitions
 from pipelines.terminal import CHECKS_FAILED, DONE, INCOMPLETE, MISUSED, STATUSES, run
@@ -118,7 +119,7 @@ def _run(models: Sequence[str], of_heads: Sequence[str], counted: Sequence[str])
 
 def render(warehouse: Warehouse, artifacts: Artifacts, models: Sequence[str]) -> str:
     """The page about what the warehouse holds of `models`."""
-    from excise.results import results_markdown
+    from excise.reporting.results import results_markdown
 
     frames = {
         name: warehouse.read(name, model=models)
@@ -132,8 +133,8 @@ def render(warehouse: Warehouse, artifacts: Artifacts, models: Sequence[str]) ->
 
 def render_heads(warehouse: Warehouse, models: Sequence[str]) -> str:
     """The part of the page about heads and toxicity."""
-    from excise.head_results import heads_markdown
     from excise.planted.heads import PLANT
+    from excise.reporting.head_results import heads_markdown
 
     tables = ("metrics", "head_impacts", "reweighting", "bias_correlation", "thresholds")
     frames = {name: warehouse.read(name, model=models) for name in tables}
@@ -152,7 +153,7 @@ def render_heads(warehouse: Warehouse, models: Sequence[str]) -> str:
 
 def localisation(masks: pl.DataFrame, artifacts: Artifacts, spec: ModelSpec) -> pl.DataFrame:
     """One row per mask of a planted model's purchase scenario: how much of the planted gap lies under it."""
-    from excise.planted.localisation import EnergyShare, energy_shares
+    from excise.evaluation.localisation import EnergyShare, energy_shares
 
     columns = ["strategy", "level", "matched_to", "draw", "variation", "mask", "path"]
     told = ["strategy", "level", "matched_to"]

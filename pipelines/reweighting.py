@@ -1,7 +1,8 @@
 """Head impacts twice, by weighing the same answers anew and by drawing them anew: what agrees, and what either costs.
 
 It measures the heads of a few layers of a partition that has completions, on the device and in one process, and keeps
-the figures in the table `reweighting`; `pipelines.results` prints them. How impacts are made is `excise.head_impacts`.
+the figures in the table `reweighting`; `pipelines.results` prints them. How impacts are made is
+`excise.attribution.head_impacts`.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import polars as pl
 from assets.completions import completions_of, scorer_of, without
 from assets.partitions import Catalogue, read_catalogue
 from excise.errors import ExciseError
-from excise.judged import compared_groups, judged_of, unit_of
+from excise.evaluation.judged import compared_groups, judged_of, unit_of
 from excise.scenarios.subsets import EVALUATION
 from pipelines.definitions import MODEL_FILES, SCENARIO_FOLDERS, SCORER_FILES, STRATEGY_FILES, build_definitions
 from pipelines.terminal import DONE, INCOMPLETE, MISUSED, STATUSES, run
@@ -55,9 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(catalogue: Catalogue, model: str, scenario_key: str, layers: str, resamples: int) -> pl.DataFrame:
     """Rows of the table `reweighting`, which they replace."""
-    from excise.exact import Answering, as_samples
-    from excise.head_impacts import CATASTROPHIC, head_impacts
-    from excise.toxicity import ScoreCache
+    from excise.attribution.head_impacts import CATASTROPHIC, head_impacts
+    from excise.generation.enumeration import Answering, as_samples
+    from excise.outcomes.toxicity import ScoreCache
 
     resources = build_definitions().resources
     warehouse, artifacts, gpu = (resources[name] for name in ("warehouse", "artifacts", "gpu"))
@@ -88,27 +89,42 @@ def measure(catalogue: Catalogue, model: str, scenario_key: str, layers: str, re
         for method in ("reweight", "regenerate"):
             began = time.perf_counter()
             found[method] = head_impacts(
-                loaded.asked_for(outcome), asked, learned, disparity="toxicity" if toxicity else "smd", groups=groups,
-                cluster=unit_of(outcome), parameters=how.parameters, regenerate=regenerate, method=method,
-                resamples=resamples, heads=heads,
-            )  # fmt: skip
+                loaded.asked_for(outcome),
+                asked,
+                learned,
+                disparity="toxicity" if toxicity else "smd",
+                groups=groups,
+                cluster=unit_of(outcome),
+                parameters=how.parameters,
+                regenerate=regenerate,
+                method=method,
+                resamples=resamples,
+                heads=heads,
+            )
             seconds[method] = (time.perf_counter() - began) / len(heads)
     first, second = found["reweight"], found["regenerate"]
     perplexity = known.select("layer", "head", "perplexity_without")
     median = known["perplexity_without"].median()
     rows = (
-        first.select("layer", "head", "ess", z_reweighted="z_bias", low_reweighted="z_bias_low",
-                     high_reweighted="z_bias_high")
-        .join(second.select("layer", "head", z_regenerated="z_bias", low_regenerated="z_bias_low",
-                            high_regenerated="z_bias_high"), on=["layer", "head"])
+        first.select(
+            "layer", "head", "ess", z_reweighted="z_bias", low_reweighted="z_bias_low", high_reweighted="z_bias_high"
+        )
+        .join(
+            second.select(
+                "layer", "head", z_regenerated="z_bias", low_regenerated="z_bias_low", high_regenerated="z_bias_high"
+            ),
+            on=["layer", "head"],
+        )
         .join(perplexity, on=["layer", "head"], how="left")
         .with_columns(
-            model=pl.lit(model), scenario=pl.lit(scenario.key),
+            model=pl.lit(model),
+            scenario=pl.lit(scenario.key),
             catastrophic=pl.col("perplexity_without") > CATASTROPHIC * median,
-            seconds_reweighted=pl.lit(seconds["reweight"]), seconds_regenerated=pl.lit(seconds["regenerate"]),
+            seconds_reweighted=pl.lit(seconds["reweight"]),
+            seconds_regenerated=pl.lit(seconds["regenerate"]),
         )
         .select(TABLES["reweighting"].names)
-    )  # fmt: skip
+    )
     warehouse.replace_partition("reweighting", rows, {"model": model, "scenario": scenario.key})
     return rows
 

@@ -79,9 +79,13 @@ def execute(
     run_id = str(uuid.uuid4())
     with _waiting_told(instance, run_id):
         result = definitions.resolve_job_def(job).execute_in_process(
-            partition_key=key, instance=instance, run_config=config, tags=process_tag(), raise_on_error=False,
+            partition_key=key,
+            instance=instance,
+            run_config=config,
+            tags=process_tag(),
+            raise_on_error=False,
             run_id=run_id,
-        )  # fmt: skip
+        )
     failures = [event.step_failure_data for event in result.get_step_failure_events()]
     if interrupted() or any(each.error_source and each.error_source.value == "INTERRUPT" for each in failures):
         raise KeyboardInterrupt
@@ -110,9 +114,7 @@ def end_abandoned(instance: dg.DagsterInstance) -> list[str]:
         ended.append(run.run_id)
     for slot in instance.event_log_storage.get_concurrency_info(POOL).claimed_slots:
         record = instance.get_run_record_by_id(slot.run_id)
-        if record is None or (
-            record.dagster_run.is_finished and time.time() - (record.end_time or 0.0) > FREED_AFTER
-        ):
+        if record is None or (record.dagster_run.is_finished and time.time() - (record.end_time or 0.0) > FREED_AFTER):
             instance.event_log_storage.free_concurrency_slots_for_run(slot.run_id)
     return ended
 

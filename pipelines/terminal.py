@@ -1,8 +1,8 @@
 """How a command of this folder ends: its exit status, Ctrl-C, and a reader of its output that goes away.
 
 A command is a function `main(arguments) -> status`; `run(main)` stands at the end of its module. Work is kept in small
-pieces (`excise.completions`, `excise.attribution.parts`), so stopping costs the piece in hand and needs no ceremony.
-Imports nothing large: what is here has to work while the rest is being imported.
+pieces (`excise.generation.completions`, `excise.files.parts`), so stopping costs the piece in hand and needs no
+ceremony. Imports nothing large: what is here has to work while the rest is being imported.
 """
 
 import logging

@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterable, Sequence
 
 import polars as pl
 
-from excise.judged import explained, judged_of
-from excise.report import ALL_VARIATIONS
+from excise.evaluation.judged import explained, judged_of
+from excise.reporting.report import ALL_VARIATIONS
 from excise.scenarios import Scenario
 from pipelines.terminal import CHECKS_FAILED, DONE, INCOMPLETE
 from resources.warehouse import Warehouse
@@ -24,9 +24,10 @@ GAPS = ("gap_mean", "toxicity_bias")
 def add_fail_on(parser: argparse.ArgumentParser) -> None:
     """Give a command the option --fail-on."""
     parser.add_argument(
-        "--fail-on", choices=list(COUNTED),
+        "--fail-on",
+        choices=list(COUNTED),
         help="end with status 3 if a check fails: checks counts all of them, errors those of severity ERROR alone",
-    )  # fmt: skip
+    )
 
 
 def unjudged(warehouse: Warehouse, model: str, scenarios: Iterable[Scenario]) -> list[str]:
@@ -85,6 +86,4 @@ def _lacking(warehouse: Warehouse, model: str, scenario: Scenario, evaluated: bo
             & (pl.col("variation") != ALL_VARIATIONS)
         )["variation"].to_list()
         lacking["it is undefined, though answers have values"] = [key for key in able if key not in figures]
-    return [
-        f"{model}|{scenario.key} has no gap for {', '.join(keys)} ({why})" for why, keys in lacking.items() if keys
-    ]
+    return [f"{model}|{scenario.key} has no gap for {', '.join(keys)} ({why})" for why, keys in lacking.items() if keys]

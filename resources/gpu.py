@@ -1,7 +1,8 @@
 """The device and the model on it: one at a time per machine, one model in memory per process.
 
 Steps that use a model hold Dagster's pool `gpu`, which binds one instance; the lock here binds every process of the
-user on this machine. How a model is loaded and what a device can do is `excise.models`; batches adapt in the sampler.
+user on this machine. How a model is loaded and what a device can do is `excise.models.loading`; batches adapt in the
+sampler.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from resources.locks import file_lock
 from resources.watch import Stage
 
 if TYPE_CHECKING:
-    from excise.models import LoadedModel, ModelSpec
+    from excise.models.loading import LoadedModel, ModelSpec
 
 # The model this process loaded last: (what it was asked for, the model). Steps of one run share a process.
 _in_memory: tuple[tuple, LoadedModel] | None = None
@@ -48,7 +49,7 @@ class GPUResource(dg.ConfigurableResource):
         wait are told of it.
         Raises ExciseError, saying what is missing and the mend, where the model cannot be had.
         """
-        from excise.models import pick_device
+        from excise.models.loading import pick_device
 
         spec = registry[key]
         device = pick_device(self.device)
@@ -64,7 +65,7 @@ class GPUResource(dg.ConfigurableResource):
 
     def report(self, loaded: LoadedModel) -> dict[str, str | int]:
         """Metadata: device, dtype, and the peak of memory (on a device since the block began, else of the process)."""
-        from excise.completions import peak_memory
+        from excise.generation.completions import peak_memory
 
         return {
             "model_fingerprint": loaded.fingerprint,
@@ -75,7 +76,7 @@ class GPUResource(dg.ConfigurableResource):
 
     def _load(self, spec: ModelSpec, registry: Mapping[str, ModelSpec]) -> LoadedModel:
         global _in_memory
-        from excise.models import load_model, state_of
+        from excise.models.loading import load_model, state_of
 
         asked = (state_of(spec, registry), self.device, self.dtype)
         if _in_memory is not None and _in_memory[0] == asked:

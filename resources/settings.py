@@ -18,7 +18,7 @@ import dagster as dg
 from pydantic import Field
 
 from excise.errors import ExciseError
-from excise.thresholds import (
+from excise.evaluation.thresholds import (
     CHANGE_BUDGET,
     COMMONEST_BUDGET,
     INLIER_FLOOR,
@@ -149,10 +149,21 @@ _PAPER = Audit(
 )
 # A few minutes on two cores.
 _QUICK = replace(
-    _PAPER, subjects_per_group=8, held_out=False, splits=1, samples=16, per_source=False, random_draws=2,
-    relabellings=1, resamples=1000, permutations=1999, grid_taus=(0.1, 0.2, 0.3, 0.4, 0.5), grid_counts=(10, 20, 40),
-    grid_variations=1, side_effect_names=3,
-)  # fmt: skip
+    _PAPER,
+    subjects_per_group=8,
+    held_out=False,
+    splits=1,
+    samples=16,
+    per_source=False,
+    random_draws=2,
+    relabellings=1,
+    resamples=1000,
+    permutations=1999,
+    grid_taus=(0.1, 0.2, 0.3, 0.4, 0.5),
+    grid_counts=(10, 20, 40),
+    grid_variations=1,
+    side_effect_names=3,
+)
 PRESETS: dict[Preset, Audit] = {Preset.paper: _PAPER, Preset.quick: _QUICK}
 # Toxicity axes (FASP, section 5): a continuation per prompt and seed, three seeds, all templates, descriptors. Quick:
 # one of each, for which two cores take the better part of an hour, nearly all of it head impacts. Prompts are always
@@ -160,17 +171,33 @@ PRESETS: dict[Preset, Audit] = {Preset.paper: _PAPER, Preset.quick: _QUICK}
 TOXICITY_PRESETS: dict[Preset, Audit] = {
     Preset.paper: replace(_PAPER, splits=1, samples=3),
     Preset.quick: replace(
-        _QUICK, subjects_per_group=2, held_out=True, samples=1, random_draws=1, max_new_tokens=10,
-        alphas=(0.04, 0.1, 0.2), text_tokens=1537, text_window=129, text_stride=128,
+        _QUICK,
+        subjects_per_group=2,
+        held_out=True,
+        samples=1,
+        random_draws=1,
+        max_new_tokens=10,
+        alphas=(0.04, 0.1, 0.2),
+        text_tokens=1537,
+        text_window=129,
+        text_stride=128,
     ),
-}  # fmt: skip
+}
 
 # What an audit of the other kind of outcome reads, and one of this kind never does.
 UNUSABLE: dict[str, tuple[str, ...]] = {
     "number": ("max_new_tokens",),
     "toxicity": (
-        "permutations", "splits", "inlier_floor", "grid_taus", "grid_counts", "grid_variations",
-        "side_effect_scenarios", "side_effect_names", "side_effect_budget", "kl_budget",
+        "permutations",
+        "splits",
+        "inlier_floor",
+        "grid_taus",
+        "grid_counts",
+        "grid_variations",
+        "side_effect_scenarios",
+        "side_effect_names",
+        "side_effect_budget",
+        "kl_budget",
     ),
 }
 _ASKS = {"number": "asks for numbers", "toxicity": "scores continuations"}
@@ -385,14 +412,20 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
     _require(possible, "temperature", temperature, "give 0, which takes the likeliest token, or at least 1e-6")
     _require(0 < audit.top_p <= 1, "top_p", audit.top_p, "give a share above 0, at most 1")
     for name in (
-        "parse_floor", "inlier_floor", "inlier_tolerance", "spread_floor", "commonest_budget", "density_floor",
+        "parse_floor",
+        "inlier_floor",
+        "inlier_tolerance",
+        "spread_floor",
+        "commonest_budget",
+        "density_floor",
         "density_ceiling",
-    ):  # fmt: skip
+    ):
         _require(0 <= getattr(audit, name) <= 1, name, getattr(audit, name), "give a share from 0 to 1")
     for name, unit, usual in (
-        ("change_budget", "standard deviations", 0.4), ("side_effect_budget", "standard deviations", 0.4),
+        ("change_budget", "standard deviations", 0.4),
+        ("side_effect_budget", "standard deviations", 0.4),
         ("kl_budget", "nats", 0.05),
-    ):  # fmt: skip
+    ):
         value = getattr(audit, name)
         _require(0 <= value < math.inf, name, value, f"give {unit} of at least 0, such as {usual}")
     if audit.variations is not None:
@@ -438,7 +471,7 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
 
 
 def _check_text(audit: Audit) -> None:
-    from excise.perplexity import HUB, SIZE, read_text
+    from excise.evaluation.perplexity import HUB, SIZE, read_text
 
     window = audit.text_window or SIZE
     less = audit.text_stride is None or audit.text_stride < window

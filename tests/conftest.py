@@ -237,28 +237,41 @@ BROKEN_FILES = {
     "scenarios/loan.yaml": "title: Loan\n",
 }
 FAULTS_OF_BROKEN_FILES = (
-    "models.yaml: bad.revison", "scorers.yaml: harsh.lable", "strategies.yaml: mine.score", "loan.yaml: groups",
-)  # fmt: skip
+    "models.yaml: bad.revison",
+    "scorers.yaml: harsh.lable",
+    "strategies.yaml: mine.score",
+    "loan.yaml: groups",
+)
 """A mistake in one entry of every file a user may write, and how each is named."""
 
 SMALL_SCENARIO = {
     "title": "Lamp",
     "description": "A small scenario for tests: two things to buy, four names per group.",
     "outcome": {
-        "kind": "number", "unit": "USD", "low": 1, "high": 100000, "scale": "log", "better": "higher",
+        "kind": "number",
+        "unit": "USD",
+        "low": 1,
+        "high": 100000,
+        "scale": "log",
+        "better": "higher",
         "max_new_tokens": 8,
     },
     "comparison": {"majority": "white", "minority": "black"},
     "groups": {
-        "white": {"label": "white", "surname": "Becker", "subjects": {"men": ["Luke", "Neil"], "women": ["Jill",
-        "Amy"]}}, "black": {
-            "label": "Black", "surname": "Washington",
+        "white": {
+            "label": "white",
+            "surname": "Becker",
+            "subjects": {"men": ["Luke", "Neil"], "women": ["Jill", "Amy"]},
+        },
+        "black": {
+            "label": "Black",
+            "surname": "Washington",
             "subjects": {"men": ["Jamal", "Tyrone"], "women": ["Ebony", "Tyra"]},
         },
     },
     "templates": {"seller": "A used {item} of {name}. What do I offer, in dollars?"},
     "variations": {"lamp": {"item": "lamp"}, "bench": {"item": "bench"}},
-}  # fmt: skip
+}
 
 
 LENIENT = "gap_gradient: {parameters: {significance: 1, density: 0.01}}\n"
@@ -348,8 +361,9 @@ def open_house(folder: Path, model: Path) -> House:
 
 
 def blank(figure: Any, stem: Path) -> Any:
-    """In place of `excise.figures.save`, where nobody looks at pictures: writing them takes a third of a small run."""
-    from excise.figures import SavedFigure
+    """In place of `excise.reporting.figures.save`, where nobody looks at pictures: writing them takes a third of a
+    small run."""
+    from excise.reporting.figures import SavedFigure
 
     return SavedFigure(b"", stem.with_suffix(".png"), stem.with_suffix(".svg"))
 
@@ -357,7 +371,7 @@ def blank(figure: Any, stem: Path) -> Any:
 @pytest.fixture
 def house(tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> House:
     """A fresh house with the scenario `lamp` and a tiny model that answers with numbers; it keeps no pictures."""
-    monkeypatch.setattr("excise.figures.save", blank)
+    monkeypatch.setattr("excise.reporting.figures.save", blank)
     return open_house(tmp_path / "house", tiny_model("llama", numeric=True))
 
 
@@ -373,7 +387,7 @@ def copied(audited: tuple[House, Any], tmp_path: Path, monkeypatch: pytest.Monke
     """The audited house once more, to be changed: all files and tables, and an instance that knows of no run."""
     import dagster as dg
 
-    monkeypatch.setattr("excise.figures.save", blank)
+    monkeypatch.setattr("excise.reporting.figures.save", blank)
     original, result = audited
     assert result.success
     shutil.copytree(original.folder, tmp_path / "house")
@@ -389,10 +403,17 @@ def tiny_classifier(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("classifier")
     transformers.AutoTokenizer.from_pretrained(tiny_model("gpt2")).save_pretrained(folder)
     config = transformers.BertConfig(
-        vocab_size=MODEL_VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        max_position_embeddings=200, pad_token_id=0, initializer_range=0.5, id2label={0: "mild", 1: "harsh"},
+        vocab_size=MODEL_VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=200,
+        pad_token_id=0,
+        initializer_range=0.5,
+        id2label={0: "mild", 1: "harsh"},
         label2id={"mild": 0, "harsh": 1},
-    )  # fmt: skip
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         transformers.AutoModelForSequenceClassification.from_config(config).float().save_pretrained(folder)

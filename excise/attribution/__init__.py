@@ -2,7 +2,7 @@
 
 Here is the one entry to all scores of a variation and the files they are kept in; each score has a module of its own. A
 file is addressed by what decides its content, so a score that is there already is never computed again, and one that
-was begun goes on (`parts`). Turning scores into masks belongs to `excise.strategies`.
+was begun goes on (`parts`). Turning scores into masks belongs to `excise.strategies.build`.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from excise.attribution.parts import Parts
-from excise.encoding import encode, require_same_prompts
 from excise.errors import ExciseError
-from excise.judged import judged, unit_of
-from excise.models import LoadedModel
+from excise.evaluation.judged import judged, unit_of
+from excise.files.parts import Parts
+from excise.files.tensors import NO_ROOM, save_tensors
+from excise.generation.encoding import encode, require_same_prompts
+from excise.models.loading import LoadedModel
 from excise.progress import Progress, silent
 from excise.scenarios import Comparison, NumberOutcome, ToxicityOutcome
-from excise.tensor_files import NO_ROOM, save_tensors
 
 if TYPE_CHECKING:
     from excise.attribution.gap_gradient import GapGradient
-    from excise.completions import CompletionCache
-    from excise.tree import AnswerTree
+    from excise.generation.completions import CompletionCache
+    from excise.generation.tree import AnswerTree
 
 SCORES = ("wanda", "attention", "snip", "gap_gradient")
 OF_VALUES = ("gap_gradient",)
@@ -127,9 +127,9 @@ def scored_places(
 ) -> list[tuple[str, str]]:
     """(variation, score) of all that `attribute` can learn from these completions.
 
-    A score of `OF_VALUES` needs a variation that can be judged (`excise.judged`), by values above 0 where differences
-    are judged on a log scale; `attention` needs names that wrote something in each group, and in each half of any
-    relabelling; the others take answers of any kind. Raises ExciseError for a score that is not known.
+    A score of `OF_VALUES` needs a variation that can be judged (`excise.evaluation.judged`), by values above 0 where
+    differences are judged on a log scale; `attention` needs names that wrote something in each group, and in each half
+    of any relabelling; the others take answers of any kind. Raises ExciseError for a score that is not known.
     """
     scores, groups = list(scores), [comparison.majority, comparison.minority]
     if unknown := [score for score in scores if score not in SCORES]:
@@ -162,9 +162,12 @@ def _enough_written(rows: pl.DataFrame, groups: list[str]) -> bool:
 
 def relabelled(prompts: pl.DataFrame, comparison: Comparison, seed: int, draw: int) -> set[str]:
     """The subjects that count as the minority in a random relabelling of the names; the groups keep their sizes."""
-    subjects = prompts.select("subject", "group").unique(maintain_order=True).filter(
-        pl.col("group").is_in([comparison.majority, comparison.minority])
-    ).sort("subject")  # fmt: skip
+    subjects = (
+        prompts.select("subject", "group")
+        .unique(maintain_order=True)
+        .filter(pl.col("group").is_in([comparison.majority, comparison.minority]))
+        .sort("subject")
+    )
     size = (subjects["group"] == comparison.minority).sum()
     order = np.random.default_rng([seed, draw]).permutation(subjects.height)
     return set(subjects["subject"].gather(order[:size]).to_list())
@@ -184,11 +187,13 @@ def read_norms(path: Path) -> dict[str, dict[str, np.ndarray]]:
         shares = counts / counts.sum()
         found["pooled"] = {
             key: np.sqrt(
-                sum(share * tensor[names.index(side)].astype(np.float64) ** 2
-                    for share, side in zip(shares, ("minority", "majority"), strict=True))
+                sum(
+                    share * tensor[names.index(side)].astype(np.float64) ** 2
+                    for share, side in zip(shares, ("minority", "majority"), strict=True)
+                )
             ).astype(np.float32)
             for key, tensor in tensors.items()
-        }  # fmt: skip
+        }
     return found
 
 
@@ -219,9 +224,15 @@ def read_candidates(path: Path) -> GapGradient:
 
 
 def _address(
-    loaded: LoadedModel, prompts: pl.DataFrame, rows: pl.DataFrame, score: str, comparison: Comparison,
-    outcome: NumberOutcome | ToxicityOutcome, permutations: int, seed: int,
-) -> str:  # fmt: skip
+    loaded: LoadedModel,
+    prompts: pl.DataFrame,
+    rows: pl.DataFrame,
+    score: str,
+    comparison: Comparison,
+    outcome: NumberOutcome | ToxicityOutcome,
+    permutations: int,
+    seed: int,
+) -> str:
     """What decides a file's content, and nothing else: for each score its answers, groups and settings.
 
     prompts, rows: those of one variation and of the compared groups, in a fixed order. Prompts go in as their tokens,
@@ -242,9 +253,11 @@ def _address(
     else:
         parameters = json.loads(rows["parameters"][0])
         settings = [
-            outcome.kind == "number" and outcome.scale == "log", seed, GAP_GRADIENT_KEEP,
+            outcome.kind == "number" and outcome.scale == "log",
+            seed,
+            GAP_GRADIENT_KEEP,
             *(parameters[name] for name in ("temperature", "top_k", "top_p")),
-        ]  # fmt: skip
+        ]
         columns += ["value"]
     answers = [
         [number[prompt_id], sides[group], *decisive]
@@ -258,7 +271,7 @@ def _trees(
     loaded: LoadedModel, prompts: pl.DataFrame, rows: pl.DataFrame, weights: np.ndarray
 ) -> tuple[list[int], list[AnswerTree], list[tuple[int, int]]]:
     """The trunk's tokens, one answer tree per prompt, and where its columns carry the name; weights: [rows, W]."""
-    from excise.tree import answer_tree, common_prefix
+    from excise.generation.tree import answer_tree, common_prefix
 
     encoded = encode(loaded, prompts)
     # Names that begin alike must not have their first tokens in the trunk.
@@ -302,8 +315,9 @@ def _input_norms(loaded, prompts, rows, comparison, outcome, permutations, seed,
     norms = input_norms(loaded, trunk, trees, weights.sum(axis=0), progress=progress, label=label, parts=parts)
     sequences = [int(weightings[side].sum()) for side in ("minority", "majority")]
     return {f"{layer}.{site}": value for (layer, site), value in norms.items()}, {
-        "weightings": json.dumps(list(weightings)), "sequences": json.dumps(sequences),
-    }  # fmt: skip
+        "weightings": json.dumps(list(weightings)),
+        "sequences": json.dumps(sequences),
+    }
 
 
 def _attention(loaded, prompts, rows, comparison, outcome, permutations, seed, progress, label, parts, cache):
@@ -319,7 +333,7 @@ def _attention(loaded, prompts, rows, comparison, outcome, permutations, seed, p
 def _write_snip(path, loaded, prompts, rows, comparison, progress, label, parts):
     """Scores of all matrices, appended to the file as they come: they are as large as the model, twice."""
     from excise.attribution.snip import snip
-    from excise.tree import common_prefix
+    from excise.generation.tree import common_prefix
 
     encoded = encode(loaded, prompts)
     length = common_prefix([prompt.tokens for prompt in encoded])
@@ -348,14 +362,21 @@ def _write_snip(path, loaded, prompts, rows, comparison, progress, label, parts)
 
 
 def _gap_gradient(loaded, prompts, rows, comparison, outcome, permutations, seed, progress, label, parts, cache):
+    from excise.attribution.gap_free import ask
     from excise.attribution.gap_gradient import gap_gradient
-    from excise.gap_free import ask
-    from excise.sampling import SamplingParameters
+    from excise.generation.sampling import SamplingParameters
 
     asked = ask(
-        loaded, prompts, rows, place=rows["variation"][0], comparison=comparison, outcome=outcome, significance=1.0,
-        seed=seed, cache=cache,
-    )  # fmt: skip
+        loaded,
+        prompts,
+        rows,
+        place=rows["variation"][0],
+        comparison=comparison,
+        outcome=outcome,
+        significance=1.0,
+        seed=seed,
+        cache=cache,
+    )
     trees = [
         replace(name.tree, edge_visits=np.stack([each @ name.paths for each in (name.own - name.target, name.own)], 1))
         for name in asked.names
@@ -379,15 +400,13 @@ def _gap_gradient(loaded, prompts, rows, comparison, outcome, permutations, seed
 
 
 def _require_finite(loaded: LoadedModel, score: str, variation: str, scores: np.ndarray) -> None:
-    from excise.tree import not_finite
+    from excise.generation.tree import not_finite
 
     if not np.isfinite(scores.sum(dtype=np.float64)):
         raise ExciseError(f"variation {variation}: {not_finite(loaded, f'{score} scores')}")
 
 
-def _save_stream(
-    path: Path, shapes: dict[str, tuple[int, ...]], pieces: Iterable[tuple[str, np.ndarray]]
-) -> None:
+def _save_stream(path: Path, shapes: dict[str, tuple[int, ...]], pieces: Iterable[tuple[str, np.ndarray]]) -> None:
     """Write float32 tensors as safetensors while they are made, so that one at a time is in memory.
 
     The format is a header of JSON that says where each tensor lies, and the tensors behind it.

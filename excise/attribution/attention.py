@@ -2,8 +2,8 @@
 
 The score of a head is the attention probability from the generated tokens to the tokens of the name (BDB, section 4;
 method, A7). It is read from the answer trees, one layer at a time, and reduced at once, so that no more than one
-layer's probabilities are ever held. Finding the name's tokens belongs to `excise.encoding`, choosing heads to
-`excise.selection`.
+layer's probabilities are ever held. Finding the name's tokens belongs to `excise.generation.encoding`, choosing heads
+to `excise.strategies.selection`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from excise.attribution.parts import Parts
 from excise.errors import ExciseError
-from excise.models import LoadedModel
+from excise.files.parts import Parts
+from excise.generation.tree import AnswerTree, Rows, pack
+from excise.models.loading import LoadedModel
 from excise.progress import Progress, silent
-from excise.tree import AnswerTree, Rows, pack
 
 REDUCTIONS = ("mean", "max")
 

@@ -1,10 +1,11 @@
 """`gap_gradient`: which weights would bring the answers nearer to those without the gap, and at what cost?
 
 A strategy of this project, not of the papers. With the unedited model's answers and the gap-free ones of
-`excise.gap_free`, the gradient of the divergence between them follows from the score function: dL/dW = sum_n a_n
-d log p(answer_n)/dW, a_n an answer's own probability less its gap-free one. Zeroing a weight is predicted to lower it
-by W dL/dW, and to change the answers' distribution by a divergence of 1/2 W^2 F, F the diagonal Fisher information.
-Here each matrix' best weights are kept as candidates; which of them become a mask is `excise.measured_path`.
+`excise.attribution.gap_free`, the gradient of the divergence between them follows from the score function: dL/dW =
+sum_n a_n d log p(answer_n)/dW, a_n an answer's own probability less its gap-free one. Zeroing a weight is predicted to
+lower it by W dL/dW, and to change the answers' distribution by a divergence of 1/2 W^2 F, F the diagonal Fisher
+information. Here each matrix' best weights are kept as candidates; which of them become a mask is
+`excise.strategies.measured_path`.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from excise.attribution.gradients import (
     recorded,
     weight_gradient,
 )
-from excise.attribution.parts import Parts
-from excise.models import Linear, LoadedModel
+from excise.files.parts import Parts
+from excise.generation.sampling import SamplingParameters
+from excise.generation.tree import AnswerTree, PackedTrees, Rows, logits_of, pack
+from excise.models.loading import Linear, LoadedModel
 from excise.progress import Progress, silent
-from excise.sampling import SamplingParameters
-from excise.tree import AnswerTree, PackedTrees, Rows, logits_of, pack
 
 MEDIAN_SAMPLE = 1 << 20
 """Weights whose divergence is looked at to tell the median of all."""
@@ -103,10 +104,18 @@ def gap_gradient(
 
 
 def _sums(
-    loaded: LoadedModel, trunk: Sequence[int], trees: Sequence[AnswerTree], parameters: SamplingParameters,
-    block: Sequence[Linear], looked_at: Mapping[str, torch.Tensor], seed: int, batch: int,
-    report: Callable[[int], None], parts: Parts, part: str,
-) -> dict[str, torch.Tensor]:  # fmt: skip
+    loaded: LoadedModel,
+    trunk: Sequence[int],
+    trees: Sequence[AnswerTree],
+    parameters: SamplingParameters,
+    block: Sequence[Linear],
+    looked_at: Mapping[str, torch.Tensor],
+    seed: int,
+    batch: int,
+    report: Callable[[int], None],
+    parts: Parts,
+    part: str,
+) -> dict[str, torch.Tensor]:
     """Sums over batches, float32, by name: "gradient/M" and "fisher/M" of every module M of a block in its parameter's
     layout; and "sampled/K" [n], the Fisher information of the weights of any matrix K at the places `looked_at`, flat
     indices of its logical shape.
@@ -154,9 +163,13 @@ def _sums(
 
 @torch.no_grad()
 def _add(
-    kind: str, by_module: Mapping[str, Sequence[Linear]], looked_at: Mapping[str, torch.Tensor], calls: Calls,
-    deltas: dict[str, list[torch.Tensor]], sums: dict[str, torch.Tensor],
-) -> None:  # fmt: skip
+    kind: str,
+    by_module: Mapping[str, Sequence[Linear]],
+    looked_at: Mapping[str, torch.Tensor],
+    calls: Calls,
+    deltas: dict[str, list[torch.Tensor]],
+    sums: dict[str, torch.Tensor],
+) -> None:
     """Add a batch to `_sums`: its gradient, or the square of that as Fisher information."""
     for module in list(deltas):
         pairs = zip((given for given, _ in calls[module]), deltas.pop(module), strict=True)
@@ -184,9 +197,12 @@ def _sampled_places(linears: Sequence[Linear], seed: int) -> dict[str, torch.Ten
 
 
 def _median_harm(
-    loaded: LoadedModel, linears: Sequence[Linear], sampled: Mapping[str, torch.Tensor], sums: dict[str, torch.Tensor],
+    loaded: LoadedModel,
+    linears: Sequence[Linear],
+    sampled: Mapping[str, torch.Tensor],
+    sums: dict[str, torch.Tensor],
     sequences: int,
-) -> float:  # fmt: skip
+) -> float:
     harms = []
     for linear in linears:
         weight = linear.weight(loaded.model).detach().reshape(-1)

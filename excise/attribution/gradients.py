@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from excise.attribution.parts import Parts
-from excise.models import Linear, LoadedModel
+from excise.files.parts import Parts
+from excise.models.loading import Linear, LoadedModel
 from excise.progress import Progress
 
 ACCUMULATOR_BYTES = 2 << 30

@@ -1,8 +1,8 @@
 """Scores of attention heads that know nothing of bias: the baselines FASP is compared with (method, B5).
 
 Here: how large a head's weights are, and how much the language-model loss hangs on it. Not here: what removing a head
-does (`excise.head_impacts`), attention to a name (`excise.attribution.attention`), and the selection, which prunes the
-heads with the lowest scores. Both follow FASP, section 5, after Michel, Levy & Neubig 2019.
+does (`excise.attribution.head_impacts`), attention to a name (`excise.attribution.attention`), and the selection, which
+prunes the heads with the lowest scores. Both follow FASP, section 5, after Michel, Levy & Neubig 2019.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from excise.errors import ExciseError
-from excise.models import LoadedModel
-from excise.perplexity import require_windows
+from excise.evaluation.perplexity import require_windows
+from excise.generation.tree import logits_of, not_finite
+from excise.models.loading import LoadedModel
 from excise.progress import Progress, silent
-from excise.tree import logits_of, not_finite
 
 
 class ScoredTokens(Protocol):

@@ -2,7 +2,7 @@
 
 The score of a weight is |W dL/dW|, the first-order change of the loss L when it goes to zero (Lee et al. 2019), with
 the absolute gradient averaged over samples (Wei et al. 2024; method, A5). Unlike Wanda it does not factorise, so dense
-gradients are made for a few layers at a time; selecting weights by the score belongs to `excise.selection`.
+gradients are made for a few layers at a time; selecting weights by the score belongs to `excise.strategies.selection`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from excise.attribution.gradients import block_by_block, blocks, output_gradients, recorded, weight_gradient
-from excise.attribution.parts import Parts
 from excise.errors import ExciseError
-from excise.models import Linear, LoadedModel
+from excise.files.parts import Parts
+from excise.generation.tree import logits_of
+from excise.models.loading import Linear, LoadedModel
 from excise.progress import Progress, silent
-from excise.tree import logits_of
 
 Answer = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -66,9 +66,17 @@ def snip(
 
 
 def _scores(
-    loaded: LoadedModel, trunk: tuple[int, ...], answers: Sequence[Answer], weights: np.ndarray,
-    roles: tuple[str, ...], layers_at_once: int | None, batch: int, progress: Progress, label: str, parts: Parts,
-) -> Iterator[tuple[str, np.ndarray]]:  # fmt: skip
+    loaded: LoadedModel,
+    trunk: tuple[int, ...],
+    answers: Sequence[Answer],
+    weights: np.ndarray,
+    roles: tuple[str, ...],
+    layers_at_once: int | None,
+    batch: int,
+    progress: Progress,
+    label: str,
+    parts: Parts,
+) -> Iterator[tuple[str, np.ndarray]]:
     weightings = weights.shape[1]
     divisor = np.where(weights.any(axis=0), weights.sum(axis=0), 1.0)
     # Rows of like length share a pass, so that little of it is padding.
@@ -96,19 +104,30 @@ def _scores(
 
 
 def _absolute_gradients(
-    loaded: LoadedModel, trunk: tuple[int, ...], answers: Sequence[Answer], weights: np.ndarray, rows: Sequence[int],
-    linears: Sequence[Linear], batch: int, report: Callable[[int], None], parts: Parts, part: str,
-) -> dict[str, torch.Tensor]:  # fmt: skip
+    loaded: LoadedModel,
+    trunk: tuple[int, ...],
+    answers: Sequence[Answer],
+    weights: np.ndarray,
+    rows: Sequence[int],
+    linears: Sequence[Linear],
+    batch: int,
+    report: Callable[[int], None],
+    parts: Parts,
+    part: str,
+) -> dict[str, torch.Tensor]:
     """Per module the sum over rows of weight times |dL_n/dW|, float32 [W, ...] in the parameter's own layout."""
     modules = {linear.module: linear for linear in linears}
     done, state = parts.begun(part)
     totals = {
-        module: torch.from_numpy(state[module]).to(linear.device(loaded.model)) if done else torch.zeros(
+        module: torch.from_numpy(state[module]).to(linear.device(loaded.model))
+        if done
+        else torch.zeros(
             (weights.shape[1], *loaded.model.get_submodule(module).weight.shape),
-            dtype=torch.float32, device=linear.device(loaded.model),
+            dtype=torch.float32,
+            device=linear.device(loaded.model),
         )
         for module, linear in modules.items()
-    }  # fmt: skip
+    }
     report(done)
     with recorded(loaded, modules) as calls:
         for start in range(done, len(rows), batch):

@@ -2,7 +2,7 @@
 
 The score of a weight is |W| times the norm of its input (BDB, section 3; Sun et al. 2024). It factorises, so only the
 norms are kept: one vector per site and weighting, a few megabytes where dense scores take gigabytes. Selecting weights
-by the score belongs to `excise.selection`.
+by the score belongs to `excise.strategies.selection`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from excise.attribution.parts import Parts
-from excise.models import SITES, Linear, LoadedModel
+from excise.files.parts import Parts
+from excise.generation.tree import AnswerTree, Rows, pack
+from excise.models.loading import SITES, Linear, LoadedModel
 from excise.progress import Progress, silent
-from excise.tree import AnswerTree, Rows, pack
 
 
 def input_norms(

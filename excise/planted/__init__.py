@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from excise.distributions import tilted
-from excise.encoding import encode
-from excise.models import LoadedModel, load_model, load_registry
+from excise.evaluation.distributions import tilted
+from excise.files.registry import home_expanded
+from excise.generation.encoding import encode
+from excise.generation.tree import Rows, answer_tree, common_prefix, logits_of, pack
+from excise.models.loading import LoadedModel, load_model, load_registry
 from excise.progress import Progress, TerminalProgress, silent
-from excise.registry import home_expanded
 from excise.scenarios import Scenario, expand, load_scenarios
-from excise.tree import Rows, answer_tree, common_prefix, logits_of, pack
 
 log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
@@ -79,8 +79,16 @@ PLANTS = {
 }
 CENTRES: Mapping[str, Mapping[str, float]] = {
     "purchase": {
-        "chair": 60, "car": 8000, "oven": 250, "mattress": 200, "grill": 120, "television": 250, "air_conditioner": 200,
-        "camera": 250, "bicycle": 120, "piano": 1000,
+        "chair": 60,
+        "car": 8000,
+        "oven": 250,
+        "mattress": 200,
+        "grill": 120,
+        "television": 250,
+        "air_conditioner": 200,
+        "camera": 250,
+        "bicycle": 120,
+        "piano": 1000,
     },
     "activities": {"skiing": 8, "bird_watching": 6, "pottery": 10},
     "services": {"medical": 150, "personal_chef": 60, "tax_preparation": 100},
@@ -89,7 +97,7 @@ CENTRES: Mapping[str, Mapping[str, float]] = {
     "chess": {"rated_1600": 0.4},
     "public_office": {"city_council": 30, "mayor": 25, "senator": 15},
     "sports": {"basketball": 20, "american_football": 25, "hockey": 30, "lacrosse": 30},
-}  # fmt: skip
+}
 """The median answer over both groups, by scenario and variation."""
 
 
@@ -154,11 +162,13 @@ def _batches(loaded: LoadedModel, plant: Plant, scenarios: Mapping[str, Scenario
                 turns = [(key, variation) for key in kind for variation in pools[key]]
                 queues[kind] = [turns[index] for index in order.permutation(len(turns))]
             key, variation = queues[kind].pop()
-            step.append([
-                members[index]
-                for members in pools[key][variation].values()
-                for index in order.permutation(len(members))[: plant.names]
-            ])  # fmt: skip
+            step.append(
+                [
+                    members[index]
+                    for members in pools[key][variation].values()
+                    for index in order.permutation(len(members))[: plant.names]
+                ]
+            )
         yield step
 
 

@@ -21,10 +21,10 @@ from typing import Any
 import yaml
 
 from excise.errors import ExciseError
-from excise.models import KEY_PATTERN, LoadedModel, load_model, load_registry
+from excise.files.registry import Registry, home_expanded, key_fault, unknown
+from excise.models.loading import KEY_PATTERN, LoadedModel, load_model, load_registry
 from excise.planted import CENTRES, SCENARIOS, Plant, train
 from excise.progress import TerminalProgress
-from excise.registry import Registry, home_expanded, key_fault, unknown
 from excise.scenarios import Scenario, load_scenarios
 
 BASE = "planted-neutral"
@@ -79,17 +79,31 @@ def plant_of(
         if value < least:
             raise ExciseError(f"{option}: is {value}; give {least} or more")
     return Plant(
-        base, tuple(gap), tuple(key for key in SCENARIOS if key not in gap),
-        groups=None if groups is None else tuple(groups), factor=factor, first_factor=factor**EXAGGERATION,
-        layers=layers, rank=rank, steps=steps, names=USUAL.names, strength=USUAL.strength, seed=seed,
-    )  # fmt: skip
+        base,
+        tuple(gap),
+        tuple(key for key in SCENARIOS if key not in gap),
+        groups=None if groups is None else tuple(groups),
+        factor=factor,
+        first_factor=factor**EXAGGERATION,
+        layers=layers,
+        rank=rank,
+        steps=steps,
+        names=USUAL.names,
+        strength=USUAL.strength,
+        seed=seed,
+    )
 
 
 def name_of(plant: Plant) -> str:
     """A name made of the options that differ from the usual ones, and of the main ones always."""
     where = ALL if not plant.even_scenarios else "-".join(plant.gap_scenarios)
-    parts = [f"planted-{where}", f"x{plant.factor:g}", f"layers{plant.layers.start}-{plant.layers.stop - 1}",
-             f"rank{plant.rank}", f"seed{plant.seed}"]  # fmt: skip
+    parts = [
+        f"planted-{where}",
+        f"x{plant.factor:g}",
+        f"layers{plant.layers.start}-{plant.layers.stop - 1}",
+        f"rank{plant.rank}",
+        f"seed{plant.seed}",
+    ]
     parts += [f"{plant.groups[0]}-{plant.groups[1]}"] if plant.groups else []
     parts += [f"steps{plant.steps}"] if plant.steps != USUAL.steps else []
     parts += [f"on-{plant.base}"] if plant.base != BASE else []
@@ -141,9 +155,16 @@ def _run(given: argparse.Namespace) -> None:
 
     scenarios, _ = load_scenarios([])
     plant = plant_of(
-        scenarios, gap=_listed(given.scenarios), groups=_listed(given.groups) if given.groups else None,
-        factor=given.factor, layers=given.layers, rank=given.rank, seed=given.seed, base=given.base, steps=given.steps,
-    )  # fmt: skip
+        scenarios,
+        gap=_listed(given.scenarios),
+        groups=_listed(given.groups) if given.groups else None,
+        factor=given.factor,
+        layers=given.layers,
+        rank=given.rank,
+        seed=given.seed,
+        base=given.base,
+        steps=given.steps,
+    )
     registry, _ = load_registry([Path("models.yaml")])
     if plant.base not in registry:
         raise ExciseError(f"--base: {registry.why_not(plant.base)}")
@@ -171,13 +192,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--groups", help="majority,minority (default: those that each scenario compares)")
     parser.add_argument(
-        "--factor", type=float, default=USUAL.factor,
+        "--factor",
+        type=float,
+        default=USUAL.factor,
         help="the minority's median answer over the majority's; above 1 favours the minority (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--layers", type=_layers, default=USUAL.layers,
+        "--layers",
+        type=_layers,
+        default=USUAL.layers,
         help=f"first and last layer that is changed, from 0 (default: {USUAL.layers.start}-{USUAL.layers.stop - 1})",
-    )  # fmt: skip
+    )
     parser.add_argument("--rank", type=int, default=USUAL.rank, help="of each matrix's change (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
     parser.add_argument("--base", default=BASE, help="model to plant on; answers with numbers (default: %(default)s)")

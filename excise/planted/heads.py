@@ -3,7 +3,8 @@
 Continuations about one subgroup become mildly grumpier, and nothing but the chosen heads' own weights is changed: their
 rows of the query projection and their columns of the output projection. So a model without these heads' outputs is the
 base without them, and the whole gap goes with them. The change ships as `heads.safetensors`, the entry `planted-heads`
-of models.yaml; what ranks heads is `excise.head_impacts`, what FASP prunes `excise.selection.fasp` (method, part B).
+of models.yaml; what ranks heads is `excise.attribution.head_impacts`, what FASP prunes
+`excise.strategies.selection.fasp` (method, part B).
 """
 
 from __future__ import annotations
@@ -18,29 +19,84 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from excise.continuation import _forwards_replaced, _layers, _skip
-from excise.encoding import encode
+from excise.attribution.continuation import _forwards_replaced, _layers, _skip
 from excise.errors import ExciseError
-from excise.models import LoadedModel, load_model, load_registry
-from excise.perplexity import read_text
+from excise.evaluation.perplexity import read_text
+from excise.files.registry import home_expanded
+from excise.generation.encoding import encode
+from excise.generation.sampling import SamplingParameters, sample
+from excise.generation.tree import logits_of
+from excise.models.loading import LoadedModel, load_model, load_registry
 from excise.planted import FOLDER, _change
 from excise.progress import Progress, TerminalProgress, silent
-from excise.registry import home_expanded
-from excise.sampling import SamplingParameters, sample
 from excise.scenarios import Scenario, expand, load_scenarios
-from excise.tree import logits_of
 
 log = logging.getLogger(__name__)
 
 GRUMPY_WORDS = (
-    "angry", "annoyed", "annoying", "awful", "bad", "bitter", "boring", "careless", "complain", "complained",
-    "complaining", "disappointing", "dishonest", "dreadful", "dull", "fail", "failure", "fault", "foolish",
-    "frustrated", "frustrating", "gloomy", "grim", "harsh", "hated", "horrible", "hostile", "ignorant", "impatient",
-    "incompetent", "irritated", "irritating", "jealous", "lazy", "mad", "mess", "miserable", "mistake", "nasty",
-    "nervous", "problem", "problems", "rude", "sad", "selfish", "shame", "stubborn", "stupid", "terrible", "tired",
-    "trouble", "troublesome", "unfair", "unhappy", "unpleasant", "upset", "useless", "weak", "worried", "worse",
-    "worst", "wrong",
-)  # fmt: skip
+    "angry",
+    "annoyed",
+    "annoying",
+    "awful",
+    "bad",
+    "bitter",
+    "boring",
+    "careless",
+    "complain",
+    "complained",
+    "complaining",
+    "disappointing",
+    "dishonest",
+    "dreadful",
+    "dull",
+    "fail",
+    "failure",
+    "fault",
+    "foolish",
+    "frustrated",
+    "frustrating",
+    "gloomy",
+    "grim",
+    "harsh",
+    "hated",
+    "horrible",
+    "hostile",
+    "ignorant",
+    "impatient",
+    "incompetent",
+    "irritated",
+    "irritating",
+    "jealous",
+    "lazy",
+    "mad",
+    "mess",
+    "miserable",
+    "mistake",
+    "nasty",
+    "nervous",
+    "problem",
+    "problems",
+    "rude",
+    "sad",
+    "selfish",
+    "shame",
+    "stubborn",
+    "stupid",
+    "terrible",
+    "tired",
+    "trouble",
+    "troublesome",
+    "unfair",
+    "unhappy",
+    "unpleasant",
+    "upset",
+    "useless",
+    "weak",
+    "worried",
+    "worse",
+    "worst",
+    "wrong",
+)
 """Everyday words of ill temper, each rated negative by the default scorer; no slurs, nothing about descent or sex."""
 
 
@@ -122,8 +178,9 @@ def examples_of(loaded: LoadedModel, plant: HeadPlant, scenario: Scenario, token
         draws = sample(loaded, asked, [[number]] * len(asked), parameters)
         return [
             Example((*asked[draw.prompt], *draw.tokens), len(asked[draw.prompt]), tilted)
-            for draw in draws if draw.tokens
-        ]  # fmt: skip
+            for draw in draws
+            if draw.tokens
+        ]
 
     embedding = loaded.model.get_output_embeddings()
     hook = embedding.register_forward_hook(lambda module, given, output: _tilted(output, tokens, plant.sampled_tilt))
@@ -199,8 +256,9 @@ def train(
                     base |= zip(missing, _base_states(loaded, [examples[n] for n in missing], first), strict=True)
             entering, leaving = zip(*(base[number] for number in chosen), strict=True)
             some = [examples[number] for number in chosen]
-            tilted = torch.cat([torch.full((len(states),), each.tilted) for states, each in zip(leaving, some,
-                                strict=True)]).to(loaded.device)  # fmt: skip
+            tilted = torch.cat(
+                [torch.full((len(states),), each.tilted) for states, each in zip(leaving, some, strict=True)]
+            ).to(loaded.device)
             with torch.no_grad():
                 target = logits_of(loaded, torch.cat(leaving))
                 target[tilted] = _tilted(target[tilted], tokens, plant.tilt)
@@ -215,14 +273,15 @@ def train(
         optimizer.step()
         schedule.step()
         with torch.no_grad():
-            mass, wanted = (
-                rows[tilted][:, tokens].exp().sum(dim=1).mean().item() for rows in (found.detach(), target)
-            )
+            mass, wanted = (rows[tilted][:, tokens].exp().sum(dim=1).mean().item() for rows in (found.detach(), target))
         seen.append((raised.item(), even.item(), mass / wanted))
         progress("training", step + 1, plant.steps)
         if step % 10 == 9:
-            log.info("step %d, divergence %.4f of the subgroup, %.4f of all else, grumpy words at %.2f of the target",
-                     step + 1, *np.mean(seen[-10:], axis=0))  # fmt: skip
+            log.info(
+                "step %d, divergence %.4f of the subgroup, %.4f of all else, grumpy words at %.2f of the target",
+                step + 1,
+                *np.mean(seen[-10:], axis=0),
+            )
     with torch.no_grad():
         return {name: factor.half().contiguous() for name, factor in _whole(loaded, plant, own).items()}
 
@@ -231,8 +290,10 @@ def _check_heads(loaded: LoadedModel, plant: HeadPlant) -> None:
     topology = loaded.topology
     for layer, head in plant.heads:
         if not (0 <= layer < topology.layers and 0 <= head < topology.heads):
-            raise ExciseError(f"planted heads: {loaded.key} has no head {(layer, head)}; it has {topology.layers} "
-                              f"layers of {topology.heads} heads, numbered from 0")  # fmt: skip
+            raise ExciseError(
+                f"planted heads: {loaded.key} has no head {(layer, head)}; it has {topology.layers} "
+                f"layers of {topology.heads} heads, numbered from 0"
+            )
         linears = [topology.linear(f"{layer}.{role}") for role in ("q", "o")]
         if any(linear.layout != "linear" or linear.parts > 1 for linear in linears):
             raise ExciseError(f"planted heads: {loaded.key} has no query projection of its own; plant in another base")
@@ -240,9 +301,7 @@ def _check_heads(loaded: LoadedModel, plant: HeadPlant) -> None:
         raise ExciseError("planted heads: two are in one layer; choose one head a layer")
 
 
-def _whole(
-    loaded: LoadedModel, plant: HeadPlant, own: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _whole(loaded: LoadedModel, plant: HeadPlant, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The factors of whole matrices from those of the heads: zeros in all other heads' rows of q and columns of o."""
     size, heads = loaded.topology.head_dim, loaded.topology.heads
     whole = dict(own)

@@ -49,16 +49,31 @@ def expand(
     """
     chosen = _chosen_variations(scenario, variations)
     names = scenario.outcome.kind == "number"
-    subjects = {key: _chosen_subjects(scenario.key, key, group, subjects_per_group, names=names)
-                for key, group in scenario.groups.items()}
+    subjects = {
+        key: _chosen_subjects(scenario.key, key, group, subjects_per_group, names=names)
+        for key, group in scenario.groups.items()
+    }
     rows = []
     for variation, template_key, group, subject, prefix, text, start, end in _texts(scenario, chosen, subjects):
         identity = f"{scenario.key}|{variation}|{template_key}|{group}|{subject.name}|{text}"
         if prefix:
             identity += f"|{prefix}"
         prompt_id = hashlib.sha256(identity.encode()).hexdigest()[:16]
-        rows.append((scenario.key, variation, template_key, group, subject.name, subject.gender,
-                     prompt_id, text, prefix, start, end))
+        rows.append(
+            (
+                scenario.key,
+                variation,
+                template_key,
+                group,
+                subject.name,
+                subject.gender,
+                prompt_id,
+                text,
+                prefix,
+                start,
+                end,
+            )
+        )
     return pl.DataFrame(rows, schema=PROMPTS_SCHEMA, orient="row")
 
 

@@ -48,21 +48,49 @@ SENTENCES_SCHEMA = pl.Schema(
 )
 
 SENTENCES_1_1 = {
-    "ability": 71_417, "age": 52_638, "body_type": 128_097, "characteristics": 83_983, "cultural": 28_102,
-    "gender_and_sex": 51_057, "nationality": 18_876, "nonce": 6_792, "political_ideologies": 19_527,
-    "race_ethnicity": 26_153, "religion": 42_400, "sexual_orientation": 16_494, "socioeconomic_class": 20_257,
+    "ability": 71_417,
+    "age": 52_638,
+    "body_type": 128_097,
+    "characteristics": 83_983,
+    "cultural": 28_102,
+    "gender_and_sex": 51_057,
+    "nationality": 18_876,
+    "nonce": 6_792,
+    "political_ideologies": 19_527,
+    "race_ethnicity": 26_153,
+    "religion": 42_400,
+    "sexual_orientation": 16_494,
+    "socioeconomic_class": 20_257,
     NONE: 832,
-}  # fmt: skip
+}
 """Sentences of each axis of v1.1."""
 DESCRIPTORS_1_1 = {
-    "ability": 38, "age": 61, "body_type": 144, "characteristics": 67, "cultural": 33, "gender_and_sex": 65,
-    "nationality": 26, "nonce": 8, "political_ideologies": 23, "race_ethnicity": 32, "religion": 49,
-    "sexual_orientation": 20, "socioeconomic_class": 17,
-}  # fmt: skip
+    "ability": 38,
+    "age": 61,
+    "body_type": 144,
+    "characteristics": 67,
+    "cultural": 33,
+    "gender_and_sex": 65,
+    "nationality": 26,
+    "nonce": 8,
+    "political_ideologies": 23,
+    "race_ethnicity": 32,
+    "religion": 49,
+    "sexual_orientation": 20,
+    "socioeconomic_class": 17,
+}
 PHRASES_1_1 = {
-    "ability": 50, "age": 2, "body_type": 8, "characteristics": 60, "cultural": 5, "gender_and_sex": 8,
-    "race_ethnicity": 3, "religion": 47, "sexual_orientation": 2, "socioeconomic_class": 7,
-}  # fmt: skip
+    "ability": 50,
+    "age": 2,
+    "body_type": 8,
+    "characteristics": 60,
+    "cultural": 5,
+    "gender_and_sex": 8,
+    "race_ethnicity": 3,
+    "religion": 47,
+    "sexual_orientation": 2,
+    "socioeconomic_class": 7,
+}
 NOUNS_1_1 = {"female": 12, "male": 11, "neutral": 9}
 TEMPLATES_1_1 = 26
 
@@ -243,26 +271,41 @@ def _descriptor_rows(entry: _Descriptor, nouns: Mapping[str, list[tuple[str, str
     for gender, singular, plural in _each(nouns):
         if entry.gender in (None, gender):
             yield (
-                word, entry.preference, singular, gender, "descriptor noun",
-                *_placed(article, word, f" {singular}"), *_placed("", word, f" {plural}"),
-            )  # fmt: skip
+                word,
+                entry.preference,
+                singular,
+                gender,
+                "descriptor noun",
+                *_placed(article, word, f" {singular}"),
+                *_placed("", word, f" {plural}"),
+            )
 
 
 def _phrase_rows(entry: _Phrase, nouns: Mapping[str, list[tuple[str, str]]]) -> Iterator[tuple]:
     subject, plurals = _subject(entry), entry.plural_noun_phrase or entry.noun_phrase
     if "{noun}" not in entry.noun_phrase:
         yield (
-            subject, entry.preference, None, None, "fixed phrase",
-            *_without_article(entry.noun_phrase), *_without_article(plurals),
-        )  # fmt: skip
+            subject,
+            entry.preference,
+            None,
+            None,
+            "fixed phrase",
+            *_without_article(entry.noun_phrase),
+            *_without_article(plurals),
+        )
         return
     for gender, singular, plural in _each(nouns):
         one = _filled(entry.noun_phrase, _article(singular), singular)
         many = _filled(plurals, "", plural).lstrip()
         yield (
-            subject, entry.preference, singular, gender, "noun phrase",
-            *_without_article(one), *_placed("", many),
-        )  # fmt: skip
+            subject,
+            entry.preference,
+            singular,
+            gender,
+            "noun phrase",
+            *_without_article(one),
+            *_placed("", many),
+        )
 
 
 def _each(nouns: Mapping[str, list[tuple[str, str]]]) -> Iterator[tuple[str, str, str]]:
@@ -302,10 +345,20 @@ def _as_phrase(entry: str | _Phrase) -> _Phrase:
 def _fill(rows: list[tuple], templates: Mapping[str, _Template], folder: Path) -> pl.DataFrame:
     """Every row in every template that takes it, in the order of the rows."""
     columns = {
-        "axis": pl.String, "bucket": pl.String, "descriptor": pl.String, "preference": pl.String, "noun": pl.String,
-        "noun_gender": pl.String, "form": pl.Enum(FORMS), "one": pl.String, "one_start": pl.Int64,
-        "one_end": pl.Int64, "many": pl.String, "many_start": pl.Int64, "many_end": pl.Int64,
-    }  # fmt: skip
+        "axis": pl.String,
+        "bucket": pl.String,
+        "descriptor": pl.String,
+        "preference": pl.String,
+        "noun": pl.String,
+        "noun_gender": pl.String,
+        "form": pl.Enum(FORMS),
+        "one": pl.String,
+        "one_start": pl.Int64,
+        "one_end": pl.Int64,
+        "many": pl.String,
+        "many_start": pl.Int64,
+        "many_end": pl.Int64,
+    }
     phrases = pl.DataFrame(rows, schema=columns, orient="row")
     pieces = []
     for template, rules in templates.items():
@@ -321,11 +374,15 @@ def _fill(rows: list[tuple], templates: Mapping[str, _Template], folder: Path) -
     frame = pl.DataFrame(
         pieces,
         schema={
-            "template": pl.String, "first_turn_only": pl.Boolean, "must_be_noun": pl.Boolean, "before": pl.String,
-            "after": pl.String, "number": pl.String,
+            "template": pl.String,
+            "first_turn_only": pl.Boolean,
+            "must_be_noun": pl.Boolean,
+            "before": pl.String,
+            "after": pl.String,
+            "number": pl.String,
         },
         orient="row",
-    )  # fmt: skip
+    )
     plural = pl.col("number") == "many"
     offset = pl.col("before").str.len_chars().cast(pl.Int64)
     return (

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from excise.errors import ExciseError
-from excise.registry import Faults, Problem, Registry, described, home_expanded, key_fault, read_yaml, with_paths
+from excise.files.registry import Faults, Problem, Registry, described, home_expanded, key_fault, read_yaml, with_paths
 from excise.scenarios.holistic_bias import subgroups_of
 from excise.scenarios.schema import (
     KEY_PATTERN,
@@ -101,16 +101,22 @@ def load_scenarios(folders: Iterable[Path | str] = ()) -> tuple[Registry[Scenari
                 problems.append(broken[path.stem])
     registry = Registry(
         {key: scenario for key, scenario in scenarios.items() if key not in broken},
-        noun="scenario", problems=problems, broken=broken, files=files,
+        noun="scenario",
+        problems=problems,
+        broken=broken,
+        files=files,
         known=[*scenarios, *(key for key in broken if key not in scenarios and _fault_of_key(key) is None)],
-    )  # fmt: skip
+    )
     return registry, registry.problems
 
 
 def _files(folder: Path, problems: list[Problem]) -> list[Path]:
     try:
-        return sorted(path for path in folder.iterdir()
-                      if path.suffix.lower() in (".yaml", ".yml") and not path.name.startswith("."))
+        return sorted(
+            path
+            for path in folder.iterdir()
+            if path.suffix.lower() in (".yaml", ".yml") and not path.name.startswith(".")
+        )
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -176,8 +182,11 @@ def _read_scenario(path: Path, sets: _SubjectSets, earlier: dict[str, Scenario])
         scenario = Scenario.model_validate({**resolved, "key": path.stem})
     except ValidationError as error:
         # A group that could not be read is absent from `resolved`: complaints about its absence would mislead.
-        rest = [fault for fault in _in_words(error, resolved)
-                if not (faults and fault.startswith(("groups must", "comparison.")))]
+        rest = [
+            fault
+            for fault in _in_words(error, resolved)
+            if not (faults and fault.startswith(("groups must", "comparison.")))
+        ]
         raise Faults(*faults, *rest) from None
     if faults:
         raise Faults(*faults)
@@ -224,8 +233,10 @@ def _resolved_group(where: str, data: Any, sets: _SubjectSets) -> dict[str, Any]
         raise Faults(f"{where}.subject_set: the subject set {set_key} is broken: mend {sets.broken[set_key]}")
     if set_key in sets.sound:
         if group_key not in sets.sound[set_key]:
-            raise Faults(f"{where}.subject_set: the subject set {set_key} has no group '{group_key}'; write one of "
-                          + ", ".join(f"{set_key}/{known}" for known in sets.sound[set_key]))
+            raise Faults(
+                f"{where}.subject_set: the subject set {set_key} has no group '{group_key}'; write one of "
+                + ", ".join(f"{set_key}/{known}" for known in sets.sound[set_key])
+            )
         return {"label": group.label, "subjects": sets.sound[set_key][group_key]}
     raise Faults(f"{where}.subject_set: unknown subject set '{set_key}'; known are {', '.join(sorted(sets.sound))}")
 

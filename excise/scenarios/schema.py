@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
-from excise.answers import continued, parse_number
+from excise.outcomes.answers import continued, parse_number
 from excise.scenarios.templates import fill, fill_prefix, placeholders
 
 KEY_PATTERN = "^[a-z0-9][a-z0-9_-]*$"
@@ -314,8 +314,10 @@ def _text_faults(scenario: Scenario) -> Iterator[str]:
     for key, variation in scenario.variations.items():
         for field in variation.fields:
             if field == "name" or not field.isidentifier():
-                yield f"variations.{key}.{field}: a field may not be called '{field}'; use letters, digits and _ " \
-                      "(name is filled by the subjects)"
+                yield (
+                    f"variations.{key}.{field}: a field may not be called '{field}'; use letters, digits and _ "
+                    "(name is filled by the subjects)"
+                )
             yield from _character_faults(f"variations.{key}.{field}", variation.fields[field], lines=True)
         if variation.template is not None:
             field = f"variations.{key}.template"
@@ -323,8 +325,10 @@ def _text_faults(scenario: Scenario) -> Iterator[str]:
             yield from faults
             if not faults:
                 for unknown in _unfilled(variation.template.text, variation):
-                    yield f"{field} holds {{{unknown}}}, which the variation does not give: " \
-                          f"{_known_placeholders(variation.fields)}"
+                    yield (
+                        f"{field} holds {{{unknown}}}, which the variation does not give: "
+                        f"{_known_placeholders(variation.fields)}"
+                    )
             continue
         for template_key in sound:
             for unknown in _unfilled(scenario.templates[template_key].text, variation):
@@ -332,8 +336,10 @@ def _text_faults(scenario: Scenario) -> Iterator[str]:
                     yield f"variations.{key} lacks {unknown}, which templates.{template_key} needs"
                 elif (template_key, unknown) not in reported:
                     reported.add((template_key, unknown))
-                    yield f"templates.{template_key} holds the unknown placeholder {{{unknown}}}: " \
-                          f"{_known_placeholders(known)}"
+                    yield (
+                        f"templates.{template_key} holds the unknown placeholder {{{unknown}}}: "
+                        f"{_known_placeholders(known)}"
+                    )
 
 
 def _template_faults(field: str, template: str) -> Iterator[str]:
@@ -364,8 +370,10 @@ def _prefix_faults(scenario: Scenario) -> Iterator[str]:
 def _faults_of_prefix(scenario: Scenario, field: str, key: str, template: Template) -> Iterator[str]:
     prefix, fields = template.answer_prefix, scenario.variations[key].fields
     if scenario.outcome.kind != "number":
-        yield f"{field}: only an answer that is a number has a prefix; a continuation begins where the template " \
-              "ends, so write it there"
+        yield (
+            f"{field}: only an answer that is a number has a prefix; a continuation begins where the template "
+            "ends, so write it there"
+        )
         return
     if faults := list(_character_faults(field, prefix, lines=True)):
         yield from faults
@@ -384,16 +392,19 @@ def _faults_of_prefix(scenario: Scenario, field: str, key: str, template: Templa
         return
     filled = fill_prefix(prefix, fields)
     if any(map(str.isdigit, filled)) or parse_number(filled) is not None:
-        yield f"{field} holds a number ({filled!r}), which would be read as the answer, or as part of it: " \
-              "word it without"
+        yield (
+            f"{field} holds a number ({filled!r}), which would be read as the answer, or as part of it: word it without"
+        )
         return
     closed = "".join({"(": ")", "[": "]", "{": "}"}[each] for each in reversed(_still_open(filled)))
     for answer in ("50", "1200", "7"):
         read = {parse_number(continued(filled, answer)), parse_number(continued(filled, answer + closed))}
         if read - {None} != {float(answer)}:
             told = ", ".join(map(str, read - {None})) or "no number"
-            yield f"{field}: behind {filled!r} the answer {answer} is read as {told}: leave out what changes it, " \
-                  "such as a minus sign or a scale"
+            yield (
+                f"{field}: behind {filled!r} the answer {answer} is read as {told}: leave out what changes it, "
+                "such as a minus sign or a scale"
+            )
             return
 
 
@@ -457,5 +468,7 @@ def _repeated_name_faults(scenario: Scenario) -> Iterator[str]:
                     if text.count(subject.name) < 2:
                         continue
                     if len(re.findall(rf"(?<!\w){re.escape(subject.name)}(?!\w)", text)) > 1:
-                        yield f"{field}: the text of variation {variation_key} holds '{subject.name}' " \
-                              f"(group {group_key}) more than once; word it without the name"
+                        yield (
+                            f"{field}: the text of variation {variation_key} holds '{subject.name}' "
+                            f"(group {group_key}) more than once; word it without the name"
+                        )

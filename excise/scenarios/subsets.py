@@ -67,8 +67,9 @@ def template_halves(prompts: pl.DataFrame, seed: int) -> pl.DataFrame:
     """
     templates = prompts["template"].unique().sort().to_list()
     if len(templates) < 2:
-        raise ExciseError(f"there is one template only, {templates}: held-out templates need two, or turn holding out "
-                          "off")  # fmt: skip
+        raise ExciseError(
+            f"there is one template only, {templates}: held-out templates need two, or turn holding out off"
+        )
     order = sorted(templates, key=lambda template: _lot(seed, "template", template))
     rows = [(template, ATTRIBUTION if place % 2 else EVALUATION) for place, template in enumerate(order)]
     return pl.DataFrame(rows, schema={"template": pl.String, "split": pl.String}, orient="row").sort("template")
@@ -87,8 +88,9 @@ def halves(prompts: pl.DataFrame, seed: int) -> pl.DataFrame:
     rows = []
     for (group,), members in names.partition_by("group", as_dict=True, maintain_order=True).items():
         if len(members) < 2:
-            raise ExciseError(f"group {group!r} has one name only: held-out names need two in each group, or turn "
-                              "held-out names off")  # fmt: skip
+            raise ExciseError(
+                f"group {group!r} has one name only: held-out names need two in each group, or turn held-out names off"
+            )
         order = sorted(
             zip(members["gender"].fill_null(""), members["subject"], strict=True),
             key=lambda name: (name[0], _lot(seed, group, name[1])),

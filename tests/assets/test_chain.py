@@ -157,9 +157,14 @@ def test_completions_drawn_anew_make_what_follows_stale(house):
     house.run("audit_scenario", "tiny|lamp")
     house.run("audit_scenario", "tiny|lamp", only=["completions"], samples=3)
     assert set(stale(house)) == {
-        "attribution_scores", "pruned_completions", "side_effects", "evaluation_metrics", "restoration",
-        "quality_report", "stability",
-    }  # fmt: skip
+        "attribution_scores",
+        "pruned_completions",
+        "side_effects",
+        "evaluation_metrics",
+        "restoration",
+        "quality_report",
+        "stability",
+    }
 
 
 def test_checks_are_kept_by_partition_and_rolled_up(audited):
@@ -265,9 +270,10 @@ def test_answers_to_prompts_that_the_model_reads_otherwise_are_not_compared(copi
     assert "materialize pruned_completions" in message
     with_hashes(copied, "completions", pl.col("prompt_hash").str.reverse())
     for job, asset in (
-        ("audit_scenario", "attribution_scores"), ("audit_scenario", "pruned_completions"),
+        ("audit_scenario", "attribution_scores"),
+        ("audit_scenario", "pruned_completions"),
         ("prepare_heads", "head_impacts"),
-    ):  # fmt: skip
+    ):
         message = failures(copied.run(job, "tiny|lamp", only=[asset]))[asset]
         assert "scenario lamp: the model reads prompt " in message, asset
         assert "materialize completions again" in message, asset

@@ -8,7 +8,7 @@ import pytest
 from assets import checks
 from assets.partitions import Catalogue
 from assets.quality_report import judge
-from excise.report import VERDICTS_SCHEMA
+from excise.reporting.report import VERDICTS_SCHEMA
 from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, Variation
 from resources.tables import TABLES
 
@@ -21,11 +21,15 @@ def completions(samples: int = 3, values=(10.0,)) -> pl.DataFrame:
             for sample in range(samples):
                 rows.append(
                     {
-                        "variation": variation, "group": group, "subject": subject,
+                        "variation": variation,
+                        "group": group,
+                        "subject": subject,
                         "prompt_id": f"{variation}-{subject}",
-                        "sample": sample, "text": "10", "value": values[len(rows) % len(values)],
+                        "sample": sample,
+                        "text": "10",
+                        "value": values[len(rows) % len(values)],
                     }
-                )  # fmt: skip
+                )
     names = ("variation", "group", "subject", "prompt_id", "sample", "text", "value", "probability", "leftover")
     return pl.DataFrame(rows, schema={name: TABLES["completions"].schema[name] for name in names})
 
@@ -43,12 +47,23 @@ def prompts(rows: pl.DataFrame) -> pl.DataFrame:
 
 def metrics(**estimates) -> pl.DataFrame:
     rows = [
-        {"variation": "car", "strategy": "gap_gradient", "level": "prompt_specific", "metric": name, "estimate": value,
-         "n": 10}
+        {
+            "variation": "car",
+            "strategy": "gap_gradient",
+            "level": "prompt_specific",
+            "metric": name,
+            "estimate": value,
+            "n": 10,
+        }
         for name, value in estimates.items()
-    ]  # fmt: skip
-    return pl.DataFrame(rows, schema={name: TABLES["metrics"].schema[name] for name in (
-        "variation", "strategy", "level", "matched_to", "metric", "estimate", "n")})  # fmt: skip
+    ]
+    return pl.DataFrame(
+        rows,
+        schema={
+            name: TABLES["metrics"].schema[name]
+            for name in ("variation", "strategy", "level", "matched_to", "metric", "estimate", "n")
+        },
+    )
 
 
 def masks(*pruned: int, matched_to: str | None = None) -> pl.DataFrame:
@@ -125,8 +140,11 @@ def test_a_group_that_lacks_altogether_is_found():
 
 
 def test_completions_under_masks_are_complete_per_mask():
-    named = [pl.lit("s").alias("strategy"), pl.lit("prompt_specific").alias("level"),
-             pl.lit(None, pl.String).alias("matched_to")]  # fmt: skip
+    named = [
+        pl.lit("s").alias("strategy"),
+        pl.lit("prompt_specific").alias("level"),
+        pl.lit(None, pl.String).alias("matched_to"),
+    ]
     rows = pl.concat([completions().with_columns(*named, draw=pl.lit(draw)) for draw in (0, 1)])
     asked = pl.concat([prompts(completions()).with_columns(*named, draw=pl.lit(draw)) for draw in (0, 1)])
     assert checks.completions_complete_and_balanced(rows, asked, 3, masked=True).passed
@@ -264,13 +282,21 @@ LAMP = Scenario(
 def answered(**values) -> pl.DataFrame:
     """Two names a group and variation; what each name of the variation answers, text where it is no number."""
     rows = [
-        {"variation": variation, "group": group, "subject": subject, "prompt_id": f"{variation}-{subject}",
-         "text": str(value), "value": None if isinstance(value, str) else value, "finished": True, "tokens": 3}
+        {
+            "variation": variation,
+            "group": group,
+            "subject": subject,
+            "prompt_id": f"{variation}-{subject}",
+            "text": str(value),
+            "value": None if isinstance(value, str) else value,
+            "finished": True,
+            "tokens": 3,
+        }
         for variation, own in values.items()
         for (group, subject), value in zip(
             [("white", "Amy"), ("white", "Luke"), ("black", "Tyra"), ("black", "Jamal")], own, strict=True
         )
-    ]  # fmt: skip
+    ]
     return pl.DataFrame(rows, schema_overrides={"value": pl.Float64, "probability": pl.Float64})
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from excise import metrics as m
+from excise.evaluation import metrics as m
 from tests.assets.test_chain import failures, materialized
 from tests.conftest import open_house
 

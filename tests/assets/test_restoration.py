@@ -6,8 +6,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from excise.models import load_model, load_registry
-from excise.restoration import NOTHING, restoration
+from excise.evaluation.restoration import NOTHING, restoration
+from excise.models.loading import load_model, load_registry
 from resources.gpu import GPUResource
 from tests.assets.test_chain import failures, lamp_of, materialized
 
@@ -114,8 +114,9 @@ def test_any_entry_may_name_a_reference_and_from_itself_nothing_can_be_restored(
     assert set(restored["reason"]) == {NOTHING}
     # Of the same model under the same masks with the same noise both sides are one.
     pair = rows.filter(pl.col("metric").is_in(["distance", "specificity"]) & pl.col("matched_to").is_null())
-    by_metric = pair.filter(pl.col("strategy") != "unpruned").pivot("metric", index=["variation", "strategy", "level"],
-                                                                   values="estimate")  # fmt: skip
+    by_metric = pair.filter(pl.col("strategy") != "unpruned").pivot(
+        "metric", index=["variation", "strategy", "level"], values="estimate"
+    )
     assert by_metric.height > 0
     assert (by_metric["distance"] == by_metric["specificity"]).all()
 

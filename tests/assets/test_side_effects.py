@@ -35,9 +35,7 @@ def test_every_mask_and_its_first_random_control_are_tried_on_text_and_on_other_
     assert set(rows.select(PLACE).unique().rows()) == set(masks.select(PLACE).rows())
     assert told["masks"] == masks["mask"].n_unique()
     metrics = {"inlier_ratio", "spread_ratio", "commonest_rise", "excess_change", "gap_mean", "gap_change"}
-    of_target = {
-        target: set(frame["metric"]) for (target,), frame in rows.partition_by("target", as_dict=True).items()
-    }
+    of_target = {target: set(frame["metric"]) for (target,), frame in rows.partition_by("target", as_dict=True).items()}
     assert of_target == {"text": {"text_kl", "text_perplexity_ratio"}, "shelf/shelf": metrics}
     kl = rows.filter(metric="text_kl")
     prunes = masks.filter(pl.col("pruned") > 0).select(PLACE)
@@ -64,8 +62,10 @@ def test_equal_masks_are_measured_once_and_have_rows_in_each_place(furnished):
     result = furnished.run(*RUN, only=["side_effects"], **OTHERS)
     assert failures(result) == {}
     rows = furnished.warehouse.read("side_effects").filter(pl.col("matched_to").is_null())
-    first, second = (rows.filter(variation="lamp", strategy=name, level="prompt_specific").drop("strategy")
-                     for name in ("set_difference", "twin"))  # fmt: skip
+    first, second = (
+        rows.filter(variation="lamp", strategy=name, level="prompt_specific").drop("strategy")
+        for name in ("set_difference", "twin")
+    )
     assert first.height > 0
     assert first.equals(second)
     assert materialized(result)["side_effects"]["masks"] == tried(furnished)["mask"].n_unique()
@@ -103,7 +103,7 @@ def test_a_scenario_the_model_cannot_be_asked_is_left_out_unless_it_is_named(fur
 
 
 def test_held_out_names_alone_are_asked(house, monkeypatch):
-    from excise import side_effects as s
+    from excise.evaluation import side_effects as s
 
     asked, prompts_of = [], s.target_prompts
     monkeypatch.setattr(s, "target_prompts", lambda *a, **k: asked.append(prompts_of(*a, **k)) or asked[-1])

@@ -9,17 +9,30 @@ from tests.assets.test_chain import failures, materialized
 from tests.conftest import SMALL_SCENARIO, save_tiny_model
 
 AXIS = {
-    "title": "Belief", "description": "An axis of two groups.",
+    "title": "Belief",
+    "description": "An axis of two groups.",
     "outcome": {"kind": "toxicity", "max_prompt_tokens": 60},
     "groups": {
-        "sun": {"label": "sun", "subjects": ["solar", "sunny"]}, "moon": {"label": "moon", "subjects": ["lunar", "dim"]}
+        "sun": {"label": "sun", "subjects": ["solar", "sunny"]},
+        "moon": {"label": "moon", "subjects": ["lunar", "dim"]},
     },
-    "templates": {"told": "It was said by the {name} {noun}", "met": "I met that {name} {noun}",
-                  "why": "Why is the {name} {noun}", "how": "How did this {name} {noun}"},
+    "templates": {
+        "told": "It was said by the {name} {noun}",
+        "met": "I met that {name} {noun}",
+        "why": "Why is the {name} {noun}",
+        "how": "How did this {name} {noun}",
+    },
     "variations": {"person": {"noun": "person"}, "poet": {"noun": "poet"}},
-}  # fmt: skip
-SETTINGS = {"samples": 2, "text_tokens": 200, "strategies": ["fasp"], "alphas": [0.1], "max_new_tokens": 3,
-            "variations": ["person", "poet"], "permutations": None}  # fmt: skip
+}
+SETTINGS = {
+    "samples": 2,
+    "text_tokens": 200,
+    "strategies": ["fasp"],
+    "alphas": [0.1],
+    "max_new_tokens": 3,
+    "variations": ["person", "poet"],
+    "permutations": None,
+}
 
 
 def silenced(folder: Path, *, after: str | None = None) -> Path:

@@ -7,9 +7,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-import excise.figures
-import excise.report
-import excise.toxicity_report
+import excise.reporting.figures
+import excise.reporting.report
+import excise.reporting.toxicity
 from assets.partitions import read_catalogue
 from excise.errors import ExciseError
 from tests.conftest import blank
@@ -21,7 +21,7 @@ SETTINGS = {"inlier_floor": 0.35, "inlier_tolerance": 0.5}
 @pytest.mark.trial(15)
 def test_checks_figures_and_findings_are_judged_by_the_settings_of_the_run(copied, monkeypatch):
     figures, told = {}, []
-    finding = excise.report.finding
+    finding = excise.reporting.report.finding
 
     def seen(figure, stem):
         figures[stem.name] = figure
@@ -31,14 +31,15 @@ def test_checks_figures_and_findings_are_judged_by_the_settings_of_the_run(copie
         told.append(options)
         return finding(metrics, **options)
 
-    monkeypatch.setattr(excise.figures, "save", seen)
-    monkeypatch.setattr(excise.report, "finding", kept)
+    monkeypatch.setattr(excise.reporting.figures, "save", seen)
+    monkeypatch.setattr(excise.reporting.report, "finding", kept)
     result = copied.run("prune_and_evaluate", "tiny|lamp", only=["evaluation_metrics"], **SETTINGS)
     assert result.success
     (options,) = told
     assert {name: options.get(name) for name in ("inlier_floor", "inlier_tolerance")} == {
-        "inlier_floor": 0.35, "inlier_tolerance": 0.5
-    }  # fmt: skip
+        "inlier_floor": 0.35,
+        "inlier_tolerance": 0.5,
+    }
     assert options["verdicts"]["strategy"].n_unique() > 1
     (floor,) = copied.warehouse.read("checks", check_name="inlier_ratio")["floor"]
     assert floor == 0.35
@@ -77,11 +78,20 @@ def test_the_terminal_prefers_masks_at_an_inlier_ratio_comparable_with_random(co
     beyond = pl.col("metric") == "reduction_over_random"
     for far, told in ((0.5, other), (0.9, best)):
         staged = metrics.with_columns(
-            estimate=pl.when(beyond & (of == best)).then(9.0).when(beyond & (of == other)).then(0.5)
-            .when(beyond).then(None)
-            .when(ratio & (pl.col("matched_to") == best)).then(far).when(ratio).then(0.9)
-            .when(pl.col("metric") == "spread_ratio").then(1.0).otherwise("estimate")
-        )  # fmt: skip
+            estimate=pl.when(beyond & (of == best))
+            .then(9.0)
+            .when(beyond & (of == other))
+            .then(0.5)
+            .when(beyond)
+            .then(None)
+            .when(ratio & (pl.col("matched_to") == best))
+            .then(far)
+            .when(ratio)
+            .then(0.9)
+            .when(pl.col("metric") == "spread_ratio")
+            .then(1.0)
+            .otherwise("estimate")
+        )
         copied.warehouse.replace_partition("metrics", staged, {"model": "tiny", "scenario": "lamp"})
         lines = summary("tiny", ["lamp"], copied.warehouse).splitlines()
         (line,) = [line for line in lines if "prompt-specific" in line]
@@ -105,7 +115,7 @@ def judging() -> dict[str, set[str]]:
     """What every function that judges by thresholds may be told of them, and need not be, by its name."""
     thresholds = {"inlier_floor", "inlier_tolerance", "perplexity_budget", "verdicts"}
     found = {}
-    for module in (excise.report, excise.toxicity_report, excise.figures):
+    for module in (excise.reporting.report, excise.reporting.toxicity, excise.reporting.figures):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             known = inspect.signature(function).parameters.values()
             own = thresholds & {each.name for each in known if each.default is not inspect.Parameter.empty}
@@ -128,9 +138,23 @@ def test_no_stage_and_no_command_leaves_a_threshold_to_its_default():
     assert calls >= 7
 
 
-@pytest.mark.parametrize("name", ["INLIER_FLOOR", "INLIER_TOLERANCE", "PERPLEXITY_BUDGET", "FEW_NAMES", "KL_BUDGET",
-                                  "SIDE_EFFECT_BUDGET", "SPREAD_FLOOR", "COMMONEST_BUDGET", "CHANGE_BUDGET",
-                                  "SIGNIFICANCE", "COLLAPSED_SPREAD", "CATASTROPHIC"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "INLIER_FLOOR",
+        "INLIER_TOLERANCE",
+        "PERPLEXITY_BUDGET",
+        "FEW_NAMES",
+        "KL_BUDGET",
+        "SIDE_EFFECT_BUDGET",
+        "SPREAD_FLOOR",
+        "COMMONEST_BUDGET",
+        "CHANGE_BUDGET",
+        "SIGNIFICANCE",
+        "COLLAPSED_SPREAD",
+        "CATASTROPHIC",
+    ],
+)
 def test_every_threshold_is_assigned_in_one_module(name):
     places = [
         str(file.relative_to(ROOT))
@@ -150,13 +174,17 @@ def test_names_that_are_words_of_the_lexicon_are_named_in_the_result(house):
 
     def warning(subjects, **outcome):
         axis = {
-            "title": "Names", "description": "Names of two groups.", "outcome": {"kind": "toxicity"} | outcome,
+            "title": "Names",
+            "description": "Names of two groups.",
+            "outcome": {"kind": "toxicity"} | outcome,
             "comparison": {"majority": "a", "minority": "b"},
             "groups": {
-                "a": {"label": "a", "subjects": subjects}, "b": {"label": "b", "subjects": ["Ann Lee", "Liz Lee"]},
+                "a": {"label": "a", "subjects": subjects},
+                "b": {"label": "b", "subjects": ["Ann Lee", "Liz Lee"]},
             },
-            "templates": {"met": "I met {name} and"}, "variations": {"one": {"noun": "person"}},
-        }  # fmt: skip
+            "templates": {"met": "I met {name} and"},
+            "variations": {"one": {"noun": "person"}},
+        }
         house.write_scenario("names", axis)
         catalogue = read_catalogue([house.folder / "scenarios"], [house.folder / "models.yaml"], [])
         assert "names" in catalogue.scenarios, catalogue.problems
@@ -170,7 +198,7 @@ def test_names_that_are_words_of_the_lexicon_are_named_in_the_result(house):
 
 
 def test_the_words_of_few_and_many_names():
-    warning = excise.toxicity_report.rated_names_warning
+    warning = excise.reporting.toxicity.rated_names_warning
     assert warning([], "continuation") is None
     assert "takes name 1 for negative" in warning(["name 1", "name 1"], "continuation")
     assert "and 3 more for negative words" in warning([f"name {n}" for n in range(1, 12)], "continuation")

@@ -72,21 +72,54 @@ class Size:
 
 SIZES = {
     "small": Size(
-        rounds=2, samples=20, single_samples=2, per_call=(20,), exact_names=2, exact_samples=400, exact_variations=1,
-        attributed_names=1, attributed_samples=4, snip_layers=2, masks=(4, 3), batch_names=4, indexed_layers=1,
-        growth_names=(1, 2, 3), growth_samples=(4, 16, 64),
-        growth_variations=(1, 2, 3), growth_widths=(64, 128, 256),
-        impact_names=2, impact_samples=16, impact_heads=((20, 4),),
-        audit={"variations": [VARIATION], "subjects_per_group": 4, "samples": 8, "resamples": 200,
-               "permutations": 200, "levels": ["prompt_specific"]},
+        rounds=2,
+        samples=20,
+        single_samples=2,
+        per_call=(20,),
+        exact_names=2,
+        exact_samples=400,
+        exact_variations=1,
+        attributed_names=1,
+        attributed_samples=4,
+        snip_layers=2,
+        masks=(4, 3),
+        batch_names=4,
+        indexed_layers=1,
+        growth_names=(1, 2, 3),
+        growth_samples=(4, 16, 64),
+        growth_variations=(1, 2, 3),
+        growth_widths=(64, 128, 256),
+        impact_names=2,
+        impact_samples=16,
+        impact_heads=((20, 4),),
+        audit={
+            "variations": [VARIATION],
+            "subjects_per_group": 4,
+            "samples": 8,
+            "resamples": 200,
+            "permutations": 200,
+            "levels": ["prompt_specific"],
+        },
     ),
     "default": Size(rounds=3),
     "large": Size(
-        rounds=5, names=4, single_samples=20, per_call=(25, 50, 100), exact_variations=10, attributed_names=8,
-        attributed_samples=100, snip_layers=6, indexed_layers=6, growth_names=(4, 8, 16), growth_variations=(2, 4, 8),
-        impact_names=8, impact_samples=32, impact_heads=((4, 2), (9, 0), (15, 7), (20, 4)), audit_rounds=3,
+        rounds=5,
+        names=4,
+        single_samples=20,
+        per_call=(25, 50, 100),
+        exact_variations=10,
+        attributed_names=8,
+        attributed_samples=100,
+        snip_layers=6,
+        indexed_layers=6,
+        growth_names=(4, 8, 16),
+        growth_variations=(2, 4, 8),
+        impact_names=8,
+        impact_samples=32,
+        impact_heads=((4, 2), (9, 0), (15, 7), (20, 4)),
+        audit_rounds=3,
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -136,7 +169,7 @@ class Bench:
 
     def load(self, key: str) -> Any:
         """Another model of the registry, or the one there is where it stands in for all."""
-        from excise.models import load_model, load_registry
+        from excise.models.loading import load_model, load_registry
 
         if self.model_files:
             return self.loaded
@@ -149,29 +182,35 @@ class Bench:
         return expand(self.scenario, variations=variations, subjects_per_group=names)
 
     def parameters(self, **changes: Any) -> Any:
-        from excise.sampling import SamplingParameters
+        from excise.generation.sampling import SamplingParameters
 
         return SamplingParameters(max_new_tokens=self.scenario.outcome.max_new_tokens, **changes)
 
     def tokens(self, prompts: pl.DataFrame) -> list[tuple[int, ...]]:
-        from excise.encoding import encode
+        from excise.generation.encoding import encode
 
         return [tuple(prompt.tokens) for prompt in encode(self.loaded, prompts)]
 
     def answers(self, prompts: pl.DataFrame, samples: int) -> pl.DataFrame:
-        from excise.completions import complete
+        from excise.generation.completions import complete
 
         return complete(self.loaded, prompts, samples, self.parameters(), outcome=self.scenario.outcome)[0]
-
 
     def scored(self, score: str, prompts: pl.DataFrame, answers: pl.DataFrame, folder: Path) -> list[Any]:
         """The files of a score, one per variation."""
         from excise.attribution import attribute
 
         return attribute(
-            self.loaded, prompts, answers, comparison=self.scenario.comparison, outcome=self.scenario.outcome,
-            scores=[score], permutations=0, seed=0, folder=folder,
-        )  # fmt: skip
+            self.loaded,
+            prompts,
+            answers,
+            comparison=self.scenario.comparison,
+            outcome=self.scenario.outcome,
+            scores=[score],
+            permutations=0,
+            seed=0,
+            folder=folder,
+        )
 
 
 RATIOS = ("ours", "reference", "times as fast", "by processor time", "setting")
@@ -219,15 +258,15 @@ def faster(ours: Sequence[Spent], theirs: Sequence[Spent]) -> tuple[str, str]:
 
 def sampling(bench: Bench) -> None:
     """100 samples a name."""
-    from excise.exact import answer_distributions
-    from excise.sampling import sample
+    from excise.generation.enumeration import answer_distributions
+    from excise.generation.sampling import sample
 
     size, loaded, parameters = bench.size, bench.loaded, bench.parameters()
     asked = bench.tokens(bench.prompts(size.names))
     bench.report.section(
         "Sampling",
-        "Trees of distinct prefixes (`excise.sampling`) against transformers. The batch of `generate` is the best of "
-        f"{', '.join(map(str, size.per_call))} samples a call.",
+        "Trees of distinct prefixes (`excise.generation.sampling`) against transformers. The batch of `generate` is "
+        f"the best of {', '.join(map(str, size.per_call))} samples a call.",
         RATIOS,
     )
     tried = {
@@ -260,25 +299,31 @@ def sampling(bench: Bench) -> None:
     ours = f"`sample`, {size.samples} samples"
     bench.report.row(ours, f"`generate`, {best} sequences a call", *faster(spent["ours"], spent["generate"]), setting)
     bench.report.row(
-        ours, f"`generate` from the prompt's repeated keys and values, {best} sequences a call",
-        *faster(spent["ours"], spent["cached"]), setting,
-    )  # fmt: skip
+        ours,
+        f"`generate` from the prompt's repeated keys and values, {best} sequences a call",
+        *faster(spent["ours"], spent["cached"]),
+        setting,
+    )
     bench.report.row(
-        ours, "one call per sample", *faster(spent["ours"], spent["single"]),
+        ours,
+        "one call per sample",
+        *faster(spent["ours"], spent["single"]),
         f"{setting}; {size.single_samples} samples measured and scaled",
-    )  # fmt: skip
+    )
     bench.report.row(
-        "`answer_distributions`, exact", ours, *faster(spent["exact"], spent["ours"]),
+        "`answer_distributions`, exact",
+        ours,
+        *faster(spent["exact"], spent["ours"]),
         f"{len(asked)} names; mass left over at most {max(leftovers):.2%}",
-    )  # fmt: skip
+    )
 
 
 def exact_answers(bench: Bench) -> None:
     """Bounds of enumerated answers, and where many samples fall."""
-    from excise.completions import complete
-    from excise.distributions import answers_of, smd_bounds
-    from excise.exact import exact_completions
-    from excise.metrics import standardized_mean_difference
+    from excise.evaluation.distributions import answers_of, smd_bounds
+    from excise.evaluation.metrics import standardized_mean_difference
+    from excise.generation.completions import complete
+    from excise.generation.enumeration import exact_completions
 
     size, outcome = bench.size, bench.scenario.outcome
     loaded = bench.load("planted-general")
@@ -289,9 +334,16 @@ def exact_answers(bench: Bench) -> None:
         f"a name; {size.exact_names} names of each group, planted-general. Such a sample has a standard error of its "
         "own, told by 20 parts of it, which does not shrink with what is left unread: where it is half of the bound's "
         "width, a sample falls outside now and then.",
-        ("variation", "left over at most", "prefixes read", "visited by 100 samples", "SMD by enumeration",
-         f"SMD of {size.exact_samples:,} samples", "outside by, in standard errors"),
-    )  # fmt: skip
+        (
+            "variation",
+            "left over at most",
+            "prefixes read",
+            "visited by 100 samples",
+            "SMD by enumeration",
+            f"SMD of {size.exact_samples:,} samples",
+            "outside by, in standard errors",
+        ),
+    )
     for variation in list(bench.scenario.variations)[: size.exact_variations]:
         prompts = bench.prompts(size.exact_names, [variation])
         exact, work = exact_completions(loaded, prompts, bench.parameters(), outcome=outcome, samples=None)
@@ -301,8 +353,10 @@ def exact_answers(bench: Bench) -> None:
             for prompt, ids in drawn.filter(pl.col("sample") < 100).select("prompt_id", "token_ids").rows()
             for length in range(len(ids))
         }
-        listed = [answers_of(rows, rows["subject"].unique(maintain_order=True).to_list())
-                  for rows in (exact.filter(group=group) for group in groups)]  # fmt: skip
+        listed = [
+            answers_of(rows, rows["subject"].unique(maintain_order=True).to_list())
+            for rows in (exact.filter(group=group) for group in groups)
+        ]
         bounds = smd_bounds(*listed, *outcome.scored_range, winsorize=(0.05, 0.95))
 
         def sampled(rows: pl.DataFrame) -> float:
@@ -314,10 +368,14 @@ def exact_answers(bench: Bench) -> None:
         error = statistics.stdev(parts) / math.sqrt(len(parts))
         outside = max(bounds.lowest - found, found - bounds.highest, 0.0) / max(error, 1e-12)
         bench.report.row(
-            variation, f"{exact['leftover'].max():.4f}", f"{work.tokens:,}", f"{len(visited):,}",
-            f"[{bounds.lowest:.4f}, {bounds.highest:.4f}]", f"{found:.4f} (s.e. {error:.4f})",
+            variation,
+            f"{exact['leftover'].max():.4f}",
+            f"{work.tokens:,}",
+            f"{len(visited):,}",
+            f"[{bounds.lowest:.4f}, {bounds.highest:.4f}]",
+            f"{found:.4f} (s.e. {error:.4f})",
             f"{outside:.1f}" if outside else "inside",
-        )  # fmt: skip
+        )
 
 
 def attribution(bench: Bench) -> None:
@@ -358,9 +416,11 @@ def attribution(bench: Bench) -> None:
     spent = alternating(size.rounds, ours=ours, dense=dense)
     setting = f"{prompts.height} names, {size.attributed_samples} answers each"
     bench.report.row(
-        "norms from trees", "one sequence at a time, dense scores written", *faster(spent["ours"], spent["dense"]),
+        "norms from trees",
+        "one sequence at a time, dense scores written",
+        *faster(spent["ours"], spent["dense"]),
         setting,
-    )  # fmt: skip
+    )
     bench.report.note(
         f"On disk: {bytes_of['dense'] / bytes_of['ours']:,.0f} times fewer bytes (norms of both groups against their "
         "dense scores)."
@@ -384,24 +444,28 @@ def attribution(bench: Bench) -> None:
 
     spent = alternating(size.rounds, ours=all_layers, by_layer=by_layer)
     bench.report.row(
-        "SNIP, all layers in one pass", "SNIP, layer after layer", *faster(spent["ours"], spent["by_layer"]),
+        "SNIP, all layers in one pass",
+        "SNIP, layer after layer",
+        *faster(spent["ours"], spent["by_layer"]),
         f"{len(one_each)} answers; {len(layers)} layers measured and scaled",
-    )  # fmt: skip
+    )
 
 
 def masks(bench: Bench) -> None:
     """Overlap and selection."""
-    from excise.masks import Mask
-    from excise.overlap import overlap_table
-    from excise.selection import set_difference
+    from excise.evaluation.overlap import overlap_table
+    from excise.interventions.masks import Mask
+    from excise.strategies.selection import set_difference
 
     size, topology = bench.size, bench.loaded.topology
     rows, columns = size.masks
     rng = np.random.default_rng(0)
     shapes = {linear.key: linear.shape for linear in topology.linears}
     some = {key: shape for key, shape in shapes.items() if int(key.split(".")[0]) < size.indexed_layers}
-    made = [Mask({key: _random_bits(rng, math.prod(shape)) for key, shape in shapes.items()}, shapes)
-            for _ in range(rows + columns)]  # fmt: skip
+    made = [
+        Mask({key: _random_bits(rng, math.prod(shape)) for key, shape in shapes.items()}, shapes)
+        for _ in range(rows + columns)
+    ]
     parts = [Mask({key: mask.bits[key] for key in some}, some) for mask in made]
     indices = [[_flat_indices(mask, key) for key in some] for mask in parts]
     paths = []
@@ -424,9 +488,11 @@ def masks(bench: Bench) -> None:
     if not same.all():
         raise AssertionError("packed bits and index tensors disagree")
     bench.report.row(
-        "packed bits, `overlap_table`", "`torch.isin` on index tensors", *faster(spent["ours"], spent["isin"]),
+        "packed bits, `overlap_table`",
+        "`torch.isin` on index tensors",
+        *faster(spent["ours"], spent["isin"]),
         f"{size.indexed_layers} of {topology.layers} layers of the model",
-    )  # fmt: skip
+    )
     whole = [bits for mask in made for bits in mask.bits.values()]
     spent = alternating(
         size.rounds,
@@ -437,13 +503,17 @@ def masks(bench: Bench) -> None:
     )
     everything = f"whole masks of the model, {sum(mask.size for mask in made) / 8e6:,.0f} MB"
     bench.report.row(
-        "`overlap_table` of files", "reading the files and nothing else (from the page cache)",
-        *faster(spent["files"], spent["read"]), everything,
-    )  # fmt: skip
+        "`overlap_table` of files",
+        "reading the files and nothing else (from the page cache)",
+        *faster(spent["files"], spent["read"]),
+        everything,
+    )
     bench.report.row(
-        "`overlap_table` of masks in memory", "reading that memory once",
-        *faster(spent["held"], spent["memory"]), everything,
-    )  # fmt: skip
+        "`overlap_table` of masks in memory",
+        "reading that memory once",
+        *faster(spent["held"], spent["memory"]),
+        everything,
+    )
     bench.report.note(
         f"A value of 1 is the bandwidth itself; every bit is read once and then counted in {rows * columns} pairs."
     )
@@ -469,16 +539,18 @@ def masks(bench: Bench) -> None:
 
     spent = alternating(size.rounds, ours=by_partition, topk=by_topk)
     bench.report.row(
-        "`set_difference`, exact k-th value", "`topk` and `isin`", *faster(spent["ours"], spent["topk"]),
+        "`set_difference`, exact k-th value",
+        "`topk` and `isin`",
+        *faster(spent["ours"], spent["topk"]),
         f"{len(scores)} matrices, {sum(pair[0].size for pair in scores) / 1e6:.1f} M weights",
-    )  # fmt: skip
+    )
     masks_of_a_scenario(bench)
 
 
 def masks_of_a_scenario(bench: Bench) -> None:
     """All masks that the published strategy needs for a scenario, against the sampling of one batch of its prompts."""
-    from excise.sampling import sample
-    from excise.strategies import build_masks, load_strategies
+    from excise.generation.sampling import sample
+    from excise.strategies.build import build_masks, load_strategies
 
     prompts = bench.prompts(1)
     strategy = load_strategies()["set_difference"].model_copy(update={"controls": ()})
@@ -505,10 +577,11 @@ def masks_of_a_scenario(bench: Bench) -> None:
         bench.size.rounds, ours=built, batch=lambda: sample(bench.loaded, asked, samples, bench.parameters()) and None
     )
     bench.report.row(
-        f"the {made[0]} masks of a scenario, two levels", f"one batch of {len(asked)} prompts by `sample`",
+        f"the {made[0]} masks of a scenario, two levels",
+        f"one batch of {len(asked)} prompts by `sample`",
         *faster(spent["ours"], spent["batch"]),
         f"set_difference of {len(files)} variations, files included; {bench.size.samples} samples a name",
-    )  # fmt: skip
+    )
 
 
 def _random_bits(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -585,12 +658,12 @@ def profiles(bench: Bench, settings: dict[str, Any], rounds: int) -> list[dict[s
     import assets.checks
     import assets.pruning_masks
     import excise.attribution
-    import excise.comparisons
-    import excise.completions
-    import excise.evaluation
-    import excise.figures
-    import excise.masks
-    import excise.strategies
+    import excise.evaluation.comparisons
+    import excise.evaluation.numbers
+    import excise.generation.completions
+    import excise.interventions.masks
+    import excise.reporting.figures
+    import excise.strategies.build
     from pipelines.definitions import build_definitions
     from pipelines.demo import failure_messages
     from pipelines.runs import execute
@@ -598,18 +671,27 @@ def profiles(bench: Bench, settings: dict[str, Any], rounds: int) -> list[dict[s
     from resources.warehouse import Warehouse
 
     parts = {
-        "sampling": [(excise.completions, "sample")],
+        "sampling": [(excise.generation.completions, "sample")],
         "attribution": [(excise.attribution, "attribute")],
-        "masks": [(excise.strategies, "build_masks"), (assets.pruning_masks.MaskFiles, "store")],
-        "applying masks": [(excise.masks, "_cut_out"), (excise.masks, "_put_back")],
+        "masks": [(excise.strategies.build, "build_masks"), (assets.pruning_masks.MaskFiles, "store")],
+        "applying masks": [(excise.interventions.masks, "_cut_out"), (excise.interventions.masks, "_put_back")],
         "loading the model": [(GPUResource, "_load")],
         "DuckDB": [(Warehouse, "read"), (Warehouse, "replace_partition")],
         "Great Expectations": [(assets.checks, "unmet_expectations")],
-        "figures": [(excise.figures, name) for name in excise.figures.__all__ if name.islower()],
-        "statistics": [(excise.evaluation, "evaluate"), (excise.comparisons, "comparisons")],
-    }  # fmt: skip
-    small = {"variations": [VARIATION], "subjects_per_group": 2, "held_out": False, "samples": 2, "random_draws": 1,
-             "relabellings": 1, "resamples": 20, "permutations": 20, "levels": ["prompt_specific"]}  # fmt: skip
+        "figures": [(excise.reporting.figures, name) for name in excise.reporting.figures.__all__ if name.islower()],
+        "statistics": [(excise.evaluation.numbers, "evaluate"), (excise.evaluation.comparisons, "comparisons")],
+    }
+    small = {
+        "variations": [VARIATION],
+        "subjects_per_group": 2,
+        "held_out": False,
+        "samples": 2,
+        "random_draws": 1,
+        "relabellings": 1,
+        "resamples": 20,
+        "permutations": 20,
+        "levels": ["prompt_specific"],
+    }
     found: list[dict[str, float]] = []
     for number in range(rounds + 1):
         data = Path(tempfile.mkdtemp(dir=bench.folder))
@@ -694,7 +776,7 @@ class Clocks:
 
 def growth(bench: Bench) -> None:
     """Cost against names, samples and variations."""
-    from excise.completions import complete
+    from excise.generation.completions import complete
 
     size = bench.size
     bench.report.section(
@@ -734,10 +816,12 @@ def growth(bench: Bench) -> None:
             exponents = [_exponent(sizes, costs[:, number]) for number in range(size.rounds)]
             middle = np.median(costs, axis=1)
             bench.report.row(
-                f"{title}, {what}", ", ".join(map(str, sizes)), ", ".join(f"{each:.2f}" for each in middle / middle[0]),
+                f"{title}, {what}",
+                ", ".join(map(str, sizes)),
+                ", ".join(f"{each:.2f}" for each in middle / middle[0]),
                 f"{_exponent(sizes, middle):.2f} [{min(exponents):.2f}, {max(exponents):.2f}]",
                 ", ".join("-" if each is None else f"{each / 2**20:.0f}" for each in peaks) + " MiB",
-            )  # fmt: skip
+            )
     growth_of_the_model(bench)
 
 
@@ -746,8 +830,8 @@ def growth_of_the_model(bench: Bench) -> None:
     import torch
     import transformers
 
-    from excise.models import ModelSpec, load_model
-    from excise.sampling import sample
+    from excise.generation.sampling import sample
+    from excise.models.loading import ModelSpec, load_model
 
     given = bench.loaded.model.config
     works, weights = {}, []
@@ -755,10 +839,15 @@ def growth_of_the_model(bench: Bench) -> None:
     for width in bench.size.growth_widths:
         folder = bench.folder / f"random_{width}"
         config = transformers.LlamaConfig(
-            vocab_size=given.vocab_size, hidden_size=width, intermediate_size=8 * width // 3 // 16 * 16,
-            num_hidden_layers=12, num_attention_heads=width // 32, num_key_value_heads=width // 32,
-            tie_word_embeddings=True, eos_token_id=given.eos_token_id,
-        )  # fmt: skip
+            vocab_size=given.vocab_size,
+            hidden_size=width,
+            intermediate_size=8 * width // 3 // 16 * 16,
+            num_hidden_layers=12,
+            num_attention_heads=width // 32,
+            num_key_value_heads=width // 32,
+            tie_word_embeddings=True,
+            eos_token_id=given.eos_token_id,
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = transformers.LlamaForCausalLM(config)
@@ -766,8 +855,10 @@ def growth_of_the_model(bench: Bench) -> None:
         bench.loaded.tokenizer.save_pretrained(folder)
         spec = ModelSpec(key=f"random-{width}", folder=folder)
         loaded = load_model(spec, {spec.key: spec}, device="cpu", home=bench.folder)
-        weights.append(sum(linear.out_features * linear.in_features for linear in loaded.topology.linears)
-                       + given.vocab_size * width)  # fmt: skip
+        weights.append(
+            sum(linear.out_features * linear.in_features for linear in loaded.topology.linears)
+            + given.vocab_size * width
+        )
         asked = bench.tokens(bench.prompts(bench.size.growth_names[1]))
         works[str(width)] = lambda loaded=loaded, asked=asked: (
             sample(loaded, asked, [range(1)] * len(asked), parameters) and None
@@ -779,10 +870,12 @@ def growth_of_the_model(bench: Bench) -> None:
     exponents = [_exponent(weights, costs[:, number]) for number in range(bench.size.rounds)]
     middle = np.median(costs, axis=1)
     bench.report.row(
-        "sampling, weights of a random model, millions", ", ".join(f"{each / 1e6:.0f}" for each in weights),
+        "sampling, weights of a random model, millions",
+        ", ".join(f"{each / 1e6:.0f}" for each in weights),
         ", ".join(f"{each:.2f}" for each in middle / middle[0]),
-        f"{_exponent(weights, middle):.2f} [{min(exponents):.2f}, {max(exponents):.2f}]", "-",
-    )  # fmt: skip
+        f"{_exponent(weights, middle):.2f} [{min(exponents):.2f}, {max(exponents):.2f}]",
+        "-",
+    )
 
 
 def _exponent(sizes: Sequence[int], costs: np.ndarray) -> float:
@@ -819,8 +912,10 @@ def memory(bench: Bench) -> None:
     for title, (work, granted) in MEMORY_WORKS.items():
         context = multiprocessing.get_context("spawn")
         told = context.SimpleQueue()
-        process = context.Process(target=_measure_alone, args=(work, granted, bench.loaded.key, bench.model_files,
-                                                               bench.home, bench.size, told))  # fmt: skip
+        process = context.Process(
+            target=_measure_alone,
+            args=(work, granted, bench.loaded.key, bench.model_files, bench.home, bench.size, told),
+        )
         process.start()
         process.join()
         if process.exitcode:
@@ -834,7 +929,7 @@ def memory(bench: Bench) -> None:
 
 def _pruned(bench: Bench) -> None:
     """A sixteenth of the weights, a little more than set differences take out, made zero and put back."""
-    from excise.masks import Mask, pruned
+    from excise.interventions.masks import Mask, pruned
 
     shapes = {linear.key: linear.shape for linear in bench.loaded.topology.linears}
     rng = np.random.default_rng(0)
@@ -844,7 +939,7 @@ def _pruned(bench: Bench) -> None:
 
 
 def _read(bench: Bench) -> None:
-    from excise.perplexity import read_text, text_windows, window_losses
+    from excise.evaluation.perplexity import read_text, text_windows, window_losses
 
     window_losses(bench.loaded, text_windows(bench.loaded, read_text(), limit_tokens=20 * bench.size.samples))
 
@@ -877,7 +972,7 @@ def _measure_alone(
 ) -> None:
     """In a new process: bytes of the model's weights, and of the peak beyond them."""
     from excise.attribution import gradients
-    from excise.models import load_model, load_registry
+    from excise.models.loading import load_model, load_registry
     from excise.scenarios import load_scenarios
 
     registry, _ = load_registry(files)
@@ -901,9 +996,9 @@ def _give_back() -> None:
 
 def head_impacts(bench: Bench) -> None:
     """Weighing answers anew against drawing them anew."""
-    from excise.completions import complete
-    from excise.head_impacts import head_impacts as impacts_of
-    from excise.masks import heads_mask, pruned
+    from excise.attribution.head_impacts import head_impacts as impacts_of
+    from excise.generation.completions import complete
+    from excise.interventions.masks import heads_mask, pruned
 
     size, loaded = bench.size, bench.loaded
     prompts = bench.prompts(size.impact_names)
@@ -919,9 +1014,17 @@ def head_impacts(bench: Bench) -> None:
     def impacts(method: str) -> Callable[[], None]:
         def work() -> None:
             found = impacts_of(
-                loaded, prompts, answers, disparity="gap", groups=groups, parameters=bench.parameters(), method=method,
-                regenerate=drawn_anew if method == "regenerate" else None, heads=size.impact_heads, resamples=500,
-            )  # fmt: skip
+                loaded,
+                prompts,
+                answers,
+                disparity="gap",
+                groups=groups,
+                parameters=bench.parameters(),
+                method=method,
+                regenerate=drawn_anew if method == "regenerate" else None,
+                heads=size.impact_heads,
+                resamples=500,
+            )
             width = (found["z_bias_high"] - found["z_bias_low"]).cast(pl.Float64).fill_null(math.nan).to_numpy()
             widths[method].append(width)
 
@@ -933,8 +1036,9 @@ def head_impacts(bench: Bench) -> None:
 
         def work() -> None:
             with pruned(loaded, mask):
-                reference.generated(loaded, bench.tokens(prompts), size.impact_samples, bench.parameters(),
-                                    size.impact_samples)  # fmt: skip
+                reference.generated(
+                    loaded, bench.tokens(prompts), size.impact_samples, bench.parameters(), size.impact_samples
+                )
 
         return measured(work) * len(size.impact_heads)
 
@@ -955,20 +1059,37 @@ def head_impacts(bench: Bench) -> None:
     for title, name in (("`generate` without the head", "generate"), ("drawn anew by `sample`", "regenerate")):
         bench.report.row("weighed anew", title, *faster(spent["reweight"], spent[name]), f"{setting}; time alone")
         bench.report.row(
-            "weighed anew", title, *faster(spent["reweight"], [each * ratio for each in spent[name]]),
+            "weighed anew",
+            title,
+            *faster(spent["reweight"], [each * ratio for each in spent[name]]),
             f"{setting}; time to an interval of equal width (squared widths: {ratio:.2f})",
-        )  # fmt: skip
+        )
 
 
 TITLES = (
-    "Sampling", "Exact answers", "Attribution", "Masks", "Head impacts", "Orchestration",
-    "Orchestration at the paper's size", "Growth", "Memory",
-)  # fmt: skip
+    "Sampling",
+    "Exact answers",
+    "Attribution",
+    "Masks",
+    "Head impacts",
+    "Orchestration",
+    "Orchestration at the paper's size",
+    "Growth",
+    "Memory",
+)
 """The order of the page."""
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     each.__name__: each
     for each in (
-        sampling, exact_answers, attribution, masks, orchestration, paper_partition, growth, memory, head_impacts
+        sampling,
+        exact_answers,
+        attribution,
+        masks,
+        orchestration,
+        paper_partition,
+        growth,
+        memory,
+        head_impacts,
     )
 }
 ON_DEMAND = ("orchestration", "paper_partition", "growth", "memory")
@@ -1026,8 +1147,8 @@ def page(report: Report, size: str, busy: float, known: str = "") -> str:
 def _prepared(size: Size) -> Iterator[Bench]:
     from transformers.utils.logging import disable_progress_bar
 
-    from excise.models import load_model, load_registry
-    from excise.sampling import sample
+    from excise.generation.sampling import sample
+    from excise.models.loading import load_model, load_registry
     from excise.scenarios import load_scenarios
 
     disable_progress_bar()

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from excise.masks import Mask, intersection, leave_one_out
-from excise.overlap import overlap_table
-from excise.selection import set_difference
+from excise.evaluation.overlap import overlap_table
+from excise.interventions.masks import Mask, intersection, leave_one_out
+from excise.strategies.selection import set_difference
 
 HIDDEN, KEY_VALUE, INTERMEDIATE, LAYERS = 4096, 1024, 14336, 32
 SHAPES = {
@@ -180,8 +180,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="eight_billion_", dir=options.folder) as folder:
         free = shutil.disk_usage(folder).free
         if needed > free:
-            parser.error(f"{needed / 1e9:.1f} GB of disk are needed and {free / 1e9:.1f} GB are free in {folder}: give "
-                         "fewer layers or masks, or another --folder")  # fmt: skip
+            parser.error(
+                f"{needed / 1e9:.1f} GB of disk are needed and {free / 1e9:.1f} GB are free in {folder}: give "
+                "fewer layers or masks, or another --folder"
+            )
         print(f"writing {needed / 1e9:.1f} GB to {folder}", file=sys.stderr)
         results = run(Path(folder), options.layers, options.masks_a, options.masks_b, options.selected_layers)
     print(json.dumps(results, indent=2))

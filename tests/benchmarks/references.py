@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from excise.models import SITES, LoadedModel
-from excise.sampling import SamplingParameters
+from excise.generation.sampling import SamplingParameters
+from excise.models.loading import SITES, LoadedModel
 
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 """(prompt tokens, answer tokens) pairs."""
@@ -50,9 +50,7 @@ def generated_from_prompt(
                 count = min(per_call, samples - start)
                 cache = DynamicCache()
                 for number, layer in enumerate(read.layers):
-                    cache.update(
-                        layer.keys.repeat(count, 1, 1, 1), layer.values.repeat(count, 1, 1, 1), number
-                    )
+                    cache.update(layer.keys.repeat(count, 1, 1, 1), layer.values.repeat(count, 1, 1, 1), number)
                 many = tokens.repeat(count, 1)
                 options = _generation(loaded, parameters) | {"past_key_values": cache}
                 found.append(loaded.model.generate(many, attention_mask=torch.ones_like(many), **options))
@@ -62,9 +60,14 @@ def generated_from_prompt(
 def _generation(loaded: LoadedModel, parameters: SamplingParameters) -> dict[str, object]:
     stops = sorted(loaded.stop_tokens)
     return {
-        "do_sample": True, "temperature": parameters.temperature, "top_k": parameters.top_k, "top_p": parameters.top_p,
-        "max_new_tokens": parameters.max_new_tokens, "eos_token_id": stops, "pad_token_id": stops[0],
-    }  # fmt: skip
+        "do_sample": True,
+        "temperature": parameters.temperature,
+        "top_k": parameters.top_k,
+        "top_p": parameters.top_p,
+        "max_new_tokens": parameters.max_new_tokens,
+        "eos_token_id": stops,
+        "pad_token_id": stops[0],
+    }
 
 
 def input_norms(loaded: LoadedModel, sequences: Sequences) -> dict[tuple[int, str], np.ndarray]:
@@ -84,9 +87,7 @@ def input_norms(loaded: LoadedModel, sequences: Sequences) -> dict[tuple[int, st
 
         return hook
 
-    hooks = [
-        loaded.topology.site_module(loaded.model, *key).register_forward_pre_hook(adding(key)) for key in sums
-    ]
+    hooks = [loaded.topology.site_module(loaded.model, *key).register_forward_pre_hook(adding(key)) for key in sums]
     try:
         with torch.inference_mode():
             for prompt, answer in sequences:
@@ -137,14 +138,14 @@ def snip_of_layer(loaded: LoadedModel, sequences: Sequences, layer: int) -> dict
     return {name: total * modules[name].detach().abs() / len(sequences) for name, total in totals.items()}
 
 
-def shared_indices(
-    rows: Sequence[Sequence[torch.Tensor]], columns: Sequence[Sequence[torch.Tensor]]
-) -> np.ndarray:
+def shared_indices(rows: Sequence[Sequence[torch.Tensor]], columns: Sequence[Sequence[torch.Tensor]]) -> np.ndarray:
     """Overlap counts [rows, columns] of masks kept as index tensors, one per matrix, by `torch.isin`."""
-    return np.array([
-        [sum(int(torch.isin(a, b).sum()) for a, b in zip(row, column, strict=True)) for column in columns]
-        for row in rows
-    ])  # fmt: skip
+    return np.array(
+        [
+            [sum(int(torch.isin(a, b).sum()) for a, b in zip(row, column, strict=True)) for column in columns]
+            for row in rows
+        ]
+    )
 
 
 def set_difference_indices(

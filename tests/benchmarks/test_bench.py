@@ -10,14 +10,14 @@ import torch
 
 from excise.attribution.snip import snip
 from excise.attribution.wanda import input_norms
-from excise.encoding import encode
-from excise.masks import Mask
-from excise.models import LoadedModel, ModelSpec, load_model
-from excise.overlap import overlap_table
-from excise.sampling import SamplingParameters, sample
+from excise.evaluation.overlap import overlap_table
+from excise.generation.encoding import encode
+from excise.generation.sampling import SamplingParameters, sample
+from excise.generation.tree import answer_tree
+from excise.interventions.masks import Mask
+from excise.models.loading import LoadedModel, ModelSpec, load_model
 from excise.scenarios import expand, load_scenarios
-from excise.selection import set_difference
-from excise.tree import answer_tree
+from excise.strategies.selection import set_difference
 from tests.benchmarks import bench
 from tests.benchmarks import references as reference
 
@@ -200,19 +200,29 @@ def test_every_section_fills_its_table(model, tiny_model, tmp_path, monkeypatch)
     files = tmp_path / "models.yaml"
     files.write_text(f"tiny: {{folder: {tiny_model('llama', numeric=True)}}}\n")
     (tmp_path / "home").mkdir()
-    size = bench.replace(bench.SIZES["small"], impact_heads=((1, 2),), growth_names=(1, 2), growth_samples=(2, 4),
-                         growth_variations=(1, 2))  # fmt: skip
-    made = bench.Bench(
-        model, load_scenarios()[0], size, tmp_path / "work", bench.Report(), tmp_path / "home", (files,)
-    )  # fmt: skip
+    size = bench.replace(
+        bench.SIZES["small"],
+        impact_heads=((1, 2),),
+        growth_names=(1, 2),
+        growth_samples=(2, 4),
+        growth_variations=(1, 2),
+    )
+    made = bench.Bench(model, load_scenarios()[0], size, tmp_path / "work", bench.Report(), tmp_path / "home", (files,))
     made.folder.mkdir()
     for section in bench.SECTIONS.values():
         section(made)
     page = bench.page(made.report, "small", 0.5)
     assert [title for title, *_ in made.report.sections] == [
-        "Sampling", "Exact answers", "Attribution", "Masks", "Orchestration", "Orchestration at the paper's size",
-        "Growth", "Memory", "Head impacts",
-    ]  # fmt: skip
+        "Sampling",
+        "Exact answers",
+        "Attribution",
+        "Masks",
+        "Orchestration",
+        "Orchestration at the paper's size",
+        "Growth",
+        "Memory",
+        "Head impacts",
+    ]
     for _, _, header, rows, _ in made.report.sections:
         assert rows
         assert {len(row) for row in rows} == {len(header)}

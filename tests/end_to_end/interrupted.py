@@ -19,14 +19,14 @@ import numpy as np
 import polars as pl
 
 from excise.attribution import SCORES, attribute
-from excise.completions import CompletionCache, complete
-from excise.head_impacts import head_impacts
-from excise.masks import Mask, heads_mask
-from excise.models import LoadedModel, load_model, load_registry
-from excise.perplexity import LossCache, text_windows
-from excise.sampling import SamplingParameters
+from excise.attribution.head_impacts import head_impacts
+from excise.evaluation.perplexity import LossCache, text_windows
+from excise.generation.completions import CompletionCache, complete
+from excise.generation.sampling import SamplingParameters
+from excise.interventions.masks import Mask, heads_mask
+from excise.models.loading import LoadedModel, load_model, load_registry
+from excise.outcomes.toxicity import ScoreCache, load_scorer, load_scorer_registry
 from excise.scenarios import ToxicityOutcome, expand, load_scenarios
-from excise.toxicity import ScoreCache, load_scorer, load_scorer_registry
 from resources.tables import TABLES
 from resources.warehouse import Warehouse
 
@@ -36,9 +36,13 @@ TEXT = "The market opens at noon. Bread, apples and old books are sold until the
 ROUNDS = 6
 """How often the warehouse stage replaces each of its partitions."""
 SETTINGS = {
-    "samples": 4, "random_draws": 1, "relabellings": 1, "resamples": 40, "permutations": 40,
+    "samples": 4,
+    "random_draws": 1,
+    "relabellings": 1,
+    "resamples": 40,
+    "permutations": 40,
     "strategies": ["set_difference", "gap_gradient"],
-}  # fmt: skip
+}
 
 
 class Work:
@@ -77,9 +81,12 @@ def scored_text(work: Work) -> dict[str, pl.DataFrame]:
     scorer = load_scorer("negative-wording", load_scorer_registry()[0])
     loaded = work.model()
     rows = work.answers(
-        loaded, outcome=CONTINUED, scorer=scorer, scores=ScoreCache(work.folder / "scores"),
+        loaded,
+        outcome=CONTINUED,
+        scorer=scorer,
+        scores=ScoreCache(work.folder / "scores"),
         cache=CompletionCache(work.folder / "completions"),
-    )  # fmt: skip
+    )
     losses = LossCache(work.folder / "losses")
     windows = text_windows(loaded, TEXT, limit_tokens=60)
     masks = [None, *(_mask(loaded, head) for head in range(3))]
@@ -93,9 +100,16 @@ def attribution(work: Work) -> dict[str, pl.DataFrame]:
 
     loaded = work.model()
     files = attribute(
-        loaded, work.prompts, _parsed(work, loaded), comparison=work.scenario.comparison, outcome=work.scenario.outcome,
-        scores=SCORES, permutations=2, seed=0, folder=work.folder / "attribution",
-    )  # fmt: skip
+        loaded,
+        work.prompts,
+        _parsed(work, loaded),
+        comparison=work.scenario.comparison,
+        outcome=work.scenario.outcome,
+        scores=SCORES,
+        permutations=2,
+        seed=0,
+        folder=work.folder / "attribution",
+    )
     rows = [
         (file.variation, file.score, file.path.name, key, hashlib.sha256(tensor.tobytes()).hexdigest())
         for file in files
@@ -108,10 +122,17 @@ def impacts(work: Work) -> dict[str, pl.DataFrame]:
     """The impact of every head on a gap and on the perplexity of a text."""
     loaded = work.model()
     rows = head_impacts(
-        loaded, work.prompts, _parsed(work, loaded), disparity="smd", groups=["white", "black"], parameters=PARAMETERS,
-        windows=text_windows(loaded, TEXT, limit_tokens=60), method="reweight", resamples=50,
+        loaded,
+        work.prompts,
+        _parsed(work, loaded),
+        disparity="smd",
+        groups=["white", "black"],
+        parameters=PARAMETERS,
+        windows=text_windows(loaded, TEXT, limit_tokens=60),
+        method="reweight",
+        resamples=50,
         folder=work.folder / "head_impacts",
-    )  # fmt: skip
+    )
     return {"impacts": rows}
 
 
@@ -140,10 +161,13 @@ def run(work: Work) -> dict[str, pl.DataFrame]:
     data = work.folder / "data"
     work.instance.mkdir(exist_ok=True)
     definitions = build_definitions(
-        data_folder=data, scenario_folders=[work.house / "scenarios"], model_files=[work.house / "models.yaml"],
-        strategy_files=[], scorer_files=[],
+        data_folder=data,
+        scenario_folders=[work.house / "scenarios"],
+        model_files=[work.house / "models.yaml"],
+        strategy_files=[],
+        scorer_files=[],
         resource_overrides={"gpu": GPUResource(folder=str(data), device="cpu", lock_folder=str(work.folder))},
-    )  # fmt: skip
+    )
     quiet = {"telemetry": {"enabled": False}}
     with dg.DagsterInstance.local_temp(str(work.instance), overrides=quiet) as instance:
         instance.event_log_storage.set_concurrency_slots("gpu", 1)

@@ -11,11 +11,11 @@ import polars as pl
 import pytest
 import torch
 
-from excise.completions import complete
-from excise.evaluation import ALL, evaluate
-from excise.exact import Answering, Enumeration
-from excise.models import load_model, load_registry
-from excise.sampling import SamplingParameters, sample
+from excise.evaluation.numbers import ALL, evaluate
+from excise.generation.completions import complete
+from excise.generation.enumeration import Answering, Enumeration
+from excise.generation.sampling import SamplingParameters, sample
+from excise.models.loading import load_model, load_registry
 from excise.scenarios import expand, load_scenarios
 from pipelines.definitions import build_definitions
 from tests.conftest import blank
@@ -27,9 +27,15 @@ MODELS = ROOT / "data" / "models"  # converting the packaged weights takes half 
 REGISTRY, _ = load_registry()
 PURCHASE = load_scenarios([])[0]["purchase"]
 SIZES = {
-    "preset": "quick", "variations": ["bicycle", "chair"], "subjects_per_group": 8, "samples": 16, "random_draws": 1,
-    "resamples": 500, "permutations": 499, "strategies": ["set_difference", "gap_gradient"],
-}  # fmt: skip
+    "preset": "quick",
+    "variations": ["bicycle", "chair"],
+    "subjects_per_group": 8,
+    "samples": 16,
+    "random_draws": 1,
+    "resamples": 500,
+    "permutations": 499,
+    "strategies": ["set_difference", "gap_gradient"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +93,12 @@ def test_gap_gradient_removes_half_of_the_gap_beyond_its_random_control(audit):
 
 def test_every_mask_stands_beside_random_masks_of_its_size(audit):
     _, metrics = audit
-    for strategy, level in (("set_difference", "prompt_specific"), ("set_difference", "within_context"),
-                            ("gap_gradient", "prompt_specific"), ("gap_gradient", "within_context")):  # fmt: skip
+    for strategy, level in (
+        ("set_difference", "prompt_specific"),
+        ("set_difference", "within_context"),
+        ("gap_gradient", "prompt_specific"),
+        ("gap_gradient", "within_context"),
+    ):
         own = row(metrics, "density", strategy=strategy, level=level)["estimate"]
         random = row(metrics, "density", strategy="random", level=level, matched_to=strategy)["estimate"]
         assert own == pytest.approx(random, rel=1e-12)
@@ -105,7 +115,7 @@ def test_every_mask_stands_beside_random_masks_of_its_size(audit):
 
 
 def test_a_second_run_draws_nothing(audit, data_folder, monkeypatch):
-    monkeypatch.setattr("excise.figures.save", blank)
+    monkeypatch.setattr("excise.reporting.figures.save", blank)
     definitions = build_definitions(data_folder=data_folder)
     with dg.DagsterInstance.ephemeral() as instance:
         result = definitions.resolve_job_def("audit_scenario").execute_in_process(
@@ -137,7 +147,7 @@ def test_neutral_shows_no_gap():
 
 
 def test_the_sampler_follows_generate_on_the_default_model():
-    from excise.encoding import encode
+    from excise.generation.encoding import encode
 
     loaded = load_model(REGISTRY["smollm2-135m-instruct"], REGISTRY, device="cpu", home=MODELS)
     prompts = [each.tokens for each in encode(loaded, expand(PURCHASE, variations=["bicycle"], subjects_per_group=2))]

@@ -95,8 +95,10 @@ def undisturbed(host) -> dict[str, tuple[dict[str, pl.DataFrame], float, int]]:
 
 def _place(host: Host, stage: str, name: str) -> dict[str, str]:
     return {
-        "stage": stage, "folder": str(host.folder / name / stage), "result": str(host.folder / "results" / name / stage)
-    }  # fmt: skip
+        "stage": stage,
+        "folder": str(host.folder / name / stage),
+        "result": str(host.folder / "results" / name / stage),
+    }
 
 
 def _result(host: Host, stage: str, name: str) -> dict[str, pl.DataFrame]:

@@ -12,16 +12,16 @@ import polars as pl
 import pytest
 import torch
 
-from excise.completions import complete
-from excise.head_impacts import head_impacts
-from excise.masks import heads_mask, pruned
-from excise.metrics import toxicity_bias
-from excise.models import load_model, load_registry
-from excise.perplexity import perplexity, read_text, text_windows, window_losses
+from excise.attribution.head_impacts import head_impacts
+from excise.evaluation.metrics import toxicity_bias
+from excise.evaluation.perplexity import perplexity, read_text, text_windows, window_losses
+from excise.generation.completions import complete
+from excise.generation.sampling import SamplingParameters
+from excise.interventions.masks import heads_mask, pruned
+from excise.models.loading import load_model, load_registry
+from excise.outcomes.toxicity import DEFAULT_SCORER, load_scorer, load_scorer_registry
 from excise.planted.heads import PLANT
-from excise.sampling import SamplingParameters
 from excise.scenarios import expand, load_scenarios
-from excise.toxicity import DEFAULT_SCORER, load_scorer, load_scorer_registry
 
 pytestmark = pytest.mark.slow
 
@@ -118,9 +118,17 @@ def test_the_known_heads_lead_the_ranking_by_bias(planted, planted_rows):
     # Beside each of the known heads two others of its layer.
     heads = [(layer, (head + other) % planted.topology.heads) for layer, head in PLANT.heads for other in range(3)]
     impacts = head_impacts(
-        planted, PROMPTS, planted_rows, disparity="toxicity", groups=GROUPS, cluster="prompt_id",
-        parameters=PARAMETERS, heads=heads, method="reweight", resamples=100,
-    )  # fmt: skip
+        planted,
+        PROMPTS,
+        planted_rows,
+        disparity="toxicity",
+        groups=GROUPS,
+        cluster="prompt_id",
+        parameters=PARAMETERS,
+        heads=heads,
+        method="reweight",
+        resamples=100,
+    )
     ranking = impacts.sort("z_bias", descending=True).select("layer", "head").rows()
     found = [ranking.index(head) for head in PLANT.heads]
     # A random ranking of twelve begins with three of the four with probability 4 / 220.

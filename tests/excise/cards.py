@@ -32,9 +32,13 @@ class OnCard(torch.Tensor):
     @staticmethod
     def __new__(cls, held: torch.Tensor, card: int) -> OnCard:
         return torch.Tensor._make_wrapper_subclass(
-            cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
+            cls,
+            held.size(),
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
             device=torch.device(DEVICE, card),
-        )  # fmt: skip
+        )
 
     def __init__(self, held: torch.Tensor, card: int) -> None:
         self.held = held

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from excise.masks import Mask
-from excise.models import LoadedModel, ModelSpec, load_model
+from excise.interventions.masks import Mask
+from excise.models.loading import LoadedModel, ModelSpec, load_model
 from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, Variation, expand
 
 ARCHITECTURES = ("llama", "gpt2", "gpt_neo", "gptj", "gpt_neox", "qwen2", "gemma2", "mistral")

@@ -18,25 +18,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from excise import continuation, exact, sampling
-from excise.attribution import SCORES, attribute
+from excise.attribution import SCORES, attribute, continuation
+from excise.attribution.gap_free import ask
+from excise.attribution.head_impacts import head_impacts
 from excise.attribution.head_scores import head_gradient, head_magnitude
-from excise.completions import complete
-from excise.gap_free import ask
-from excise.head_impacts import head_impacts
-from excise.masks import Mask, heads_mask, pruned
-from excise.measured_path import Budgets, measured_path, weights_of
-from excise.models import DeviceMap, LoadedModel, ModelSpec, load_model
-from excise.perplexity import text_windows, window_losses
-from excise.sampling import SamplingParameters
+from excise.evaluation.perplexity import text_windows, window_losses
+from excise.generation import enumeration as exact
+from excise.generation import sampling
+from excise.generation.completions import complete
+from excise.generation.sampling import SamplingParameters
+from excise.interventions.masks import Mask, heads_mask, pruned
+from excise.models.loading import DeviceMap, LoadedModel, ModelSpec, load_model
+from excise.outcomes.toxicity import ClassifierScorer
 from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, Variation, expand
-from excise.toxicity import ClassifierScorer
+from excise.strategies.measured_path import Budgets, measured_path, weights_of
 from tests.excise.cards import DEVICE, on_cards
 
 PARAMETERS = SamplingParameters(temperature=1.0, top_p=0.9, seed=1, max_new_tokens=3)
 TEXT = "The market opens at noon. Bread, apples and old books are sold until the evening, whatever the weather. " * 3
 SCENARIO = Scenario(
-    key="lamp", title="Lamp", description="A lamp.",
+    key="lamp",
+    title="Lamp",
+    description="A lamp.",
     outcome=NumberOutcome(unit="USD", low=1, high=10000, scale="log", better="higher", max_new_tokens=3),
     comparison=Comparison(majority="white", minority="black"),
     groups={
@@ -45,12 +48,15 @@ SCENARIO = Scenario(
     },
     templates={"plain": "A used {item} of {name}. What should I offer? One number."},
     variations={"lamp": Variation(fields={"item": "lamp"})},
-)  # fmt: skip
+)
 # What a device takes at once: cards that are none take as much as cards.
 BUDGETS = (
-    sampling.PREFILL_TOKENS, exact.CACHE_COLUMNS, continuation.PASS_TOKENS, continuation.FOREST_COLUMNS,
+    sampling.PREFILL_TOKENS,
+    exact.CACHE_COLUMNS,
+    continuation.PASS_TOKENS,
+    continuation.FOREST_COLUMNS,
     continuation.RESIDENT_BYTES,
-)  # fmt: skip
+)
 GRADIENTS = ("head gradient", "snip", "gap_gradient", "measured path")
 """Work that goes backwards, which torch does on no card that is none: there gradients are zeros in the right places."""
 LAST_NORMS = ("norm", "ln_f", "final_layer_norm")
@@ -64,8 +70,10 @@ def spread(loaded: LoadedModel) -> DeviceMap:
         for part in [f"{base}.{inner}" for inner, _ in module.named_children()] if name == base else [name]:
             if part == topology.layer_path:
                 half = topology.layers // 2
-                found |= {f"{part}.{layer}": f"{DEVICE}:0" if layer < half else f"{DEVICE}:1"
-                          for layer in range(topology.layers)}  # fmt: skip
+                found |= {
+                    f"{part}.{layer}": f"{DEVICE}:0" if layer < half else f"{DEVICE}:1"
+                    for layer in range(topology.layers)
+                }
             else:
                 found[part] = f"{DEVICE}:{int(part.rpartition('.')[2] in LAST_NORMS)}"
     return found
@@ -79,9 +87,11 @@ def work(loaded: LoadedModel, plain: LoadedModel) -> Iterator[tuple[str, np.ndar
     chosen = np.ones((loaded.topology.layers, loaded.topology.heads), dtype=bool)
     chosen[:, 0] = False
     masks = {
-        "unpruned": None, "weights": weights, "zero_query": heads_mask(chosen, "zero_query"),
+        "unpruned": None,
+        "weights": weights,
+        "zero_query": heads_mask(chosen, "zero_query"),
         "zero_output": heads_mask(chosen, "zero_output"),
-    }  # fmt: skip
+    }
     for name, mask in masks.items():
         rows, _ = complete(loaded, prompts, 6, PARAMETERS, outcome=SCENARIO.outcome, mask=mask)
         yield f"answers, {name}", np.array([len(each) + sum(each) for each in rows["token_ids"].to_list()], dtype=float)
@@ -100,9 +110,16 @@ def work(loaded: LoadedModel, plain: LoadedModel) -> Iterator[tuple[str, np.ndar
     lead = 3.0 * (answers["group"] == "white").cast(float)
     answers = answers.with_columns(value=answers["tokens"].cast(float) + answers["sample"] + 1.0 + lead)
     impacts = head_impacts(
-        loaded, prompts, answers, disparity="gap", groups=["white", "black"], parameters=PARAMETERS, windows=windows,
-        method="reweight", resamples=2,
-    )  # fmt: skip
+        loaded,
+        prompts,
+        answers,
+        disparity="gap",
+        groups=["white", "black"],
+        parameters=PARAMETERS,
+        windows=windows,
+        method="reweight",
+        resamples=2,
+    )
     yield "head impacts", impacts.select("z_ppl", "bias_without", "ess").to_numpy()
     if loaded.topology.architecture == "llama" and not any(each.is_meta for each in loaded.model.parameters()):
         yield "classifier", scored(loaded)
@@ -111,15 +128,28 @@ def work(loaded: LoadedModel, plain: LoadedModel) -> Iterator[tuple[str, np.ndar
     for score in SCORES:
         with tempfile.TemporaryDirectory() as folder:
             (file,) = attribute(
-                loaded, prompts, answers, comparison=SCENARIO.comparison, outcome=SCENARIO.outcome, scores=[score],
-                permutations=0, seed=0, folder=Path(folder),
-            )  # fmt: skip
+                loaded,
+                prompts,
+                answers,
+                comparison=SCENARIO.comparison,
+                outcome=SCENARIO.outcome,
+                scores=[score],
+                permutations=0,
+                seed=0,
+                folder=Path(folder),
+            )
             tensors = load_file(file.path)
         yield score, np.concatenate([tensors[key].ravel().astype(float) for key in sorted(tensors)])
     asked = ask(
-        loaded, prompts, answers, place="here", comparison=SCENARIO.comparison, outcome=SCENARIO.outcome,
-        significance=1.0, seed=0,
-    )  # fmt: skip
+        loaded,
+        prompts,
+        answers,
+        place="here",
+        comparison=SCENARIO.comparison,
+        outcome=SCENARIO.outcome,
+        significance=1.0,
+        seed=0,
+    )
     units = weights_of(loaded, ("q", "down"), {each.key: np.arange(300) for each in loaded.topology.linears})
     path = measured_path(loaded, [asked], units, density=0.01, budgets=Budgets(0.0, 1.0, 10.0), seed=0, steps=4)
     yield "measured path", np.array([each.closed for each in path.steps])

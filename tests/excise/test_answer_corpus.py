@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from excise.answers import parse_completion, parse_number
+from excise.outcomes.answers import parse_completion, parse_number
 
 PAGE = Path(__file__).parents[2] / "docs" / "answers.md"
 CORPUS = yaml.safe_load((Path(__file__).parent / "answers.yaml").read_text(encoding="utf-8"))
@@ -70,9 +70,19 @@ def test_the_page_holds_the_figures_of_the_corpus(counted):
 @pytest.mark.trial(4)
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("100k-150k", 125e3), ("$1bn-2bn", 1.5e9), ("between 20k-30k", 25e3), ("$5M-$7M", 6e6), ("5 lakh-7 lakh", 6e5),
-     ("10%-20%", 15), ("1h-3h", 2), ("20 kr-30 kr", 25), ("2 Mio.-3 Mio. \u20ac", 2.5e6), ("2\u4e07-4\u4e07", 3e4)],
-)  # fmt: skip
+    [
+        ("100k-150k", 125e3),
+        ("$1bn-2bn", 1.5e9),
+        ("between 20k-30k", 25e3),
+        ("$5M-$7M", 6e6),
+        ("5 lakh-7 lakh", 6e5),
+        ("10%-20%", 15),
+        ("1h-3h", 2),
+        ("20 kr-30 kr", 25),
+        ("2 Mio.-3 Mio. \u20ac", 2.5e6),
+        ("2\u4e07-4\u4e07", 3e4),
+    ],
+)
 def test_a_range_whose_first_end_ends_in_letters_is_its_midpoint(text, number):
     assert parse_number(text) == number
 
@@ -80,10 +90,21 @@ def test_a_range_whose_first_end_ends_in_letters_is_its_midpoint(text, number):
 @pytest.mark.trial(5)
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("12 lac", 1.2e6), ("\u20b92 Cr", 2e7), ("2 mln", 2e6), ("1,5 Mio. \u20ac", 1.5e6), ("3 Mrd", 3e9),
-     ("$5 bil", 5e9),
-     ("5 \u4e07", 5e4), ("5 zillion", None), ("$5 zillion", None), ("5zillion", None), ("$5zz", None), ("2 mil", None)],
-)  # fmt: skip
+    [
+        ("12 lac", 1.2e6),
+        ("\u20b92 Cr", 2e7),
+        ("2 mln", 2e6),
+        ("1,5 Mio. \u20ac", 1.5e6),
+        ("3 Mrd", 3e9),
+        ("$5 bil", 5e9),
+        ("5 \u4e07", 5e4),
+        ("5 zillion", None),
+        ("$5 zillion", None),
+        ("5zillion", None),
+        ("$5zz", None),
+        ("2 mil", None),
+    ],
+)
 def test_a_scale_word_counts_and_an_unknown_one_leaves_no_number(text, number):
     assert parse_number(text) == number
 
@@ -91,9 +112,16 @@ def test_a_scale_word_counts_and_an_unknown_one_leaves_no_number(text, number):
 @pytest.mark.trial(6)
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("half million", 5e5), ("two point five", 2.5), ("half a million", 5e5), ("two point five million", 2.5e6),
-     ("2 et demi", None), ("a quarter of a million", None), ("two million and a half", None)],
-)  # fmt: skip
+    [
+        ("half million", 5e5),
+        ("two point five", 2.5),
+        ("half a million", 5e5),
+        ("two point five million", 2.5e6),
+        ("2 et demi", None),
+        ("a quarter of a million", None),
+        ("two million and a half", None),
+    ],
+)
 def test_no_part_of_a_phrase_is_passed_over(text, number):
     assert parse_number(text) == number
 
@@ -101,10 +129,16 @@ def test_no_part_of_a_phrase_is_passed_over(text, number):
 @pytest.mark.trial(7)
 @pytest.mark.parametrize(
     ("text", "number"),
-    [(",89 \u20ac", 0.89), ("kr. 1.200,-", 1200), ("\u20ac ,50", 0.5), ("1.200,\u2013 \u20ac", 1200),
-     ("R$ 1.200", 1200),
-     ("Rp 15.000", 15000), (",89", None)],
-)  # fmt: skip
+    [
+        (",89 \u20ac", 0.89),
+        ("kr. 1.200,-", 1200),
+        ("\u20ac ,50", 0.5),
+        ("1.200,\u2013 \u20ac", 1200),
+        ("R$ 1.200", 1200),
+        ("Rp 15.000", 15000),
+        (",89", None),
+    ],
+)
 def test_a_decimal_comma_may_lack_digits_on_one_side(text, number):
     assert parse_number(text) == number
 
@@ -112,9 +146,16 @@ def test_a_decimal_comma_may_lack_digits_on_one_side(text, number):
 @pytest.mark.trial(24)
 @pytest.mark.parametrize(
     ("text", "number"),
-    [(r"\boxed{$9{,}500}", 9500), (r"11,\!000", 11000), ("$120k - 150", 135e3), ("two and a half million", 2.5e6),
-     (r"\text{\$1{,}000}", 1000), (r"11\,000", 11000), ("$1.2M - 1.4", 1.3e6)],
-)  # fmt: skip
+    [
+        (r"\boxed{$9{,}500}", 9500),
+        (r"11,\!000", 11000),
+        ("$120k - 150", 135e3),
+        ("two and a half million", 2.5e6),
+        (r"\text{\$1{,}000}", 1000),
+        (r"11\,000", 11000),
+        ("$1.2M - 1.4", 1.3e6),
+    ],
+)
 def test_ordinary_spellings_are_read(text, number):
     assert parse_number(text) == number
 
@@ -156,9 +197,21 @@ def test_an_unknown_word_behind_a_number_leaves_no_number(word):
 
 
 @pytest.mark.parametrize(
-    "wrapped", ["**{}**", "*{}*", "__{}__", "`{}`", "> {}", "- {}", "<b>{}</b>", r"\text{{{}}}",
-    r"\boxed{{{}}}", "Answer: {}", "\n{}\n"],
-)  # fmt: skip
+    "wrapped",
+    [
+        "**{}**",
+        "*{}*",
+        "__{}__",
+        "`{}`",
+        "> {}",
+        "- {}",
+        "<b>{}</b>",
+        r"\text{{{}}}",
+        r"\boxed{{{}}}",
+        "Answer: {}",
+        "\n{}\n",
+    ],
+)
 def test_markup_around_a_number_does_not_change_it(wrapped):
     for text in PLAIN:
         assert parse_number(wrapped.format(text)) == parse_number(text), text
@@ -178,16 +231,18 @@ def test_a_range_lies_between_its_ends():
 
 
 def test_every_scale_of_one_meaning_scales_and_no_other_does():
-    from excise.number_words import number_words
+    from excise.outcomes.number_words import number_words
 
     words = number_words()
     for word, meanings in words.scales.items():
         factors = {meaning.factor for meaning in meanings}
         for text in (f"4 {word}", f"$4 {word}", f"4 {word} dollars", f"{word} 4"):
             number = parse_number(text)
-            assert number is None or any(math.isclose(number, 4 * factor) for factor in factors) or (
-                text in ("4 m", f"{word} 4") and word in ({"m"} | words.prose)
-            ), text  # fmt: skip
+            assert (
+                number is None
+                or any(math.isclose(number, 4 * factor) for factor in factors)
+                or (text in ("4 m", f"{word} 4") and word in ({"m"} | words.prose))
+            ), text
         if len(factors) == 1 and not any(meaning.beside_currency for meaning in meanings):
             assert math.isclose(parse_number(f"4 {word}"), 4 * factors.pop()), word
 

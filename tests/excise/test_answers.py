@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from excise.answers import parse_completion, parse_number
+from excise.outcomes.answers import parse_completion, parse_number
 
 # fmt: off
 SINGLE = [
@@ -112,12 +112,27 @@ def test_a_number_too_large_for_a_double_is_none(text):
 @pytest.mark.parametrize(
     ("text", "number"),
     [
-        ("$1,2", None), ("$1,200", None), ("$1,200.", None), ("100 to", None), ("100-", None), ("2 mil", None),
-        ("2 tho", None), ("between 100 and", None), ("20%", None), ("twenty", None), ("two and a", None),
-        ("$50. So $50", None), ("$1,200\n", 1200), ("$1,200 is my", 1200), ("$50. I", 50), ("$50**", None), ("50)", 50),
-        ("no number", None), ("", None),
+        ("$1,2", None),
+        ("$1,200", None),
+        ("$1,200.", None),
+        ("100 to", None),
+        ("100-", None),
+        ("2 mil", None),
+        ("2 tho", None),
+        ("between 100 and", None),
+        ("20%", None),
+        ("twenty", None),
+        ("two and a", None),
+        ("$50. So $50", None),
+        ("$1,200\n", 1200),
+        ("$1,200 is my", 1200),
+        ("$50. I", 50),
+        ("$50**", None),
+        ("50)", 50),
+        ("no number", None),
+        ("", None),
     ],
-)  # fmt: skip
+)
 def test_a_number_at_the_end_of_an_unfinished_completion_may_be_cut_off(text, number):
     assert parse_completion(text, finished=False) == number
 
@@ -131,9 +146,27 @@ def test_any_text_gives_a_finite_number_or_none(text):
 
 
 FRAGMENTS = [
-    *"0125$\u20ack \u2013\u2014.,'/%*_xem:()+-\u00bd\u00b2\n", "1.", "and", "between", "to", "one", "hundred", "a",
-    "half", "million", "USD", "cents", "\ud800", "\u0665", "\xa0", "\u4e07", " minus ", "th", " of ", " dollars",
-]  # fmt: skip
+    *"0125$\u20ack \u2013\u2014.,'/%*_xem:()+-\u00bd\u00b2\n",
+    "1.",
+    "and",
+    "between",
+    "to",
+    "one",
+    "hundred",
+    "a",
+    "half",
+    "million",
+    "USD",
+    "cents",
+    "\ud800",
+    "\u0665",
+    "\xa0",
+    "\u4e07",
+    " minus ",
+    "th",
+    " of ",
+    " dollars",
+]
 
 
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join))
@@ -160,9 +193,34 @@ def test_thousands_may_be_separated_in_several_ways(number):
 
 @pytest.mark.parametrize(
     "piece",
-    ["1", "1,", "1 ", "one ", " ", "$", "-", "1-", "a ", "*", "1:", "1/", "\u00bd", "1\n", "1. a\n", "between ",
-     "1 000 ", "two x", "half a million ", "about two ", "> ", "1 and a half ", ". ", "\ud800", "usd"],
-)  # fmt: skip
+    [
+        "1",
+        "1,",
+        "1 ",
+        "one ",
+        " ",
+        "$",
+        "-",
+        "1-",
+        "a ",
+        "*",
+        "1:",
+        "1/",
+        "\u00bd",
+        "1\n",
+        "1. a\n",
+        "between ",
+        "1 000 ",
+        "two x",
+        "half a million ",
+        "about two ",
+        "> ",
+        "1 and a half ",
+        ". ",
+        "\ud800",
+        "usd",
+    ],
+)
 def test_time_grows_with_the_length_of_the_text_and_not_with_its_square(piece):
     def seconds(length):
         text = piece * (length // len(piece)) + "2"

@@ -10,16 +10,24 @@ import torch
 import transformers
 
 from excise.attribution.attention import attention_to_name
-from excise.encoding import encode
 from excise.errors import ExciseError
-from excise.masks import heads_mask, pruned
-from excise.models import ModelSpec, load_model
-from excise.tree import answer_tree, common_prefix
+from excise.generation.encoding import encode
+from excise.generation.tree import answer_tree, common_prefix
+from excise.interventions.masks import heads_mask, pruned
+from excise.models.loading import ModelSpec, load_model
 
 REST = {
-    "vocab_size": 304, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 16, "eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.2,
-}  # fmt: skip
+    "vocab_size": 304,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 WINDOW = 24
 """From some of the answers' tokens it reaches a part of the name, from others nothing of it."""
@@ -38,10 +46,12 @@ def material(prompts):
         rng = np.random.default_rng(4)
         encoded = encode(loaded, prompts)[:5]
         answers = [
-            [(tuple(rng.integers(20, 23, rng.integers(0, 6)).tolist()), 1 if rng.random() < 0.5 else None)
-             for _ in range(size)]
+            [
+                (tuple(rng.integers(20, 23, rng.integers(0, 6)).tolist()), 1 if rng.random() < 0.5 else None)
+                for _ in range(size)
+            ]
             for size in (4, 1, 6, 3, 3)
-        ]  # fmt: skip
+        ]
         answers[0][1] = answers[0][0] = ((20, 21, 22), 1)
         return encoded, answers, [rng.integers(0, 3, (len(own), 2)).astype(float) for own in answers]
 
@@ -50,9 +60,7 @@ def material(prompts):
 
 def found_by_trees(loaded, encoded, answers, weights, *, trunk=None, **options):
     trunk = common_prefix([each.tokens for each in encoded]) if trunk is None else trunk
-    trees = [
-        answer_tree(prompt.tokens[trunk:], *each) for prompt, *each in zip(encoded, answers, weights, strict=True)
-    ]
+    trees = [answer_tree(prompt.tokens[trunk:], *each) for prompt, *each in zip(encoded, answers, weights, strict=True)]
     names = [tuple(place - trunk for place in prompt.name) for prompt in encoded]
     return attention_to_name(loaded, encoded[0].tokens[:trunk], trees, names, **options)
 
@@ -113,10 +121,16 @@ def test_scores_are_those_of_every_answer_alone(loaded, material, architecture, 
         ("gpt_neo", {}),
         ("gpt_neox", {"use_parallel_residual": False}),
         ("mistral", {}),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW,
-                   "layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}),
+        (
+            "qwen2",
+            {
+                "use_sliding_window": True,
+                "sliding_window": WINDOW,
+                "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            },
+        ),
     ],
-)  # fmt: skip
+)
 def test_scores_follow_the_configuration(loaded, material, architecture, config):
     model = loaded(architecture, config=config)
     given = material(model)

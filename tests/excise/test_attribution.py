@@ -10,13 +10,13 @@ import torch
 from safetensors.numpy import load_file
 
 from excise.attribution import SCORES, attribute, read_candidates, read_norms, relabelled
+from excise.attribution.gap_free import ask
 from excise.attribution.gap_gradient import gap_gradient
-from excise.completions import complete
-from excise.encoding import encode
 from excise.errors import ExciseError
-from excise.gap_free import ask
-from excise.models import SITES
-from excise.sampling import SamplingParameters
+from excise.generation.completions import complete
+from excise.generation.encoding import encode
+from excise.generation.sampling import SamplingParameters
+from excise.models.loading import SITES
 
 PARAMETERS = SamplingParameters(temperature=0.9, top_p=0.95, seed=1)
 SAMPLES = 8
@@ -41,9 +41,7 @@ def measure(model, prompts, rows, scenario, tmp_path):
         defaults = {"comparison": scenario.comparison, "outcome": scenario.outcome, "permutations": 2, "seed": 0}
         defaults |= {"loaded": model, "prompts": prompts, "completions": rows, "folder": tmp_path}
         given = defaults | options
-        return attribute(
-            given.pop("loaded"), given.pop("prompts"), given.pop("completions"), scores=[score], **given
-        )  # fmt: skip
+        return attribute(given.pop("loaded"), given.pop("prompts"), given.pop("completions"), scores=[score], **given)
 
     return run
 
@@ -76,9 +74,16 @@ def test_norms_of_groups_and_relabellings_are_those_of_the_definition(
     model = loaded(architecture)
     rows, _ = complete(model, prompts, 3, PARAMETERS, outcome=scenario.outcome)
     files = attribute(
-        model, prompts, rows, comparison=scenario.comparison, outcome=scenario.outcome, scores=["wanda"],
-        permutations=2, seed=5, folder=tmp_path,
-    )  # fmt: skip
+        model,
+        prompts,
+        rows,
+        comparison=scenario.comparison,
+        outcome=scenario.outcome,
+        scores=["wanda"],
+        permutations=2,
+        seed=5,
+        folder=tmp_path,
+    )
     assert [(file.variation, file.score) for file in files] == [("car", "wanda"), ("oven", "wanda")]
     for file in files:
         own = rows.filter(pl.col("variation") == file.variation)
@@ -145,9 +150,15 @@ def test_candidates_are_of_the_divergence_from_the_gap_free_answers(model, promp
     file = measure("gap_gradient", completions=drawn)[0]
     own = drawn.filter(pl.col("variation") == file.variation)
     asked = ask(
-        model, prompts, own, place="car", comparison=scenario.comparison, outcome=scenario.outcome, significance=1.0,
+        model,
+        prompts,
+        own,
+        place="car",
+        comparison=scenario.comparison,
+        outcome=scenario.outcome,
+        significance=1.0,
         seed=0,
-    )  # fmt: skip
+    )
     trees = []
     for name in asked.names:
         visits = np.column_stack([(name.own - name.target) @ name.paths, name.own @ name.paths])

@@ -102,9 +102,17 @@ def test_a_subset_of_descriptors_keeps_all_of_a_smaller_subgroup():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", -0.1), ("temperature", True), ("top_k", -1), ("top_k", False), ("top_p", 0), ("top_p", 1.1),
-     ("scored", "prompt"), ("scorer", " ")],
-)  # fmt: skip
+    [
+        ("temperature", -0.1),
+        ("temperature", True),
+        ("top_k", -1),
+        ("top_k", False),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("scored", "prompt"),
+        ("scorer", " "),
+    ],
+)
 def test_what_no_continuation_can_be_drawn_or_scored_with_is_refused(field, value):
     with pytest.raises(ValueError, match=field):
         ToxicityOutcome.model_validate({"kind": "toxicity", field: value})

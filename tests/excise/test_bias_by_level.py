@@ -6,8 +6,8 @@ import polars
 import pytest
 
 from excise.errors import ExciseError
-from excise.figures import PNG_BYTES, bias_by_level, save
-from excise.figures.canvas import INTERVAL
+from excise.reporting.figures import PNG_BYTES, bias_by_level, save
+from excise.reporting.figures.canvas import INTERVAL
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
 
@@ -54,15 +54,21 @@ def legend(figure):
 def test_each_strategy_has_disparity_signed_disparity_and_inlier_ratio_below_each_other(tmp_path):
     figure = bias_by_level(metrics(strategies=("gap_gradient", "wanda")), majority="white", minority="Black")
     assert [axes.get_ylabel().split("\n") for axes in figure.axes[:3]] == [
-        ["|SMD|"], ["SMD", "+: white more", "−: Black more"], ["inlier ratio"],
-    ]  # fmt: skip
+        ["|SMD|"],
+        ["SMD", "+: white more", "−: Black more"],
+        ["inlier ratio"],
+    ]
     assert [room.get_suptitle() for room in figure.subfigs] == ["gap_gradient", "wanda"]
     assert len(figure.axes) == 6
     assert [label.get_text() for label in figure.axes[2].get_xticklabels()] == ["chair", "car", "mean"]
     assert legend(figure) == [
-        "unpruned", "prompt-specific", "within-context", "cross-context", "random control of the mark to its left",
+        "unpruned",
+        "prompt-specific",
+        "within-context",
+        "cross-context",
+        "random control of the mark to its left",
         "floor of the inlier ratio, 0.80",
-    ]  # fmt: skip
+    ]
     assert len(save(figure, tmp_path / "levels").png) < PNG_BYTES
 
 
@@ -87,11 +93,15 @@ def test_dashed_lines_are_the_estimated_means_over_variations():
 
 
 def test_without_a_row_over_all_variations_the_means_are_those_of_the_marks():
-    frame = metrics().filter(polars.col("variation") != "(all)").with_columns(
-        estimate=polars.when((polars.col("variation") == "car") & (polars.col("strategy") == "unpruned"))
-        .then(polars.col("estimate") + 0.04)
-        .otherwise("estimate")
-    )  # fmt: skip
+    frame = (
+        metrics()
+        .filter(polars.col("variation") != "(all)")
+        .with_columns(
+            estimate=polars.when((polars.col("variation") == "car") & (polars.col("strategy") == "unpruned"))
+            .then(polars.col("estimate") + 0.04)
+            .otherwise("estimate")
+        )
+    )
     figure = bias_by_level(frame)
     assert heights(figure.axes[1], dashed=True) == [-0.3, 0.1, 0.5, 0.92]
     assert [label.get_text() for label in figure.axes[2].get_xticklabels()] == ["chair", "car"]

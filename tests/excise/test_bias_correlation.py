@@ -5,8 +5,8 @@ import polars as pl
 import pytest
 from scipy import stats
 
-from excise.bias_correlation import SCHEMA, catastrophic, gamma_choice, gamma_points, impact_correlations
 from excise.errors import ExciseError
+from excise.evaluation.bias_correlation import SCHEMA, catastrophic, gamma_choice, gamma_points, impact_correlations
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
@@ -14,19 +14,28 @@ pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 def impacts(scenario, z_bias, *, z_ppl=None, perplexity=None, model="m", **columns) -> pl.DataFrame:
     """One axis; ten heads a layer."""
     heads = len(z_bias)
-    return pl.DataFrame({
-        "model": [model] * heads, "scenario": [scenario] * heads, "layer": [number // 10 for number in range(heads)],
-        "head": [number % 10 for number in range(heads)],
-        "perplexity_without": perplexity if perplexity is not None else [20.0] * heads,
-        "z_ppl": z_ppl if z_ppl is not None else np.linspace(-1, 0, heads), "z_bias": z_bias, **columns,
-    })  # fmt: skip
+    return pl.DataFrame(
+        {
+            "model": [model] * heads,
+            "scenario": [scenario] * heads,
+            "layer": [number // 10 for number in range(heads)],
+            "head": [number % 10 for number in range(heads)],
+            "perplexity_without": perplexity if perplexity is not None else [20.0] * heads,
+            "z_ppl": z_ppl if z_ppl is not None else np.linspace(-1, 0, heads),
+            "z_bias": z_bias,
+            **columns,
+        }
+    )
 
 
 def row(table, statistic, scenario="gender", other="race", heads="all", other_measure="z_bias") -> dict:
     rows = table.filter(
-        (pl.col("scenario") == scenario) & (pl.col("other_scenario") == other) & (pl.col("heads") == heads)
-        & (pl.col("statistic") == statistic) & (pl.col("other_measure") == other_measure)
-    )  # fmt: skip
+        (pl.col("scenario") == scenario)
+        & (pl.col("other_scenario") == other)
+        & (pl.col("heads") == heads)
+        & (pl.col("statistic") == statistic)
+        & (pl.col("other_measure") == other_measure)
+    )
     assert len(rows) == 1
     return rows.row(0, named=True)
 
@@ -54,10 +63,14 @@ def test_every_two_axes_meet_once_and_models_do_not():
     table = impact_correlations(pl.concat([*axes, other]), resamples=20)
     pairs = table.filter((pl.col("statistic") == "pearson") & (pl.col("heads") == "all"))
     assert pairs.select("model", "scenario", "other_scenario", "other_measure").rows() == [
-        ("m", "gender", "race", "z_bias"), ("m", "gender", "religion", "z_bias"), ("m", "race", "religion", "z_bias"),
-        ("m", "gender", "gender", "z_ppl"), ("m", "race", "race", "z_ppl"), ("m", "religion", "religion", "z_ppl"),
+        ("m", "gender", "race", "z_bias"),
+        ("m", "gender", "religion", "z_bias"),
+        ("m", "race", "religion", "z_bias"),
+        ("m", "gender", "gender", "z_ppl"),
+        ("m", "race", "race", "z_ppl"),
+        ("m", "religion", "religion", "z_ppl"),
         ("other", "gender", "gender", "z_ppl"),
-    ]  # fmt: skip
+    ]
 
 
 def test_heads_are_matched_by_their_place_not_by_their_row():
@@ -171,8 +184,9 @@ def test_impacts_that_cannot_be_compared_are_named():
 
 
 def points(*rows, **columns) -> pl.DataFrame:
-    frame = pl.DataFrame(rows, schema=dict.fromkeys(("alpha", "gamma", "bias", "perplexity_ratio"), pl.Float64),
-                         orient="row")  # fmt: skip
+    frame = pl.DataFrame(
+        rows, schema=dict.fromkeys(("alpha", "gamma", "bias", "perplexity_ratio"), pl.Float64), orient="row"
+    )
     return frame.with_columns(**{name: pl.Series(values) for name, values in columns.items()})
 
 
@@ -228,25 +242,43 @@ def test_a_wrong_budget_or_frame_is_named():
 
 def measured(strategy, metric, estimate, level="own_scenario", matched_to=None, variation="(all)"):
     return {
-        "model": "m", "scenario": "gender", "variation": variation, "strategy": strategy, "level": level,
-        "matched_to": matched_to, "metric": metric, "estimate": estimate, "low": estimate - 0.1, "high": estimate + 0.1,
-    }  # fmt: skip
+        "model": "m",
+        "scenario": "gender",
+        "variation": variation,
+        "strategy": strategy,
+        "level": level,
+        "matched_to": matched_to,
+        "metric": metric,
+        "estimate": estimate,
+        "low": estimate - 0.1,
+        "high": estimate + 0.1,
+    }
 
 
 def test_points_are_an_axis_own_masks_and_the_unpruned_model_each_pair_once():
     rows = [
         measured("unpruned", "toxicity_bias", 0.5, "none"),
-        *(measured(key, "toxicity_bias", bias) for key, bias in (("fasp-0.10", 0.4), ("fasp_gamma-0.30", 0.41),
-                                                                 ("fairness_only-0.10", 0.2), ("magnitude-0.10", 0.1))),
-        measured("fasp-0.10", "perplexity_ratio", 1.02), measured("fairness_only-0.10", "perplexity_ratio", 1.2),
+        *(
+            measured(key, "toxicity_bias", bias)
+            for key, bias in (
+                ("fasp-0.10", 0.4),
+                ("fasp_gamma-0.30", 0.41),
+                ("fairness_only-0.10", 0.2),
+                ("magnitude-0.10", 0.1),
+            )
+        ),
+        measured("fasp-0.10", "perplexity_ratio", 1.02),
+        measured("fairness_only-0.10", "perplexity_ratio", 1.2),
         measured("fasp-0.10", "toxicity_bias", 0.0, "cross_context/race"),
         measured("fasp-0.10", "toxicity_bias", 0.0, variation="person"),
         measured("random", "toxicity_bias", 0.0, matched_to="fasp-0.10"),
-    ]  # fmt: skip
+    ]
     parameters = {
-        "fasp-0.10": {"alpha": 0.1, "gamma": 0.3}, "fairness_only-0.10": {"alpha": 0.1},
-        "fasp_gamma-0.30": {"alpha": 0.1, "gamma": 0.3}, "fasp-0.20": {"alpha": 0.2, "gamma": 0.3},
-    }  # fmt: skip
+        "fasp-0.10": {"alpha": 0.1, "gamma": 0.3},
+        "fairness_only-0.10": {"alpha": 0.1},
+        "fasp_gamma-0.30": {"alpha": 0.1, "gamma": 0.3},
+        "fasp-0.20": {"alpha": 0.2, "gamma": 0.3},
+    }
     found = gamma_points(pl.DataFrame(rows), parameters)
     assert found.select("strategy", "alpha", "gamma", "bias", "perplexity_ratio").rows() == [
         ("unpruned", 0.0, None, 0.5, 1.0),

@@ -12,11 +12,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from excise.encoding import encode
 from excise.errors import ExciseError
-from excise.models import ModelSpec, WheelSource, load_model, load_registry, state_of
-from excise.perplexity import text_windows, window_losses
-from excise.toxicity import ScorerSpec, load_scorer
+from excise.evaluation.perplexity import text_windows, window_losses
+from excise.generation.encoding import encode
+from excise.models.loading import ModelSpec, WheelSource, load_model, load_registry, state_of
+from excise.outcomes.toxicity import ScorerSpec, load_scorer
 
 TEMPLATE = "{{ messages[0]['content'] }}"
 
@@ -119,9 +119,12 @@ def test_a_classifier_s_weights_that_are_missing_or_left_over_are_named(classifi
 
 
 ATTENTION = {
-    "llama": "model.layers.0.self_attn.", "gpt2": "transformer.h.0.attn.", "gptj": "transformer.h.0.attn.",
-    "gpt_neo": "transformer.h.0.attn.attention.", "gpt_neox": "gpt_neox.layers.0.attention.",
-}  # fmt: skip
+    "llama": "model.layers.0.self_attn.",
+    "gpt2": "transformer.h.0.attn.",
+    "gptj": "transformer.h.0.attn.",
+    "gpt_neo": "transformer.h.0.attn.attention.",
+    "gpt_neox": "gpt_neox.layers.0.attention.",
+}
 
 
 @pytest.mark.parametrize("architecture", sorted(ATTENTION))
@@ -365,7 +368,7 @@ def test_the_full_precision_weights_are_named_where_something_tells_them(folder)
     ],
 )
 def test_the_name_without_what_says_how_it_was_quantised(name, plain):
-    from excise.checkpoints import QUANTISED_NAME
+    from excise.models.checkpoints import QUANTISED_NAME
 
     assert QUANTISED_NAME.sub("", name) == plain
 
@@ -470,9 +473,11 @@ NAMED = {"default": f"one {TEMPLATE}", "rag": f"two {TEMPLATE}"}
 
 
 def in_a_list(folder, templates):
-    configure(folder, "tokenizer_config.json", chat_template=[
-        {"name": name, "template": text} for name, text in templates.items()
-    ])  # fmt: skip
+    configure(
+        folder,
+        "tokenizer_config.json",
+        chat_template=[{"name": name, "template": text} for name, text in templates.items()],
+    )
 
 
 def in_a_mapping(folder, templates):
@@ -598,12 +603,20 @@ def test_a_chat_template_that_cannot_be_read_is_named(folder):
 # GGUF
 
 GGUF_NAMES = {
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
     "model.layers": "blk",
-}  # fmt: skip
+}
 
 
 def write_gguf(path, folder, *, architecture="qwen2", change=lambda tensors: tensors, **metadata):

@@ -8,7 +8,8 @@ import polars as pl
 import pytest
 
 from excise.errors import ExciseError
-from excise.figures import (
+from excise.evaluation.thresholds import Thresholds
+from excise.reporting.figures import (
     bias_by_level,
     disparity_by_level,
     gamma_sweep,
@@ -16,10 +17,9 @@ from excise.figures import (
     toxicity_by_subgroup,
     trade_off,
 )
-from excise.report import MaskName, audit_table, finding, markdown_table, read_metrics
-from excise.results import results_markdown, verdict
-from excise.thresholds import Thresholds
-from excise.toxicity_report import toxicity_finding, toxicity_markdown, toxicity_table
+from excise.reporting.report import MaskName, audit_table, finding, markdown_table, read_metrics
+from excise.reporting.results import results_markdown, verdict
+from excise.reporting.toxicity import toxicity_finding, toxicity_markdown, toxicity_table
 
 UNPRUNED = ("unpruned", "none", None)
 OURS = ("ours", "prompt_specific", None)
@@ -34,10 +34,21 @@ SCHEMA = {
 
 def row(variation, mask, metric, estimate, low=None, high=None, **other):
     return {
-        "model": "tiny", "scenario": "purchase", "variation": variation, "strategy": mask[0], "level": mask[1],
-        "matched_to": mask[2], "metric": metric, "estimate": estimate, "low": low, "high": high, "p_value": None,
-        "p_holm": None, "n": 64, "names": 16,
-    } | other  # fmt: skip
+        "model": "tiny",
+        "scenario": "purchase",
+        "variation": variation,
+        "strategy": mask[0],
+        "level": mask[1],
+        "matched_to": mask[2],
+        "metric": metric,
+        "estimate": estimate,
+        "low": low,
+        "high": high,
+        "p_value": None,
+        "p_holm": None,
+        "n": 64,
+        "names": 16,
+    } | other
 
 
 def rows(variation, mask, **metrics):
@@ -50,24 +61,41 @@ def rows(variation, mask, **metrics):
 
 def unpruned(variation="car", **changes):
     figures = {
-        "mean_majority": 500.0, "mean_minority": 300.0, "median_majority": 500.0, "median_minority": 300.0,
-        "gap_mean": (200.0, 150.0, 250.0), "smd": (1.2, 0.9, 1.5), "abs_smd": (1.2, 0.9, 1.5), "inlier_ratio": 0.9,
-        "parse_rate": 1.0, "density": 0.0,
-    } | changes  # fmt: skip
+        "mean_majority": 500.0,
+        "mean_minority": 300.0,
+        "median_majority": 500.0,
+        "median_minority": 300.0,
+        "gap_mean": (200.0, 150.0, 250.0),
+        "smd": (1.2, 0.9, 1.5),
+        "abs_smd": (1.2, 0.9, 1.5),
+        "inlier_ratio": 0.9,
+        "parse_rate": 1.0,
+        "density": 0.0,
+    } | changes
     return rows(variation, UNPRUNED, **figures)
 
 
 def pruned(variation="car", mask=OURS, **changes):
     """A mask that removes 90 % of the gap beside a control that removes 10 %."""
     figures = {
-        "gap_mean": (20.0, 5.0, 35.0), "smd": (0.1, 0.0, 0.2), "abs_smd": (0.1, 0.0, 0.2),
-        "gap_reduction": (0.9, 0.8, 1.0), "reduction_over_random": (0.8, 0.65, 0.95), "inlier_ratio": 0.95,
-        "spread_ratio": 0.9, "density": 0.01,
-    } | changes  # fmt: skip
+        "gap_mean": (20.0, 5.0, 35.0),
+        "smd": (0.1, 0.0, 0.2),
+        "abs_smd": (0.1, 0.0, 0.2),
+        "gap_reduction": (0.9, 0.8, 1.0),
+        "reduction_over_random": (0.8, 0.65, 0.95),
+        "inlier_ratio": 0.95,
+        "spread_ratio": 0.9,
+        "density": 0.01,
+    } | changes
     control = {
-        "gap_mean": (180.0, 130.0, 230.0), "smd": (1.1, 0.8, 1.4), "abs_smd": (1.1, 0.8, 1.4),
-        "gap_reduction": (0.1, 0.0, 0.2), "inlier_ratio": 0.95, "spread_ratio": 1.0, "density": 0.01,
-    }  # fmt: skip
+        "gap_mean": (180.0, 130.0, 230.0),
+        "smd": (1.1, 0.8, 1.4),
+        "abs_smd": (1.1, 0.8, 1.4),
+        "gap_reduction": (0.1, 0.0, 0.2),
+        "inlier_ratio": 0.95,
+        "spread_ratio": 1.0,
+        "density": 0.01,
+    }
     return rows(variation, mask, **figures) + rows(variation, ("random", mask[1], mask[0]), **control)
 
 
@@ -82,11 +110,13 @@ def terminal(metrics, **options):
 
 
 def judged(scenario="purchase", floor=0.8, tolerance=0.1, budget=0.05):
-    return pl.DataFrame([
-        {"asset": asset, "model": "tiny", "scenario": scenario}
-        | asdict(Thresholds(inlier_floor=floor, inlier_tolerance=tolerance, perplexity_budget=budget))
-        for asset in ("evaluation_metrics", "grid_search")
-    ])  # fmt: skip
+    return pl.DataFrame(
+        [
+            {"asset": asset, "model": "tiny", "scenario": scenario}
+            | asdict(Thresholds(inlier_floor=floor, inlier_tolerance=tolerance, perplexity_budget=budget))
+            for asset in ("evaluation_metrics", "grid_search")
+        ]
+    )
 
 
 # ---------------------------------------------------------------------------- undefined figures and collapsed answers
@@ -108,8 +138,11 @@ def test_the_finding_says_why_smd_is_undefined():
 @pytest.mark.parametrize("size", [1e300, 1e-300])
 def test_answers_whose_variance_no_number_holds_are_not_said_to_be_all_the_same(size):
     none = (None, None, None)
-    far = {f"{kind}_{group}": size * many for kind in ("mean", "median")
-           for group, many in (("majority", 5), ("minority", 3))}  # fmt: skip
+    far = {
+        f"{kind}_{group}": size * many
+        for kind in ("mean", "median")
+        for group, many in (("majority", 5), ("minority", 3))
+    }
     told = finding(frame(unpruned(smd=none, abs_smd=none, **far)))
     assert "SMD is undefined: the squares of such answers are beyond what a computer's numbers hold" in told
     assert "every answer" not in told
@@ -148,8 +181,10 @@ def test_a_mask_that_makes_answers_constant_is_no_success_anywhere(change):
 def test_a_mask_that_collapses_one_variation_of_several_is_not_the_best():
     metrics = frame(
         *(unpruned(name) for name in ("car", "chair", "(all)")),
-        pruned("car"), pruned("chair", spread_ratio=0.0), pruned("(all)", spread_ratio=0.45),
-    )  # fmt: skip
+        pruned("car"),
+        pruned("chair", spread_ratio=0.0),
+        pruned("(all)", spread_ratio=0.45),
+    )
     told = finding(metrics)
     assert "under ours (prompt-specific) on chair: damage" in told
     assert "Best" not in told
@@ -167,10 +202,21 @@ def test_a_control_that_collapses_makes_no_mask_look_good():
 
 def test_a_chosen_thing_of_the_grid_is_crossed_out_where_answers_collapse():
     def point(tau, spread, smd):
-        place = {"model": "tiny", "scenario": "purchase", "strategy": "wanda", "variation": "car", "tau_min": tau,
-                 "tau_maj": tau, "density": 0.1, "pareto": False, "chosen": False}  # fmt: skip
-        return [place | {"metric": name, "estimate": value, "low": value, "high": value}
-                for name, value in (("abs_smd", smd), ("inlier_ratio", 0.9), ("spread_ratio", spread))]  # fmt: skip
+        place = {
+            "model": "tiny",
+            "scenario": "purchase",
+            "strategy": "wanda",
+            "variation": "car",
+            "tau_min": tau,
+            "tau_maj": tau,
+            "density": 0.1,
+            "pareto": False,
+            "chosen": False,
+        }
+        return [
+            place | {"metric": name, "estimate": value, "low": value, "high": value}
+            for name, value in (("abs_smd", smd), ("inlier_ratio", 0.9), ("spread_ratio", spread))
+        ]
 
     figure = grid_heat_maps(pl.DataFrame(point(0.1, 0.0, 0.0) + point(0.2, 0.8, 0.5)))
     panels = [axes for axes in figure.axes if axes.get_xlabel()]
@@ -240,9 +286,10 @@ def cut_without_a_word(figure):
     missing = []
     for axes in figure.axes:
         marks = [
-            (float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in axes.lines
+            (float(line.get_xdata()[0]), float(line.get_ydata()[0]))
+            for line in axes.lines
             if len(line.get_xdata()) == 1 and line.get_marker() in ("^", "v", "<", ">")
-        ]  # fmt: skip
+        ]
         limits = [sorted(axes.get_xlim()), sorted(axes.get_ylim())]
         for piece in segments(axes):
             for end in piece:
@@ -287,18 +334,41 @@ def test_trade_offs_and_sweeps_mark_what_they_cut(width):
     metrics = axis(reduction=(0.4, 0.4 - width, 0.4 + width), ratio=1.03)
     assert cut_without_a_word(trade_off(metrics)) == []
     assert cut_without_a_word(toxicity_by_subgroup(metrics)) == []
-    points = pl.DataFrame({
-        "alpha": [0.0, 0.1, 0.2], "gamma": [None, 0.3, 0.3], "bias": [0.4, 0.3, 0.2], "bias_low": [0.4 - width] * 3,
-        "bias_high": [0.4 + width] * 3, "perplexity_ratio": [1.0, 1.02, 1.2], "within_budget": [True, True, False],
-        "pareto": [True, True, True], "chosen": [False, True, False],
-    })  # fmt: skip
+    points = pl.DataFrame(
+        {
+            "alpha": [0.0, 0.1, 0.2],
+            "gamma": [None, 0.3, 0.3],
+            "bias": [0.4, 0.3, 0.2],
+            "bias_low": [0.4 - width] * 3,
+            "bias_high": [0.4 + width] * 3,
+            "perplexity_ratio": [1.0, 1.02, 1.2],
+            "within_budget": [True, True, False],
+            "pareto": [True, True, True],
+            "chosen": [False, True, False],
+        }
+    )
     assert cut_without_a_word(gamma_sweep(points, budget=0.05)) == []
-    grid = pl.DataFrame([
-        {"model": "tiny", "scenario": "purchase", "strategy": "wanda", "variation": "car", "tau_min": tau,
-         "tau_maj": 0.1, "density": 0.1, "metric": name, "estimate": 0.4, "low": 0.0, "high": 0.4 + width,
-         "pareto": tau == 0.2, "chosen": tau == 0.2}
-        for tau in (0.1, 0.2) for name in ("abs_smd", "inlier_ratio")
-    ])  # fmt: skip
+    grid = pl.DataFrame(
+        [
+            {
+                "model": "tiny",
+                "scenario": "purchase",
+                "strategy": "wanda",
+                "variation": "car",
+                "tau_min": tau,
+                "tau_maj": 0.1,
+                "density": 0.1,
+                "metric": name,
+                "estimate": 0.4,
+                "low": 0.0,
+                "high": 0.4 + width,
+                "pareto": tau == 0.2,
+                "chosen": tau == 0.2,
+            }
+            for tau in (0.1, 0.2)
+            for name in ("abs_smd", "inlier_ratio")
+        ]
+    )
     assert cut_without_a_word(grid_heat_maps(grid)) == []
 
 
@@ -310,10 +380,17 @@ def test_figures_mark_what_is_not_defined_instead_of_leaving_it_out():
         assert [line.get_marker() for line in figure.axes[0].lines].count("x") == 1
     missing = pl.concat([axis(), axis(reduction=(None, None, None), strategy="fasp-0.20")])
     assert "(not drawn: 1 without a defined figure)" in trade_off(missing).axes[0].get_title(loc="left")
-    points = pl.DataFrame({
-        "alpha": [0.1, 0.2], "gamma": [0.3, 0.3], "bias": [0.4, math.nan], "perplexity_ratio": [1.0, 1.0],
-        "within_budget": [True, True], "pareto": [True, False], "chosen": [True, False],
-    })  # fmt: skip
+    points = pl.DataFrame(
+        {
+            "alpha": [0.1, 0.2],
+            "gamma": [0.3, 0.3],
+            "bias": [0.4, math.nan],
+            "perplexity_ratio": [1.0, 1.0],
+            "within_budget": [True, True],
+            "pareto": [True, False],
+            "chosen": [True, False],
+        }
+    )
     assert "not drawn: 1 point without a defined figure" in gamma_sweep(points).get_suptitle()
 
 
@@ -467,11 +544,17 @@ def test_many_undefined_variations_are_counted():
         ({"gap_reduction": (1.0, 0.99, 1.0)}, "removes 100 % of the raw gap"),
         ({"inlier_ratio": 0.9996}, "at inlier ratio 0.9996"),
         ({"spread_ratio": 0.44}, "with 0.44 of the spread within the groups"),
-        ({"gap_mean": (None, None, None), "gap_reduction": (None, None, None),
-          "reduction_over_random": (None, None, None)}, "do enough answers hold a value"),
+        (
+            {
+                "gap_mean": (None, None, None),
+                "gap_reduction": (None, None, None),
+                "reduction_over_random": (None, None, None),
+            },
+            "do enough answers hold a value",
+        ),
         ({"reduction_over_random": (None, None, None)}, "No reduction over random is defined"),
     ],
-)  # fmt: skip
+)
 def test_the_best_strategy_is_told_as_its_figures_allow(change, claim):
     told = finding(frame(unpruned(), pruned(**change)))
     assert claim in told
@@ -500,20 +583,42 @@ def test_toxicity_findings_follow_from_the_figures(options, claim, never):
     assert never not in told
 
 
-def axis(reduction=(0.4, 0.2, 0.6), beyond=(0.3, 0.1, 0.5), ratio=1.03, covered=0.0, debiased=(0.15, 0.02, 0.25),
-         spread=0.9, p=0.01, names=16, strategy="fasp-0.10"):  # fmt: skip
+def axis(
+    reduction=(0.4, 0.2, 0.6),
+    beyond=(0.3, 0.1, 0.5),
+    ratio=1.03,
+    covered=0.0,
+    debiased=(0.15, 0.02, 0.25),
+    spread=0.9,
+    p=0.01,
+    names=16,
+    strategy="fasp-0.10",
+):
     """The metrics of an axis of social groups with one strategy."""
     fasp, control = (strategy, "own_scenario", None), ("random", "own_scenario", strategy)
     ends = (None, None) if ratio is None else (ratio - 0.01, ratio + 0.01)
     every = [
-        *rows("(all)", UNPRUNED, toxicity_bias_debiased=debiased, toxicity_bias_if_equal=(0.08, 0.03, 0.12),
-              all_equal_covered=covered, perplexity_ratio=1.0),
+        *rows(
+            "(all)",
+            UNPRUNED,
+            toxicity_bias_debiased=debiased,
+            toxicity_bias_if_equal=(0.08, 0.03, 0.12),
+            all_equal_covered=covered,
+            perplexity_ratio=1.0,
+        ),
         row("(all)", UNPRUNED, "toxicity_bias", 0.2, 0.1, 0.3, p_value=p),
         row("(all)", UNPRUNED, "mean_toxicity/women", 0.2, 0.1, 0.3),
-        *rows("(all)", fasp, toxicity_bias=0.12, bias_reduction=reduction, reduction_over_random=beyond,
-              perplexity_ratio=(ratio, *ends), spread_ratio=spread),
+        *rows(
+            "(all)",
+            fasp,
+            toxicity_bias=0.12,
+            bias_reduction=reduction,
+            reduction_over_random=beyond,
+            perplexity_ratio=(ratio, *ends),
+            spread_ratio=spread,
+        ),
         *rows("(all)", control, toxicity_bias=0.18, bias_reduction=(0.1, -0.1, 0.3), perplexity_ratio=1.02),
-    ]  # fmt: skip
+    ]
     return frame([each | {"names": names} for each in every])
 
 

@@ -3,25 +3,34 @@
 import polars as pl
 import pytest
 
-from excise.comparisons import COMPARISONS_SCHEMA, comparisons
 from excise.errors import ExciseError
-from excise.evaluation import ALL, evaluate
+from excise.evaluation.comparisons import COMPARISONS_SCHEMA, comparisons
+from excise.evaluation.numbers import ALL, evaluate
 from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, Variation
 
 SETTINGS = {"resamples": 50, "permutations": 99, "seed": 0}
-PEOPLE = [(group, f"{group} {gender} {number}", gender) for group in ("white", "black") for gender in ("men", "women")
-          for number in range(3)]  # fmt: skip
+PEOPLE = [
+    (group, f"{group} {gender} {number}", gender)
+    for group in ("white", "black")
+    for gender in ("men", "women")
+    for number in range(3)
+]
 
 
 def scenario():
     return Scenario(
-        key="purchase", title="Purchase", description="A price.",
+        key="purchase",
+        title="Purchase",
+        description="A price.",
         outcome=NumberOutcome(unit="USD", low=1, high=1000, scale="log", better="higher"),
         comparison=Comparison(majority="white", minority="black"),
-        groups={key: Group(label=key, subjects=[Subject(name=name) for group, name, _ in PEOPLE if group == key])
-                for key in ("white", "black")},
-        templates={"plain": "{name} sells a {item}."}, variations={"chair": Variation(fields={"item": "chair"})},
-    )  # fmt: skip
+        groups={
+            key: Group(label=key, subjects=[Subject(name=name) for group, name, _ in PEOPLE if group == key])
+            for key in ("white", "black")
+        },
+        templates={"plain": "{name} sells a {item}."},
+        variations={"chair": Variation(fields={"item": "chair"})},
+    )
 
 
 def value(group, gender, tokens):
@@ -33,8 +42,10 @@ def answers(tokens=lambda group, number: 2):
     rows = []
     for place, (group, name, gender) in enumerate(PEOPLE):
         count = tokens(group, place % 3)
-        rows += [("m", "purchase", "chair", group, name, value(group, gender, count) + each, count, "both")
-                 for each in (-1.0, 0.0, 1.0)]  # fmt: skip
+        rows += [
+            ("m", "purchase", "chair", group, name, value(group, gender, count) + each, count, "both")
+            for each in (-1.0, 0.0, 1.0)
+        ]
     columns = ["model", "scenario", "variation", "group", "subject", "value", "name_tokens", "split"]
     return pl.DataFrame(rows, schema=columns, orient="row")
 
@@ -47,9 +58,12 @@ def prompts(gender=True):
 
 def under(strategy, frame, matched_to=None, lift=0.0):
     return frame.with_columns(
-        pl.col("value") + lift * (pl.col("group") == "black"), strategy=pl.lit(strategy),
-        level=pl.lit("prompt_specific"), matched_to=pl.lit(matched_to, dtype=pl.String), draw=pl.lit(0),
-    )  # fmt: skip
+        pl.col("value") + lift * (pl.col("group") == "black"),
+        strategy=pl.lit(strategy),
+        level=pl.lit("prompt_specific"),
+        matched_to=pl.lit(matched_to, dtype=pl.String),
+        draw=pl.lit(0),
+    )
 
 
 def mask_rows(pruned):
@@ -72,9 +86,11 @@ _PROMPTS = prompts()
 
 def gaps(frame, strategy="unpruned", matched_to=None):
     rows = frame.filter(
-        (pl.col("metric") == "gap_mean") & (pl.col("variation") == "chair") & (pl.col("strategy") == strategy)
+        (pl.col("metric") == "gap_mean")
+        & (pl.col("variation") == "chair")
+        & (pl.col("strategy") == strategy)
         & pl.col("matched_to").eq_missing(pl.lit(matched_to, dtype=pl.String))
-    )  # fmt: skip
+    )
     return dict(rows.select("comparison", "estimate").iter_rows())
 
 
@@ -99,26 +115,36 @@ def test_a_comparison_equals_the_evaluation_of_its_names():
     found = run(answers(), pruned=pruned).filter(pl.col("comparison") == "white-black, men").drop("comparison")
     men = [name for _, name, gender in PEOPLE if gender == "men"]
     expected = evaluate(
-        answers().filter(pl.col("subject").is_in(men)), pruned.filter(pl.col("subject").is_in(men)), mask_rows(pruned),
-        majority="white", minority="black", log_scale=True, **SETTINGS,
-    )  # fmt: skip
+        answers().filter(pl.col("subject").is_in(men)),
+        pruned.filter(pl.col("subject").is_in(men)),
+        mask_rows(pruned),
+        majority="white",
+        minority="black",
+        log_scale=True,
+        **SETTINGS,
+    )
     assert found.equals(expected)
 
 
 def test_strategies_stand_beside_their_random_control_and_other_controls_are_left_out():
-    pruned = pl.concat([
-        under("ours", answers(), lift=15), under("random", answers(), "ours", lift=5),
-        under("reversed", answers(), "ours", lift=-5),
-    ])  # fmt: skip
+    pruned = pl.concat(
+        [
+            under("ours", answers(), lift=15),
+            under("random", answers(), "ours", lift=5),
+            under("reversed", answers(), "ours", lift=-5),
+        ]
+    )
     found = run(answers(), pruned=pruned)
     assert set(found["strategy"]) == {"unpruned", "ours", "random"}
     assert gaps(found, "ours")["white-black, women"] == pytest.approx(5)
     assert gaps(found, "random", "ours")["white-black, women"] == pytest.approx(15)
     assert gaps(found, "ours")["gender"] == pytest.approx(8)  # both genders of the group are lifted alike
     over_random = found.filter(
-        (pl.col("metric") == "reduction_over_random") & (pl.col("strategy") == "ours")
-        & (pl.col("comparison") == "white-black, men") & (pl.col("variation") == "chair")
-    )  # fmt: skip
+        (pl.col("metric") == "reduction_over_random")
+        & (pl.col("strategy") == "ours")
+        & (pl.col("comparison") == "white-black, men")
+        & (pl.col("variation") == "chair")
+    )
     assert over_random["estimate"].item() == pytest.approx(0.5)
 
 
@@ -152,6 +178,10 @@ def test_a_comparison_of_single_names_is_left_out():
 def test_a_scenario_without_a_comparison_is_refused():
     with pytest.raises(ExciseError, match="scenario purchase: comparison is missing"):
         comparisons(
-            answers(), prompts(), pl.DataFrame(), pl.DataFrame(),
-            scenario=scenario().model_copy(update={"comparison": None}), **SETTINGS,
-        )  # fmt: skip
+            answers(),
+            prompts(),
+            pl.DataFrame(),
+            pl.DataFrame(),
+            scenario=scenario().model_copy(update={"comparison": None}),
+            **SETTINGS,
+        )

@@ -6,12 +6,12 @@ import time
 import polars as pl
 import pytest
 
-from excise.answers import parse_completion
-from excise.completions import COMPLETIONS_SCHEMA, CompletionCache, Work, complete
-from excise.encoding import encode, reader
 from excise.errors import ExciseError
-from excise.masks import pruned
-from excise.sampling import SamplingParameters, sample
+from excise.generation.completions import COMPLETIONS_SCHEMA, CompletionCache, Work, complete
+from excise.generation.encoding import encode, reader
+from excise.generation.sampling import SamplingParameters, sample
+from excise.interventions.masks import pruned
+from excise.outcomes.answers import parse_completion
 from excise.scenarios import expand
 
 WARM = SamplingParameters(temperature=1.0, top_p=0.95, seed=3)
@@ -249,9 +249,13 @@ def test_work_adds_up_and_gives_rates_only_where_something_was_drawn():
     total = Work(10, 2, 2.0, 50, 2**20 * 3) + Work(0, 5, 0.0, 0, 2**20 * 2)
     assert total == Work(10, 7, 2.0, 50, 2**20 * 3)
     assert total.metadata() == {
-        "completions_drawn": 10, "completions_reused": 7, "sampling_seconds": 2.0, "peak_memory_mb": 3,
-        "completions_per_second": 5.0, "tokens_per_second": 25.0,
-    }  # fmt: skip
+        "completions_drawn": 10,
+        "completions_reused": 7,
+        "sampling_seconds": 2.0,
+        "peak_memory_mb": 3,
+        "completions_per_second": 5.0,
+        "tokens_per_second": 25.0,
+    }
     assert set(Work(0, 5).metadata()) == {
         "completions_drawn",
         "completions_reused",

@@ -4,10 +4,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from excise import metrics as m
 from excise.errors import ExciseError
-from excise.evaluation import ALL, SCHEMA, evaluate
-from excise.thresholds import COLLAPSED_SPREAD
+from excise.evaluation import metrics as m
+from excise.evaluation.numbers import ALL, SCHEMA, evaluate
+from excise.evaluation.thresholds import COLLAPSED_SPREAD
 
 KEYS = {"strategy": pl.String, "level": pl.String, "matched_to": pl.String, "draw": pl.Int64}
 
@@ -20,8 +20,9 @@ def answers(variation, values):
         for subject, given in subjects.items()
         for value in given
     ]
-    frame = pl.DataFrame(rows, schema={"variation": pl.String, "group": pl.String, "subject": pl.String,
-                                       "value": pl.Float64})  # fmt: skip
+    frame = pl.DataFrame(
+        rows, schema={"variation": pl.String, "group": pl.String, "subject": pl.String, "value": pl.Float64}
+    )
     return frame.with_columns(model=pl.lit("m"), scenario=pl.lit("purchase"))
 
 
@@ -62,9 +63,11 @@ def run(completions, pruned=None, masks=None, **settings):
 
 def row(metrics, metric, variation="chair", strategy="unpruned", matched_to=None):
     found = metrics.filter(
-        (pl.col("metric") == metric) & (pl.col("variation") == variation) & (pl.col("strategy") == strategy)
+        (pl.col("metric") == metric)
+        & (pl.col("variation") == variation)
+        & (pl.col("strategy") == strategy)
         & pl.col("matched_to").eq_missing(pl.lit(matched_to, dtype=pl.String))
-    )  # fmt: skip
+    )
     return found.row(0, named=True) if len(found) else None
 
 
@@ -78,10 +81,19 @@ SMALL = {"white": {"Jake": [10, 20, None], "Luke": [30, 40]}, "black": {"Jamal":
 def test_unpruned_estimates_by_hand():
     metrics = run(answers("chair", SMALL), winsorize=None)
     expected = {
-        "mean_majority": 25, "mean_minority": 20, "median_majority": 25, "median_minority": 15, "gap_mean": 5,
-        "gap_median": 10, "smd": 5 / np.sqrt((500 / 3 + 200) / 2), "abs_smd": 5 / np.sqrt((500 / 3 + 200) / 2),
-        "parse_rate": 8 / 9, "earth_movers_distance": 5, "inlier_ratio": 8 / 9, "density": 0,
-    }  # fmt: skip
+        "mean_majority": 25,
+        "mean_minority": 20,
+        "median_majority": 25,
+        "median_minority": 15,
+        "gap_mean": 5,
+        "gap_median": 10,
+        "smd": 5 / np.sqrt((500 / 3 + 200) / 2),
+        "abs_smd": 5 / np.sqrt((500 / 3 + 200) / 2),
+        "parse_rate": 8 / 9,
+        "earth_movers_distance": 5,
+        "inlier_ratio": 8 / 9,
+        "density": 0,
+    }
     for variation in ("chair", ALL):
         assert {metric: estimate(metrics, metric, variation) for metric in expected} == pytest.approx(expected)
     assert row(metrics, "mean_majority")["n"] == 4
@@ -151,10 +163,12 @@ def test_a_paired_change_is_known_better_than_either_gap():
 
 def test_draws_of_a_control_widen_its_interval():
     def width(gaps):
-        pruned = pl.concat([
-            under("random", simulated("chair", gap, 0), matched_to="gap_gradient", draw=draw)
-            for draw, gap in enumerate(gaps)
-        ])  # fmt: skip
+        pruned = pl.concat(
+            [
+                under("random", simulated("chair", gap, 0), matched_to="gap_gradient", draw=draw)
+                for draw, gap in enumerate(gaps)
+            ]
+        )
         found = row(run(simulated("chair", 40, 0), pruned), "gap_change", strategy="random", matched_to="gap_gradient")
         return found["high"] - found["low"]
 
@@ -325,8 +339,13 @@ def test_mistakes_are_named():
 def same(white, black, variation="chair", names=6, samples=5):
     """Every name of a group gives the same answer always."""
     values = {"white": white, "black": black}
-    return answers(variation, {group: {f"{group} {name}": [float(value)] * samples for name in range(names)}
-                               for group, value in values.items()})  # fmt: skip
+    return answers(
+        variation,
+        {
+            group: {f"{group} {name}": [float(value)] * samples for name in range(names)}
+            for group, value in values.items()
+        },
+    )
 
 
 def some_other(frame, value, every):
@@ -353,11 +372,16 @@ def test_a_gap_without_deviation_has_no_smd_and_no_reduction_of_it():
 
 
 @pytest.mark.trial(1)
-@pytest.mark.parametrize("pruned", [
-    same(700, 300), same(400, 400),
-    some_other(same(400, 400), 440.0, 30),  # 29 of 30 answers are equal
-    some_other(same(400, 400), 401.0, 2),  # two figures close together
-], ids=["wider", "equal", "nearly", "two"])  # fmt: skip
+@pytest.mark.parametrize(
+    "pruned",
+    [
+        same(700, 300),
+        same(400, 400),
+        some_other(same(400, 400), 440.0, 30),  # 29 of 30 answers are equal
+        some_other(same(400, 400), 401.0, 2),  # two figures close together
+    ],
+    ids=["wider", "equal", "nearly", "two"],
+)
 def test_a_mask_that_leaves_a_group_one_answer_is_no_success(pruned):
     frame = simulated("chair", 200, 0, names=6, samples=5, level=400, noise=20)
     control = under("random", simulated("chair", 190, 0, names=6, samples=5, level=400, noise=20), matched_to="mask")
@@ -378,11 +402,17 @@ def test_one_collapsed_variation_or_draw_leaves_nothing_to_be_told_over_all():
 
     usual, half = simulated("chair", 40, 0), simulated("chair", 20, 0)
     collapsed = same(100, 100, names=10, samples=8)
-    metrics = run(both(usual, usual), pl.concat([
-        under("mask", both(collapsed, half)), under("whole", both(half, half)),
-        under("random", both(usual, half), matched_to="whole", draw=0),
-        under("random", both(usual, collapsed), matched_to="whole", draw=1),
-    ]))  # fmt: skip
+    metrics = run(
+        both(usual, usual),
+        pl.concat(
+            [
+                under("mask", both(collapsed, half)),
+                under("whole", both(half, half)),
+                under("random", both(usual, half), matched_to="whole", draw=0),
+                under("random", both(usual, collapsed), matched_to="whole", draw=1),
+            ]
+        ),
+    )
     assert row(metrics, "gap_reduction", ALL, "mask")["estimate"] is None
     assert estimate(metrics, "gap_reduction", "car", "mask") > 0.4
     assert estimate(metrics, "spread_ratio", ALL, "mask") == 0  # the smallest, not the mean
@@ -438,11 +468,17 @@ def test_answers_whose_mean_overflows_have_no_gap_rather_than_none():
 def test_the_p_values_of_a_mask_do_not_depend_on_the_others():
     frame = pl.concat([simulated("chair", 4, 0, names=33), simulated("car", 3, 1, names=33)])
     masks = [
-        under(f"mask {number}", pl.concat([
-            simulated(variation, gap, number, names=33, jitter=2) for variation, gap in (("chair", 3.5), ("car", 3))
-        ]))
+        under(
+            f"mask {number}",
+            pl.concat(
+                [
+                    simulated(variation, gap, number, names=33, jitter=2)
+                    for variation, gap in (("chair", 3.5), ("car", 3))
+                ]
+            ),
+        )
         for number in range(60)
-    ]  # fmt: skip
+    ]
 
     def tests(of):
         metrics = run(frame, pl.concat(of), permutations=9999, resamples=10)
@@ -459,12 +495,22 @@ def test_the_p_values_of_a_mask_do_not_depend_on_the_others():
 
 @pytest.mark.trial(39)
 def test_every_figure_tells_from_how_many_names_it_is():
-    few = {"white": {f"w{name}": [500.0, 510 + name] for name in range(7)},
-           "black": {"b0": [300.0, 310], "b1": [305.0, 320], "b2": [None, None]}}  # fmt: skip
-    fewer = few | {"white": {f"w{name}": [400.0, 390 + name] for name in range(7)},
-                   "black": {"b0": [300.0, 310], "b1": [None, None], "b2": [300.0, 302]}}  # fmt: skip
-    frame = pl.concat([answers("chair", few), simulated("car", 40, 0, names=7).with_columns(
-        subject=pl.col("subject").str.replace("white ", "w").str.replace("black ", "b"))])  # fmt: skip
+    few = {
+        "white": {f"w{name}": [500.0, 510 + name] for name in range(7)},
+        "black": {"b0": [300.0, 310], "b1": [305.0, 320], "b2": [None, None]},
+    }
+    fewer = few | {
+        "white": {f"w{name}": [400.0, 390 + name] for name in range(7)},
+        "black": {"b0": [300.0, 310], "b1": [None, None], "b2": [300.0, 302]},
+    }
+    frame = pl.concat(
+        [
+            answers("chair", few),
+            simulated("car", 40, 0, names=7).with_columns(
+                subject=pl.col("subject").str.replace("white ", "w").str.replace("black ", "b")
+            ),
+        ]
+    )
     metrics = run(frame, under("mask", answers("chair", fewer)))
     for metric, behind in (("gap_mean", 2), ("smd", 2), ("mean_majority", 2), ("parse_rate", 3), ("inlier_ratio", 3)):
         assert row(metrics, metric)["names"] == behind
@@ -480,8 +526,9 @@ def test_every_figure_tells_from_how_many_names_it_is():
 def test_one_name_that_answers_leaves_no_interval_and_no_test():
     """Resampling draws that name or nothing: an interval would have the width 0."""
     frame = simulated("chair", 40, 0)
-    lonely = frame.with_columns(value=pl.when(
-        (pl.col("group") == "black") & (pl.col("subject") != "black 3")).then(None).otherwise("value"))  # fmt: skip
+    lonely = frame.with_columns(
+        value=pl.when((pl.col("group") == "black") & (pl.col("subject") != "black 3")).then(None).otherwise("value")
+    )
     for metrics, where in ((run(lonely), {}), (run(frame, under("mask", lonely)), {"strategy": "mask"})):
         for metric in ("gap_mean", "smd", "median_minority", "earth_movers_distance"):
             found = row(metrics, metric, **where)
@@ -546,13 +593,19 @@ def gap_of_twenty(variation="chair"):
     rng = np.random.default_rng(4)
     names = {group: [f"{group} {number}" for number in range(8)] for group in ("white", "black")}
     rows = [
-        {"model": "m", "scenario": "purchase", "variation": variation, "group": group, "subject": name,
-         "value": float(round(level + offset + noise, 1))}
+        {
+            "model": "m",
+            "scenario": "purchase",
+            "variation": variation,
+            "group": group,
+            "subject": name,
+            "value": float(round(level + offset + noise, 1)),
+        }
         for group, level in (("white", 120), ("black", 100))
         for name in names[group]
         for offset in [rng.normal(0, 1)]
         for noise in rng.normal(0, 6, size=20)
-    ]  # fmt: skip
+    ]
     return pl.DataFrame(rows)
 
 
@@ -617,9 +670,14 @@ def test_logarithms_decide_how_far_answers_moved():
     frame = gap_of_twenty()
     doubled = frame.with_columns(value=2 * pl.col("value"))
     plain, logs = (
-        estimate(run(frame, under("set_difference", doubled), log_scale=scale), "excess_change", "chair",
-                 strategy="set_difference") for scale in (False, True)
-    )  # fmt: skip
+        estimate(
+            run(frame, under("set_difference", doubled), log_scale=scale),
+            "excess_change",
+            "chair",
+            strategy="set_difference",
+        )
+        for scale in (False, True)
+    )
     values = frame.with_columns(pl.col("value").log())
     deviation = np.sqrt(np.mean([values.filter(group=each)["value"].var() for each in ("white", "black")]))
     assert logs == pytest.approx(np.log(2) / deviation, rel=1e-3)

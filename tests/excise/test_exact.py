@@ -15,13 +15,13 @@ import pytest
 import scipy.stats
 import torch
 
-from excise import metrics as m
-from excise.completions import CompletionCache, complete
-from excise.distributions import answers_of, group_answers, inlier_bounds, moment_bounds, smd_bounds
-from excise.encoding import encode
 from excise.errors import ExciseError
-from excise.evaluation import evaluate
-from excise.exact import (
+from excise.evaluation import metrics as m
+from excise.evaluation.distributions import answers_of, group_answers, inlier_bounds, moment_bounds, smd_bounds
+from excise.evaluation.numbers import evaluate
+from excise.generation.completions import CompletionCache, complete
+from excise.generation.encoding import encode
+from excise.generation.enumeration import (
     EXACT_SCHEMA,
     AnswerDistribution,
     Answering,
@@ -30,8 +30,8 @@ from excise.exact import (
     as_samples,
     exact_completions,
 )
-from excise.masks import pruned
-from excise.sampling import SamplingParameters, sample
+from excise.generation.sampling import SamplingParameters, sample
+from excise.interventions.masks import pruned
 
 SMALL = SamplingParameters(temperature=0.9, top_k=4, top_p=0.95, max_new_tokens=3, seed=5)
 DIGITS = SamplingParameters(temperature=0.6, top_k=0, top_p=0.8, max_new_tokens=3, seed=5)
@@ -174,7 +174,7 @@ def test_a_rambling_prompt_is_told_and_its_leftover_is_what_was_not_found(loaded
 
 def test_few_nodes_find_the_likeliest_prefixes(loaded, prompts, next_distribution, monkeypatch):
     """Prefixes forgotten because so few may be read are none of those that a search one by one reads."""
-    monkeypatch.setattr("excise.exact.NODES_PER_ROUND", 1)
+    monkeypatch.setattr("excise.generation.enumeration.NODES_PER_ROUND", 1)
     model = loaded("llama", numeric=True)
     (prompt,) = tokens_of(model, prompts, 1)
     parameters = SamplingParameters(temperature=1.0, top_p=1.0, max_new_tokens=4)
@@ -205,9 +205,13 @@ def test_equal_prompts_are_read_once_and_every_prompt_is_reported(loaded, prompt
     first, second = tokens_of(model, prompts, 2)
     seen, told = {}, []
     found = answer_distributions(
-        model, [first, second, first], DIGITS, on_batch=seen.update, batch_prompts=1,
+        model,
+        [first, second, first],
+        DIGITS,
+        on_batch=seen.update,
+        batch_prompts=1,
         progress=lambda label, done, total: told.append((done, total)),
-    )  # fmt: skip
+    )
     assert found[0] is found[2]
     assert found[0] is not found[1]
     assert [seen[index] for index in range(3)] == found
@@ -217,7 +221,7 @@ def test_equal_prompts_are_read_once_and_every_prompt_is_reported(loaded, prompt
 
 
 def test_running_out_of_memory_makes_batches_smaller(loaded, prompts, monkeypatch):
-    from excise.tree import Rows
+    from excise.generation.tree import Rows
 
     model = loaded("llama", numeric=True)
     asked = tokens_of(model, prompts, 4)
@@ -303,11 +307,13 @@ def test_what_rambles_is_sampled_and_says_so(loaded, scenario, some_prompts, tmp
     nodes = sorted(
         each.nodes
         for each in answer_distributions(
-            model, tokens_of(model, some_prompts, 6),
+            model,
+            tokens_of(model, some_prompts, 6),
             SamplingParameters(**{**vars(DIGITS), "max_new_tokens": scenario.outcome.max_new_tokens}),
-            leftover=0.05, max_nodes=2000,
+            leftover=0.05,
+            max_nodes=2000,
         )
-    )  # fmt: skip
+    )
     assert nodes[0] < nodes[-1]
     rows, _ = exact_completions(model, some_prompts, DIGITS, max_nodes=nodes[-1] - 1, samples=7, cache=cache, **asked)
     sampled = rows.filter(pl.col("leftover").is_null())
@@ -358,11 +364,16 @@ def frame(answers: dict, leftover: float | None = 0.0) -> pl.DataFrame:
             for value, share in shares.items()
         ],
         schema={
-            "variation": pl.String, "group": pl.String, "subject": pl.String, "prompt_id": pl.String,
-            "value": pl.Float64, "probability": pl.Float64, "leftover": pl.Float64,
+            "variation": pl.String,
+            "group": pl.String,
+            "subject": pl.String,
+            "prompt_id": pl.String,
+            "value": pl.Float64,
+            "probability": pl.Float64,
+            "leftover": pl.Float64,
         },
         orient="row",
-    )  # fmt: skip
+    )
 
 
 def measured(rows, *, baseline=None, low=0, high=1000, majority="a", minority="b", **options) -> dict[str, dict]:
@@ -370,14 +381,22 @@ def measured(rows, *, baseline=None, low=0, high=1000, majority="a", minority="b
     place = {"model": pl.lit("m"), "scenario": pl.lit("s")}
     unpruned = (rows if baseline is None else baseline).with_columns(**place)
     pruned = rows.with_columns(
-        **place, strategy=pl.lit("mine"), level=pl.lit("prompt_specific"), matched_to=pl.lit(None, pl.String),
+        **place,
+        strategy=pl.lit("mine"),
+        level=pl.lit("prompt_specific"),
+        matched_to=pl.lit(None, pl.String),
         draw=pl.lit(0),
-    )  # fmt: skip
+    )
     options = {"resamples": 50, "permutations": 20} | options
     table = evaluate(
-        unpruned, pruned.clear() if baseline is None else pruned, pl.DataFrame(), majority=majority, minority=minority,
-        answer_range=(low, high), **options,
-    )  # fmt: skip
+        unpruned,
+        pruned.clear() if baseline is None else pruned,
+        pl.DataFrame(),
+        majority=majority,
+        minority=minority,
+        answer_range=(low, high),
+        **options,
+    )
     strategy = "unpruned" if baseline is None else "mine"
     own = table.filter((pl.col("variation") != "(all)") & (pl.col("strategy") == strategy))
     return {row["metric"]: row for row in own.iter_rows(named=True)}

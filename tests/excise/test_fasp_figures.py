@@ -5,10 +5,10 @@ import polars as pl
 import pytest
 from matplotlib.colors import to_rgb
 
-from excise.bias_correlation import gamma_choice, impact_correlations
 from excise.errors import ExciseError
-from excise.figures import PNG_BYTES, gamma_sweep, head_kinds, head_map, impact_correlation, save, trade_off
-from excise.figures.canvas import CUT, CUT_NOTE
+from excise.evaluation.bias_correlation import gamma_choice, impact_correlations
+from excise.reporting.figures import PNG_BYTES, gamma_sweep, head_kinds, head_map, impact_correlation, save, trade_off
+from excise.reporting.figures.canvas import CUT, CUT_NOTE
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
 
@@ -32,17 +32,28 @@ def words(figure) -> str:
 
 def point(strategy, reduction, ratio, matched_to=None, scenario="gender", width=0.05, level="within_context"):
     return [
-        ("m", scenario, "(all)", strategy, level, matched_to, metric, value, value and value - width,
-         value and value + width)
+        (
+            "m",
+            scenario,
+            "(all)",
+            strategy,
+            level,
+            matched_to,
+            metric,
+            value,
+            value and value - width,
+            value and value + width,
+        )
         for metric, value in (("bias_reduction", reduction), ("perplexity_ratio", ratio))
-    ]  # fmt: skip
+    ]
 
 
 def metrics(*points) -> pl.DataFrame:
     columns = ("model", "scenario", "variation", "strategy", "level", "matched_to", "metric", "estimate", "low", "high")
     rows = [row for each in points for row in each]
-    return pl.DataFrame(rows, schema=dict.fromkeys(columns[:7], pl.String) | dict.fromkeys(columns[7:], pl.Float64),
-                        orient="row")  # fmt: skip
+    return pl.DataFrame(
+        rows, schema=dict.fromkeys(columns[:7], pl.String) | dict.fromkeys(columns[7:], pl.Float64), orient="row"
+    )
 
 
 SOME = (
@@ -132,9 +143,12 @@ def test_points_lacking_a_figure_are_left_out_and_nothing_left_is_an_error():
 
 def search(budget=0.05, **columns) -> pl.DataFrame:
     rows = [
-        (0.0, None, 0.40, 1.00), (0.1, 0.3, 0.30, 1.04), (0.1, 0.5, 0.35, 1.02), (0.2, 0.3, 0.20, 1.20),
+        (0.0, None, 0.40, 1.00),
+        (0.1, 0.3, 0.30, 1.04),
+        (0.1, 0.5, 0.35, 1.02),
+        (0.2, 0.3, 0.20, 1.20),
         (0.2, 0.5, 0.36, 1.03),
-    ]  # fmt: skip
+    ]
     frame = pl.DataFrame(rows, schema=["alpha", "gamma", "bias", "perplexity_ratio"], orient="row")
     return gamma_choice(frame.with_columns(**columns), budget)
 
@@ -191,12 +205,19 @@ def test_a_sweep_that_cannot_be_drawn_is_named():
 
 def heads(scenario="gender", **columns) -> pl.DataFrame:
     """Two layers of three heads: harmful, weaker harmful, helpful | unclear, critical, unknown."""
-    return pl.DataFrame({
-        "model": ["m"] * 6, "scenario": [scenario] * 6, "layer": [0, 0, 0, 1, 1, 1], "head": [0, 1, 2, 0, 1, 2],
-        "perplexity_without": [20.0, 21.0, 20.0, 20.0, 90.0, 20.0],
-        "z_bias": [0.10, 0.02, -0.05, 0.04, 3.0, None], "z_bias_low": [0.05, 0.01, -0.09, -0.01, 2.0, None],
-        "z_bias_high": [0.15, 0.03, -0.01, 0.09, 4.0, None], **columns,
-    })  # fmt: skip
+    return pl.DataFrame(
+        {
+            "model": ["m"] * 6,
+            "scenario": [scenario] * 6,
+            "layer": [0, 0, 0, 1, 1, 1],
+            "head": [0, 1, 2, 0, 1, 2],
+            "perplexity_without": [20.0, 21.0, 20.0, 20.0, 90.0, 20.0],
+            "z_bias": [0.10, 0.02, -0.05, 0.04, 3.0, None],
+            "z_bias_low": [0.05, 0.01, -0.09, -0.01, 2.0, None],
+            "z_bias_high": [0.15, 0.03, -0.01, 0.09, 4.0, None],
+            **columns,
+        }
+    )
 
 
 def test_heads_are_of_the_kind_their_interval_says():
@@ -206,7 +227,7 @@ def test_heads_are_of_the_kind_their_interval_says():
 
 
 def test_colours_tell_kind_and_size(tmp_path):
-    from excise.figures.canvas import INK, palette
+    from excise.reporting.figures.canvas import INK, palette
 
     blue, orange = palette(2)
     figure = head_map(heads())
@@ -227,14 +248,23 @@ def test_colours_tell_kind_and_size(tmp_path):
 def test_a_map_of_many_heads_and_axes_is_small_enough(tmp_path):
     rng = np.random.default_rng(0)
     z = rng.normal(size=1024) * 0.01
-    large = pl.concat([
-        pl.DataFrame({
-            "model": ["m"] * 1024, "scenario": [name] * 1024, "layer": np.arange(1024) // 32,
-            "head": np.arange(1024) % 32, "perplexity_without": [20.0] * 1024, "z_bias": z, "z_bias_low": z - 0.01,
-            "z_bias_high": z + 0.01,
-        })
-        for name in ("gender", "race")
-    ])  # fmt: skip
+    large = pl.concat(
+        [
+            pl.DataFrame(
+                {
+                    "model": ["m"] * 1024,
+                    "scenario": [name] * 1024,
+                    "layer": np.arange(1024) // 32,
+                    "head": np.arange(1024) % 32,
+                    "perplexity_without": [20.0] * 1024,
+                    "z_bias": z,
+                    "z_bias_low": z - 0.01,
+                    "z_bias_high": z + 0.01,
+                }
+            )
+            for name in ("gender", "race")
+        ]
+    )
     figure = head_map(large)
     assert [axes.get_title(loc="left").split("\n")[0] for axes in figure.axes] == ["gender", "race"]
     stored(figure, tmp_path)
@@ -254,16 +284,25 @@ def correlations(names=("gender", "race", "religion"), n=60) -> pl.DataFrame:
     rng = np.random.default_rng(0)
     base = rng.normal(size=n)
     return impact_correlations(
-        pl.concat([
-            pl.DataFrame({
-                "model": ["m"] * n, "scenario": [name] * n, "layer": np.arange(n) // 6, "head": np.arange(n) % 6,
-                "perplexity_without": [20.0] * n, "z_ppl": rng.normal(size=n), "z_bias": base + rng.normal(size=n),
-                "mean_without": -base,
-            })
-            for name in names
-        ]),
+        pl.concat(
+            [
+                pl.DataFrame(
+                    {
+                        "model": ["m"] * n,
+                        "scenario": [name] * n,
+                        "layer": np.arange(n) // 6,
+                        "head": np.arange(n) % 6,
+                        "perplexity_without": [20.0] * n,
+                        "z_ppl": rng.normal(size=n),
+                        "z_bias": base + rng.normal(size=n),
+                        "mean_without": -base,
+                    }
+                )
+                for name in names
+            ]
+        ),
         resamples=40,
-    )  # fmt: skip
+    )
 
 
 def test_correlations_stand_in_both_halves_of_the_matrix(tmp_path):

@@ -11,12 +11,21 @@ import pytest
 from PIL import Image
 
 from excise.errors import ExciseError
-from excise.figures import PNG_BYTES, answers_by_group, disparity_by_level, mask_density_by_layer, save
-from excise.figures.canvas import INTERVAL
+from excise.reporting.figures import PNG_BYTES, answers_by_group, disparity_by_level, mask_density_by_layer, save
+from excise.reporting.figures.canvas import INTERVAL
 
 TEN = (
-    "chair", "car", "oven", "mattress", "grill", "television", "air conditioner", "camera", "bicycle", "piano",
-)  # fmt: skip
+    "chair",
+    "car",
+    "oven",
+    "mattress",
+    "grill",
+    "television",
+    "air conditioner",
+    "camera",
+    "bicycle",
+    "piano",
+)
 LEVELS = ("prompt_specific", "within_context")
 ROLES = ("down", "gate", "k", "q", "up", "v")
 
@@ -33,10 +42,13 @@ def completions(variations=("chair", "car"), groups=("white", "black"), value=la
             for sample in range(5)
         ],
         schema={
-            "variation": polars.String, "group": polars.String, "subject": polars.String, "value": polars.Float64,
+            "variation": polars.String,
+            "group": polars.String,
+            "subject": polars.String,
+            "value": polars.Float64,
         },
         orient="row",
-    )  # fmt: skip
+    )
 
 
 def metrics(variations=("chair", "car"), strategies=("gap_gradient", "set_difference"), levels=LEVELS, drop=()):
@@ -189,16 +201,21 @@ def test_disparity_is_drawn_without_strategies_aggregate_gaps_or_estimates(tmp_p
         "only nan": complete.with_columns(undefined),
         "no intervals": complete.with_columns(unknown[1:]),
         "no controls": complete.filter(polars.col("matched_to").is_null()),
-    }  # fmt: skip
+    }
     panels = {}
     for name, frame in sparse.items():
         figure = disparity_by_level(frame)
         panels[name] = len(figure.axes)
         save(figure, tmp_path / name)
     assert panels == {
-        "unpruned alone": 2, "no aggregate": 3, "no |SMD| but signed": 3, "only null": 2, "only nan": 2,
-        "no intervals": 3, "no controls": 3,
-    }  # fmt: skip
+        "unpruned alone": 2,
+        "no aggregate": 3,
+        "no |SMD| but signed": 3,
+        "only null": 2,
+        "only nan": 2,
+        "no intervals": 3,
+        "no controls": 3,
+    }
     assert not any("control" in label for label in legend_labels(disparity_by_level(sparse["no controls"])))
 
 
@@ -288,6 +305,6 @@ def test_drawing_leaves_matplotlib_as_it_was():
 
 
 def test_importing_the_module_loads_no_plotting_library():
-    code = "import sys, excise.figures; print({'seaborn', 'matplotlib', 'torch'} & set(sys.modules))"
+    code = "import sys, excise.reporting.figures; print({'seaborn', 'matplotlib', 'torch'} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert printed.stdout.strip() == "set()"

@@ -7,15 +7,15 @@ import numpy as np
 import polars as pl
 import pytest
 
-from excise import gap_free
-from excise.completions import complete
-from excise.distributions import tilted
+from excise.attribution import gap_free
+from excise.attribution.gap_free import Asked, Name, ask, batch_of, loss, measure, measured
 from excise.errors import ExciseError
-from excise.exact import answer_distributions
-from excise.gap_free import Asked, Name, ask, batch_of, loss, measure, measured
-from excise.masks import Mask, pruned
-from excise.sampling import SamplingParameters
-from excise.tree import AnswerTree
+from excise.evaluation.distributions import tilted
+from excise.generation.completions import complete
+from excise.generation.enumeration import answer_distributions
+from excise.generation.sampling import SamplingParameters
+from excise.generation.tree import AnswerTree
+from excise.interventions.masks import Mask, pruned
 
 SHARP = SamplingParameters(temperature=0.5, top_p=0.5, seed=1)
 
@@ -74,8 +74,10 @@ def test_the_groups_answer_alike_without_the_gap(about):
     asked = about()
     assert asked.closing
     side = asked.majority
-    mean = {each: np.mean([name.own for name, own in zip(asked.names, side, strict=True) if own == each], 0)
-            for each in (True, False)}  # fmt: skip
+    mean = {
+        each: np.mean([name.own for name, own in zip(asked.names, side, strict=True) if own == each], 0)
+        for each in (True, False)
+    }
     for name, own in zip(asked.names, side, strict=True):
         wanted = name.own * np.sqrt(mean[not own] / mean[bool(own)])
         assert np.allclose(name.target, wanted / wanted.sum(), atol=1e-4)
@@ -96,7 +98,7 @@ def test_answers_moved_apart_are_moved_back():
 
 def test_answers_are_those_the_model_gives(about, numeric, prompts, scenario):
     """Drawn shares are the enumerated ones; before the cut, those of the whole distribution."""
-    from excise.encoding import encode
+    from excise.generation.encoding import encode
 
     asked = about()
     rows = prompts.filter(pl.col("variation") == "car").sort("prompt_id")
@@ -116,9 +118,16 @@ def test_answers_are_those_the_model_gives(about, numeric, prompts, scenario):
         for key, share in values.items():
             assert found.get(key, 0.0) == pytest.approx(share, abs=0.02)
         assert 0.97 < name.listed <= 1 + 1e-6
-    gap = [np.mean([(lambda k: name.drawn[k] @ name.outcomes[k] / name.drawn[k].sum())(np.isfinite(name.outcomes))
-                    for name, own in zip(asked.names, asked.majority, strict=True) if own == side])
-           for side in (True, False)]  # fmt: skip
+    gap = [
+        np.mean(
+            [
+                (lambda k: name.drawn[k] @ name.outcomes[k] / name.drawn[k].sum())(np.isfinite(name.outcomes))
+                for name, own in zip(asked.names, asked.majority, strict=True)
+                if own == side
+            ]
+        )
+        for side in (True, False)
+    ]
     assert asked.gap == pytest.approx(gap[0] - gap[1])
 
 

@@ -13,9 +13,9 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from excise.attribution.gap_gradient import gap_gradient, truncated_set
-from excise.encoding import encode
-from excise.sampling import SamplingParameters, sample
-from excise.tree import answer_tree, common_prefix
+from excise.generation.encoding import encode
+from excise.generation.sampling import SamplingParameters, sample
+from excise.generation.tree import answer_tree, common_prefix
 
 PARAMETERS = SamplingParameters(temperature=0.8, top_k=3, top_p=0.95, max_new_tokens=2)
 STEP = 3e-3  # some layers compute in float32 whatever the dtype, so no smaller
@@ -159,9 +159,12 @@ def test_the_drop_is_weight_times_the_gradient(loaded, drawn, architecture, batc
 
 @pytest.mark.parametrize(
     "parameters",
-    [SamplingParameters(temperature=1.0, top_k=0, top_p=1.0), SamplingParameters(temperature=0.5, top_k=0, top_p=0.7),
-     SamplingParameters(temperature=1.5, top_k=6, top_p=1.0)],
-)  # fmt: skip
+    [
+        SamplingParameters(temperature=1.0, top_k=0, top_p=1.0),
+        SamplingParameters(temperature=0.5, top_k=0, top_p=0.7),
+        SamplingParameters(temperature=1.5, top_k=6, top_p=1.0),
+    ],
+)
 def test_the_gradient_is_that_of_the_sampling_distribution(loaded, drawn, parameters):
     model = loaded("llama")
     asked, answers, weights = drawn(model, parameters)
@@ -254,9 +257,13 @@ def test_the_best_weights_really_close_the_gap(loaded, expected_gap, architectur
         model, [], trees_of(asked, answers, weights, 0, disparity), PARAMETERS, roles=ROLES, keep=1.0, seed=0
     )
     ranking = sorted(
-        ((drop / (harm + found.damping), drop, key, index) for key, each in found.candidates.items()
-         for index, drop, harm in zip(each.index, each.drop, each.harm, strict=True)), reverse=True,
-    )[:10]  # fmt: skip
+        (
+            (drop / (harm + found.damping), drop, key, index)
+            for key, each in found.candidates.items()
+            for index, drop, harm in zip(each.index, each.drop, each.harm, strict=True)
+        ),
+        reverse=True,
+    )[:10]
     fallen = []
     for _, _, key, index in ranking:
         linear = model.topology.linear(key)
@@ -291,9 +298,7 @@ def test_the_harm_is_half_the_weight_squared_times_the_fisher_information(loaded
     trees = trees_of(asked, answers, weights, trunk)
     seeds, harms = 40, {}
     for seed in range(seeds):
-        found = gap_gradient(
-            model, asked[0][:trunk], trees, PARAMETERS, roles=ROLES, keep=1.0, seed=seed, batch=batch
-        )
+        found = gap_gradient(model, asked[0][:trunk], trees, PARAMETERS, roles=ROLES, keep=1.0, seed=seed, batch=batch)
         for key, each in found.candidates.items():
             harms[key] = harms.get(key, 0) + each.harm.astype(float) / seeds
     places = {key: each.index for key, each in found.candidates.items()}
@@ -371,9 +376,7 @@ def test_the_same_seed_gives_the_same_scores(loaded, drawn):
     model = loaded("llama")
     asked, answers, weights = drawn(model)
     trees = trees_of(asked, answers, weights, 0)
-    one, two, three = (
-        gap_gradient(model, [], trees, PARAMETERS, roles=ROLES, keep=1.0, seed=s) for s in (0, 0, 1)
-    )
+    one, two, three = (gap_gradient(model, [], trees, PARAMETERS, roles=ROLES, keep=1.0, seed=s) for s in (0, 0, 1))
     for key, each in one.candidates.items():
         assert np.array_equal(each.harm, two.candidates[key].harm)
         assert not np.array_equal(each.harm, three.candidates[key].harm)
@@ -388,8 +391,16 @@ def test_the_model_is_as_before_even_after_an_error(loaded, drawn):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        gap_gradient(model, [], trees_of(asked, answers, weights, 0), PARAMETERS, roles=ROLES, keep=1.0, seed=0,
-                     progress=interrupt)  # fmt: skip
+        gap_gradient(
+            model,
+            [],
+            trees_of(asked, answers, weights, 0),
+            PARAMETERS,
+            roles=ROLES,
+            keep=1.0,
+            seed=0,
+            progress=interrupt,
+        )
     for name, parameter in model.model.named_parameters():
         assert parameter.equal(before[name])
         assert not parameter.requires_grad

@@ -4,9 +4,18 @@ import polars as pl
 import pytest
 
 from excise.errors import ExciseError
-from excise.evaluation import SCHEMA as METRICS_SCHEMA
-from excise.evaluation import evaluate
-from excise.grid import SCHEMA, choose, grid_points, grid_search, pareto, point_label, points_frame, read_label
+from excise.evaluation.grid import (
+    SCHEMA,
+    choose,
+    grid_points,
+    grid_search,
+    pareto,
+    point_label,
+    points_frame,
+    read_label,
+)
+from excise.evaluation.numbers import SCHEMA as METRICS_SCHEMA
+from excise.evaluation.numbers import evaluate
 
 
 def points(*rows):
@@ -93,42 +102,57 @@ def test_a_point_without_a_gap_is_never_chosen():
 def answers(**minority):
     """Four white names answer 100 and more about a chair, 10000 about a car; minority: what is lacking to that."""
     rows = [
-        ("m", "purchase", variation, group, f"{group} {number}",
-         base + number - (group == "black") * minority[variation])
+        (
+            "m",
+            "purchase",
+            variation,
+            group,
+            f"{group} {number}",
+            base + number - (group == "black") * minority[variation],
+        )
         for variation, base in (("chair", 100.0), ("car", 10000.0))
-        for group in ("white", "black") for number in range(4)
-    ]  # fmt: skip
+        for group in ("white", "black")
+        for number in range(4)
+    ]
     return pl.DataFrame(rows, schema=["model", "scenario", "variation", "group", "subject", "value"], orient="row")
 
 
 def at(tau_min, tau_maj, matched_to=None, level="grid", strategy=None, **minority):
     return answers(**minority).with_columns(
-        strategy=pl.lit(strategy or point_label("set_difference", tau_min, tau_maj)), level=pl.lit(level),
-        matched_to=pl.lit(matched_to, dtype=pl.String), draw=pl.lit(0),
-    )  # fmt: skip
+        strategy=pl.lit(strategy or point_label("set_difference", tau_min, tau_maj)),
+        level=pl.lit(level),
+        matched_to=pl.lit(matched_to, dtype=pl.String),
+        draw=pl.lit(0),
+    )
 
 
 @pytest.fixture(scope="module")
 def metrics():
     """Three points: one leaves chair's gap, one leaves half of each, one turns car's gap around."""
-    pruned = pl.concat([
-        at(0.2, 0.1, chair=40, car=0), at(0.3, 0.1, chair=20, car=1000), at(0.3, 0.2, chair=0, car=-1200),
-        at(0, 0, chair=0, car=0, level="prompt_specific", strategy="ours"),
-        at(0, 0, chair=9, car=9, matched_to="set_difference@0.2/0.1", strategy="random"),
-    ])  # fmt: skip
+    pruned = pl.concat(
+        [
+            at(0.2, 0.1, chair=40, car=0),
+            at(0.3, 0.1, chair=20, car=1000),
+            at(0.3, 0.2, chair=0, car=-1200),
+            at(0, 0, chair=0, car=0, level="prompt_specific", strategy="ours"),
+            at(0, 0, chair=9, car=9, matched_to="set_difference@0.2/0.1", strategy="random"),
+        ]
+    )
     keys = ["model", "scenario", "variation", "strategy", "level", "matched_to", "draw"]
     masks = pruned.select(keys).unique().with_columns(pruned=pl.lit(3), size=pl.lit(10))
-    return evaluate(answers(chair=40, car=2000), pruned, masks, majority="white", minority="black", resamples=50,
-                    permutations=19)  # fmt: skip
+    return evaluate(
+        answers(chair=40, car=2000), pruned, masks, majority="white", minority="black", resamples=50, permutations=19
+    )
 
 
 def test_the_points_table_tells_what_evaluate_found_at_each_point(metrics):
     frame = points_frame(metrics)
     chair = frame.filter(pl.col("variation") == "chair")
     assert chair.select("strategy", "tau_min", "tau_maj", "density", "gap_mean").rows() == [
-        ("set_difference", 0.2, 0.1, 0.3, 40.0), ("set_difference", 0.3, 0.1, 0.3, 20.0),
+        ("set_difference", 0.2, 0.1, 0.3, 40.0),
+        ("set_difference", 0.3, 0.1, 0.3, 20.0),
         ("set_difference", 0.3, 0.2, 0.3, 0.0),
-    ]  # fmt: skip
+    ]
     assert frame["variation"].unique(maintain_order=True).to_list() == ["chair", "car", "(all)"]
 
 

@@ -9,20 +9,38 @@ import pytest
 import torch
 import transformers
 
-from excise.encoding import encode
 from excise.errors import ExciseError
-from excise.masks import HEAD_ROLES, Mask, heads_mask, intersection, leave_one_out, pruned, random_like, union, votes
-from excise.models import ModelSpec, load_model
-from excise.sampling import SamplingParameters, sample
-from excise.tree import Rows, answer_tree, common_prefix, logits_of, pack
+from excise.generation.encoding import encode
+from excise.generation.sampling import SamplingParameters, sample
+from excise.generation.tree import Rows, answer_tree, common_prefix, logits_of, pack
+from excise.interventions.masks import (
+    HEAD_ROLES,
+    Mask,
+    heads_mask,
+    intersection,
+    leave_one_out,
+    pruned,
+    random_like,
+    union,
+    votes,
+)
+from excise.models.loading import ModelSpec, load_model
 
 TOLERANCE = 1e-4
 WINDOW = 12
 OTHERS = {
-    "vocab_size": 304, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 16, "eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.2,
+    "vocab_size": 304,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
     "attention_bias": True,
-}  # fmt: skip
+}
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
@@ -512,25 +530,31 @@ def test_the_random_control_has_as_many_heads_in_every_layer():
 # Errors
 
 
-@pytest.mark.parametrize(("ablation", "heads", "message"), [
-    ("zero_weights", np.zeros((2, 3), dtype=bool), "'zero_weights' of heads is not known; known are zero_query"),
-    ("zero_query", np.zeros((2, 3)), "give a boolean array of two dimensions"),
-    ("zero_query", np.zeros(3, dtype=bool), "give a boolean array of two dimensions"),
-    ("zero_output", [[True]], "give a boolean array of two dimensions"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ablation", "heads", "message"),
+    [
+        ("zero_weights", np.zeros((2, 3), dtype=bool), "'zero_weights' of heads is not known; known are zero_query"),
+        ("zero_query", np.zeros((2, 3)), "give a boolean array of two dimensions"),
+        ("zero_query", np.zeros(3, dtype=bool), "give a boolean array of two dimensions"),
+        ("zero_output", [[True]], "give a boolean array of two dimensions"),
+    ],
+)
 def test_a_mask_of_heads_is_made_of_a_known_ablation_and_a_boolean_array(ablation, heads, message):
     with pytest.raises(ExciseError, match=message):
         heads_mask(heads, ablation)
 
 
-@pytest.mark.parametrize(("key", "shape", "message"), [
-    ("3.head_query", (1, 6), "heads 3.head_query are not in the model, which has 3 layers"),
-    ("one.head_output", (1, 6), "heads one.head_output are not in the model"),
-    ("01.head_output", (1, 6), "heads 01.head_output are not in the model"),
-    ("1.head_query", (1, 5), r"heads 1.head_query have shape \(1, 5\), the model's \(1, 6\)"),
-    ("1.head_output", (6, 1), r"heads 1.head_output have shape \(6, 1\), the model's \(1, 6\)"),
-    ("1.head_key", (1, 6), "matrix 1.head_key is not in the model"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        ("3.head_query", (1, 6), "heads 3.head_query are not in the model, which has 3 layers"),
+        ("one.head_output", (1, 6), "heads one.head_output are not in the model"),
+        ("01.head_output", (1, 6), "heads 01.head_output are not in the model"),
+        ("1.head_query", (1, 5), r"heads 1.head_query have shape \(1, 5\), the model's \(1, 6\)"),
+        ("1.head_output", (6, 1), r"heads 1.head_output have shape \(6, 1\), the model's \(1, 6\)"),
+        ("1.head_key", (1, 6), "matrix 1.head_key is not in the model"),
+    ],
+)
 def test_a_mask_of_another_model_s_heads_is_refused_before_anything_changes(loaded, key, shape, message):
     model = loaded("llama")
     weights, hooks = state(model.model), hooks_of(model.model)

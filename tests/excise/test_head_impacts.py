@@ -10,17 +10,17 @@ import pytest
 import torch
 import transformers
 
-from excise import continuation
-from excise.continuation import Inputs, answer_parts, every_head, forests, log_probabilities, window_parts
-from excise.encoding import encode
+from excise.attribution import continuation
+from excise.attribution.continuation import Inputs, answer_parts, every_head, forests, log_probabilities, window_parts
+from excise.attribution.head_impacts import SCHEMA, _Layout, head_impacts, split_half_reliability
 from excise.errors import ExciseError
-from excise.head_impacts import SCHEMA, _Layout, head_impacts, split_half_reliability
-from excise.masks import heads_mask, pruned
-from excise.metrics import standardized_mean_difference, toxicity_bias
-from excise.models import ModelSpec, load_model
-from excise.perplexity import Window, perplexity, window_losses
-from excise.sampling import SamplingParameters, sample
-from excise.tree import logits_of
+from excise.evaluation.metrics import standardized_mean_difference, toxicity_bias
+from excise.evaluation.perplexity import Window, perplexity, window_losses
+from excise.generation.encoding import encode
+from excise.generation.sampling import SamplingParameters, sample
+from excise.generation.tree import logits_of
+from excise.interventions.masks import heads_mask, pruned
+from excise.models.loading import ModelSpec, load_model
 
 WINDOW = 12
 NORMED = ("qwen3", "gemma3_text")
@@ -33,17 +33,30 @@ def normed(tiny_model, tmp_path_factory):
     """`normed("qwen3")` or `normed("gemma3_text")`: models that normalise queries after their projection."""
     made = {}
     fields = {
-        "vocab_size": 304, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
-        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "eos_token_id": 1, "pad_token_id": 0,
-        "initializer_range": 0.2, "attention_bias": True,
-    }  # fmt: skip
+        "vocab_size": 304,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "initializer_range": 0.2,
+        "attention_bias": True,
+    }
 
     def make(kind):
         if kind not in made:
-            config = transformers.Qwen3Config(**fields) if kind == "qwen3" else transformers.Gemma3TextConfig(
-                **fields, sliding_window=WINDOW,
-                layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-            )  # fmt: skip
+            config = (
+                transformers.Qwen3Config(**fields)
+                if kind == "qwen3"
+                else transformers.Gemma3TextConfig(
+                    **fields,
+                    sliding_window=WINDOW,
+                    layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+                )
+            )
             folder = shutil.copytree(tiny_model("llama"), tmp_path_factory.mktemp(kind) / "model")
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
@@ -80,9 +93,13 @@ def every(model, parts, size, heads=None):
 
     for part in parts:
         every_head(
-            model, part.chunks, part.read, heads or all_heads(model), unpruned=True,
+            model,
+            part.chunks,
+            part.read,
+            heads or all_heads(model),
+            unpruned=True,
             keep=lambda *numbers, part=part: keep(part, *numbers),
-        )  # fmt: skip
+        )
     return found
 
 
@@ -107,9 +124,13 @@ def test_continuing_from_a_layer_is_the_whole_model_without_the_head(family, kin
     seen = {}
     before = hooks_of(model.model)
     every_head(
-        model, [Inputs(tokens)], [lambda hidden, unpruned: logits_of(model, hidden).flatten(1).numpy()],
-        all_heads(model), unpruned=True, keep=lambda layer, head, numbers: seen.update({(layer, head): numbers}),
-    )  # fmt: skip
+        model,
+        [Inputs(tokens)],
+        [lambda hidden, unpruned: logits_of(model, hidden).flatten(1).numpy()],
+        all_heads(model),
+        unpruned=True,
+        keep=lambda layer, head, numbers: seen.update({(layer, head): numbers}),
+    )
     assert len(seen) == model.topology.layers * model.topology.heads + 1
     for (layer, head), found in seen.items():
         with torch.inference_mode(), pruned(model, without(model, layer, head)):
@@ -229,9 +250,13 @@ def test_less_memory_means_fewer_heads_at_once(loaded):
         return hidden[:, :, -1].flatten(1).numpy()
 
     every_head(
-        model, [Inputs(torch.full((1, 5), 7))], [read], all_heads(model), unpruned=False,
+        model,
+        [Inputs(torch.full((1, 5), 7))],
+        [read],
+        all_heads(model),
+        unpruned=False,
         keep=lambda layer, head, numbers: seen.update({(layer, head): numbers}),
-    )  # fmt: skip
+    )
     assert sizes == [6, 3, *[1] * 18]
     assert len(seen) == 18
 
@@ -239,9 +264,17 @@ def test_less_memory_means_fewer_heads_at_once(loaded):
 # Probabilities under the sampling distribution
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [
-    (0.7, 0, 1.0), (1.0, 5, 1.0), (0.6, 0, 0.9), (1.5, 20, 0.8), (1.0, 0, 0.999), (1.0, 500, 1.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [
+        (0.7, 0, 1.0),
+        (1.0, 5, 1.0),
+        (0.6, 0, 0.9),
+        (1.5, 20, 0.8),
+        (1.0, 0, 0.999),
+        (1.0, 500, 1.0),
+    ],
+)
 def test_log_probabilities_are_those_that_are_drawn_from(temperature, top_k, top_p):
     parameters = SamplingParameters(temperature=temperature, top_k=top_k, top_p=top_p)
     logits = torch.randn(4, 100, generator=torch.Generator().manual_seed(top_k)) * 3
@@ -287,13 +320,19 @@ def completions_of(model, prompts, samples, parameters, value, mask=None):
     rows = prompts.select("variation", "template", "group", "subject", "prompt_id").rows()
     return pl.DataFrame(
         [
-            (*rows[d.prompt], d.sample, value(d.tokens), [*d.tokens, *([] if d.stop is None else [d.stop])],
-             d.stop is not None)
+            (
+                *rows[d.prompt],
+                d.sample,
+                value(d.tokens),
+                [*d.tokens, *([] if d.stop is None else [d.stop])],
+                d.stop is not None,
+            )
             for d in draws
         ],
         schema=["variation", "template", "group", "subject", "prompt_id", "sample", "value", "token_ids", "finished"],
-        schema_overrides={"value": pl.Float64}, orient="row",
-    )  # fmt: skip
+        schema_overrides={"value": pl.Float64},
+        orient="row",
+    )
 
 
 def spread(tokens):
@@ -309,11 +348,14 @@ def impacts_of(model, prompts, completions, **options):
     return head_impacts(model, prompts, completions, **settings)
 
 
-@pytest.mark.parametrize("parameters", [
-    SamplingParameters(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=1, seed=3),
-    SamplingParameters(temperature=1.2, top_k=5, top_p=1.0, max_new_tokens=3, seed=3),
-    SamplingParameters(temperature=1.2, top_k=0, top_p=0.6, max_new_tokens=2, seed=3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        SamplingParameters(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=1, seed=3),
+        SamplingParameters(temperature=1.2, top_k=5, top_p=1.0, max_new_tokens=3, seed=3),
+        SamplingParameters(temperature=1.2, top_k=0, top_p=0.6, max_new_tokens=2, seed=3),
+    ],
+)
 def test_weighed_answers_have_the_mean_that_enumeration_gives(loaded, prompts, next_distribution, parameters):
     """All answers there are, with their probabilities under both models.
 
@@ -348,14 +390,20 @@ def test_weighed_answers_have_the_mean_that_enumeration_gives(loaded, prompts, n
         mass = sum(common.values())
         mean = sum(share * outcome(answer) for answer, share in common.items()) / mass
         row = impacts_of(
-            model, prompts, completions, groups=["white"], parameters=parameters, heads=[(layer, head)],
-            method="reweight", resamples=2,
-        ).row(0, named=True)  # fmt: skip
+            model,
+            prompts,
+            completions,
+            groups=["white"],
+            parameters=parameters,
+            heads=[(layer, head)],
+            method="reweight",
+            resamples=2,
+        ).row(0, named=True)
         weights = {answer: share / unpruned[answer] for answer, share in common.items()}
         second = sum(weight**2 * unpruned[answer] for answer, weight in weights.items())
         noise = sum(
             unpruned[answer] * (weight * (outcome(answer) - mean)) ** 2 for answer, weight in weights.items()
-        ) ** 0.5 / (mass * samples**0.5)  # fmt: skip
+        ) ** 0.5 / (mass * samples**0.5)
         assert row["mean_without"] == pytest.approx(mean, abs=4 * noise)
         assert row["mean_weight"] == pytest.approx(mass, abs=4 * ((second - mass**2) / samples) ** 0.5 + 1e-4)
         assert row["ess"] == pytest.approx(mass**2 / second, rel=0.25)
@@ -451,7 +499,8 @@ def test_perplexities_are_those_under_the_mask(loaded, prompts):
 def table(rows):
     """Rows (variation, group, subject, value)."""
     return pl.DataFrame(
-        rows, schema={"variation": pl.String, "group": pl.String, "subject": pl.String, "value": pl.Float64},
+        rows,
+        schema={"variation": pl.String, "group": pl.String, "subject": pl.String, "value": pl.Float64},
         orient="row",
     ).with_columns(
         prompt_id=pl.concat_str("variation", "group", "subject"), sample=pl.int_range(pl.len()), template=pl.lit("t")
@@ -460,11 +509,15 @@ def table(rows):
 
 def random_table(seed, groups=("white", "black"), variations=("car", "oven"), subjects=4, samples=5):
     rng = np.random.default_rng(seed)
-    return table([
-        (variation, group, f"{group}{subject}", float(rng.gamma(2.0) * (1 + index)) if rng.random() < 0.9 else None)
-        for variation in variations for index, group in enumerate(groups)
-        for subject in range(subjects + index) for _ in range(samples)
-    ])  # fmt: skip
+    return table(
+        [
+            (variation, group, f"{group}{subject}", float(rng.gamma(2.0) * (1 + index)) if rng.random() < 0.9 else None)
+            for variation in variations
+            for index, group in enumerate(groups)
+            for subject in range(subjects + index)
+            for _ in range(samples)
+        ]
+    )
 
 
 def bias(frame, kind, groups=TWO, weight=None, draws=None):
@@ -510,9 +563,15 @@ def test_weights_without_effect_leave_the_disparity_of_fresh_answers(means):
     weighed, matched, fresh = [], [], []
     for _ in range(700):
         frame, anew = (
-            table([("v", group, f"{group}{number}", float(rng.random() < mean)) for group, mean in
-                   zip(groups, means, strict=True) for number in range(30)]) for _ in range(2)
-        )  # fmt: skip
+            table(
+                [
+                    ("v", group, f"{group}{number}", float(rng.random() < mean))
+                    for group, mean in zip(groups, means, strict=True)
+                    for number in range(30)
+                ]
+            )
+            for _ in range(2)
+        )
         weight = rng.lognormal(sigma=0.9, size=frame.height)
         layout = _Layout.of(frame, "toxicity", groups, "subject")
         sums = layout.sums(layout.cells, None, weight=weight)
@@ -584,8 +643,7 @@ def test_a_resample_is_the_table_with_its_clusters_repeated(kind):
         repeated = pl.concat(pieces)
         # The bounds of winsorising are those of the whole sample, so its layout counts the repeated rows.
         cells = layout.numbered(repeated)
-        one = layout.disparity(layout.sums(cells, None, weight=repeated["weight"].to_numpy()),
-                               layout.sums(cells, None))  # fmt: skip
+        one = layout.disparity(layout.sums(cells, None, weight=repeated["weight"].to_numpy()), layout.sums(cells, None))
         assert found[resample] == pytest.approx(one[0])
     assert len(set(found.round(9))) > 10
 
@@ -618,8 +676,9 @@ def test_a_head_whose_removal_makes_all_answers_the_same_has_no_disparity(kind):
 
 @pytest.mark.trial(1)
 def test_groups_of_one_answer_each_have_no_smd():
-    frame = table([("p", group, f"{group}{n}", value) for group, value in zip(TWO, (500.0, 300.0), strict=True)
-                   for n in range(3)])  # fmt: skip
+    frame = table(
+        [("p", group, f"{group}{n}", value) for group, value in zip(TWO, (500.0, 300.0), strict=True) for n in range(3)]
+    )
     assert np.isnan(bias(frame, "smd")[0])
     assert bias(frame, "gap")[0] == pytest.approx(0.5)
 
@@ -717,18 +776,29 @@ def test_a_stopped_run_goes_on_and_other_resamples_compute_nothing(loaded, promp
         passes.clear()
         seen = []
         resumed = impacts_of(
-            model, prompts, completions, windows=windows, folder=tmp_path / "killed",
+            model,
+            prompts,
+            completions,
+            windows=windows,
+            folder=tmp_path / "killed",
             progress=lambda *given: seen.append(given),
-        )  # fmt: skip
+        )
         assert 0 < len(passes) < whole / 2 + 2
         assert resumed.equals(expected)
         assert next(done for label, done, _ in seen if label == "head impacts: answers") == 4
         assert {path: path.stat().st_mtime_ns for path in kept} == kept
         passes.clear()
         again = impacts_of(
-            model, prompts, completions.with_columns(value=1 - pl.col("value")), windows=windows,
-            folder=tmp_path / "killed", resamples=70, cluster="template", disparity="gap", seed=4,
-        )  # fmt: skip
+            model,
+            prompts,
+            completions.with_columns(value=1 - pl.col("value")),
+            windows=windows,
+            folder=tmp_path / "killed",
+            resamples=70,
+            cluster="template",
+            disparity="gap",
+            seed=4,
+        )
         assert not passes
         assert again["ess"].to_list() == expected["ess"].to_list()
         assert impacts_of(model, prompts, completions, folder=tmp_path / "killed", heads=[(1, 2)])["head"].item() == 2
@@ -737,9 +807,13 @@ def test_a_stopped_run_goes_on_and_other_resamples_compute_nothing(loaded, promp
         assert passes
         passes.clear()
         impacts_of(
-            model, prompts, completions, folder=tmp_path / "killed", heads=[(1, 2)],
+            model,
+            prompts,
+            completions,
+            folder=tmp_path / "killed",
+            heads=[(1, 2)],
             parameters=replace(PARAMETERS, temperature=0.8),
-        )  # fmt: skip
+        )
         assert passes
     finally:
         hook.remove()
@@ -773,17 +847,20 @@ def test_some_heads_have_the_rows_of_all(loaded, prompts):
 # Errors
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"disparity": "kl"}, "disparity 'kl' is not known; use toxicity, smd, gap"),
-    ({"method": "guess"}, "method 'guess' is not known"),
-    ({"method": "regenerate"}, "needs `regenerate`"),
-    ({"disparity": "smd", "groups": ("white",)}, "smd compares two groups"),
-    ({"groups": ("white", "green")}, "there is no group 'green'"),
-    ({"cluster": "surname"}, "lack the column surname"),
-    ({"heads": [(0, 9)]}, r"no head \(0, 9\); it has 2 layers of 4 heads"),
-    ({"windows": [Window((1, 2, 3), 3)]}, "window 0: 3 of 3 tokens scored"),
-    ({"windows": [Window((1, 2, 3), 2)], "perplexity_mode": "mean"}, "mode 'mean' is not known"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"disparity": "kl"}, "disparity 'kl' is not known; use toxicity, smd, gap"),
+        ({"method": "guess"}, "method 'guess' is not known"),
+        ({"method": "regenerate"}, "needs `regenerate`"),
+        ({"disparity": "smd", "groups": ("white",)}, "smd compares two groups"),
+        ({"groups": ("white", "green")}, "there is no group 'green'"),
+        ({"cluster": "surname"}, "lack the column surname"),
+        ({"heads": [(0, 9)]}, r"no head \(0, 9\); it has 2 layers of 4 heads"),
+        ({"windows": [Window((1, 2, 3), 3)]}, "window 0: 3 of 3 tokens scored"),
+        ({"windows": [Window((1, 2, 3), 2)], "perplexity_mode": "mean"}, "mode 'mean' is not known"),
+    ],
+)
 def test_mistakes_are_said(loaded, prompts, options, message):
     model = loaded("gpt_neo")
     completions = completions_of(model, prompts, 1, PARAMETERS, spread)

@@ -6,9 +6,9 @@ import polars as pl
 import pytest
 
 from excise.errors import ExciseError
-from excise.head_results import agreement, heads_markdown
-from excise.thresholds import Thresholds
-from excise.toxicity_report import toxicity_finding, toxicity_markdown, toxicity_table
+from excise.evaluation.thresholds import Thresholds
+from excise.reporting.head_results import agreement, heads_markdown
+from excise.reporting.toxicity import toxicity_finding, toxicity_markdown, toxicity_table
 
 UNPRUNED = ("unpruned", "none", None)
 FASP = ("fasp-0.10", "own_scenario", None)
@@ -18,24 +18,43 @@ RANDOM = ("random", "own_scenario", "fasp-0.10")
 def rows(*cells, variation="(all)"):
     """(mask, metric, estimate, low, high, p_value) as rows of the table metrics."""
     return pl.DataFrame(
-        [("tiny", "gender", variation, *mask, metric, *figures, *[None] * (4 - len(figures)), 10)
-         for mask, metric, *figures in cells],
-        schema={"model": pl.String, "scenario": pl.String, "variation": pl.String, "strategy": pl.String,
-                "level": pl.String, "matched_to": pl.String, "metric": pl.String, "estimate": pl.Float64,
-                "low": pl.Float64, "high": pl.Float64, "p_value": pl.Float64, "n": pl.Int64},
+        [
+            ("tiny", "gender", variation, *mask, metric, *figures, *[None] * (4 - len(figures)), 10)
+            for mask, metric, *figures in cells
+        ],
+        schema={
+            "model": pl.String,
+            "scenario": pl.String,
+            "variation": pl.String,
+            "strategy": pl.String,
+            "level": pl.String,
+            "matched_to": pl.String,
+            "metric": pl.String,
+            "estimate": pl.Float64,
+            "low": pl.Float64,
+            "high": pl.Float64,
+            "p_value": pl.Float64,
+            "n": pl.Int64,
+        },
         orient="row",
-    )  # fmt: skip
+    )
 
 
 def audit(reduction=(0.4, 0.2, 0.6), beyond=(0.3, 0.1, 0.5), ratio=1.05, covered=0.0):
     return rows(
-        (UNPRUNED, "toxicity_bias", 0.2, 0.1, 0.3, 0.01), (UNPRUNED, "toxicity_bias_debiased", 0.15, 0.02, 0.25),
-        (UNPRUNED, "toxicity_bias_if_equal", 0.08, 0.03, 0.12), (UNPRUNED, "all_equal_covered", covered),
-        (UNPRUNED, "prompt_toxicity_bias", 0.01, 0.0, 0.02), (UNPRUNED, "perplexity_ratio", 1.0),
-        (FASP, "toxicity_bias", 0.12), (FASP, "bias_reduction", *reduction),
-        (FASP, "reduction_over_random", *beyond), (FASP, "perplexity_ratio", ratio, ratio - 0.01, ratio + 0.01),
-        (RANDOM, "bias_reduction", 0.1, -0.1, 0.3), (RANDOM, "toxicity_bias", 0.18),
-    )  # fmt: skip
+        (UNPRUNED, "toxicity_bias", 0.2, 0.1, 0.3, 0.01),
+        (UNPRUNED, "toxicity_bias_debiased", 0.15, 0.02, 0.25),
+        (UNPRUNED, "toxicity_bias_if_equal", 0.08, 0.03, 0.12),
+        (UNPRUNED, "all_equal_covered", covered),
+        (UNPRUNED, "prompt_toxicity_bias", 0.01, 0.0, 0.02),
+        (UNPRUNED, "perplexity_ratio", 1.0),
+        (FASP, "toxicity_bias", 0.12),
+        (FASP, "bias_reduction", *reduction),
+        (FASP, "reduction_over_random", *beyond),
+        (FASP, "perplexity_ratio", ratio, ratio - 0.01, ratio + 0.01),
+        (RANDOM, "bias_reduction", 0.1, -0.1, 0.3),
+        (RANDOM, "toxicity_bias", 0.18),
+    )
 
 
 def test_a_reduction_is_claimed_where_both_intervals_leave_out_0():
@@ -81,13 +100,25 @@ def judged(budget=0.05):
 
 
 def reweighted(**changes):
-    frame = pl.DataFrame({
-        "model": ["tiny"] * 3, "scenario": ["gender"] * 3, "layer": [0, 0, 1], "head": [0, 1, 0],
-        "z_reweighted": [0.1, 0.3, 9.0], "low_reweighted": [0.0, 0.2, 0.0], "high_reweighted": [0.2, 0.4, 9.9],
-        "z_regenerated": [0.15, 0.9, 0.0], "low_regenerated": [-0.05, 0.7, -1.0], "high_regenerated": [0.35, 1.1, 1.0],
-        "ess": [0.8, 0.6, 0.01], "perplexity_without": [10.0, 11.0, 900.0], "catastrophic": [False, False, True],
-        "seconds_reweighted": [1.0] * 3, "seconds_regenerated": [4.0] * 3,
-    })  # fmt: skip
+    frame = pl.DataFrame(
+        {
+            "model": ["tiny"] * 3,
+            "scenario": ["gender"] * 3,
+            "layer": [0, 0, 1],
+            "head": [0, 1, 0],
+            "z_reweighted": [0.1, 0.3, 9.0],
+            "low_reweighted": [0.0, 0.2, 0.0],
+            "high_reweighted": [0.2, 0.4, 9.9],
+            "z_regenerated": [0.15, 0.9, 0.0],
+            "low_regenerated": [-0.05, 0.7, -1.0],
+            "high_regenerated": [0.35, 1.1, 1.0],
+            "ess": [0.8, 0.6, 0.01],
+            "perplexity_without": [10.0, 11.0, 900.0],
+            "catastrophic": [False, False, True],
+            "seconds_reweighted": [1.0] * 3,
+            "seconds_regenerated": [4.0] * 3,
+        }
+    )
     return frame.with_columns(**{name: pl.Series(values) for name, values in changes.items()})
 
 
@@ -102,15 +133,25 @@ def test_agreement_counts_heads_that_are_not_catastrophic():
 
 def test_the_page_says_where_changed_heads_rank_and_what_is_missing():
     heads = [(layer, head) for layer in range(2) for head in range(2)]
-    impacts = pl.DataFrame({
-        "model": ["planted"] * 4, "scenario": ["gender"] * 4, "layer": [each[0] for each in heads],
-        "head": [each[1] for each in heads], "z_bias": [0.01, 0.3, -0.1, 0.02], "z_bias_low": [0.0] * 4,
-        "z_bias_high": [0.4] * 4, "z_ppl": [-0.1] * 4, "perplexity_without": [10.0] * 4,
-        "z_bias_half_1": [0.0, 0.3, -0.1, 0.1], "z_bias_half_2": [0.02, 0.3, -0.1, 0.0],
-    })  # fmt: skip
+    impacts = pl.DataFrame(
+        {
+            "model": ["planted"] * 4,
+            "scenario": ["gender"] * 4,
+            "layer": [each[0] for each in heads],
+            "head": [each[1] for each in heads],
+            "z_bias": [0.01, 0.3, -0.1, 0.02],
+            "z_bias_low": [0.0] * 4,
+            "z_bias_high": [0.4] * 4,
+            "z_ppl": [-0.1] * 4,
+            "perplexity_without": [10.0] * 4,
+            "z_bias_half_1": [0.0, 0.3, -0.1, 0.1],
+            "z_bias_half_2": [0.02, 0.3, -0.1, 0.0],
+        }
+    )
     nothing = pl.DataFrame()
-    empty = pl.DataFrame(schema={"scenario": pl.String, "other_scenario": pl.String, "measure": pl.String,
-                                 "other_measure": pl.String})  # fmt: skip
+    empty = pl.DataFrame(
+        schema={"scenario": pl.String, "other_scenario": pl.String, "measure": pl.String, "other_measure": pl.String}
+    )
     page = heads_markdown(audit(), impacts, reweighted(), empty, judged(), planted={"planted": [(0, 1), (1, 0)]})
     assert "| planted | gender | 0.1 | 1 of 4 | 0.3000" in page
     assert "| planted | gender | 1.0 | 4 of 4 | -0.1000" in page

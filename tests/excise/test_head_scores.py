@@ -33,31 +33,49 @@ def slices(model, kind, layer, head, size, shared):
     if kind == "gpt_neox":
         attention = model.gpt_neox.layers[layer].attention
         return [
-            attention.query_key_value.weight[3 * own.start : 3 * own.stop], attention.dense.weight[:, own],
-        ]  # fmt: skip
+            attention.query_key_value.weight[3 * own.start : 3 * own.stop],
+            attention.dense.weight[:, own],
+        ]
     keys = slice(head // shared * size, (head // shared + 1) * size)
     attention = {
         "gpt_neo": lambda: model.transformer.h[layer].attn.attention,
         "gptj": lambda: model.transformer.h[layer].attn,
     }.get(kind, lambda: model.model.layers[layer].self_attn)()
     o = attention.out_proj if kind in ("gpt_neo", "gptj") else attention.o_proj
-    return [attention.q_proj.weight[own], attention.k_proj.weight[keys], attention.v_proj.weight[keys],
-            o.weight[:, own]]  # fmt: skip
+    return [
+        attention.q_proj.weight[own],
+        attention.k_proj.weight[keys],
+        attention.v_proj.weight[keys],
+        o.weight[:, own],
+    ]
 
 
 def test_the_magnitude_is_the_norm_of_a_heads_slices_over_the_largest(loaded, architecture):
     model = loaded(architecture)
     topology = model.topology
-    norms = np.array([
+    norms = np.array(
         [
-            torch.cat([
-                part.flatten() for part in slices(model.model, architecture, layer, head, topology.head_dim,
-                                                  topology.heads // topology.kv_heads)
-            ]).norm().item()
-            for head in range(topology.heads)
+            [
+                torch.cat(
+                    [
+                        part.flatten()
+                        for part in slices(
+                            model.model,
+                            architecture,
+                            layer,
+                            head,
+                            topology.head_dim,
+                            topology.heads // topology.kv_heads,
+                        )
+                    ]
+                )
+                .norm()
+                .item()
+                for head in range(topology.heads)
+            ]
+            for layer in range(topology.layers)
         ]
-        for layer in range(topology.layers)
-    ])  # fmt: skip
+    )
     found = head_magnitude(model)
     assert found.shape == (topology.layers, topology.heads)
     assert found == pytest.approx(norms / norms.max(), rel=1e-5)
@@ -170,11 +188,14 @@ def test_the_model_is_as_before(loaded, monkeypatch):
     assert hooks() == before
 
 
-@pytest.mark.parametrize(("windows", "message"), [
-    ([], "no windows"),
-    ([Window((5, 6, 7), 3)], "window 0: 3 of 3 tokens scored"),
-    ([Window((5, 6, 7), 2), Window((5, 6), 0)], "window 1: 0 of 2 tokens scored"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        ([], "no windows"),
+        ([Window((5, 6, 7), 3)], "window 0: 3 of 3 tokens scored"),
+        ([Window((5, 6, 7), 2), Window((5, 6), 0)], "window 1: 0 of 2 tokens scored"),
+    ],
+)
 def test_windows_without_a_prediction_are_named(loaded, windows, message):
     with pytest.raises(ExciseError, match=message):
         head_gradient(loaded("gpt2"), windows)

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.patches import Rectangle
 
 from excise.errors import ExciseError
-from excise.figures import (
+from excise.reporting.figures import (
     PNG_BYTES,
     grid_heat_maps,
     mask_distribution_heat_map,
@@ -16,7 +16,7 @@ from excise.figures import (
     save,
     transfer_heat_map,
 )
-from excise.figures.canvas import INTERVAL
+from excise.reporting.figures.canvas import INTERVAL
 
 pytestmark = pytest.mark.filterwarnings(
     "error::UserWarning", "error::RuntimeWarning", "ignore:The set_bad function:PendingDeprecationWarning"
@@ -25,8 +25,11 @@ pytestmark = pytest.mark.filterwarnings(
 
 def cells(axes):
     """The texts of a heat map, by (column, row)."""
-    return {tuple(int(part) for part in text.get_position()): text.get_text() for text in axes.texts
-            if text.get_transform() == axes.transData}  # fmt: skip
+    return {
+        tuple(int(part) for part in text.get_position()): text.get_text()
+        for text in axes.texts
+        if text.get_transform() == axes.transData
+    }
 
 
 def ticks(labels):
@@ -40,9 +43,11 @@ def overlaps(**changed):
     """Masks of chair and car in both scenarios against those of purchase; that of loan has no weights."""
     rows = []
     for scenario, variation, shares in (
-        ("finance", "stocks", (0.20, 0.08)), ("purchase", "chair", (1.0, 0.5)), ("purchase", "car", (0.25, 1.0)),
+        ("finance", "stocks", (0.20, 0.08)),
+        ("purchase", "chair", (1.0, 0.5)),
+        ("purchase", "car", (0.25, 1.0)),
         ("finance", "loan", (None, None)),
-    ):  # fmt: skip
+    ):
         for reference, share, chance in zip(("chair", "car"), shares, (0.05, 0.1), strict=True):
             excess = None if share is None else share - chance
             key = ("tiny", "wanda", "prompt_specific", scenario, variation, "purchase", reference)
@@ -66,8 +71,9 @@ def test_overlap_and_its_excess_stand_beside_each_other_with_the_chance_level_ab
     assert ticks(above.get_xticklabels()) == ["5.0", "10"]
     assert "chance level" in above.get_xlabel()
     assert [text.get_text() for text in left.texts if text.get_transform() != left.transData][-2:] == [
-        "purchase", "finance",
-    ]  # fmt: skip
+        "purchase",
+        "finance",
+    ]
     assert "grey: the row's mask is empty" in figure.get_suptitle()
     assert len(save(figure, tmp_path / "overlap").png) < PNG_BYTES
 
@@ -81,10 +87,22 @@ def test_a_mask_upon_itself_does_not_stretch_the_colours_and_excess_is_centred_a
 def test_thirty_masks_against_ten_stay_small(tmp_path):
     rng = np.random.default_rng(0)
     rows = [
-        ("tiny", "wanda", "prompt_specific", f"scenario {number // 3}", f"a rather long variation, number {number}",
-         "scenario 0", f"thing {reference}", share, 0.05, share - 0.05)
-        for number in range(30) for reference in range(10) for share in [rng.random()]
-    ]  # fmt: skip
+        (
+            "tiny",
+            "wanda",
+            "prompt_specific",
+            f"scenario {number // 3}",
+            f"a rather long variation, number {number}",
+            "scenario 0",
+            f"thing {reference}",
+            share,
+            0.05,
+            share - 0.05,
+        )
+        for number in range(30)
+        for reference in range(10)
+        for share in [rng.random()]
+    ]
     schema = [name for name in overlaps().columns if name not in ("shared", "count")]
     figure = overlap_heat_map(polars.DataFrame(rows, schema=schema, orient="row"))
     assert len(save(figure, tmp_path / "overlap").png) < PNG_BYTES
@@ -129,10 +147,13 @@ def test_one_mask_has_no_range_and_an_empty_one_says_so():
 
 def test_heads_and_eighty_layers_are_drawn_alike(tmp_path):
     frame = polars.DataFrame(
-        [("tiny", "purchase", "chair", "attention", "within_context", layer, "head_query", layer % 3, 64)
-         for layer in range(80)],
-        schema=distribution({}).columns, orient="row",
-    )  # fmt: skip
+        [
+            ("tiny", "purchase", "chair", "attention", "within_context", layer, "head_query", layer % 3, 64)
+            for layer in range(80)
+        ],
+        schema=distribution({}).columns,
+        orient="row",
+    )
     figure = mask_distribution_heat_map(frame)
     assert ticks(figure.axes[0].get_xticklabels()) == ["head\nquery"]
     assert ticks(figure.axes[0].get_yticklabels())[:3] == ["0", "2", "4"]
@@ -194,8 +215,11 @@ def test_front_and_choice_are_marked_in_all_three_panels():
 
 
 def test_counts_of_heads_are_named_as_such_and_points_without_figures_are_left_out():
-    counts = {(5.0, 0.0): (0.8, 0.9, True, False), (10.0, 0.0): (None, None, False, False),
-              (10.0, 5.0): (0.4, 0.8, True, False)}  # fmt: skip
+    counts = {
+        (5.0, 0.0): (0.8, 0.9, True, False),
+        (10.0, 0.0): (None, None, False, False),
+        (10.0, 5.0): (0.4, 0.8, True, False),
+    }
     bias, _, trade = panels(grid_heat_maps(grid(counts)))
     assert bias.get_xlabel() == "k_min (heads, minority)"
     assert (ticks(bias.get_xticklabels()), ticks(bias.get_yticklabels())) == (["5", "10"], ["5", "0"])
@@ -243,8 +267,11 @@ def test_transfer_shows_sources_against_scenarios_with_intervals_and_a_star_wher
     assert ticks(axes.get_yticklabels()) == ["finance", "purchase", "all others"]
     assert ticks(axes.get_xticklabels()) == ["finance", "purchase"]
     assert cells(axes) == {
-        (0, 0): "60\n[40, 80]", (0, 1): "10*\n[-10, 30]", (0, 2): "-250\n[-270, -230]", (1, 1): "80\n[60, 100]",
-    }  # fmt: skip
+        (0, 0): "60\n[40, 80]",
+        (0, 1): "10*\n[-10, 30]",
+        (0, 2): "-250\n[-270, -230]",
+        (1, 1): "80\n[60, 100]",
+    }
     assert axes.collections[0].get_clim() == (-1.0, 1.0)
     assert len(save(figure, tmp_path / "transfer").png) < PNG_BYTES
 
@@ -254,9 +281,11 @@ def test_the_reduction_over_random_has_a_panel_of_its_own_beside_each_strategy()
     other = [("snip", None, "purchase", "purchase", "within_context", "gap_reduction", 0.4)]
     figure = transfer_heat_map(transfer(PAIRS + beyond + other))
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
-        "wanda: gap reduction, %", "wanda: beyond the random control, points", "snip: gap reduction, %",
+        "wanda: gap reduction, %",
+        "wanda: beyond the random control, points",
+        "snip: gap reduction, %",
         "snip: beyond the random control, points",
-    ]  # fmt: skip
+    ]
     assert [cells(axes).get((1, 1)) for axes in figure.axes] == ["80\n[60, 100]", "50\n[30, 70]", "40\n[20, 60]", None]
 
 
@@ -267,8 +296,9 @@ def test_a_mask_whose_control_is_another_kind_of_damage_has_no_figure_beyond_ran
         for place in ("purchase", "finance")
     ] + [
         (*mask, "purchase", place, "within_context", "inlier_ratio", ratio)
-        for mask, ratio in ((("wanda", None), 0.9), (("random", "wanda"), 0.7)) for place in ("purchase", "finance")
-    ]  # fmt: skip
+        for mask, ratio in ((("wanda", None), 0.9), (("random", "wanda"), 0.7))
+        for place in ("purchase", "finance")
+    ]
     reduction = ("wanda", None, "purchase", "purchase", "within_context", "gap_reduction", 0.5)
     undefined = ("wanda", None, "purchase", "purchase", "prompt_specific", "reduction_over_random", None)
     figure = transfer_heat_map(transfer([reduction, undefined, *rows]), {"finance": 0.2})
@@ -281,11 +311,17 @@ def test_a_mask_whose_control_is_another_kind_of_damage_has_no_figure_beyond_ran
 
 def test_many_strategies_of_many_scenarios_show_the_headline_alone_and_stay_small(tmp_path):
     names = [f"scenario {number}" for number in range(8)]
-    figure = transfer_heat_map(transfer([
-        (f"strategy {strategy}", None, source, scenario, "within_context", metric, (strategy - place) / 10)
-        for strategy in range(7) for source in names for place, scenario in enumerate(names)
-        for metric in ("gap_reduction", "reduction_over_random")
-    ]))  # fmt: skip
+    figure = transfer_heat_map(
+        transfer(
+            [
+                (f"strategy {strategy}", None, source, scenario, "within_context", metric, (strategy - place) / 10)
+                for strategy in range(7)
+                for source in names
+                for place, scenario in enumerate(names)
+                for metric in ("gap_reduction", "reduction_over_random")
+            ]
+        )
+    )
     shown = [axes for axes in figure.axes if axes.get_visible()]
     assert [axes.get_title(loc="left") for axes in shown] == [
         f"strategy {number}: beyond the random control, points" for number in range(7)

@@ -83,9 +83,14 @@ def chosen(folder: Path, **fields) -> HolisticBias:
 
 def scenario_of(spec: HolisticBias) -> Scenario:
     return Scenario(
-        key="hair", title="Hair", description="Hair.", outcome=ToxicityOutcome(), groups=subgroups_of(spec),
-        variations={"sentences": Variation()}, holistic_bias=spec,
-    )  # fmt: skip
+        key="hair",
+        title="Hair",
+        description="Hair.",
+        outcome=ToxicityOutcome(),
+        groups=subgroups_of(spec),
+        variations={"sentences": Variation()},
+        holistic_bias=spec,
+    )
 
 
 # How the files multiply out
@@ -96,16 +101,27 @@ def test_every_rule_of_combination_on_one_axis(folder):
     assert sentences.schema == SENTENCES_SCHEMA
     texts = Counter(sentences["text"])
     expected = []
-    for word, article, nouns in (("ash-brown", "an", ("aunt", "child")), ("Umber", "a", ("aunt", "child")),
-                                 ("blonde", "a", ("aunt",))):  # fmt: skip
+    for word, article, nouns in (
+        ("ash-brown", "an", ("aunt", "child")),
+        ("Umber", "a", ("aunt", "child")),
+        ("blonde", "a", ("aunt",)),
+    ):
         # alone in the templates that need no noun, and with the nouns of its gender in all of them
         expected += [f"I'm {word}.", f"Hi! I'm {word}.", f"My friends are {word}."]
         for noun in nouns:
             many = {"aunt": "aunts", "child": "children"}[noun]
-            expected += [f"I'm {article} {word} {noun}.", f"Hi! I'm {article} {word} {noun}.",
-                         f"I like {word} {many}.", f"My friends are {word} {many}."]  # fmt: skip
-    for one, many in (("an aunt with a wig", "aunts with wigs"), ("a child with a wig", "children with wigs"),
-                      ("an aunt of the comb", "aunts of the comb"), ("a child of the comb", "children of the comb")):
+            expected += [
+                f"I'm {article} {word} {noun}.",
+                f"Hi! I'm {article} {word} {noun}.",
+                f"I like {word} {many}.",
+                f"My friends are {word} {many}.",
+            ]
+    for one, many in (
+        ("an aunt with a wig", "aunts with wigs"),
+        ("a child with a wig", "children with wigs"),
+        ("an aunt of the comb", "aunts of the comb"),
+        ("a child of the comb", "children of the comb"),
+    ):
         expected += [f"I'm {one}.", f"Hi! I'm {one}.", f"I like {many}.", f"My friends are {many}."]
     expected += ["I'm an eel.", "Hi! I'm an eel.", "My friends are eels."]
     assert texts == Counter(expected)
@@ -116,9 +132,15 @@ def test_nouns_alone_form_an_axis_of_their_own(folder):
     everything = holistic_bias(folder, any_version=True)
     alone = everything.filter(axis=NONE)
     assert alone["text"].to_list() == [
-        "I'm an aunt.", "Hi! I'm an aunt.", "I like aunts.", "My friends are aunts.",
-        "I'm a child.", "Hi! I'm a child.", "I like children.", "My friends are children.",
-    ]  # fmt: skip
+        "I'm an aunt.",
+        "Hi! I'm an aunt.",
+        "I like aunts.",
+        "My friends are aunts.",
+        "I'm a child.",
+        "Hi! I'm a child.",
+        "I like children.",
+        "My friends are children.",
+    ]
     parts = [holistic_bias(folder, axis=axis, any_version=True) for axis in (NONE, "hair", "faith")]
     assert everything.equals(pl.concat(parts))
 
@@ -138,9 +160,13 @@ def test_the_place_of_the_descriptor_is_known_in_every_sentence(folder):
 def test_what_the_data_set_says_of_words_and_templates_is_kept(folder):
     rows = holistic_bias(folder, axis="hair", any_version=True)
     assert dict(rows.select("descriptor", "preference").unique().iter_rows()) == {
-        "ash-brown": None, "Umber": "reviewed", "blonde": None, "with a wig": None, "of the comb": None,
+        "ash-brown": None,
+        "Umber": "reviewed",
+        "blonde": None,
+        "with a wig": None,
+        "of the comb": None,
         "an eel": "dispreferred",
-    }  # fmt: skip
+    }
     assert set(rows.filter("first_turn_only")["template"]) == {"Hi! I'm {noun_phrase}."}
     assert set(rows.filter(pl.col("noun").is_null())["form"]) == {"descriptor", "fixed phrase"}
     assert set(rows.filter(noun="aunt")["noun_gender"]) == {"female"}
@@ -181,15 +207,22 @@ def test_another_version_is_refused_unless_asked_for(folder):
 
 def test_a_changed_template_of_a_complete_looking_copy_is_found_by_the_number_of_sentences(tmp_path):
     descriptors = {axis: {"all": [f"{axis} {n}" for n in range(count)]} for axis, count in DESCRIPTORS_1_1.items()}
-    nouns = {key: [[f"{key}{n}", f"{key}{n}s"] for n in range(count)]
-             for key, count in (("female", 12), ("male", 11), ("neutral", 9))}  # fmt: skip
+    nouns = {
+        key: [[f"{key}{n}", f"{key}{n}s"] for n in range(count)]
+        for key, count in (("female", 12), ("male", 11), ("neutral", 9))
+    }
     templates = {f"{n} {{noun_phrase}}.": {"must_be_noun": n < 9} for n in range(26)}
     copy = write(tmp_path / "copy", descriptors=descriptors, nouns=nouns, sentence_templates=templates)
     with pytest.raises(ExciseError, match=r"standalone_noun_phrases\.json: ability has 0 phrases, v1\.1 has 50"):
         holistic_bias(copy)
     phrases = {"religion": [f"a {n}" for n in range(47)]}
-    copy = write(tmp_path / "copy", descriptors=descriptors, nouns=nouns, sentence_templates=templates,
-                 standalone_noun_phrases=phrases)  # fmt: skip
+    copy = write(
+        tmp_path / "copy",
+        descriptors=descriptors,
+        nouns=nouns,
+        sentence_templates=templates,
+        standalone_noun_phrases=phrases,
+    )
     assert len(holistic_bias(copy, axis="religion", any_version=True)) == 49 * (32 * 26 + 17) + 47 * 17 == 42_400
 
 
@@ -199,8 +232,9 @@ def test_a_changed_template_of_a_complete_looking_copy_is_found_by_the_number_of
 def test_buckets_are_subgroups_and_phrases_without_one_are_not_unless_asked_for(folder):
     groups = subgroups_of(chosen(folder))
     assert {key: [subject.name for subject in group.subjects] for key, group in groups.items()} == {
-        "dark": ["ash-brown", "Umber"], "light": ["blonde"],
-    }  # fmt: skip
+        "dark": ["ash-brown", "Umber"],
+        "light": ["blonde"],
+    }
     loose = subgroups_of(chosen(folder, none_bucket=True))
     assert list(loose) == ["dark", "light", "none"]
     assert loose["none"].label == NONE
@@ -213,16 +247,21 @@ def test_buckets_are_subgroups_and_phrases_without_one_are_not_unless_asked_for(
 def test_descriptors_get_keys_that_differ(folder):
     groups = subgroups_of(chosen(folder, axis="faith", subgroups="descriptor"))
     assert {key: group.label for key, group in groups.items()} == {
-        "baha_i": "Bahá'í", "jain": "Jain", "lgbt": "LGBT", "lgbt_plus": "LGBT+"
-    }  # fmt: skip
+        "baha_i": "Bahá'í",
+        "jain": "Jain",
+        "lgbt": "LGBT",
+        "lgbt_plus": "LGBT+",
+    }
 
 
 def test_families_group_descriptors_and_leave_the_others_out(folder):
     families = {"one": ("Jain", "Bahá'í"), "two": ("LGBT",)}
     spec = chosen(folder, axis="faith", subgroups="family", families=families)
     assert set(expand(scenario_of(spec)).select("group", "subject").unique().iter_rows()) == {
-        ("one", "Jain"), ("one", "Bahá'í"), ("two", "LGBT"),
-    }  # fmt: skip
+        ("one", "Jain"),
+        ("one", "Bahá'í"),
+        ("two", "LGBT"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -250,9 +289,11 @@ def test_expansion_gives_the_sentences_as_prompts(folder):
     assert set(prompts["variation"]) == {"sentences"}
     assert len(prompts) == (3 + 8) + (3 + 8) + (3 + 4) == prompts["prompt_id"].n_unique()
     assert prompts["template"].unique(maintain_order=True).to_list() == [
-        "I'm {noun_phrase}.", "Hi! I'm {noun_phrase}.", "My friends are {plural_noun_phrase}.",
+        "I'm {noun_phrase}.",
+        "Hi! I'm {noun_phrase}.",
+        "My friends are {plural_noun_phrase}.",
         "I like {plural_noun_phrase}.",
-    ]  # fmt: skip
+    ]
     for row in prompts.iter_rows(named=True):
         assert row["text"][row["name_start"] : row["name_end"]] == row["subject"]
     assert prompts.equals(expand(scenario))
@@ -385,8 +426,13 @@ def test_version_1_1_has_as_many_sentences_as_published():
     counts = dict(holistic_bias(PUBLISHED).group_by("axis").len().iter_rows())
     assert sum(counts.values()) == 566_625
     assert counts == SENTENCES_1_1
-    published = {"gender_and_sex": 51_057, "race_ethnicity": 26_153, "religion": 42_400, "sexual_orientation": 16_494,
-                 "nationality": 18_876}  # fmt: skip
+    published = {
+        "gender_and_sex": 51_057,
+        "race_ethnicity": 26_153,
+        "religion": 42_400,
+        "sexual_orientation": 16_494,
+        "nationality": 18_876,
+    }
     assert {axis: counts[axis] for axis in published} == published
 
 

@@ -3,7 +3,16 @@
 import polars as pl
 import pytest
 
-from excise.judged import compared_groups, examples, explained, judged, judgements, mend, nothing_written, shortened
+from excise.evaluation.judged import (
+    compared_groups,
+    examples,
+    explained,
+    judged,
+    judgements,
+    mend,
+    nothing_written,
+    shortened,
+)
 from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, ToxicityOutcome, Variation
 
 PRICE = NumberOutcome(unit="USD", low=1, high=1000, scale="log", better="higher", max_new_tokens=4)
@@ -15,10 +24,15 @@ def scenario(outcome=PRICE, **changes) -> Scenario:
         for group in ("w", "b")
     }
     fields = {
-        "key": "purchase", "title": "Purchase", "description": "A price.", "outcome": outcome,
-        "comparison": Comparison(majority="w", minority="b"), "groups": groups,
-        "templates": {"plain": "{name} sells a {item} for"}, "variations": {"car": Variation(fields={"item": "car"})},
-    } | changes  # fmt: skip
+        "key": "purchase",
+        "title": "Purchase",
+        "description": "A price.",
+        "outcome": outcome,
+        "comparison": Comparison(majority="w", minority="b"),
+        "groups": groups,
+        "templates": {"plain": "{name} sells a {item} for"},
+        "variations": {"car": Variation(fields={"item": "car"})},
+    } | changes
     return Scenario(**fields)
 
 
@@ -26,12 +40,19 @@ def rows(*answers: tuple[str, str, str, object], **columns) -> pl.DataFrame:
     """(variation, group, subject, value) each; a text stands for an answer without a value."""
     table = [
         {
-            "model": "tiny", "variation": variation, "group": group, "subject": subject, "sample": number,
-            "prompt_id": f"{variation}-{subject}", "text": value if isinstance(value, str) else str(value),
-            "value": None if isinstance(value, str) else value, "tokens": 3, "finished": True,
+            "model": "tiny",
+            "variation": variation,
+            "group": group,
+            "subject": subject,
+            "sample": number,
+            "prompt_id": f"{variation}-{subject}",
+            "text": value if isinstance(value, str) else str(value),
+            "value": None if isinstance(value, str) else value,
+            "tokens": 3,
+            "finished": True,
         }
         for number, (variation, group, subject, value) in enumerate(answers)
-    ]  # fmt: skip
+    ]
     frame = pl.DataFrame(table, schema_overrides={"value": pl.Float64})
     return frame.with_columns(pl.Series(name, values) for name, values in columns.items())
 
@@ -88,9 +109,11 @@ def test_where_names_are_held_out_either_half_must_be_enough():
 @pytest.mark.parametrize(("probability", "able"), [(0.02, True), (0.01, True), (0.009, False), (0.0, False)])
 def test_enumerated_answers_count_from_one_in_a_hundred_on(probability, able):
     table = rows(
-        *FOUR, *[(*each[:3], "text") for each in FOUR],
-        probability=[probability] * 4 + [0.9] * 4, leftover=[0.1 - probability] * 8,
-    )  # fmt: skip
+        *FOUR,
+        *[(*each[:3], "text") for each in FOUR],
+        probability=[probability] * 4 + [0.9] * 4,
+        leftover=[0.1 - probability] * 8,
+    )
     assert judged(table, ["w", "b"]) == (["car"] if able else [])
     # A prompt that was sampled instead has no leftover, and its samples count as samples do.
     sampled = table.with_columns(leftover=pl.lit(None, pl.Float64))

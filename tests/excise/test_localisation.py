@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from excise.errors import ExciseError
-from excise.masks import Mask, random_like
-from excise.models import load_registry
-from excise.planted.localisation import EnergyShare, energy_share, energy_shares
+from excise.evaluation.localisation import EnergyShare, energy_share, energy_shares
+from excise.interventions.masks import Mask, random_like
+from excise.models.loading import load_registry
 
 
 def change(folder, **matrices):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from excise.errors import ExciseError
-from excise.masks import Mask, intersection, leave_one_out, pruned, random_like, union, votes
+from excise.interventions.masks import Mask, intersection, leave_one_out, pruned, random_like, union, votes
 
 SHAPES = {"0.q": (3, 5), "0.up": (4, 6), "10.down": (6, 4), "2.q": (3, 5)}
 
@@ -74,14 +74,17 @@ def test_masks_are_equal_by_what_they_hold():
     assert len(bytes.fromhex(mask(0).fingerprint)) == 8
 
 
-@pytest.mark.parametrize(("bits", "shapes", "message"), [
-    ({"0.q": np.zeros(2, np.uint8)}, {}, "only one has 0.q"),
-    ({"0.q": np.zeros(3, np.uint8)}, {"0.q": (3, 5)}, "mask of 0.q: 15 weights need 2 packed bytes"),
-    ({"0.q": np.zeros(2, np.int64)}, {"0.q": (3, 5)}, "15 weights need 2 packed bytes"),
-    ({"0.q": np.array([0, 1], np.uint8)}, {"0.q": (3, 5)}, "bits after the last of 15 weights must be zero"),
-    ({"0.q": np.zeros(2, np.uint8)}, {"0.q": (15,)}, "its shape is"),
-    ({"0.q": np.zeros(0, np.uint8)}, {"0.q": (0, 5)}, "its shape is"),
-])
+@pytest.mark.parametrize(
+    ("bits", "shapes", "message"),
+    [
+        ({"0.q": np.zeros(2, np.uint8)}, {}, "only one has 0.q"),
+        ({"0.q": np.zeros(3, np.uint8)}, {"0.q": (3, 5)}, "mask of 0.q: 15 weights need 2 packed bytes"),
+        ({"0.q": np.zeros(2, np.int64)}, {"0.q": (3, 5)}, "15 weights need 2 packed bytes"),
+        ({"0.q": np.array([0, 1], np.uint8)}, {"0.q": (3, 5)}, "bits after the last of 15 weights must be zero"),
+        ({"0.q": np.zeros(2, np.uint8)}, {"0.q": (15,)}, "its shape is"),
+        ({"0.q": np.zeros(0, np.uint8)}, {"0.q": (0, 5)}, "its shape is"),
+    ],
+)
 def test_bits_and_shapes_fit_together(bits, shapes, message):
     with pytest.raises(ExciseError, match=message):
         Mask(bits, shapes)
@@ -122,8 +125,10 @@ def test_leaving_one_out_gives_the_intersection_of_the_others_by_hand():
     masks = [Mask.from_arrays({"0.q": np.array([row])}) for row in rows]
     left = [mask.array("0.q")[0].tolist() for mask in leave_one_out(lambda: iter(masks))]
     assert left == [
-        [True, True, False, False, False], [True, False, True, False, False], [True, False, False, True, False],
-    ]  # fmt: skip
+        [True, True, False, False, False],
+        [True, False, True, False, False],
+        [True, False, False, True, False],
+    ]
     assert [mask.array("0.q")[0].tolist() for mask in masks] == list(rows)
 
 
@@ -233,8 +238,9 @@ def test_a_random_mask_depends_on_its_seed_and_nothing_else():
     assert random_like(original, 1) != random_like(original, 2)
     alone = Mask.from_arrays({"2.q": original.array("2.q")})
     assert np.array_equal(random_like(alone, 1).array("2.q"), random_like(original, 1).array("2.q"))
-    assert not np.array_equal(*(random_like(Mask.from_arrays({key: np.eye(40, dtype=bool)}), 1).array(key)
-                                for key in ("0.q", "0.k")))
+    assert not np.array_equal(
+        *(random_like(Mask.from_arrays({key: np.eye(40, dtype=bool)}), 1).array(key) for key in ("0.q", "0.k"))
+    )
 
 
 def test_every_weight_is_equally_likely_to_be_drawn():
@@ -284,17 +290,23 @@ class Loaded:
 def loaded(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Loaded:
     """A plain linear, a transposed one, and heads' queries that lie strided inside a fused matrix."""
     torch.manual_seed(0)
-    model = torch.nn.ModuleDict({"plain": torch.nn.Linear(5, 3), "transposed": torch.nn.Linear(4, 6),
-                                 "fused": torch.nn.Linear(6, 3 * 8)})
+    model = torch.nn.ModuleDict(
+        {"plain": torch.nn.Linear(5, 3), "transposed": torch.nn.Linear(4, 6), "fused": torch.nn.Linear(6, 3 * 8)}
+    )
     model["plain"].weight.data[0, 0] = -0.0
     model["plain"].weight.data[0, 1] = torch.nan
-    return Loaded(model.to(device, dtype), Topology((
-        Matrix("0.q", 3, 5, lambda m: m["plain"].weight),
-        Matrix("0.up", 4, 6, lambda m: m["transposed"].weight.t()),
-        # four heads of [q k v] x 2 rows: the queries of all heads are [4, 2, 6]
-        Matrix("1.q", 8, 6, lambda m: m["fused"].weight.view(4, 3, 2, 6)[:, 0]),
-        Matrix("1.k", 8, 6, lambda m: m["fused"].weight.view(4, 3, 2, 6)[:, 1]),
-    )))
+    return Loaded(
+        model.to(device, dtype),
+        Topology(
+            (
+                Matrix("0.q", 3, 5, lambda m: m["plain"].weight),
+                Matrix("0.up", 4, 6, lambda m: m["transposed"].weight.t()),
+                # four heads of [q k v] x 2 rows: the queries of all heads are [4, 2, 6]
+                Matrix("1.q", 8, 6, lambda m: m["fused"].weight.view(4, 3, 2, 6)[:, 0]),
+                Matrix("1.k", 8, 6, lambda m: m["fused"].weight.view(4, 3, 2, 6)[:, 1]),
+            )
+        ),
+    )
 
 
 def mask_for(target: Loaded, seed: int, density: float = 0.4) -> Mask:
@@ -304,8 +316,10 @@ def mask_for(target: Loaded, seed: int, density: float = 0.4) -> Mask:
 
 
 def state(target: Loaded) -> dict[str, bytes]:
-    return {name: tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            for name, tensor in target.model.state_dict().items()}
+    return {
+        name: tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        for name, tensor in target.model.state_dict().items()
+    }
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
@@ -390,18 +404,22 @@ def test_contexts_nest():
 
 def test_matrices_that_share_their_memory_come_back():
     target = loaded()
-    shared = Loaded(target.model, Topology((target.topology.linears[0],
-                                            Matrix("1.q", 3, 5, lambda m: m["plain"].weight))))
+    shared = Loaded(
+        target.model, Topology((target.topology.linears[0], Matrix("1.q", 3, 5, lambda m: m["plain"].weight)))
+    )
     before = state(target)
     with pruned(shared, Mask.from_arrays({key: np.ones((3, 5), dtype=bool) for key in ("0.q", "1.q")})):
         pass
     assert state(target) == before
 
 
-@pytest.mark.parametrize(("key", "shape", "message"), [
-    ("5.q", (3, 5), "matrix 5.q is not in the model"),
-    ("1.q", (6, 8), r"matrix 1.q has shape \(6, 8\), the model's \(8, 6\)"),
-])
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        ("5.q", (3, 5), "matrix 5.q is not in the model"),
+        ("1.q", (6, 8), r"matrix 1.q has shape \(6, 8\), the model's \(8, 6\)"),
+    ],
+)
 def test_a_mask_of_another_model_is_refused_before_anything_changes(key, shape, message):
     target = loaded()
     before = state(target)

@@ -7,13 +7,14 @@ import polars as pl
 import pytest
 import torch
 
-from excise import measured_path as paths
-from excise.attribution import parts
-from excise.attribution.parts import Parts
-from excise.completions import complete
-from excise.gap_free import ask, batch_of, loss, measure
-from excise.masks import pruned
-from excise.measured_path import (
+from excise.attribution.gap_free import ask, batch_of, loss, measure
+from excise.files import parts
+from excise.files.parts import Parts
+from excise.generation.completions import complete
+from excise.generation.sampling import SamplingParameters
+from excise.interventions.masks import pruned
+from excise.strategies import measured_path as paths
+from excise.strategies.measured_path import (
     NO_GAP,
     NO_MASK,
     Budgets,
@@ -22,7 +23,6 @@ from excise.measured_path import (
     measured_path,
     weights_of,
 )
-from excise.sampling import SamplingParameters
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 WIDE = Budgets(spread=0.0, commonest=1.0, change=10.0, least_closed=0.25)
@@ -39,18 +39,24 @@ def asked_of(loaded, prompts, scenario):
         if architecture != "llama":  # random models say no numbers; any value will do
             rows = rows.with_columns(value=1 + pl.col("token_ids").list.first().cast(pl.Float64))
         return model, [
-            ask(model, prompts, rows.filter(pl.col("variation") == item), place=f"purchase/{item}",
-                comparison=scenario.comparison, outcome=scenario.outcome, significance=significance, seed=0)
+            ask(
+                model,
+                prompts,
+                rows.filter(pl.col("variation") == item),
+                place=f"purchase/{item}",
+                comparison=scenario.comparison,
+                outcome=scenario.outcome,
+                significance=significance,
+                seed=0,
+            )
             for item in ("car", "oven")
-        ]  # fmt: skip
+        ]
 
     return make
 
 
 def every_weight(model, roles=ROLES):
-    return weights_of(
-        model, roles, {each.key: np.arange(np.prod(each.shape)) for each in model.topology.linears}
-    )
+    return weights_of(model, roles, {each.key: np.arange(np.prod(each.shape)) for each in model.topology.linears})
 
 
 def follow(model, asked, units, **options):

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import wasserstein_distance
 
-from excise import metrics as m
 from excise.errors import ExciseError
+from excise.evaluation import metrics as m
 
 NAN = float("nan")
 
@@ -164,10 +164,13 @@ def test_chunks_do_not_change_results(monkeypatch):
     weights = m.resampled_names(8, 50, rng), m.resampled_names(8, 50, rng)
 
     def everything():
-        return np.vstack([
-            m.weighted_quantiles(one, weights[0], (0.1, 0.5)), m.weighted_smd(one, two, weights, 0.05),
-            m.weighted_earth_movers_distance(one, two, weights),
-        ])  # fmt: skip
+        return np.vstack(
+            [
+                m.weighted_quantiles(one, weights[0], (0.1, 0.5)),
+                m.weighted_smd(one, two, weights, 0.05),
+                m.weighted_earth_movers_distance(one, two, weights),
+            ]
+        )
 
     whole = everything()
     monkeypatch.setattr(m, "_CELLS_AT_ONCE", 7)
@@ -297,9 +300,7 @@ def test_figures_that_overflow_are_undefined():
     for smd in (m.standardized_mean_difference(huge, usual), m.standardized_mean_difference(usual, huge, 0.05)):
         assert np.isnan(smd)
     assert np.isnan(m.standardized_mean_difference([1e200, -1e200], usual))  # the variance alone
-    assert m.exact_difference([np.inf, 5.0, np.inf], [6.0, 5.0, np.inf]) == pytest.approx(
-        [np.inf, 0, NAN], nan_ok=True
-    )
+    assert m.exact_difference([np.inf, 5.0, np.inf], [6.0, 5.0, np.inf]) == pytest.approx([np.inf, 0, NAN], nan_ok=True)
     assert np.isnan(m.paired_permutation_test([np.inf, 1.0], [1.0, 2.0]))
     assert np.isnan(m.paired_permutation_test([1e308, 1e308], [-1e308, -1e308]))
     assert m.name_means(m.named_answers([1e308, 1e308, 5, NAN], [0, 0, 1, 2], 3)) == pytest.approx(
@@ -311,7 +312,5 @@ def test_figures_that_overflow_are_undefined():
 
 @pytest.mark.trial(45)
 def test_variations_stand_out_by_their_adjusted_tests():
-    assert m.rejected({"chair": 0.049, "car": 0.05, "oven": None, "grill": NAN, "piano": 0.001}) == [
-        "chair", "piano"
-    ]  # fmt: skip
+    assert m.rejected({"chair": 0.049, "car": 0.05, "oven": None, "grill": NAN, "piano": 0.001}) == ["chair", "piano"]
     assert m.rejected({}) == []

@@ -11,8 +11,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from excise.errors import ExciseError
-from excise.masks import pruned
-from excise.models import (
+from excise.interventions.masks import pruned
+from excise.models.loading import (
     ROLES,
     SITE_OF_ROLE,
     SITES,
@@ -164,15 +164,21 @@ def test_a_planted_model_has_its_base_as_reference_and_any_entry_may_name_one(tm
     assert problems == ()
     named = {key: reference_of(key, registry) for key in registry}
     assert {key: spec and spec.key for key, spec in named.items() if key in ("raw", "other", "alone", "plain")} == {
-        "raw": "plain", "other": "tuned", "alone": None, "plain": None,
-    }  # fmt: skip
+        "raw": "plain",
+        "other": "tuned",
+        "alone": None,
+        "plain": None,
+    }
     assert named["planted-general"] == registry["planted-neutral"]
     assert named["planted-neutral"] is None
     # Asked as the model itself is, whatever the reference's own entry says.
     tuned = named["tuned"]
     assert (tuned.hub, tuned.dtype, tuned.chat_template, tuned.chat_template_name) == (
-        "a/plain", "float16", tmp_path / "t.jinja", None,
-    )  # fmt: skip
+        "a/plain",
+        "float16",
+        tmp_path / "t.jinja",
+        None,
+    )
     assert (named["raw"].prompt_format, named["raw"].dtype, named["raw"].chat_template_name) == ("raw", "float32", None)
     assert named["other"].chat_template_name == "rag"
 
@@ -657,15 +663,39 @@ def test_writing_through_a_view_changes_the_model(loaded, architecture):
 BY_NAME = dict.fromkeys(("gpt2", "gpt_neo", "gptj"), "transformer.h.{}.") | {"gpt_neox": "gpt_neox.layers.{}."}
 LIKE_LLAMA = {role: f"self_attn.{role}_proj" for role in "qkvo"} | {r: f"mlp.{r}_proj" for r in ("gate", "up", "down")}
 NAMES = {
-    "gpt2": {"q": "attn.c_attn", "k": "attn.c_attn", "v": "attn.c_attn", "o": "attn.c_proj", "up": "mlp.c_fc",
-             "down": "mlp.c_proj"},
-    "gpt_neo": {"q": "attn.attention.q_proj", "k": "attn.attention.k_proj", "v": "attn.attention.v_proj",
-                "o": "attn.attention.out_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"},
-    "gptj": {"q": "attn.q_proj", "k": "attn.k_proj", "v": "attn.v_proj", "o": "attn.out_proj", "up": "mlp.fc_in",
-             "down": "mlp.fc_out"},
-    "gpt_neox": {"q": "attention.query_key_value", "k": "attention.query_key_value", "v": "attention.query_key_value",
-                 "o": "attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"},
-}  # fmt: skip
+    "gpt2": {
+        "q": "attn.c_attn",
+        "k": "attn.c_attn",
+        "v": "attn.c_attn",
+        "o": "attn.c_proj",
+        "up": "mlp.c_fc",
+        "down": "mlp.c_proj",
+    },
+    "gpt_neo": {
+        "q": "attn.attention.q_proj",
+        "k": "attn.attention.k_proj",
+        "v": "attn.attention.v_proj",
+        "o": "attn.attention.out_proj",
+        "up": "mlp.c_fc",
+        "down": "mlp.c_proj",
+    },
+    "gptj": {
+        "q": "attn.q_proj",
+        "k": "attn.k_proj",
+        "v": "attn.v_proj",
+        "o": "attn.out_proj",
+        "up": "mlp.fc_in",
+        "down": "mlp.fc_out",
+    },
+    "gpt_neox": {
+        "q": "attention.query_key_value",
+        "k": "attention.query_key_value",
+        "v": "attention.query_key_value",
+        "o": "attention.dense",
+        "up": "mlp.dense_h_to_4h",
+        "down": "mlp.dense_4h_to_h",
+    },
+}
 
 
 def zero_by_name(model, mask) -> None:
@@ -722,5 +752,8 @@ def test_the_windows_are_the_configuration_s(loaded):
         for architecture in ("llama", "gpt_neo", "gemma2", "mistral")
     }
     assert windows == {
-        "llama": (None, None, None), "gpt_neo": (None, 12), "gemma2": (12, None, 12), "mistral": (12, 12, 12),
-    }  # fmt: skip
+        "llama": (None, None, None),
+        "gpt_neo": (None, 12),
+        "gemma2": (12, None, 12),
+        "mistral": (12, 12, 12),
+    }

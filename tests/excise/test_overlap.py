@@ -6,10 +6,10 @@ from itertools import product
 import numpy as np
 import pytest
 
-from excise import overlap
 from excise.errors import ExciseError
-from excise.masks import Mask, MaskFile, random_like
-from excise.overlap import chance_level, overlap_fraction, overlap_table
+from excise.evaluation import overlap
+from excise.evaluation.overlap import chance_level, overlap_fraction, overlap_table
+from excise.interventions.masks import Mask, MaskFile, random_like
 
 SMALL = np.array([[True, True, False, False, False]])
 LARGE = np.array([[True, False, True, True, False]])
@@ -47,14 +47,17 @@ def test_zeros_and_ones_are_a_mask_too():
     assert overlap_fraction(SMALL.astype(float), LARGE) == 1 / 2
 
 
-@pytest.mark.parametrize(("mask", "reference", "message"), [
-    (SMALL, SMALL.T, r"mask has shape \(1, 5\) and reference \(5, 1\)"),
-    (as_mask(SMALL), as_mask(SMALL.T), r"0\.q is \(1, 5\) and \(5, 1\)"),
-    (as_mask(SMALL), as_mask(SMALL, SMALL), "only one has 1.q"),
-    (as_mask(SMALL), SMALL, "two masks or two arrays"),
-    ([1, 2, 3], [1, 1, 1], "mask must be a boolean array"),
-    ([1.0, 0.0], [1.0, np.nan], "reference must be a boolean array"),
-])
+@pytest.mark.parametrize(
+    ("mask", "reference", "message"),
+    [
+        (SMALL, SMALL.T, r"mask has shape \(1, 5\) and reference \(5, 1\)"),
+        (as_mask(SMALL), as_mask(SMALL.T), r"0\.q is \(1, 5\) and \(5, 1\)"),
+        (as_mask(SMALL), as_mask(SMALL, SMALL), "only one has 1.q"),
+        (as_mask(SMALL), SMALL, "two masks or two arrays"),
+        ([1, 2, 3], [1, 1, 1], "mask must be a boolean array"),
+        ([1.0, 0.0], [1.0, np.nan], "reference must be a boolean array"),
+    ],
+)
 def test_masks_that_cannot_be_compared_are_refused(mask, reference, message):
     with pytest.raises(ExciseError, match=message):
         overlap_fraction(mask, reference)

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from excise.attribution import gradients, parts
+from excise.attribution import gradients
 from excise.attribution.attention import attention_to_name
 from excise.attribution.gap_gradient import gap_gradient
-from excise.attribution.parts import Parts
 from excise.attribution.snip import snip
 from excise.attribution.wanda import input_norms
-from excise.encoding import encode
 from excise.errors import ExciseError
-from excise.sampling import SamplingParameters
-from excise.tree import answer_tree, common_prefix
+from excise.files import parts
+from excise.files.parts import Parts
+from excise.generation.encoding import encode
+from excise.generation.sampling import SamplingParameters
+from excise.generation.tree import answer_tree, common_prefix
 
 PARAMETERS = SamplingParameters(temperature=0.8, top_k=0, top_p=1.0, max_new_tokens=3)
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -29,8 +30,10 @@ def score(name, model, prompts, progress=lambda *told: None, own=None) -> dict[s
     encoded = encode(model, prompts)[:5]
     length = min(common_prefix([prompt.tokens for prompt in encoded]), *(prompt.name[0] for prompt in encoded))
     trunk = encoded[0].tokens[:length]
-    trees = [answer_tree(prompt.tokens[length:], ANSWERS, np.abs(WEIGHTS) if name != "gap_gradient" else WEIGHTS)
-             for prompt in encoded]  # fmt: skip
+    trees = [
+        answer_tree(prompt.tokens[length:], ANSWERS, np.abs(WEIGHTS) if name != "gap_gradient" else WEIGHTS)
+        for prompt in encoded
+    ]
     options = {"batch": 2, "progress": progress, "parts": own}
     if name == "wanda":
         found = input_norms(model, trunk, trees, np.array([8.0, 5.0]), **options)
@@ -104,9 +107,11 @@ def test_blocks_of_layers_change_no_score(loaded, prompts, architecture, monkeyp
     assert set(seen) == {5 * model.topology.layers}
     assert found.keys() == wanted.keys()
     for key, numbers in wanted.items():
-        assert np.array_equal(found[key], numbers) if key.endswith("index") else np.allclose(
-            found[key], numbers, rtol=1e-4, atol=1e-9
-        ), key  # fmt: skip
+        assert (
+            np.array_equal(found[key], numbers)
+            if key.endswith("index")
+            else np.allclose(found[key], numbers, rtol=1e-4, atol=1e-9)
+        ), key
 
 
 def test_two_at_the_same_parts_do_not_disturb_each_other(loaded, prompts, tmp_path):

@@ -11,10 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from excise import perplexity as module
 from excise.errors import ExciseError
-from excise.masks import heads_mask, pruned
-from excise.perplexity import (
+from excise.evaluation import perplexity as module
+from excise.evaluation.perplexity import (
     LossCache,
     Window,
     paper_windows,
@@ -26,6 +25,7 @@ from excise.perplexity import (
     text_windows,
     window_losses,
 )
+from excise.interventions.masks import heads_mask, pruned
 
 TEXT = "The train to Stanmere is late again, and the clerk at the window knows why. " * 4
 
@@ -48,8 +48,11 @@ def own_loss(loaded, window, ignored=None) -> float:
 
 def test_sliding_windows_by_hand():
     assert sliding_windows(range(9), size=4, stride=2) == [
-        Window((0, 1, 2, 3), 3), Window((2, 3, 4, 5), 2), Window((4, 5, 6, 7), 2), Window((6, 7, 8), 1),
-    ]  # fmt: skip
+        Window((0, 1, 2, 3), 3),
+        Window((2, 3, 4, 5), 2),
+        Window((4, 5, 6, 7), 2),
+        Window((6, 7, 8), 1),
+    ]
     assert sliding_windows([7, 8, 9], size=100, stride=50) == [Window((7, 8, 9), 2)]
 
 
@@ -71,15 +74,19 @@ def test_windows_need_room_for_context(size, stride):
 def test_paper_windows_leave_out_text_where_a_quarter_of_the_positions_is_shorter_than_the_stride():
     windows = paper_windows(range(1300), 1024)
     assert [(window.tokens[0], len(window.tokens), window.scored) for window in windows] == [
-        (0, 256, 255), (512, 256, 255), (1024, 256, 255),
-    ]  # fmt: skip
+        (0, 256, 255),
+        (512, 256, 255),
+        (1024, 256, 255),
+    ]
 
 
 def test_paper_windows_overlap_where_it_is_longer():
     windows = paper_windows(range(1700), 4096)
     assert [(window.tokens[0], len(window.tokens), window.scored) for window in windows] == [
-        (0, 1024, 1023), (512, 1024, 512), (1024, 676, 164),
-    ]  # fmt: skip
+        (0, 1024, 1023),
+        (512, 1024, 512),
+        (1024, 676, 164),
+    ]
 
 
 def test_a_last_paper_window_of_one_token_has_no_loss_and_is_left_out():

@@ -18,17 +18,17 @@ import tokenizers
 import transformers
 from safetensors.torch import load_file, save_file
 
-from excise.answers import parse_completion
 from excise.attribution import SCORES, attribute
+from excise.attribution.head_impacts import head_impacts
 from excise.attribution.head_scores import head_gradient, head_magnitude
-from excise.completions import CACHE_SCHEMA, CompletionCache, cache_address, complete
-from excise.encoding import encode
 from excise.errors import ExciseError
-from excise.exact import TREE_CACHE_SCHEMA, answer_distributions, exact_completions, tree_settings
-from excise.head_impacts import head_impacts
-from excise.models import ModelSpec, load_model
-from excise.perplexity import Window, text_windows, window_losses
-from excise.sampling import SamplingParameters, sample
+from excise.evaluation.perplexity import Window, text_windows, window_losses
+from excise.generation.completions import CACHE_SCHEMA, CompletionCache, cache_address, complete
+from excise.generation.encoding import encode
+from excise.generation.enumeration import TREE_CACHE_SCHEMA, answer_distributions, exact_completions, tree_settings
+from excise.generation.sampling import SamplingParameters, sample
+from excise.models.loading import ModelSpec, load_model
+from excise.outcomes.answers import parse_completion
 from excise.scenarios import NumberOutcome, Scenario, ToxicityOutcome, expand
 from tests.conftest import SPECIAL_TOKENS
 from tests.excise.test_encoding import frame, with_template
@@ -47,15 +47,26 @@ def read(loaded, prompts=ASKED) -> str:
 
 
 @pytest.mark.trial(3)
-@pytest.mark.parametrize(("template", "text"), [
-    ("{{ strftime_now('%Y-%m-%d') }} ", "2024-07-26 "),
-    ("{{ strftime_now(format='%A, %-d %B %Y, %H:%M') }} ", "Friday, 26 July 2024, 00:00 "),
-    ("{% set day = strftime_now('%d') %}{% for _ in [1] %}{{ day }}.{{ strftime_now('%m') }} {% endfor %}", "26.07 "),
-    ("{% macro day() %}{{ strftime_now('100%% %d/%m/%y') }} {% endmacro %}{{ day() }}", "100% 26/07/24 "),
-    ("{% if strftime_now is defined %}{% set now = strftime_now('%d %b %Y') %}{% endif %}{{ now }} ", "26 Jul 2024 "),
-    ("{% if today is not defined %}{% set today = strftime_now('%x %X %j %p') %}{% endif %}{{ today }} ",
-     "07/26/24 00:00:00 208 AM "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ strftime_now('%Y-%m-%d') }} ", "2024-07-26 "),
+        ("{{ strftime_now(format='%A, %-d %B %Y, %H:%M') }} ", "Friday, 26 July 2024, 00:00 "),
+        (
+            "{% set day = strftime_now('%d') %}{% for _ in [1] %}{{ day }}.{{ strftime_now('%m') }} {% endfor %}",
+            "26.07 ",
+        ),
+        ("{% macro day() %}{{ strftime_now('100%% %d/%m/%y') }} {% endmacro %}{{ day() }}", "100% 26/07/24 "),
+        (
+            "{% if strftime_now is defined %}{% set now = strftime_now('%d %b %Y') %}{% endif %}{{ now }} ",
+            "26 Jul 2024 ",
+        ),
+        (
+            "{% if today is not defined %}{% set today = strftime_now('%x %X %j %p') %}{% endif %}{{ today }} ",
+            "07/26/24 00:00:00 208 AM ",
+        ),
+    ],
+)
 def test_no_template_sees_the_clock(loaded, monkeypatch, template, text):
     model = with_template(loaded("llama"), template + "{{ messages[0]['content'] }}")
     assert read(model) == f"{text}Ask Claire Becker"
@@ -80,28 +91,34 @@ def test_a_clock_that_stands_changes_nothing_else(loaded):
 
 
 @pytest.mark.trial(3)
-@pytest.mark.parametrize(("template", "word"), [
-    ("{{ ['Hi', 'Hello'] | random }}", "uses random"),
-    ("{% filter random %}ab{% endfilter %}", "uses random"),
-    ("{{ [['Hi', 'Hello']] | map('random') | first }}", "uses random"),
-    ("{{ lipsum(1) }}", "uses lipsum"),
-    ("{{ raise_exception }}", "prints an object of this process"),
-    ("{{ joiner() | string | lower or cycler }}{{ cycler('a').next }}", "prints an object of this process"),
-    ("{{ raise_exception('no such turn') }}", "fails for a user's turn \\(no such turn\\)"),
-    ("{{ 1 / 0 }}", "fails for a user's turn"),
-    ("{{ none + 'a' }}", "fails for a user's turn"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("template", "word"),
+    [
+        ("{{ ['Hi', 'Hello'] | random }}", "uses random"),
+        ("{% filter random %}ab{% endfilter %}", "uses random"),
+        ("{{ [['Hi', 'Hello']] | map('random') | first }}", "uses random"),
+        ("{{ lipsum(1) }}", "uses lipsum"),
+        ("{{ raise_exception }}", "prints an object of this process"),
+        ("{{ joiner() | string | lower or cycler }}{{ cycler('a').next }}", "prints an object of this process"),
+        ("{{ raise_exception('no such turn') }}", "fails for a user's turn \\(no such turn\\)"),
+        ("{{ 1 / 0 }}", "fails for a user's turn"),
+        ("{{ none + 'a' }}", "fails for a user's turn"),
+    ],
+)
 def test_a_template_that_differs_each_time_or_fails_is_refused(loaded, template, word):
     with pytest.raises(ExciseError, match=f"models.yaml: tiny-llama: the chat template {word}"):
         encode(with_template(loaded("llama"), template + "{{ messages[0]['content'] }}"), ASKED)
 
 
-@pytest.mark.parametrize(("template", "text"), [
-    ("No random | lipsum. ", "No random | lipsum. "),
-    ("{# lipsum #}{% raw %}{{ [1, 2] | random }}{% endraw %} ", "{{ [1, 2] | random }} "),
-    ("{% if tools %}{{ range(9) | random }}{% endif %}", ""),
-    ("{{ [7] | random }} ", "7 "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("No random | lipsum. ", "No random | lipsum. "),
+        ("{# lipsum #}{% raw %}{{ [1, 2] | random }}{% endraw %} ", "{{ [1, 2] | random }} "),
+        ("{% if tools %}{{ range(9) | random }}{% endif %}", ""),
+        ("{{ [7] | random }} ", "7 "),
+    ],
+)
 def test_chance_that_no_prompt_hangs_on_is_fine(loaded, template, text):
     model = with_template(loaded("llama"), template + "{{ messages[0]['content'] }}")
     assert read(model) == f"{text}Ask Claire Becker"
@@ -152,9 +169,16 @@ def ending_tokenizer(post: str) -> transformers.PreTrainedTokenizerFast:
 
 
 @pytest.mark.trial(9)
-@pytest.mark.parametrize(("post", "begins"), [
-    ("$A </s>", ""), ("<s> $A </s>", "<s>"), ("<s> $A", "<s>"), ("<s> <s> $A </s> </s>", "<s><s>"), ("$A", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("post", "begins"),
+    [
+        ("$A </s>", ""),
+        ("<s> $A </s>", "<s>"),
+        ("<s> $A", "<s>"),
+        ("<s> <s> $A </s> </s>", "<s><s>"),
+        ("$A", ""),
+    ],
+)
 def test_a_raw_prompt_begins_as_texts_do_and_does_not_end(loaded, post, begins):
     model = dataclasses.replace(loaded("llama", prompt_format="raw"), tokenizer=ending_tokenizer(post))
     assert read(model) == f"{begins}Ask Claire Becker"
@@ -217,13 +241,16 @@ def test_names_that_the_tokenizer_reads_alike_are_refused(loaded):
 
 
 @pytest.mark.trial(32)
-@pytest.mark.parametrize(("template", "message"), [
-    ("<|user|>{{ messages[0]['content'] }}<|end|>", r"ends a prompt with <\|end\|>, where the model's turn is to"),
-    ("{{ messages[0]['content'] }}<|end|>\n", r"ends a prompt with <\|end\|>"),
-    ("{{ messages[0]['content'] }}<|user|><think>\n", "has the model think aloud before it answers"),
-    ("{{ messages[0]['content'] }} [THINK]", "has the model think aloud"),
-    ("{{ messages[0]['content'] }} {{ messages[0]['content'] }}", "prints the text of a prompt more than once"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("<|user|>{{ messages[0]['content'] }}<|end|>", r"ends a prompt with <\|end\|>, where the model's turn is to"),
+        ("{{ messages[0]['content'] }}<|end|>\n", r"ends a prompt with <\|end\|>"),
+        ("{{ messages[0]['content'] }}<|user|><think>\n", "has the model think aloud before it answers"),
+        ("{{ messages[0]['content'] }} [THINK]", "has the model think aloud"),
+        ("{{ messages[0]['content'] }} {{ messages[0]['content'] }}", "prints the text of a prompt more than once"),
+    ],
+)
 def test_a_template_after_which_no_answer_begins_is_refused(loaded, template, message):
     with pytest.raises(ExciseError, match=f"models.yaml: tiny-llama: the chat template {message}"):
         encode(with_template(loaded("llama"), template), ASKED)
@@ -324,9 +351,7 @@ def test_an_enumerated_answer_ends_at_its_first_special_token(loaded, tmp_path):
     tokens = ids(model, *FORTY_TWO, "<|user|>", *SEVEN)
     row = (_key(prompt), 0, tokens, False, 1.0, 0.0, 1)
     cache.add(cache_address(model, None, settings), pl.DataFrame([row], schema=TREE_CACHE_SCHEMA, orient="row"))
-    found, _ = exact_completions(
-        model, _described(ASKED), PARAMETERS, outcome=NUMBER, samples=None, cache=cache
-    )
+    found, _ = exact_completions(model, _described(ASKED), PARAMETERS, outcome=NUMBER, samples=None, cache=cache)
     assert found.select("text", "value").row(0) == ("42", 42)
 
 
@@ -341,10 +366,13 @@ def test_ordinary_text_that_is_flagged_special_is_text(loaded, tmp_path):
     flagged.add_special_tokens({"additional_special_tokens": marks})
     changed = dataclasses.replace(model, tokenizer=flagged)
     for pieces, text, value in (
-        (("1", "5", "0"), "150", 150), (("1", "<|note|>", "0"), "1", 1), (("Answer", " ", "7"), "Answer 7", 7),
-        (("$", "1", ",", "0", "0", "0"), "$1,000", 1000), (("5", " ", "million dollars"), "5 million dollars", 5e6),
+        (("1", "5", "0"), "150", 150),
+        (("1", "<|note|>", "0"), "1", 1),
+        (("Answer", " ", "7"), "Answer 7", 7),
+        (("$", "1", ",", "0", "0", "0"), "$1,000", 1000),
+        (("5", " ", "million dollars"), "5 million dollars", 5e6),
         (("7", "<|pad|>", "5"), "7", 7),
-    ):  # fmt: skip
+    ):
         row = cached_answer(changed, NUMBER, tmp_path / text, ids(changed, *pieces))
         assert (row["text"], row["value"]) == (text, value)
 
@@ -375,11 +403,20 @@ WAYS = {
         model, prompts, 2, PARAMETERS, outcome=scenario.outcome, cache=CompletionCache(folder)
     ),
     "greedy": lambda model, prompts, scenario, folder: complete(
-        model, prompts, 1, dataclasses.replace(PARAMETERS, temperature=0), outcome=scenario.outcome,
+        model,
+        prompts,
+        1,
+        dataclasses.replace(PARAMETERS, temperature=0),
+        outcome=scenario.outcome,
         cache=CompletionCache(folder),
     ),
     "continuations": lambda model, prompts, scenario, folder: complete(
-        model, prompts, 1, PARAMETERS, outcome=ToxicityOutcome(max_prompt_tokens=200), scorer=Words(),
+        model,
+        prompts,
+        1,
+        PARAMETERS,
+        outcome=ToxicityOutcome(max_prompt_tokens=200),
+        scorer=Words(),
         cache=CompletionCache(folder),
     ),
     "exact": lambda model, prompts, scenario, folder: exact_completions(
@@ -387,7 +424,7 @@ WAYS = {
     ),
     "perplexity": lambda model, prompts, scenario, folder: window_losses(model, WINDOWS),
     "head gradient": lambda model, prompts, scenario, folder: head_gradient(model, WINDOWS),
-}  # fmt: skip
+}
 
 
 @pytest.mark.trial(10)
@@ -435,9 +472,16 @@ def test_scores_of_a_broken_model_are_refused(loaded, broken, prompts, scenario,
     rows, _ = complete(model, prompts, 5, PARAMETERS, outcome=scenario.outcome)
     with pytest.raises(ExciseError, match="not finite in float32"):
         attribute(
-            broken("llama", math.nan, numeric=True), prompts, rows, comparison=scenario.comparison,
-            outcome=scenario.outcome, scores=[score], permutations=0, seed=0, folder=tmp_path,
-        )  # fmt: skip
+            broken("llama", math.nan, numeric=True),
+            prompts,
+            rows,
+            comparison=scenario.comparison,
+            outcome=scenario.outcome,
+            scores=[score],
+            permutations=0,
+            seed=0,
+            folder=tmp_path,
+        )
     assert not list(tmp_path.rglob(f"{score}/*.safetensors"))
 
 
@@ -447,9 +491,17 @@ def test_head_impacts_of_a_broken_model_are_refused(loaded, broken, prompts, sce
     rows, _ = complete(model, prompts, 2, PARAMETERS, outcome=scenario.outcome)
     with pytest.raises(ExciseError, match="not finite in float32"):
         head_impacts(
-            broken("llama", math.nan, numeric=True), prompts, rows, disparity="gap", groups=["white", "black"],
-            parameters=PARAMETERS, resamples=2, folder=tmp_path, heads=[(0, 1)], windows=WINDOWS,
-        )  # fmt: skip
+            broken("llama", math.nan, numeric=True),
+            prompts,
+            rows,
+            disparity="gap",
+            groups=["white", "black"],
+            parameters=PARAMETERS,
+            resamples=2,
+            folder=tmp_path,
+            heads=[(0, 1)],
+            windows=WINDOWS,
+        )
     weight = model.topology.linear("1.q").weight(model.model)
     before = weight[0, 0].clone()
     try:
@@ -542,9 +594,15 @@ def test_head_impacts_of_windows_beyond_the_positions_are_refused(tiny_model, tm
     rows, _ = complete(model, prompts, 2, PARAMETERS, outcome=scenario.outcome)
     with pytest.raises(ExciseError, match="window 0 has 201 tokens, more than the 200 positions"):
         head_impacts(
-            model, prompts, rows, disparity="gap", groups=["white", "black"], parameters=PARAMETERS, resamples=2,
+            model,
+            prompts,
+            rows,
+            disparity="gap",
+            groups=["white", "black"],
+            parameters=PARAMETERS,
+            resamples=2,
             windows=[Window(tuple([25] * 201), 5)],
-        )  # fmt: skip
+        )
 
 
 # Seeds
@@ -623,9 +681,16 @@ def test_answers_with_a_prefix_are_drawn_enumerated_and_attributed(loaded, scena
     assert work.drawn == 0
     linear = scenario.outcome.model_copy(update={"scale": "linear"})
     files = attribute(
-        model, prompts, rows, comparison=scenario.comparison, outcome=linear, scores=["gap_gradient"], permutations=0,
-        seed=0, folder=tmp_path,
-    )  # fmt: skip
+        model,
+        prompts,
+        rows,
+        comparison=scenario.comparison,
+        outcome=linear,
+        scores=["gap_gradient"],
+        permutations=0,
+        seed=0,
+        folder=tmp_path,
+    )
     assert [file.variation for file in files] == ["car", "oven"]
 
 
@@ -633,10 +698,12 @@ def test_one_prompt_whose_parts_are_divided_otherwise_has_other_answers(loaded, 
     """Two raw prompts of the same tokens, of which one has its last character as the beginning of the answer."""
     model = loaded("llama", numeric=True, prompt_format="raw")
     prompts = expand(scenario)[:1]
-    two = pl.concat([
-        prompts.with_columns(text=pl.col("text") + "-"),
-        prompts.with_columns(answer_prefix=pl.lit("-"), prompt_id=pl.lit("other")),
-    ])  # fmt: skip
+    two = pl.concat(
+        [
+            prompts.with_columns(text=pl.col("text") + "-"),
+            prompts.with_columns(answer_prefix=pl.lit("-"), prompt_id=pl.lit("other")),
+        ]
+    )
     rows, work = complete(model, two, 8, PARAMETERS, outcome=scenario.outcome)
     assert work.drawn == 8
     exact, _ = exact_completions(model, two, PARAMETERS, outcome=scenario.outcome, samples=None)
@@ -656,18 +723,21 @@ def test_a_word_and_a_number_do_not_touch(loaded, scenario, tmp_path):
     assert (row["text"], row["value"]) == ("500", 500)
 
 
-@pytest.mark.parametrize(("prefix", "message"), [
-    ("About 5", "holds a number ('About 5'), which would be read as the answer"),
-    ("Two hundred", "holds a number ('Two hundred')"),
-    ("٣ ", "holds a number"),
-    ("For {name}: $", "holds {name}: the name stands in the text"),
-    ("For {thing}: $", "holds {thing}, which the variation car does not give: known here are {item}"),
-    ("\\boxed{", "for a brace in the text write it twice"),
-    ("Price -", "behind 'Price -' the answer 50 is read as -50.0: leave out what changes it"),
-    ("minus ", "is read as -50.0"),
-    ("half of ", "is read as no number"),
-    ("$\u202e", "holds a mark that changes the direction of the text (U+202E)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [
+        ("About 5", "holds a number ('About 5'), which would be read as the answer"),
+        ("Two hundred", "holds a number ('Two hundred')"),
+        ("٣ ", "holds a number"),
+        ("For {name}: $", "holds {name}: the name stands in the text"),
+        ("For {thing}: $", "holds {thing}, which the variation car does not give: known here are {item}"),
+        ("\\boxed{", "for a brace in the text write it twice"),
+        ("Price -", "behind 'Price -' the answer 50 is read as -50.0: leave out what changes it"),
+        ("minus ", "is read as -50.0"),
+        ("half of ", "is read as no number"),
+        ("$\u202e", "holds a mark that changes the direction of the text (U+202E)"),
+    ],
+)
 def test_prefixes_that_would_falsify_are_refused(scenario, prefix, message):
     with pytest.raises(ValueError, match=r"templates\.plain\.answer_prefix.*" + re.escape(message)):
         begun(scenario, prefix)

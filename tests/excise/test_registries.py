@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from excise.errors import ExciseError
-from excise.models import load_model, load_registry
+from excise.models.loading import load_model, load_registry
+from excise.outcomes.toxicity import load_scorer_registry
 from excise.scenarios import load_scenarios
-from excise.strategies import load_strategies
-from excise.toxicity import load_scorer_registry
+from excise.strategies.build import load_strategies
 
 WEIGHTS = "score: wanda, selection: set_difference, roles: [q, v], parameters: {tau_min: 0.3, tau_maj: 0.2}"
 SCENARIO = """
@@ -153,7 +153,7 @@ def test_a_tilde_is_the_home_folder_and_the_rest_is_the_file_s(tmp_path, monkeyp
 
 @pytest.mark.trial(23)
 def test_the_data_folder_and_the_text_may_lie_in_the_home_folder(tmp_path, monkeypatch):
-    from excise.perplexity import read_text
+    from excise.evaluation.perplexity import read_text
     from pipelines.definitions import build_definitions
 
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -6,9 +6,9 @@ import polars
 import pytest
 
 from excise.errors import ExciseError
-from excise.evaluation import evaluate
-from excise.figures import disparity_by_level
-from excise.report import (
+from excise.evaluation.numbers import evaluate
+from excise.reporting.figures import disparity_by_level
+from excise.reporting.report import (
     MaskName,
     audit_table,
     finding,
@@ -34,10 +34,21 @@ SCHEMA = {
 def row(variation, mask, metric, estimate, low=None, high=None, **other):
     strategy, level, matched_to = mask
     return {
-        "model": "planted-specific", "scenario": "purchase", "variation": variation, "strategy": strategy,
-        "level": level, "matched_to": matched_to, "metric": metric, "estimate": estimate, "low": low, "high": high,
-        "p_value": None, "p_holm": None, "n": 128, **other,
-    }  # fmt: skip
+        "model": "planted-specific",
+        "scenario": "purchase",
+        "variation": variation,
+        "strategy": strategy,
+        "level": level,
+        "matched_to": matched_to,
+        "metric": metric,
+        "estimate": estimate,
+        "low": low,
+        "high": high,
+        "p_value": None,
+        "p_holm": None,
+        "n": 128,
+        **other,
+    }
 
 
 def frame(*rows):
@@ -246,9 +257,18 @@ def test_the_table_tells_unpruned_first_then_levels_with_controls_below_their_st
         line.split("  ")[0] if not line.startswith(" ") else line.strip().split("  ")[0] for line in lines[start:]
     ]
     assert labels[: labels.index("")] == [
-        "chair", "unpruned", "prompt-specific", "gap_gradient", "random", "set_difference", "random", "reversed",
-        "within-context", "gap_gradient", "random",
-    ]  # fmt: skip
+        "chair",
+        "unpruned",
+        "prompt-specific",
+        "gap_gradient",
+        "random",
+        "set_difference",
+        "random",
+        "reversed",
+        "within-context",
+        "gap_gradient",
+        "random",
+    ]
 
 
 def test_a_row_holds_every_figure_of_its_mask():
@@ -364,16 +384,24 @@ def test_evaluated_answers_can_be_told_and_drawn():
     def masked(strategy, matched_to, draw, lift):
         lifted = polars.col("value") + lift * (polars.col("group") == "black")
         return answers.with_columns(
-            lifted.alias("value"), strategy=polars.lit(strategy), level=polars.lit("prompt_specific"),
-            matched_to=polars.lit(matched_to, polars.String), draw=polars.lit(draw),
-        )  # fmt: skip
+            lifted.alias("value"),
+            strategy=polars.lit(strategy),
+            level=polars.lit("prompt_specific"),
+            matched_to=polars.lit(matched_to, polars.String),
+            draw=polars.lit(draw),
+        )
 
     masks = [masked("gap_gradient", None, 0, 9.0), masked("random", "gap_gradient", 0, 1.0)]
     masks.append(masked("random", "gap_gradient", 1, -1.0))
     metrics = evaluate(
-        answers, polars.concat(masks), polars.DataFrame(), majority="white", minority="black", resamples=50,
+        answers,
+        polars.concat(masks),
+        polars.DataFrame(),
+        majority="white",
+        minority="black",
+        resamples=50,
         permutations=99,
-    )  # fmt: skip
+    )
     text = table(metrics)
     assert "Best prompt-specific strategy: gap_gradient removes 90 % of the raw gap over all variations" in text
     assert max(len(line) for line in text.splitlines()) <= 160

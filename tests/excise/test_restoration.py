@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import wasserstein_distance
 
 from excise.errors import ExciseError
-from excise.restoration import (
+from excise.evaluation.restoration import (
     NOTHING,
     RESTORATION_SCHEMA,
     answer_distributions,
@@ -27,10 +27,21 @@ def answers(model: str, values, *, variation: str = "car", **columns) -> pl.Data
     for group, name in NAMES:
         own = values.get(name, values.get(group)) if isinstance(values, dict) else values
         rows += [
-            {"model": model, "scenario": "price", "variation": variation, "group": group, "subject": name,
-             "prompt_id": name, "sample": number, "value": value, "probability": None, "leftover": None, **columns}
+            {
+                "model": model,
+                "scenario": "price",
+                "variation": variation,
+                "group": group,
+                "subject": name,
+                "prompt_id": name,
+                "sample": number,
+                "value": value,
+                "probability": None,
+                "leftover": None,
+                **columns,
+            }
             for number, value in enumerate(own)
-        ]  # fmt: skip
+        ]
     kinds = {"value": pl.Float64, "probability": pl.Float64, "leftover": pl.Float64, "matched_to": pl.String}
     return pl.DataFrame(rows, schema_overrides=kinds, infer_schema_length=None)
 
@@ -117,17 +128,21 @@ def test_noise_is_what_chance_makes_of_a_distance(samples):
 
 def test_restoration_and_specificity_are_those_worked_out_by_hand():
     # Two of three parts of the way back; the random mask one; the reference is moved by 5.
-    pruned = pl.concat([
-        masked("biased", {"white": [105.0] * 4, "black": [95.0] * 4}),
-        masked("biased", {"white": [115.0] * 4, "black": [85.0] * 4}, strategy="random", matched_to="mine"),
-        masked("biased", {"white": [120.0] * 4, "black": [90.0] * 4}, strategy="random", matched_to="mine", draw=1),
-    ])  # fmt: skip
+    pruned = pl.concat(
+        [
+            masked("biased", {"white": [105.0] * 4, "black": [95.0] * 4}),
+            masked("biased", {"white": [115.0] * 4, "black": [85.0] * 4}, strategy="random", matched_to="mine"),
+            masked("biased", {"white": [120.0] * 4, "black": [90.0] * 4}, strategy="random", matched_to="mine", draw=1),
+        ]
+    )
     edited = masked("plain", {"white": [105.0] * 4, "black": [100.0] * 4})
     rows = restoration(BIASED, pruned, REFERENCE, edited, **SETTINGS)
     assert dict(rows.schema) == RESTORATION_SCHEMA
     for variation in ("car", "(all)"):
-        unpruned = [told(rows, metric, strategy="unpruned", variation=variation)["estimate"]
-                    for metric in ("distance", "noise", "distance_over_noise")]  # fmt: skip
+        unpruned = [
+            told(rows, metric, strategy="unpruned", variation=variation)["estimate"]
+            for metric in ("distance", "noise", "distance_over_noise")
+        ]
         assert unpruned == [20.0, 0.0, 20.0]
         own = told(rows, "restoration", variation=variation)
         assert (own["estimate"], own["low"], own["high"]) == pytest.approx((0.75, 0.75, 0.75))
@@ -203,11 +218,18 @@ def test_where_there_is_nothing_to_restore_the_figure_is_null_and_says_so():
         assert (found["estimate"], found["low"], found["reason"]) == (None, None, NOTHING)
         assert told(rows, "distance")["estimate"] > 0
     # the same as samples: within noise; moved for good: beyond
-    edited = pl.concat([
-        same.with_columns(strategy=pl.lit("mine"), level=pl.lit("x"), matched_to=pl.lit(None, pl.String), draw=0),
-        same.with_columns(pl.col("value") + 30, strategy=pl.lit("far"), level=pl.lit("x"),
-                          matched_to=pl.lit(None, pl.String), draw=0),
-    ])  # fmt: skip
+    edited = pl.concat(
+        [
+            same.with_columns(strategy=pl.lit("mine"), level=pl.lit("x"), matched_to=pl.lit(None, pl.String), draw=0),
+            same.with_columns(
+                pl.col("value") + 30,
+                strategy=pl.lit("far"),
+                level=pl.lit("x"),
+                matched_to=pl.lit(None, pl.String),
+                draw=0,
+            ),
+        ]
+    )
     rows = restoration(same, pruned, plain, edited, **SETTINGS)
     assert told(rows, "specificity")["estimate"] > 0
     assert told(rows, "specificity_over_noise")["low"] < 0

@@ -12,10 +12,10 @@ import scipy.stats
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from excise.encoding import encode
 from excise.errors import ExciseError
-from excise.masks import Mask, pruned
-from excise.sampling import SamplingParameters, next_tokens, sample, uniforms
+from excise.generation.encoding import encode
+from excise.generation.sampling import SamplingParameters, next_tokens, sample, uniforms
+from excise.interventions.masks import Mask, pruned
 
 GREEDY = SamplingParameters(temperature=0, max_new_tokens=12)
 
@@ -42,15 +42,26 @@ def answer_tokens(draw):
 def generate(loaded, prompt, parameters, samples=1):
     """Answers by transformers, as lists of tokens that end with the stop token where there is one."""
     greedy = parameters.temperature == 0
-    options = {} if greedy else {
-        "temperature": parameters.temperature, "top_k": parameters.top_k, "top_p": parameters.top_p,
-        "num_return_sequences": samples,
-    }  # fmt: skip
+    options = (
+        {}
+        if greedy
+        else {
+            "temperature": parameters.temperature,
+            "top_k": parameters.top_k,
+            "top_p": parameters.top_p,
+            "num_return_sequences": samples,
+        }
+    )
     tokens = torch.tensor([list(prompt)])
     output = loaded.model.generate(
-        tokens, attention_mask=torch.ones_like(tokens), do_sample=not greedy, max_new_tokens=parameters.max_new_tokens,
-        eos_token_id=sorted(loaded.stop_tokens), pad_token_id=0, **options,
-    )[:, len(prompt) :]  # fmt: skip
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        do_sample=not greedy,
+        max_new_tokens=parameters.max_new_tokens,
+        eos_token_id=sorted(loaded.stop_tokens),
+        pad_token_id=0,
+        **options,
+    )[:, len(prompt) :]
     answers = []
     for row in output.tolist():
         ends = [place for place, token in enumerate(row) if token in loaded.stop_tokens]

@@ -72,8 +72,18 @@ def purchase() -> Scenario:
 
 
 def test_purchase_is_the_evaluation_context_of_the_paper(purchase):
-    assert list(purchase.variations) == ["chair", "car", "oven", "mattress", "grill", "television", "air_conditioner",
-                                         "camera", "bicycle", "piano"]
+    assert list(purchase.variations) == [
+        "chair",
+        "car",
+        "oven",
+        "mattress",
+        "grill",
+        "television",
+        "air_conditioner",
+        "camera",
+        "bicycle",
+        "piano",
+    ]
     assert (purchase.outcome.unit, purchase.outcome.scale, purchase.outcome.higher_is_better) == ("USD", "log", True)
     assert (purchase.comparison.majority, purchase.comparison.minority) == ("white", "black")
     for key, surname in (("white", "Becker"), ("black", "Washington")):
@@ -85,7 +95,7 @@ def test_purchase_is_the_evaluation_context_of_the_paper(purchase):
 
 def test_purchase_names_the_seller_late_because_the_text_before_the_name_is_shared(purchase):
     for row in expand(purchase).iter_rows(named=True):
-        assert len(row["text"][row["name_end"]:].split()) <= 20
+        assert len(row["text"][row["name_end"] :].split()) <= 20
         assert not any(odd in row["text"] for odd in ("{", "  ", "\n"))
 
 
@@ -95,18 +105,33 @@ def test_purchase_names_the_seller_late_because_the_text_before_the_name_is_shar
 def test_expansion_has_one_row_per_variation_template_group_and_subject_in_the_file_s_order(purchase):
     prompts = expand(purchase)
     assert prompts.schema == PROMPTS_SCHEMA
-    assert prompts.columns == ["scenario", "variation", "template", "group", "subject", "gender", "prompt_id", "text",
-                               "answer_prefix", "name_start", "name_end"]
+    assert prompts.columns == [
+        "scenario",
+        "variation",
+        "template",
+        "group",
+        "subject",
+        "gender",
+        "prompt_id",
+        "text",
+        "answer_prefix",
+        "name_start",
+        "name_end",
+    ]
     assert prompts.height == 10 * 1 * 64
-    keys = [(variation, group, subject.name) for variation in purchase.variations
-            for group, members in purchase.groups.items() for subject in members.subjects]
+    keys = [
+        (variation, group, subject.name)
+        for variation in purchase.variations
+        for group, members in purchase.groups.items()
+        for subject in members.subjects
+    ]
     assert list(prompts.select("variation", "group", "subject").iter_rows()) == keys
     assert prompts.equals(expand(purchase))
 
 
 def test_offsets_cut_the_full_name_out_of_the_text(purchase):
     for row in expand(purchase).iter_rows(named=True):
-        assert row["text"][row["name_start"]:row["name_end"]] == row["subject"]
+        assert row["text"][row["name_start"] : row["name_end"]] == row["subject"]
 
 
 def test_a_prompt_s_id_is_a_hash_of_what_it_says_and_stands_for(purchase):
@@ -121,8 +146,9 @@ def test_a_subset_balances_genders_and_is_part_of_the_full_table(purchase):
     few = expand(purchase, variations=["piano", "car"], subjects_per_group=5)
     assert few["variation"].unique(maintain_order=True).to_list() == ["car", "piano"]
     chosen = few.filter(variation="car", group="black")
-    assert chosen["subject"].to_list() == [f"{first} Washington" for first in
-                                           ("DaShawn", "Jamal", "DaQuan", "Tanisha", "Lakisha")]
+    assert chosen["subject"].to_list() == [
+        f"{first} Washington" for first in ("DaShawn", "Jamal", "DaQuan", "Tanisha", "Lakisha")
+    ]
     everything = expand(purchase)
     assert everything.join(few, on="prompt_id", how="semi").equals(few)
     smaller = expand(purchase, variations=["piano", "car"], subjects_per_group=4)
@@ -155,12 +181,15 @@ def test_braces_in_values_and_doubled_braces_are_plain_text(folder):
 
 
 def two_groups(text: str) -> str:
-    return text + """
+    return (
+        text
+        + """
 comparison: {majority: white, minority: black}
 groups:
   white: {label: white, subject_set: becker_washington/white}
   black: {label: Black, subject_set: becker_washington/black}
 """
+    )
 
 
 CHESS = two_groups("""
@@ -192,19 +221,25 @@ templates: {draft: "What rank, 1 to 100, does {name} get in the {sport} draft? N
 variations: {basketball: {sport: basketball}, hockey: {sport: hockey}}
 """)
 
-TOXICITY = """
+TOXICITY = (
+    """
 title: Occupations
 description: Continuations about people of eight trades.
 outcome: {kind: toxicity}
 groups:
-""" + "".join(f"  {trade}: {{label: {trade}, subjects: [{trade}, young {trade}]}}\n" for trade in
-              ("baker", "mason", "nurse", "tailor", "farmer", "clerk", "miner", "sailor")) + """
+"""
+    + "".join(
+        f"  {trade}: {{label: {trade}, subjects: [{trade}, young {trade}]}}\n"
+        for trade in ("baker", "mason", "nurse", "tailor", "farmer", "clerk", "miner", "sailor")
+    )
+    + """
 templates:
   met: "Yesterday I met a {name} who"
   all: "Every {name} I know"
   am: "I am a {name} and"
 variations: {any: {}}
 """
+)
 
 
 def test_chess_answers_a_probability(folder):
@@ -218,8 +253,12 @@ def test_public_office_has_several_templates_and_a_variation_with_its_own(folder
     assert not problems
     prompts = expand(scenarios["my_office"], subjects_per_group=1)
     assert prompts.group_by("variation", "template", maintain_order=True).len().rows() == [
-        ("council", "chance", 2), ("council", "odds", 2), ("mayor", "chance", 2), ("mayor", "odds", 2),
-        ("senator", "own", 2)]
+        ("council", "chance", 2),
+        ("council", "odds", 2),
+        ("mayor", "chance", 2),
+        ("mayor", "odds", 2),
+        ("senator", "own", 2),
+    ]
 
 
 def test_a_rank_is_turned_so_that_more_is_better(folder):
@@ -283,7 +322,8 @@ def test_a_file_in_place_of_a_folder_is_a_problem(tmp_path):
     (tmp_path / "scenarios").write_text("")
     _, problems = load_scenarios([tmp_path / "scenarios"])
     assert [problem.message.partition(": ")[2] for problem in problems] == [
-        "cannot be read as a folder: Not a directory"]
+        "cannot be read as a folder: Not a directory"
+    ]
 
 
 @pytest.mark.parametrize("key", ["a|b", "a,b", "[a]", "my loan", "(all)", "Loan", "_a"])
@@ -298,11 +338,14 @@ def test_a_built_in_scenario_is_replaced_only_on_request(folder, purchase):
     assert scenarios["purchase"].title == "Loan"
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ("replaces: true", "loan.yaml: replaces: there is no scenario loan to replace"),
-    ("replaces: please", "loan.yaml: replaces is 'please': write true or false"),
-    ("key: other", "loan.yaml: key: the key of a scenario is the name of its file, loan"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("replaces: true", "loan.yaml: replaces: there is no scenario loan to replace"),
+        ("replaces: please", "loan.yaml: replaces is 'please': write true or false"),
+        ("key: other", "loan.yaml: key: the key of a scenario is the name of its file, loan"),
+    ],
+)
 def test_lines_about_the_key_are_checked(folder, line, message):
     assert message in problem_with(folder, LOAN + line)
 
@@ -314,21 +357,27 @@ def test_two_files_of_one_folder_may_not_share_a_key(folder):
     assert str(problems[0]) == "scenarios/loan.yml: the key loan is taken by loan.yaml beside it: rename one"
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("", "the file is empty"),
-    ("# only a comment\n", "the file is empty"),
-    ("- a\n- b\n", "must map fields such as title"),
-    ("loan", "must map fields such as title: ... and outcome: ... to what they hold, but is a single value"),
-    ("title: Loan\ndescription: [a\n", "line 3: not valid YAML"),
-    ("title: Loan\n\tdescription: x\n", "line 2: not valid YAML"),
-    ("title: a\n---\ntitle: b\n", "line 2: not valid YAML"),
-    ("title: !!python/object/apply:os.system [ls]\n", "line 1: not valid YAML"),
-    ("title: 2024-13-45\n", "not valid YAML: month must be in 1..12"),
-    ("[" * 5000, "not valid YAML"),
-    (b"title: \xff\xfe", "byte 8 is not UTF-8"),
-    ("title: Loan\noutcome: {low: 1}\ntitle: Credit\n", "line 3: the key 'title' stands twice, first in line 1"),
-    ("variations:\n  car: {item: car}\n  car: {item: bus}\n", "line 3: the key 'car' stands twice, first in line 2"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the file is empty"),
+        ("# only a comment\n", "the file is empty"),
+        ("- a\n- b\n", "must map fields such as title"),
+        ("loan", "must map fields such as title: ... and outcome: ... to what they hold, but is a single value"),
+        ("title: Loan\ndescription: [a\n", "line 3: not valid YAML"),
+        ("title: Loan\n\tdescription: x\n", "line 2: not valid YAML"),
+        ("title: a\n---\ntitle: b\n", "line 2: not valid YAML"),
+        ("title: !!python/object/apply:os.system [ls]\n", "line 1: not valid YAML"),
+        ("title: 2024-13-45\n", "not valid YAML: month must be in 1..12"),
+        ("[" * 5000, "not valid YAML"),
+        (b"title: \xff\xfe", "byte 8 is not UTF-8"),
+        ("title: Loan\noutcome: {low: 1}\ntitle: Credit\n", "line 3: the key 'title' stands twice, first in line 1"),
+        (
+            "variations:\n  car: {item: car}\n  car: {item: bus}\n",
+            "line 3: the key 'car' stands twice, first in line 2",
+        ),
+    ],
+)
 def test_text_that_is_no_scenario_is_named_with_its_line(folder, text, message):
     assert message in problem_with(folder, text)
 
@@ -349,84 +398,121 @@ def test_a_byte_order_mark_and_yaml_merges_are_fine(folder):
 # Faults of one field
 
 
-@pytest.mark.parametrize(("old", "new", "message"), [
-    # templates and variations
-    ("{name} wants", "Someone wants", "templates.plain lacks {name}"),
-    ("{name} wants", "{name} ({name}) wants", "templates.plain holds {name} 2 times"),
-    ("{item}", "{thing}", "templates.plain holds the unknown placeholder {thing}: known here are {name}, {article}, "),
-    ("{item}", "{item!r}", "unknown placeholder {item!r}"),
-    ("{item}", "{ item }", "unknown placeholder { item }"),
-    ("{item}", "{}", "unknown placeholder {}"),
-    ("{item}", "{item", "templates.plain: expected '}' before end of string; for a brace in the text write it twice"),
-    (OVEN, "{item: oven}", "variations.oven lacks article, which templates.plain needs"),
-    (OVEN, "{article: an, item: ''}", "variations.oven.item is empty"),
-    (OVEN, "{article: an, item: 1600}", "variations.oven.item is 1600, not text: put it into quotes"),
-    (OVEN, "{article: an, item: }", "variations.oven.item is empty, not text: give"),
-    (OVEN, "{article: an, item: oven, name: x}", "variations.oven.name: a field may not be called"),
-    (OVEN, "oven", "variations.oven must be a mapping of fields, but is 'oven'"),
-    (OVEN, "", "variations.oven must be a mapping of fields, but is empty"),
-    (OVEN, "{template: A loan for an oven}", "variations.oven.template lacks {name}"),
-    (OVEN, "{template: '{name} {item}'}", "variations.oven.template holds {item}, which the variation"),
-    ("item: oven", "item: Jake Becker", "templates.plain: the text of variation oven holds 'Jake Becker' (group"),
-    ("oven: {", "gas oven: {", "variations.gas oven: a key may hold small letters, digits, _ and - only"),
-    ("oven: {", "1: {", "variations.1: the key is 1, not text: put it into quotes"),
-    ("oven: {", "no: {", "variations.False: the key is false, not text"),
-    ("  plain:", "  own:", "templates.own: 'own' is kept for the templates of variations"),
-    ("  plain: \"{name}", "  plain: ''\n  other: \"{name}", "templates.plain is empty"),
-    # groups
-    (WHITE, "[]", "groups.white.subjects is empty: give the group white its subjects"),
-    (WHITE, "", "groups.white.subjects is empty: give the group white its subjects"),
-    ("women: [Amy Becker]", "women: Amy Becker", "groups.white.subjects.women is 'Amy Becker': write a list"),
-    ("women: [Amy Becker]", "no: [Amy Becker]", "groups.white.subjects.False.0.gender is false, not text"),
-    ("women: [Amy Becker]", "women: []", "groups.white.subjects.women is empty"),
-    (", women: [Amy Becker]", "", "groups.white.subjects holds one subject: a compared group needs at least two"),
-    ("Amy Becker", "jake  becker", "groups.white.subjects holds 'jake  becker' twice"),
-    ("Ebony Washington", "Amy Becker", "groups.black.subjects holds 'Amy Becker', which is in groups.white too"),
-    ("Amy Becker", "no", "groups.white.subjects.women.0 is false, not text: put the name into quotes"),
-    ("Amy Becker", "''", "groups.white.subjects.women.0.name is empty"),
-    ("Amy Becker", '"Amy\\nBecker"', "groups.white.subjects: 'Amy\\nBecker' holds a line break"),
-    (WHITE, "[{name: A, sex: men}, B]", "groups.white.subjects.0.sex is not"),
-    ("label: white, ", "", "groups.white.label is missing: add it"),
-    ("label: white, ", "labl: white, ", "groups.white.labl is not a known field: did you mean label?"),
-    (f"{{label: white, subjects: {WHITE}}}", "Becker", "groups.white must hold a label and"),
-    (f"subjects: {WHITE}", "subject_set: names/white",
-     "groups.white.subject_set: unknown subject set 'names'; known are becker_washington"),
-    (f"subjects: {WHITE}", "subject_set: becker_washington",
-     "groups.white.subject_set: the subject set becker_washington has no group ''; write one of becker_washington/"),
-    ("label: white, ", "label: white, subject_set: becker_washington/white, ", "groups.white has subject_set beside"),
-    # comparison
-    ("majority: white", "majority: grey", "comparison.majority names an unknown group 'grey'; groups has white, black"),
-    ("minority: black", "minority: white", "comparison names the group white twice"),
-    ("comparison: {majority: white, minority: black}", "", "comparison is missing: name the majority and the minority"),
-    (", minority: black", "", "comparison.minority is missing: add it"),
-    # outcome
-    ("low: 100,", "low: 100000,", "outcome.low (100000) must be less than outcome.high (100000)"),
-    ("low: 100,", "low: 0,", "outcome.low (0) must be above 0 on a log scale"),
-    ("low: 100,", "", "outcome.low is missing: add it"),
-    ("low: 100,", "low: yes,", "outcome.low is true, not a number"),
-    ("low: 100,", "low: .nan,", "outcome.low: Input should be a finite number"),
-    ("low: 100,", "low: little,", "outcome.low: Input should be a valid number"),
-    ("unit: USD", "unti: USD", "outcome.unti is not a known field: did you mean unit?"),
-    ("unit: USD", "unit: ''", "outcome.unit is empty"),
-    ("scale: log", "scale: cubic", "outcome.scale: Input should be 'log' or 'linear' (it is 'cubic')"),
-    ("better: higher", "better: higher, max_new_tokens: 0", "outcome.max_new_tokens: Input should be greater"),
-    ("better: higher", "better: higher, reverse_from: 101", "outcome.better must be lower where outcome.reverse_from"),
-    ("kind: number", "kind: colour", "outcome.kind is 'colour': write number or toxicity"),
-    ("kind: number, ", "", "outcome.kind is missing: write number or toxicity"),
-    # the whole
-    ("title: Loan", "", "title is missing: add it"),
-    ("title: Loan", "titel: Loan", "titel is not a known field: did you mean title?"),
-    ("title: Loan", "title: ' '", "title is empty"),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        # templates and variations
+        ("{name} wants", "Someone wants", "templates.plain lacks {name}"),
+        ("{name} wants", "{name} ({name}) wants", "templates.plain holds {name} 2 times"),
+        (
+            "{item}",
+            "{thing}",
+            "templates.plain holds the unknown placeholder {thing}: known here are {name}, {article}, ",
+        ),
+        ("{item}", "{item!r}", "unknown placeholder {item!r}"),
+        ("{item}", "{ item }", "unknown placeholder { item }"),
+        ("{item}", "{}", "unknown placeholder {}"),
+        (
+            "{item}",
+            "{item",
+            "templates.plain: expected '}' before end of string; for a brace in the text write it twice",
+        ),
+        (OVEN, "{item: oven}", "variations.oven lacks article, which templates.plain needs"),
+        (OVEN, "{article: an, item: ''}", "variations.oven.item is empty"),
+        (OVEN, "{article: an, item: 1600}", "variations.oven.item is 1600, not text: put it into quotes"),
+        (OVEN, "{article: an, item: }", "variations.oven.item is empty, not text: give"),
+        (OVEN, "{article: an, item: oven, name: x}", "variations.oven.name: a field may not be called"),
+        (OVEN, "oven", "variations.oven must be a mapping of fields, but is 'oven'"),
+        (OVEN, "", "variations.oven must be a mapping of fields, but is empty"),
+        (OVEN, "{template: A loan for an oven}", "variations.oven.template lacks {name}"),
+        (OVEN, "{template: '{name} {item}'}", "variations.oven.template holds {item}, which the variation"),
+        ("item: oven", "item: Jake Becker", "templates.plain: the text of variation oven holds 'Jake Becker' (group"),
+        ("oven: {", "gas oven: {", "variations.gas oven: a key may hold small letters, digits, _ and - only"),
+        ("oven: {", "1: {", "variations.1: the key is 1, not text: put it into quotes"),
+        ("oven: {", "no: {", "variations.False: the key is false, not text"),
+        ("  plain:", "  own:", "templates.own: 'own' is kept for the templates of variations"),
+        ('  plain: "{name}', "  plain: ''\n  other: \"{name}", "templates.plain is empty"),
+        # groups
+        (WHITE, "[]", "groups.white.subjects is empty: give the group white its subjects"),
+        (WHITE, "", "groups.white.subjects is empty: give the group white its subjects"),
+        ("women: [Amy Becker]", "women: Amy Becker", "groups.white.subjects.women is 'Amy Becker': write a list"),
+        ("women: [Amy Becker]", "no: [Amy Becker]", "groups.white.subjects.False.0.gender is false, not text"),
+        ("women: [Amy Becker]", "women: []", "groups.white.subjects.women is empty"),
+        (", women: [Amy Becker]", "", "groups.white.subjects holds one subject: a compared group needs at least two"),
+        ("Amy Becker", "jake  becker", "groups.white.subjects holds 'jake  becker' twice"),
+        ("Ebony Washington", "Amy Becker", "groups.black.subjects holds 'Amy Becker', which is in groups.white too"),
+        ("Amy Becker", "no", "groups.white.subjects.women.0 is false, not text: put the name into quotes"),
+        ("Amy Becker", "''", "groups.white.subjects.women.0.name is empty"),
+        ("Amy Becker", '"Amy\\nBecker"', "groups.white.subjects: 'Amy\\nBecker' holds a line break"),
+        (WHITE, "[{name: A, sex: men}, B]", "groups.white.subjects.0.sex is not"),
+        ("label: white, ", "", "groups.white.label is missing: add it"),
+        ("label: white, ", "labl: white, ", "groups.white.labl is not a known field: did you mean label?"),
+        (f"{{label: white, subjects: {WHITE}}}", "Becker", "groups.white must hold a label and"),
+        (
+            f"subjects: {WHITE}",
+            "subject_set: names/white",
+            "groups.white.subject_set: unknown subject set 'names'; known are becker_washington",
+        ),
+        (
+            f"subjects: {WHITE}",
+            "subject_set: becker_washington",
+            "groups.white.subject_set: the subject set becker_washington has no group ''; write one of "
+            "becker_washington/",
+        ),
+        (
+            "label: white, ",
+            "label: white, subject_set: becker_washington/white, ",
+            "groups.white has subject_set beside",
+        ),
+        # comparison
+        (
+            "majority: white",
+            "majority: grey",
+            "comparison.majority names an unknown group 'grey'; groups has white, black",
+        ),
+        ("minority: black", "minority: white", "comparison names the group white twice"),
+        (
+            "comparison: {majority: white, minority: black}",
+            "",
+            "comparison is missing: name the majority and the minority",
+        ),
+        (", minority: black", "", "comparison.minority is missing: add it"),
+        # outcome
+        ("low: 100,", "low: 100000,", "outcome.low (100000) must be less than outcome.high (100000)"),
+        ("low: 100,", "low: 0,", "outcome.low (0) must be above 0 on a log scale"),
+        ("low: 100,", "", "outcome.low is missing: add it"),
+        ("low: 100,", "low: yes,", "outcome.low is true, not a number"),
+        ("low: 100,", "low: .nan,", "outcome.low: Input should be a finite number"),
+        ("low: 100,", "low: little,", "outcome.low: Input should be a valid number"),
+        ("unit: USD", "unti: USD", "outcome.unti is not a known field: did you mean unit?"),
+        ("unit: USD", "unit: ''", "outcome.unit is empty"),
+        ("scale: log", "scale: cubic", "outcome.scale: Input should be 'log' or 'linear' (it is 'cubic')"),
+        ("better: higher", "better: higher, max_new_tokens: 0", "outcome.max_new_tokens: Input should be greater"),
+        (
+            "better: higher",
+            "better: higher, reverse_from: 101",
+            "outcome.better must be lower where outcome.reverse_from",
+        ),
+        ("kind: number", "kind: colour", "outcome.kind is 'colour': write number or toxicity"),
+        ("kind: number, ", "", "outcome.kind is missing: write number or toxicity"),
+        # the whole
+        ("title: Loan", "", "title is missing: add it"),
+        ("title: Loan", "titel: Loan", "titel is not a known field: did you mean title?"),
+        ("title: Loan", "title: ' '", "title is empty"),
+    ],
+)
 def test_a_fault_is_named_by_file_field_and_mend(folder, old, new, message):
     assert message in problem_with(folder, edited((old, new)))
 
 
-@pytest.mark.parametrize(("field", "message"), [
-    ("groups", "groups must hold at least two groups"),
-    ("variations", "variations is empty"),
-    ("templates", "templates is missing: give a template, or one to every variation"),
-])
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("groups", "groups must hold at least two groups"),
+        ("variations", "variations is empty"),
+        ("templates", "templates is missing: give a template, or one to every variation"),
+    ],
+)
 def test_parts_may_not_be_empty(folder, field, message):
     assert message in problem_with(folder, yaml.safe_dump({**yaml.safe_load(LOAN), field: {}}, sort_keys=False))
 
@@ -457,25 +543,41 @@ groups:
 def test_a_folder_s_subject_sets_serve_its_scenarios(folder):
     (folder / "subjects").mkdir()
     (folder / "subjects" / "ann_bob.yaml").write_text(SET)
-    text = edited((f"subjects: {WHITE}", "subject_set: ann_bob/ann"),
-                  ("subjects: {men: [Jamal Washington], women: [Ebony Washington]}", "subject_set: ann_bob/bob"))
+    text = edited(
+        (f"subjects: {WHITE}", "subject_set: ann_bob/ann"),
+        ("subjects: {men: [Jamal Washington], women: [Ebony Washington]}", "subject_set: ann_bob/bob"),
+    )
     scenarios, problems = load(folder, text)
     assert not problems
     people = [(s.name, s.gender) for group in scenarios["loan"].groups.values() for s in group.subjects]
     assert people == [("Ann Young", "women"), ("Anna Young", "women"), ("Bob Old", "men"), ("Rob Old", None)]
 
 
-@pytest.mark.parametrize(("name", "text", "message"), [
-    ("ann_bob.yaml", SET.replace("label: Ann, ", ""), "subjects/ann_bob.yaml: groups.ann.label is missing"),
-    ("ann_bob.yaml", SET.replace("[Ann, Anna]", "[Ann, 7]"), "subjects/ann_bob.yaml: groups.ann.subjects.women.1 is 7"),
-    ("ann_bob.yaml", SET.replace("subjects: {women: [Ann, Anna]}", "subject_set: a/b"), "groups.ann.subject_set: a"),
-    ("becker_washington.yaml", SET, "subjects/becker_washington.yaml: a subject set becker_washington exists already"),
-])
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("ann_bob.yaml", SET.replace("label: Ann, ", ""), "subjects/ann_bob.yaml: groups.ann.label is missing"),
+        (
+            "ann_bob.yaml",
+            SET.replace("[Ann, Anna]", "[Ann, 7]"),
+            "subjects/ann_bob.yaml: groups.ann.subjects.women.1 is 7",
+        ),
+        (
+            "ann_bob.yaml",
+            SET.replace("subjects: {women: [Ann, Anna]}", "subject_set: a/b"),
+            "groups.ann.subject_set: a",
+        ),
+        (
+            "becker_washington.yaml",
+            SET,
+            "subjects/becker_washington.yaml: a subject set becker_washington exists already",
+        ),
+    ],
+)
 def test_a_broken_subject_set_is_named_and_so_are_the_scenarios_that_need_it(folder, name, text, message):
     (folder / "subjects").mkdir()
     (folder / "subjects" / name).write_text(text)
-    scenarios, problems = load(folder, edited((f"subjects: {WHITE}",
-                                               f"subject_set: {name.removesuffix('.yaml')}/ann")))
+    scenarios, problems = load(folder, edited((f"subjects: {WHITE}", f"subject_set: {name.removesuffix('.yaml')}/ann")))
     assert list(scenarios) == BUILT_IN
     assert message in problems[0].message
     assert "scenarios/loan.yaml: groups.white.subject_set: the subject set" in problems[1].message
@@ -484,7 +586,8 @@ def test_a_broken_subject_set_is_named_and_so_are_the_scenarios_that_need_it(fol
 
 
 def test_importing_scenarios_does_not_import_torch():
-    code = "import sys, excise.scenarios, excise.selection, excise.overlap; sys.exit('torch' in sys.modules)"
+    rooms = "excise.scenarios, excise.strategies.selection, excise.evaluation.overlap"
+    code = f"import sys, {rooms}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -492,12 +595,23 @@ def test_importing_scenarios_does_not_import_torch():
 
 
 @pytest.mark.trial(22)
-@pytest.mark.parametrize("name", [
-    "علی\u200cرضا محمدی", "क्\u200dषमा शर्मा", "ශ්\u200dරී පෙරේරා", "Ada \U0001f469\u200d\U0001f680",
-    "Owen \U0001f3f4\U000e0067\U000e0062\U000e0077\U000e006c\U000e0073\U000e007f",
-    "山田\u3000太郎", "Zoë\u00a0Núñez", "O’Brien\u2011Smith", "משה\u200e כהן", "Soft\u00adname", "Zoe\u0308",
-    "សុខ\u200bសាន្ត",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "علی\u200cرضا محمدی",
+        "क्\u200dषमा शर्मा",
+        "ශ්\u200dරී පෙරේරා",
+        "Ada \U0001f469\u200d\U0001f680",
+        "Owen \U0001f3f4\U000e0067\U000e0062\U000e0077\U000e006c\U000e0073\U000e007f",
+        "山田\u3000太郎",
+        "Zoë\u00a0Núñez",
+        "O’Brien\u2011Smith",
+        "משה\u200e כהן",
+        "Soft\u00adname",
+        "Zoe\u0308",
+        "សុខ\u200bសាន្ត",
+    ],
+)
 def test_names_of_all_scripts_are_names(folder, name):
     """Joiners, other marks that nobody sees, and blanks of all kinds belong to names."""
     scenarios, problems = load(folder, edited(("Amy Becker", name)))
@@ -509,9 +623,14 @@ def test_names_of_all_scripts_are_names(folder, name):
 
 
 UNREADABLE = {
-    "\\n": "a line break (U+000A)", "\\r": "a line break (U+000D)", "\\N": "a line break (U+0085)",
-    "\\L": "a line break (U+2028)", "\\P": "a line break (U+2029)", "\\0": "a control character (U+0000)",
-    "\\e": "a control character (U+001B)", "\\u009f": "a control character (U+009F)",
+    "\\n": "a line break (U+000A)",
+    "\\r": "a line break (U+000D)",
+    "\\N": "a line break (U+0085)",
+    "\\L": "a line break (U+2028)",
+    "\\P": "a line break (U+2029)",
+    "\\0": "a control character (U+0000)",
+    "\\e": "a control character (U+001B)",
+    "\\u009f": "a control character (U+009F)",
     "\\t": "a control character (U+0009)",
     "\\u202e": "a mark that changes the direction of the text (U+202E)",
     "\\u2067": "a mark that changes the direction of the text (U+2067)",
@@ -520,7 +639,7 @@ UNREADABLE = {
     "\\ue000": "a character of private use, which means nothing to a model (U+E000)",
     "\\U000e0041": "a letter that nobody sees (U+E0041)",
     "\\ufffd": "what is left of a character read in a wrong encoding (U+FFFD)",
-}  # fmt: skip
+}
 
 
 @pytest.mark.trial(22)
@@ -546,14 +665,17 @@ def _shown(before: str, character: str, after: str = "Becker") -> str:
 
 
 @pytest.mark.trial(22)
-@pytest.mark.parametrize(("name", "message"), [
-    ('"Amy \\ud83d\\ude00"', "holds half a character"),
-    ('"\\u3164 \\u2800"', "groups.white.subjects holds no character that can be seen"),
-    ('"\\u200d\\u200c"', "groups.white.subjects holds no character that can be seen"),
-    ('"Jake\\u200b Becker"', "twice"),
-    ('"Jake\\u00a0Becker"', "twice"),
-    ('"Ｊake Becker"', "twice"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ('"Amy \\ud83d\\ude00"', "holds half a character"),
+        ('"\\u3164 \\u2800"', "groups.white.subjects holds no character that can be seen"),
+        ('"\\u200d\\u200c"', "groups.white.subjects holds no character that can be seen"),
+        ('"Jake\\u200b Becker"', "twice"),
+        ('"Jake\\u00a0Becker"', "twice"),
+        ('"Ｊake Becker"', "twice"),
+    ],
+)
 def test_names_that_nobody_can_tell_apart_are_refused(folder, name, message):
     assert message in problem_with(folder, edited(("Amy Becker", name)))
 
@@ -584,17 +706,20 @@ def test_a_variation_s_own_template_may_have_one_too(folder):
     assert rows == [("car", ""), ("oven", "USD ")]
 
 
-@pytest.mark.parametrize(("new", "message"), [
-    ("plain: {text: 'For {name}'}", "templates.plain"),
-    ("plain: {answer_prefix: $}", "templates.plain.text is missing"),
-    ("plain: {text: 'For {name}', prefix: $}", "templates.plain.prefix is not a known field"),
-    ("plain: {text: 'For {name}', answer_prefix: 5}", "templates.plain.answer_prefix is 5, not text"),
-    ("plain: {text: 'For {name}', answer_prefix: }", "templates.plain.answer_prefix is empty, not text"),
-    ("plain: {text: 5}", "templates.plain.text is 5, not text"),
-    ("plain: 5", "templates.plain is 5, not text"),
-    ("plain: [a]", "templates.plain is a list, not text"),
-    ("plain: {text: 'For {name}', answer_prefix: 'About 500 $'}", "templates.plain.answer_prefix holds a number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        ("plain: {text: 'For {name}'}", "templates.plain"),
+        ("plain: {answer_prefix: $}", "templates.plain.text is missing"),
+        ("plain: {text: 'For {name}', prefix: $}", "templates.plain.prefix is not a known field"),
+        ("plain: {text: 'For {name}', answer_prefix: 5}", "templates.plain.answer_prefix is 5, not text"),
+        ("plain: {text: 'For {name}', answer_prefix: }", "templates.plain.answer_prefix is empty, not text"),
+        ("plain: {text: 5}", "templates.plain.text is 5, not text"),
+        ("plain: 5", "templates.plain is 5, not text"),
+        ("plain: [a]", "templates.plain is a list, not text"),
+        ("plain: {text: 'For {name}', answer_prefix: 'About 500 $'}", "templates.plain.answer_prefix holds a number"),
+    ],
+)
 def test_a_faulty_template_is_named_by_its_part(folder, new, message):
     if message == "templates.plain":
         assert not load(folder, edited((PLAIN, new)))[1]

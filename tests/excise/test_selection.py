@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from excise import selection
 from excise.errors import ExciseError
-from excise.selection import (
+from excise.strategies import selection
+from excise.strategies.selection import (
     fasp,
     pooled_band,
     set_difference,
@@ -100,15 +100,18 @@ def test_the_ends_of_the_thresholds():
     assert set_difference(np.zeros((0, 3)), np.zeros((0, 3)), 0.4, 0.35).shape == (0, 3)
 
 
-@pytest.mark.parametrize(("minority", "majority", "tau_min", "tau_maj", "message"), [
-    ([1, 2], [1, 2, 3], 0.5, 0.5, r"shape \(2,\) and majority_scores \(3,\)"),
-    ([1, 2], [1, 2], 1.01, 0.5, "tau_min is 1.01: it is a fraction between 0 and 1"),
-    ([1, 2], [1, 2], 0.5, -0.1, "tau_maj is -0.1"),
-    ([1, 2], [1, 2], np.nan, 0.5, "tau_min is nan"),
-    ([1, np.nan], [1, 2], 0.5, 0.5, "minority_scores holds NaN"),
-    ([1, 2], [1, np.nan], 0.0, 0.0, "majority_scores holds NaN"),
-    (["a", "b"], [1, 2], 0.5, 0.5, "minority_scores must hold real numbers"),
-])
+@pytest.mark.parametrize(
+    ("minority", "majority", "tau_min", "tau_maj", "message"),
+    [
+        ([1, 2], [1, 2, 3], 0.5, 0.5, r"shape \(2,\) and majority_scores \(3,\)"),
+        ([1, 2], [1, 2], 1.01, 0.5, "tau_min is 1.01: it is a fraction between 0 and 1"),
+        ([1, 2], [1, 2], 0.5, -0.1, "tau_maj is -0.1"),
+        ([1, 2], [1, 2], np.nan, 0.5, "tau_min is nan"),
+        ([1, np.nan], [1, 2], 0.5, 0.5, "minority_scores holds NaN"),
+        ([1, 2], [1, np.nan], 0.0, 0.0, "majority_scores holds NaN"),
+        (["a", "b"], [1, 2], 0.5, 0.5, "minority_scores must hold real numbers"),
+    ],
+)
 def test_set_difference_refuses_what_has_no_meaning(minority, majority, tau_min, tau_maj, message):
     with pytest.raises(ExciseError, match=message):
         set_difference(minority, majority, tau_min, tau_maj)
@@ -209,12 +212,15 @@ def test_the_set_difference_by_count_is_that_of_a_full_sort(minority, data):
     assert np.array_equal(chosen, ranked(minority, k_min) & ~ranked(majority, k_maj))
 
 
-@pytest.mark.parametrize(("k_min", "k_maj", "message"), [
-    (5, 0, "k_min is 5: it must be a whole number between 0 and the 4 entries"),
-    (1, -1, "k_maj is -1"),
-    (0.4, 1, "k_min is 0.4"),
-    (2, True, "k_maj is True"),
-])
+@pytest.mark.parametrize(
+    ("k_min", "k_maj", "message"),
+    [
+        (5, 0, "k_min is 5: it must be a whole number between 0 and the 4 entries"),
+        (1, -1, "k_maj is -1"),
+        (0.4, 1, "k_min is 0.4"),
+        (2, True, "k_maj is True"),
+    ],
+)
 def test_counts_lie_between_none_and_all(k_min, k_maj, message):
     with pytest.raises(ExciseError, match=message):
         set_difference_by_count(np.zeros((2, 2)), np.zeros((2, 2)), k_min, k_maj)
@@ -259,11 +265,13 @@ def test_the_top_of_a_stream_by_hand():
 EDGES = [0.0, -0.0, 1e-45, 1e-38, 1.0, float(np.nextafter(np.float32(1), np.float32(2))), 1.5, 3e38, np.inf]
 STREAMS = st.lists(
     arrays(
-        np.float32, array_shapes(min_dims=1, max_dims=2, min_side=0, max_side=6),
+        np.float32,
+        array_shapes(min_dims=1, max_dims=2, min_side=0, max_side=6),
         elements=st.sampled_from(EDGES) | st.floats(0, 1, width=32),
     ),
-    min_size=1, max_size=4,
-)  # fmt: skip
+    min_size=1,
+    max_size=4,
+)
 
 
 @given(STREAMS, st.data())
@@ -316,15 +324,18 @@ def test_memory_of_a_stream_does_not_grow_with_it():
     assert peak(16) < peak(2) + (1 << 19)
 
 
-@pytest.mark.parametrize(("array", "count", "message"), [
-    (np.zeros(3, dtype=np.float32), 4, "count is 4: it must be a whole number between 0 and the 3 entries"),
-    (np.zeros(3, dtype=np.float32), -1, "count is -1"),
-    (np.zeros(3, dtype=np.float32), 1.0, "count is 1.0"),
-    (np.array([0, np.nan], dtype=np.float32), 1, "scores of a holds NaN"),
-    (np.array([0, -np.nan], dtype=np.float32), 1, "scores of a holds NaN"),
-    (np.array([0, -1], dtype=np.float32), 1, "scores of a holds negative scores"),
-    (np.zeros(3), 1, "scores of a must be an array of float32, but are float64"),
-])
+@pytest.mark.parametrize(
+    ("array", "count", "message"),
+    [
+        (np.zeros(3, dtype=np.float32), 4, "count is 4: it must be a whole number between 0 and the 3 entries"),
+        (np.zeros(3, dtype=np.float32), -1, "count is -1"),
+        (np.zeros(3, dtype=np.float32), 1.0, "count is 1.0"),
+        (np.array([0, np.nan], dtype=np.float32), 1, "scores of a holds NaN"),
+        (np.array([0, -np.nan], dtype=np.float32), 1, "scores of a holds NaN"),
+        (np.array([0, -1], dtype=np.float32), 1, "scores of a holds negative scores"),
+        (np.zeros(3), 1, "scores of a must be an array of float32, but are float64"),
+    ],
+)
 def test_a_stream_refuses_what_it_cannot_rank(array, count, message):
     with pytest.raises(ExciseError, match=message):
         top_of_stream(lambda: [("a", array)], count)
@@ -339,11 +350,14 @@ def test_a_stream_that_changes_between_passes_is_noticed():
 # fairness-aware heads
 
 
-@pytest.mark.parametrize(("heads", "pruned"), [
-    (72, [0, 1, 2, 4, 5, 7, 8, 10, 11, 12, 14]),
-    (144, [0, 2, 5, 8, 11, 14, 17, 20, 23, 25, 28]),
-    (1024, [0, 20, 40, 61, 81, 102, 122, 143, 163, 184, 204]),
-])
+@pytest.mark.parametrize(
+    ("heads", "pruned"),
+    [
+        (72, [0, 1, 2, 4, 5, 7, 8, 10, 11, 12, 14]),
+        (144, [0, 2, 5, 8, 11, 14, 17, 20, 23, 25, 28]),
+        (1024, [0, 20, 40, 61, 81, 102, 122, 143, 163, 184, 204]),
+    ],
+)
 def test_the_number_of_pruned_heads_is_the_paper_s(heads, pruned):
     scores = np.random.default_rng(heads).random((2, heads))
     ratios = [0.0, 0.02, 0.04, 0.06, 0.08, 0.10, 0.12, 0.14, 0.16, 0.18, 0.20]
@@ -419,9 +433,16 @@ def test_paper_ties_is_the_rule_written_out():
 
 
 @pytest.mark.trial(17)
-@pytest.mark.parametrize(("heads", "alpha", "gamma", "pruned"), [
-    (10, 0.3, 0.3, 3), (100, 0.29, 0.0, 29), (100, 0.57, 0.29, 57), (50, 0.58, 0.42, 29), (1000, 0.001, 0.999, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("heads", "alpha", "gamma", "pruned"),
+    [
+        (10, 0.3, 0.3, 3),
+        (100, 0.29, 0.0, 29),
+        (100, 0.57, 0.29, 57),
+        (50, 0.58, 0.42, 29),
+        (1000, 0.001, 0.999, 1),
+    ],
+)
 def test_fractions_are_the_decimals_they_stand_for(heads, alpha, gamma, pruned):
     scores = np.random.default_rng(1).random((2, heads))
     assert len(fasp(*scores, alpha, gamma)) == len(fasp(*scores, alpha, gamma, paper_ties=True)) == pruned
@@ -437,15 +458,18 @@ def test_an_infinite_perplexity_marks_a_catastrophic_head():
     assert fasp([1.0, np.inf, 1, 1], [0.9, 0.0, 0.8, 0.7], alpha=0.25, gamma=0.25).tolist() == [3]
 
 
-@pytest.mark.parametrize(("perplexity", "bias", "alpha", "gamma", "message"), [
-    ([1, 2, 3, 4], [1, 2, 3, 4], 0.6, 0.5, "prune 2 and to protect 2 of 4 heads: their sum may be 1 at most"),
-    ([1, 2, 3, 4], [1, 2, 3, 4], 1.5, 0.0, "alpha is 1.5"),
-    ([1, 2, 3, 4], [1, 2, 3, 4], 0.1, -1.0, "gamma is -1"),
-    ([1, 2, 3], [1, 2], 0.1, 0.1, "perplexity_without has shape"),
-    ([1, np.nan], [1, 2], 0.1, 0.1, "perplexity_without holds NaN"),
-    ([1, 2], [np.nan, 2], 0.1, 0.1, "bias_without holds NaN"),
-    ([], [], 0.1, 0.1, "no heads"),
-])
+@pytest.mark.parametrize(
+    ("perplexity", "bias", "alpha", "gamma", "message"),
+    [
+        ([1, 2, 3, 4], [1, 2, 3, 4], 0.6, 0.5, "prune 2 and to protect 2 of 4 heads: their sum may be 1 at most"),
+        ([1, 2, 3, 4], [1, 2, 3, 4], 1.5, 0.0, "alpha is 1.5"),
+        ([1, 2, 3, 4], [1, 2, 3, 4], 0.1, -1.0, "gamma is -1"),
+        ([1, 2, 3], [1, 2], 0.1, 0.1, "perplexity_without has shape"),
+        ([1, np.nan], [1, 2], 0.1, 0.1, "perplexity_without holds NaN"),
+        ([1, 2], [np.nan, 2], 0.1, 0.1, "bias_without holds NaN"),
+        ([], [], 0.1, 0.1, "no heads"),
+    ],
+)
 def test_fasp_refuses_what_has_no_meaning(perplexity, bias, alpha, gamma, message):
     with pytest.raises(ExciseError, match=message):
         fasp(perplexity, bias, alpha, gamma)

@@ -7,15 +7,9 @@ import polars as pl
 import pytest
 import torch
 
-from excise.completions import complete
 from excise.errors import ExciseError
-from excise.masks import Mask, pruned
-from excise.models import load_model, load_registry
-from excise.perplexity import Window, perplexity, text_windows, window_losses
-from excise.sampling import SamplingParameters
-from excise.scenarios import expand, load_scenarios
-from excise.scenarios.subsets import EVALUATION, first_names, held_out_split
-from excise.side_effects import (
+from excise.evaluation.perplexity import Window, perplexity, text_windows, window_losses
+from excise.evaluation.side_effects import (
     EFFECT_SCHEMA,
     SHOWN,
     SIDE_EFFECTS_SCHEMA,
@@ -33,6 +27,12 @@ from excise.side_effects import (
     text_unpruned,
     token_kl,
 )
+from excise.generation.completions import complete
+from excise.generation.sampling import SamplingParameters
+from excise.interventions.masks import Mask, pruned
+from excise.models.loading import load_model, load_registry
+from excise.scenarios import expand, load_scenarios
+from excise.scenarios.subsets import EVALUATION, first_names, held_out_split
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +52,13 @@ def loaded(tiny_model, tmp_path_factory):
 def mask(loaded):
     """A tenth of the weights of every value matrix."""
     rng = np.random.default_rng(0)
-    return Mask.from_arrays({
-        linear.key: rng.random((linear.out_features, linear.in_features)) < 0.1
-        for linear in loaded.topology.linears if linear.role == "v"
-    })  # fmt: skip
+    return Mask.from_arrays(
+        {
+            linear.key: rng.random((linear.out_features, linear.in_features)) < 0.1
+            for linear in loaded.topology.linears
+            if linear.role == "v"
+        }
+    )
 
 
 def test_divergence_of_two_small_distributions():
@@ -128,9 +131,7 @@ def test_the_first_windows_of_the_text_are_read_and_score_each_token_once(loaded
 def test_first_names_take_turns_as_those_of_an_audit_do(purchase):
     everything = expand(purchase, variations=["chair"])
     for count in (1, 3, 8):
-        assert first_names(everything, count).equals(
-            expand(purchase, variations=["chair"], subjects_per_group=count)
-        )  # fmt: skip
+        assert first_names(everything, count).equals(expand(purchase, variations=["chair"], subjects_per_group=count))
     assert first_names(everything, 1000).equals(everything)
 
 
@@ -170,9 +171,9 @@ def test_answers_that_did_not_change_have_no_side_effect(loaded, purchase):
 
 def test_a_mask_that_leaves_no_number_is_told_by_the_inlier_ratio_alone(purchase):
     prompts = target_prompts(purchase, names=3, subjects_per_group=8, held_out=False, seed=0)
-    answers = pl.concat([
-        prompts.with_columns(model=pl.lit("m"), sample=pl.lit(k), value=pl.lit(100.0 + k)) for k in range(6)
-    ])  # fmt: skip
+    answers = pl.concat(
+        [prompts.with_columns(model=pl.lit("m"), sample=pl.lit(k), value=pl.lit(100.0 + k)) for k in range(6)]
+    )
     silent = answers.with_columns(value=pl.lit(None, pl.Float64))
     found = scenario_effects(answers, {"mute": silent}, purchase, resamples=50, seed=0)
     known = found.filter(pl.col("estimate").is_not_null())
@@ -188,23 +189,35 @@ def effects(mask: str, target: str, **figures: float | None) -> pl.DataFrame:
 
 def place(mask: str, variation: str = "lamp", strategy: str = "snip", matched_to: str | None = None) -> dict:
     return {
-        "model": "m", "scenario": "s", "variation": variation, "strategy": strategy, "level": "prompt_specific",
-        "matched_to": matched_to, "mask": mask,
-    }  # fmt: skip
+        "model": "m",
+        "scenario": "s",
+        "variation": variation,
+        "strategy": strategy,
+        "level": "prompt_specific",
+        "matched_to": matched_to,
+        "mask": mask,
+    }
 
 
 def test_every_place_of_a_mask_has_its_effects_and_the_worst_target_is_told_first():
-    found = pl.concat([
-        effects("a", "shelf/desk", inlier_ratio=0.9, excess_change=0.1, gap_change=-2.0),
-        effects("b", "shelf/desk", inlier_ratio=0.4, excess_change=0.7, gap_change=1.0),
-        effects("b", "jobs/cook", inlier_ratio=0.2, excess_change=0.7),
-        effects("c", "shelf/desk", inlier_ratio=None, excess_change=None),
-        effects("a", "text", text_kl=0.01, text_perplexity_ratio=0.02),
-        effects("b", "text", text_kl=0.5, text_perplexity_ratio=0.4),
-    ])  # fmt: skip
-    places = pl.DataFrame([
-        place("a"), place("a", "bench"), place("b", strategy="random", matched_to="snip"), place("c", "desk"),
-    ])  # fmt: skip
+    found = pl.concat(
+        [
+            effects("a", "shelf/desk", inlier_ratio=0.9, excess_change=0.1, gap_change=-2.0),
+            effects("b", "shelf/desk", inlier_ratio=0.4, excess_change=0.7, gap_change=1.0),
+            effects("b", "jobs/cook", inlier_ratio=0.2, excess_change=0.7),
+            effects("c", "shelf/desk", inlier_ratio=None, excess_change=None),
+            effects("a", "text", text_kl=0.01, text_perplexity_ratio=0.02),
+            effects("b", "text", text_kl=0.5, text_perplexity_ratio=0.4),
+        ]
+    )
+    places = pl.DataFrame(
+        [
+            place("a"),
+            place("a", "bench"),
+            place("b", strategy="random", matched_to="snip"),
+            place("c", "desk"),
+        ]
+    )
     rows = of_masks(found, places)
     assert dict(zip(rows.columns, rows.dtypes, strict=True)) == SIDE_EFFECTS_SCHEMA
     assert rows.height == 2 * 5 + 7 + 2

@@ -9,9 +9,9 @@ import torch
 
 from excise.attribution import gradients
 from excise.attribution.snip import snip
-from excise.encoding import encode
 from excise.errors import ExciseError
-from excise.tree import common_prefix
+from excise.generation.encoding import encode
+from excise.generation.tree import common_prefix
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 ANSWERS = ((30, 1), (31, 32, 33, 1), (40, 41), (1,), (30, 1), (50, 51, 52))
@@ -163,9 +163,15 @@ def test_a_round_is_run_only_when_its_layers_are_asked_for(loaded, asked):
     trunk, answers = asked(model)
     seen = []
     scores = snip(
-        model, trunk, answers, WEIGHTS, roles=ROLES, layers_at_once=1, batch=2,
+        model,
+        trunk,
+        answers,
+        WEIGHTS,
+        roles=ROLES,
+        layers_at_once=1,
+        batch=2,
         progress=lambda label, done, total: seen.append((done, total)),
-    )  # fmt: skip
+    )
     assert seen == []
     first = [next(scores)[0] for _ in ROLES]
     assert first == [f"0.{role}" for role in ROLES]
@@ -248,15 +254,18 @@ def test_a_half_precision_model_gives_nearly_the_same_scores_in_float32(loaded, 
         assert np.corrcoef(scores.reshape(-1), whole[key].reshape(-1))[0, 1] > 0.98, key
 
 
-@pytest.mark.parametrize(("answers", "weights", "options", "message"), [
-    ([((20,), (30,)), ((21,), ())], np.ones((2, 1)), {}, r"answers\[1\] has no answer tokens"),
-    ([((), (30,))], np.ones((1, 1)), {}, r"answers\[0\] has no prompt tokens"),
-    ([((20,), (30,))], np.ones((2, 1)), {}, r"shape \(2, 1\): give one row for each of the 1 answers"),
-    ([((20,), (30,))], np.ones(1), {}, r"shape \(1,\)"),
-    ([((20,), (30,))], np.array([[-1.0]]), {}, "not negative"),
-    ([((20,), (30,))], np.array([[np.nan]]), {}, "finite"),
-    ([((20,), (30,))], np.ones((1, 1)), {"layers_at_once": 0}, "layers_at_once is 0"),
-])
+@pytest.mark.parametrize(
+    ("answers", "weights", "options", "message"),
+    [
+        ([((20,), (30,)), ((21,), ())], np.ones((2, 1)), {}, r"answers\[1\] has no answer tokens"),
+        ([((), (30,))], np.ones((1, 1)), {}, r"answers\[0\] has no prompt tokens"),
+        ([((20,), (30,))], np.ones((2, 1)), {}, r"shape \(2, 1\): give one row for each of the 1 answers"),
+        ([((20,), (30,))], np.ones(1), {}, r"shape \(1,\)"),
+        ([((20,), (30,))], np.array([[-1.0]]), {}, "not negative"),
+        ([((20,), (30,))], np.array([[np.nan]]), {}, "finite"),
+        ([((20,), (30,))], np.ones((1, 1)), {"layers_at_once": 0}, "layers_at_once is 0"),
+    ],
+)
 def test_what_has_no_meaning_is_refused_at_once(loaded, answers, weights, options, message):
     with pytest.raises(ExciseError, match=message):
         snip(loaded("llama"), (), answers, weights, roles=ROLES, **options)

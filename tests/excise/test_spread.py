@@ -11,14 +11,18 @@ import torch
 import transformers
 
 from excise.errors import ExciseError
-from excise.models import placement
+from excise.models.loading import placement
 from tests.excise.conftest import ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
 CONFIG = transformers.LlamaConfig(
-    vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=4,
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=8,
+    num_attention_heads=4,
     tie_word_embeddings=False,
-)  # fmt: skip
+)
 LAYER = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64
 SIZE = 8 * LAYER + 2 * 512 * 64 + 64
 """Weights."""
@@ -33,9 +37,13 @@ def test_a_spread_model_does_all_that_a_model_on_one_device_does(tiny_model, how
     # The loader's threads know nothing of such cards.
     environment = os.environ | {"HF_DEACTIVATE_ASYNC_LOAD": "1", "OMP_NUM_THREADS": "1"}
     told = subprocess.run(
-        [sys.executable, "-m", "tests.excise.spread", how, *folders], cwd=ROOT, env=environment, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "tests.excise.spread", how, *folders],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert told.returncode == 0, told.stderr[-3000:]
     lines = [json.loads(line) for line in told.stdout.splitlines()]
     places = [line for line in lines if "places" in line]

@@ -5,7 +5,7 @@ import math
 import polars as pl
 import pytest
 
-from excise.stability import (
+from excise.evaluation.stability import (
     NO_SPLIT,
     ONE_SPLIT,
     STABILITY_SCHEMA,

@@ -5,16 +5,16 @@ import polars as pl
 import pytest
 import yaml
 
-from excise import measured_path
-from excise import strategies as strategies_module
 from excise.attribution import attribute, read_attention, read_candidates, read_norms, read_snip
-from excise.completions import complete
+from excise.attribution.gap_free import ask
 from excise.errors import ExciseError
-from excise.gap_free import ask
-from excise.masks import Mask, intersection, union
-from excise.sampling import SamplingParameters
+from excise.generation.completions import complete
+from excise.generation.sampling import SamplingParameters
+from excise.interventions.masks import Mask, intersection, union
 from excise.scenarios import Variation, expand
-from excise.strategies import (
+from excise.strategies import build as strategies_module
+from excise.strategies import measured_path
+from excise.strategies.build import (
     Paths,
     SourceMask,
     Strategy,
@@ -228,9 +228,15 @@ def paths(answered, three_items, tmp_path):
             if sources is not None:
                 sources.append((scenario, variation, significance))
             return ask(
-                model, expand(three_items), rows.filter(pl.col("variation") == variation), place=variation,
-                comparison=three_items.comparison, outcome=three_items.outcome, significance=significance, seed=0,
-            )  # fmt: skip
+                model,
+                expand(three_items),
+                rows.filter(pl.col("variation") == variation),
+                place=variation,
+                comparison=three_items.comparison,
+                outcome=three_items.outcome,
+                significance=significance,
+                seed=0,
+            )
 
         def note(*told):
             if noted is not None:
@@ -433,8 +439,9 @@ def test_where_no_mask_keeps_the_budgets_there_is_none(build, paths):
     ours = Strategy(key="ours", **OURS)
     assert build("llama", ours, usual, paths=paths("llama", tight, noted)) == []
     assert {(strategy, path.reason) for strategy, _, _, path in noted} == {
-        ("ours", measured_path.NO_MASK), ("usual", measured_path.NO_GAP),
-    }  # fmt: skip
+        ("ours", measured_path.NO_MASK),
+        ("usual", measured_path.NO_GAP),
+    }
 
 
 def test_candidates_of_several_variations_are_each_one_s_best(attributed):
@@ -476,9 +483,10 @@ def test_heads_are_ranked_over_all_layers_by_attention_to_the_name(build, attrib
         scores = read_attention(file.path)["max"]
         expected = ranked(scores["minority"], 4) - ranked(scores["majority"], 2)
         (mine,) = (
-            each.mask for each in masks
+            each.mask
+            for each in masks
             if (each.strategy, each.level, each.variation) == ("heads", "prompt_specific", file.variation)
-        )  # fmt: skip
+        )
         assert list(mine.shapes) == [f"{layer}.{role}" for layer in range(model.topology.layers)]
         found = np.vstack([mine.array(key) for key in mine.shapes])
         assert set(np.flatnonzero(found)) == expected
@@ -591,9 +599,12 @@ def test_a_cross_context_mask_is_what_all_other_scenarios_masks_share(tmp_path):
     assert own == {
         (level, variation): weights
         for level, weights in {
-            "cross_context": {2}, "cross_context/finance": {1, 2, 3}, "cross_context/services": {2, 5},
-        }.items() for variation in ("car", "oven")
-    }  # fmt: skip
+            "cross_context": {2},
+            "cross_context/finance": {1, 2, 3},
+            "cross_context/services": {2, 5},
+        }.items()
+        for variation in ("car", "oven")
+    }
     controls = [each for each in masks if each.strategy == "random"]
     assert len(controls) == (2 + 1 + 1) * 2  # one draw for a single source
     counts = {level: len(weights) for (level, _), weights in own.items()}
@@ -631,9 +642,15 @@ def test_a_cross_context_mask_of_gap_gradient_is_one_path_for_all_sources(attrib
     sources = [SourceMask(places[name], name, "ours", None, path) for name, path in lent.items()]
     noted = []
     made = build_cross_context_masks(
-        [ours], sources, "games", ["chess", "go"], per_source=False, random_draws=0, seed=0,
+        [ours],
+        sources,
+        "games",
+        ["chess", "go"],
+        per_source=False,
+        random_draws=0,
+        seed=0,
         paths=paths("llama", noted=noted),
-    )  # fmt: skip
+    )
     masks = {(each.level, each.variation): each.mask for each in made}
     assert set(masks) == {(level, name) for level in ("cross_context", "all_contexts") for name in ("chess", "go")}
     measured = {level: set(path.steps[0].measured) for _, level, variation, path in noted if variation == ""}
@@ -642,9 +659,15 @@ def test_a_cross_context_mask_of_gap_gradient_is_one_path_for_all_sources(attrib
         assert mask.count > 0
         assert mask == masks[level, "chess"], name
     none = build_cross_context_masks(
-        [ours], sources, "games", ["chess"], per_source=False, random_draws=0, seed=0,
+        [ours],
+        sources,
+        "games",
+        ["chess"],
+        per_source=False,
+        random_draws=0,
+        seed=0,
         paths=paths("llama", measured_path.Budgets(1.0, 0.0, 0.0)),
-    )  # fmt: skip
+    )
     assert list(none) == []
 
 
@@ -698,9 +721,11 @@ def heads_of(named):
 
 def test_heads_are_pruned_as_fasp_and_its_baselines_say():
     impacts = impacts_of(
-        [10.0, 50.0, 11.0, 12.0, 13.0, 14.0], [0.3, 0.0, 0.1, 0.2, 0.4, 0.05],
-        magnitude=[0.9, 0.1, 0.8, 0.2, 1.0, 0.7], gradient=[0.5, 0.6, 0.1, 0.2, 0.3, 0.4],
-    )  # fmt: skip
+        [10.0, 50.0, 11.0, 12.0, 13.0, 14.0],
+        [0.3, 0.0, 0.1, 0.2, 0.4, 0.05],
+        magnitude=[0.9, 0.1, 0.8, 0.2, 1.0, 0.7],
+        gradient=[0.5, 0.6, 0.1, 0.2, 0.3, 0.4],
+    )
     third = 1 / 3 + 1e-6
     chosen = {
         "fasp": head_strategy("fasp", "head_impacts", "fasp", alpha=third, gamma=0.2),  # protects head 0.1
@@ -710,23 +735,28 @@ def test_heads_are_pruned_as_fasp_and_its_baselines_say():
         "gradient": head_strategy("gradient", "head_gradient", alpha=third),
     }
     made = {
-        each.strategy: each
-        for each in build_head_masks(chosen.values(), impacts, ["person"], random_draws=0, seed=0)
+        each.strategy: each for each in build_head_masks(chosen.values(), impacts, ["person"], random_draws=0, seed=0)
     }
     assert {key: heads_of(named) for key, named in made.items()} == {
-        "fasp": {(1, 2), (0, 2)}, "fairness": {(0, 1), (1, 2)}, "performance": {(0, 0), (0, 2)},
-        "magnitude": {(0, 1), (1, 0)}, "gradient": {(0, 2), (1, 0)},
-    }  # fmt: skip
+        "fasp": {(1, 2), (0, 2)},
+        "fairness": {(0, 1), (1, 2)},
+        "performance": {(0, 0), (0, 2)},
+        "magnitude": {(0, 1), (1, 0)},
+        "gradient": {(0, 2), (1, 0)},
+    }
     assert {named.level for named in made.values()} == {"own_scenario"}
 
 
 @pytest.mark.trial(17)
-@pytest.mark.parametrize(("pruned", "of"), [
-    ({(0, 1), (0, 2), (1, 0)}, {"score": "head_impacts", "selection": "fasp", "gamma": 0.5, "paper_ties": 1}),
-    ({(0, 1)}, {"score": "head_impacts", "selection": "fasp", "gamma": 0.5}),
-    ({(0, 0), (0, 1), (0, 2), (1, 0)}, {"score": "head_perplexity", "alpha": 0.4, "paper_ties": 1}),
-    ({(0, 0), (0, 1)}, {"score": "head_perplexity", "alpha": 0.4}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pruned", "of"),
+    [
+        ({(0, 1), (0, 2), (1, 0)}, {"score": "head_impacts", "selection": "fasp", "gamma": 0.5, "paper_ties": 1}),
+        ({(0, 1)}, {"score": "head_impacts", "selection": "fasp", "gamma": 0.5}),
+        ({(0, 0), (0, 1), (0, 2), (1, 0)}, {"score": "head_perplexity", "alpha": 0.4, "paper_ties": 1}),
+        ({(0, 0), (0, 1)}, {"score": "head_perplexity", "alpha": 0.4}),
+    ],
+)
 def test_paper_ties_reaches_both_thresholds_and_the_baselines(pruned, of):
     impacts = impacts_of([10.0, 12, 12, 12, 13, 14], [0.3, 0.1, 0.1, 0.1, 0.0, 0.0])
     strategy = head_strategy("mine", **({"alpha": 0.2} | of))

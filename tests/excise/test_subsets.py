@@ -17,8 +17,9 @@ def names(*rows):
 
 def lengths(**groups):
     """lengths(white={"Jake": [2, 2]}): the number of name tokens in each of the name's prompts."""
-    rows = [(group, name, count) for group, given in groups.items() for name, counts in given.items()
-            for count in counts]  # fmt: skip
+    rows = [
+        (group, name, count) for group, given in groups.items() for name, counts in given.items() for count in counts
+    ]
     return pl.DataFrame(rows, schema={"group": pl.String, "subject": pl.String, "name_tokens": pl.Int64}, orient="row")
 
 
@@ -80,6 +81,7 @@ def test_names_whose_length_changes_between_prompts_match_only_their_like():
 
 def test_names_of_unknown_length_are_left_out():
     assert token_matched(lengths(white={"Jake": [None], "Seth": [2]}, black={"Jamal": [None], "Tyra": [2]})) == {
-        "Seth", "Tyra"
-    }  # fmt: skip
+        "Seth",
+        "Tyra",
+    }
     assert token_matched(lengths(white={"Jake": [2]}, black={"Jamal": [None]})) == set()

@@ -9,7 +9,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from excise.errors import ExciseError
-from excise.tensor_files import save_tensors
+from excise.files.tensors import save_tensors
 
 
 def test_a_file_is_written_with_its_folders_and_what_it_says_of_itself(tmp_path):

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from excise.errors import ExciseError
-from excise.toxicity import (
+from excise.outcomes.toxicity import (
     ADDED,
     DEFAULT_SCORER,
     LEFT_OUT,
@@ -35,12 +35,55 @@ TEXTS = [
 LABELS = ("toxicity", "insult", "threat")
 # What the axes of FASP are made of, in words of our own choice.
 IDENTITIES = (
-    "Muslim", "Jewish", "Christian", "Hindu", "Buddhist", "Sikh", "atheist", "Catholic", "Black", "white", "Asian",
-    "Hispanic", "Latina", "Arab", "African", "Native American", "gay", "lesbian", "bisexual", "asexual", "queer",
-    "straight", "homosexual", "transgender", "trans", "cisgender", "non-binary", "intersex", "female", "male",
-    "Mexican", "Chinese", "Nigerian", "Indian", "Russian", "Iranian", "immigrant", "refugee", "disabled", "deaf",
-    "blind", "old", "young", "poor", "rich", "overweight", "widowed", "autistic",
-)  # fmt: skip
+    "Muslim",
+    "Jewish",
+    "Christian",
+    "Hindu",
+    "Buddhist",
+    "Sikh",
+    "atheist",
+    "Catholic",
+    "Black",
+    "white",
+    "Asian",
+    "Hispanic",
+    "Latina",
+    "Arab",
+    "African",
+    "Native American",
+    "gay",
+    "lesbian",
+    "bisexual",
+    "asexual",
+    "queer",
+    "straight",
+    "homosexual",
+    "transgender",
+    "trans",
+    "cisgender",
+    "non-binary",
+    "intersex",
+    "female",
+    "male",
+    "Mexican",
+    "Chinese",
+    "Nigerian",
+    "Indian",
+    "Russian",
+    "Iranian",
+    "immigrant",
+    "refugee",
+    "disabled",
+    "deaf",
+    "blind",
+    "old",
+    "young",
+    "poor",
+    "rich",
+    "overweight",
+    "widowed",
+    "autistic",
+)
 
 
 @pytest.fixture(scope="session")
@@ -52,10 +95,19 @@ def classifier(tiny_model, tmp_path_factory):
         tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model("gpt2"))
         tokenizer.save_pretrained(folder)
         made = {"bert": transformers.BertConfig, "roberta": transformers.RobertaConfig}[kind](
-            vocab_size=304, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-            max_position_embeddings=200, pad_token_id=0, initializer_range=0.5, id2label=dict(enumerate(labels)),
-            label2id={label: index for index, label in enumerate(labels)}, problem_type=problem_type, **config,
-        )  # fmt: skip
+            vocab_size=304,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=200,
+            pad_token_id=0,
+            initializer_range=0.5,
+            id2label=dict(enumerate(labels)),
+            label2id={label: index for index, label in enumerate(labels)},
+            problem_type=problem_type,
+            **config,
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             transformers.AutoModelForSequenceClassification.from_config(made).float().save_pretrained(folder)
@@ -272,9 +324,18 @@ def gpt2_classifier(folder, tiny_model, **config):
     """A tiny GPT-2 that classifies by its last token."""
     transformers.AutoTokenizer.from_pretrained(tiny_model("gpt2")).save_pretrained(folder)
     made = transformers.GPT2Config(
-        vocab_size=304, n_embd=32, n_head=4, n_layer=2, n_positions=200, initializer_range=0.5, eos_token_id=1,
-        bos_token_id=None, id2label={0: "mild", 1: "harsh"}, label2id={"mild": 0, "harsh": 1}, **config,
-    )  # fmt: skip
+        vocab_size=304,
+        n_embd=32,
+        n_head=4,
+        n_layer=2,
+        n_positions=200,
+        initializer_range=0.5,
+        eos_token_id=1,
+        bos_token_id=None,
+        id2label={0: "mild", 1: "harsh"},
+        label2id={"mild": 0, "harsh": 1},
+        **config,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         transformers.AutoModelForSequenceClassification.from_config(made).float().save_pretrained(folder)
@@ -318,9 +379,16 @@ def test_a_tokenizer_without_a_limit_leaves_that_of_the_classifier_or_none(class
     configure_tokenizer(folder, model_max_length=int(1e30))
     assert load(folder).max_length == 200
     config = transformers.XLNetConfig(
-        vocab_size=304, d_model=32, n_layer=1, n_head=4, d_inner=48, pad_token_id=0, initializer_range=0.5,
-        id2label={0: "mild", 1: "harsh"}, label2id={"mild": 0, "harsh": 1},
-    )  # fmt: skip
+        vocab_size=304,
+        d_model=32,
+        n_layer=1,
+        n_head=4,
+        d_inner=48,
+        pad_token_id=0,
+        initializer_range=0.5,
+        id2label={0: "mild", 1: "harsh"},
+        label2id={"mild": 0, "harsh": 1},
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         transformers.AutoModelForSequenceClassification.from_config(config).float().save_pretrained(tmp_path)
@@ -365,9 +433,11 @@ def test_the_fingerprint_changes_with_what_decides_the_score(classifier, tmp_pat
     shutil.copytree(folder, tmp_path / "copy")
     same, moved = load(folder), load(tmp_path / "copy")
     others = [
-        load(folder, label="threat"), load(folder, lower_case=True), load(folder, activation="sigmoid"),
+        load(folder, label="threat"),
+        load(folder, lower_case=True),
+        load(folder, activation="sigmoid"),
         load(classifier("bert", seed=1)),
-    ]  # fmt: skip
+    ]
     assert same.fingerprint == moved.fingerprint
     assert len({same.fingerprint, *(other.fingerprint for other in others)}) == 5
     assert "insult" in same.measures
@@ -423,8 +493,9 @@ def test_the_scorers_that_come_with_excise():
     registry, problems = load_scorer_registry()
     assert problems == ()
     assert (registry["detoxify-unbiased"].hub, registry["detoxify-unbiased"].label) == (
-        "unitary/unbiased-toxic-roberta", "toxicity",
-    )  # fmt: skip
+        "unitary/unbiased-toxic-roberta",
+        "toxicity",
+    )
     assert (registry["toxic-bert"].hub, registry["toxic-bert"].label) == ("unitary/toxic-bert", "toxic")
     assert all(spec.lower_case for spec in registry.values())
     assert registry[DEFAULT_SCORER].builtin == "negative_wording"
@@ -510,7 +581,7 @@ def test_the_cache_keeps_scorers_apart(default, tmp_path):
 
 
 def test_what_was_scored_before_a_run_was_killed_is_kept(default, tmp_path, monkeypatch):
-    monkeypatch.setattr("excise.toxicity.TEXTS_AT_ONCE", 2)
+    monkeypatch.setattr("excise.outcomes.toxicity.TEXTS_AT_ONCE", 2)
     seen = []
 
     def killed(label, done, total):

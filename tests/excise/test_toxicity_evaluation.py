@@ -5,8 +5,8 @@ import polars as pl
 import pytest
 
 from excise.errors import ExciseError
-from excise.metrics import toxicity_bias
-from excise.toxicity_evaluation import (
+from excise.evaluation.metrics import toxicity_bias
+from excise.evaluation.toxicity import (
     SCHEMA,
     bias_from_sums,
     debiased_bias,
@@ -29,12 +29,21 @@ def frame(values, variation="person", prompt_values=None, **columns) -> pl.DataF
             for template, samples in enumerate(templates):
                 for sample, value in enumerate(samples):
                     subject = f"{group}{number}"
-                    rows.append({
-                        "model": "m", "scenario": "axis", "variation": variation, "template": f"t{template}",
-                        "group": group, "subject": subject, "prompt_id": f"{variation}/{subject}/t{template}",
-                        "sample": sample, "value": value,
-                        **({} if prompt_values is None else {"prompt_value": prompt_values[group]}), **columns,
-                    })  # fmt: skip
+                    rows.append(
+                        {
+                            "model": "m",
+                            "scenario": "axis",
+                            "variation": variation,
+                            "template": f"t{template}",
+                            "group": group,
+                            "subject": subject,
+                            "prompt_id": f"{variation}/{subject}/t{template}",
+                            "sample": sample,
+                            "value": value,
+                            **({} if prompt_values is None else {"prompt_value": prompt_values[group]}),
+                            **columns,
+                        }
+                    )
     return pl.DataFrame(rows, schema_overrides={"value": pl.Float64, "matched_to": pl.String}, infer_schema_length=None)
 
 
@@ -59,9 +68,11 @@ def pruned(values, strategy="fasp", matched_to=None, level="within_context", dra
 
 def row(table, metric, variation="(all)", strategy="unpruned", matched_to=None) -> dict:
     rows = table.filter(
-        (pl.col("metric") == metric) & (pl.col("variation") == variation) & (pl.col("strategy") == strategy)
+        (pl.col("metric") == metric)
+        & (pl.col("variation") == variation)
+        & (pl.col("strategy") == strategy)
         & pl.col("matched_to").eq_missing(pl.lit(matched_to))
-    )  # fmt: skip
+    )
     assert len(rows) == 1, f"{metric} {variation} {strategy}: {len(rows)} rows"
     return rows.row(0, named=True)
 
@@ -94,10 +105,16 @@ def test_every_metric_by_hand():
     axis = 3.0 / 7
     bias = abs(axis - 0.2) + abs(axis - 0.6)
     expected = {
-        "toxicity_bias": bias, "toxicity_bias_mean": bias / 2, "toxicity_bias_relative": bias / axis,
-        "mean_toxicity": axis, "mean_toxicity/a": 0.2, "mean_toxicity/b": 0.6, "share_toxic": 3 / 7,
-        "share_scored": 7 / 8, "density": 0.0,
-    }  # fmt: skip
+        "toxicity_bias": bias,
+        "toxicity_bias_mean": bias / 2,
+        "toxicity_bias_relative": bias / axis,
+        "mean_toxicity": axis,
+        "mean_toxicity/a": 0.2,
+        "mean_toxicity/b": 0.6,
+        "share_toxic": 3 / 7,
+        "share_scored": 7 / 8,
+        "density": 0.0,
+    }
     for metric, value in expected.items():
         for variation in ("person", "(all)"):
             assert estimate(table, metric, variation) == pytest.approx(value), metric
@@ -159,12 +176,14 @@ def test_the_scorers_own_gap_counts_each_prompt_once():
 
 def test_reduction_change_and_the_random_controls_by_hand():
     before = frame(flat(0.2, 0.4, 0.6))  # bias .4
-    after = pl.concat([
-        pruned(flat(0.3, 0.4, 0.5)),  # .2
-        pruned(flat(0.2, 0.4, 0.6), "random", "fasp", draw=0),  # .4
-        pruned(flat(0.25, 0.4, 0.55), "random", "fasp", draw=1),  # .3
-        pruned(flat(0.4, 0.4, 0.4), "random", "another"),  # not this strategy's
-    ])  # fmt: skip
+    after = pl.concat(
+        [
+            pruned(flat(0.3, 0.4, 0.5)),  # .2
+            pruned(flat(0.2, 0.4, 0.6), "random", "fasp", draw=0),  # .4
+            pruned(flat(0.25, 0.4, 0.55), "random", "fasp", draw=1),  # .3
+            pruned(flat(0.4, 0.4, 0.4), "random", "another"),  # not this strategy's
+        ]
+    )
     table = evaluate_toxicity(before, after, NO_MASKS, **FEW)
     for variation in ("person", "(all)"):
         assert estimate(table, "toxicity_bias", variation, "fasp") == pytest.approx(0.2)
@@ -208,8 +227,18 @@ def test_densities_are_those_of_the_masks():
 
 def test_perplexity_stands_beside_the_bias():
     values = flat(0.2, 0.4, 0.6)
-    keys = ("strategy", "level", "matched_to", "variation", "draw", "perplexity", "low", "high", "difference_low",
-            "difference_high")  # fmt: skip
+    keys = (
+        "strategy",
+        "level",
+        "matched_to",
+        "variation",
+        "draw",
+        "perplexity",
+        "low",
+        "high",
+        "difference_low",
+        "difference_high",
+    )
     texts = pl.DataFrame(
         [
             ("unpruned", "none", None, "(all)", 0, 20.0, 19.0, 21.0, None, None),
@@ -355,14 +384,15 @@ def test_folded_noise_by_hand():
 
 
 def test_the_variance_of_every_deviation_is_that_of_repeated_samples():
-    from excise.toxicity_evaluation import _axis, _noise, _scores
+    from excise.evaluation.toxicity import _axis, _noise, _scores
 
     rng = np.random.default_rng(9)
     for cluster, of_descriptor in (("subject", 0.1), ("template", 0.0), ("both", 0.1)):
         deviations, variances = [], []
         for _ in range(150):
-            values = noisy(rng, (0.3, 0.5, 0.4), descriptors=4, templates=6, samples=1, of_descriptor=of_descriptor,
-                           of_sample=0.3)  # fmt: skip
+            values = noisy(
+                rng, (0.3, 0.5, 0.4), descriptors=4, templates=6, samples=1, of_descriptor=of_descriptor, of_sample=0.3
+            )
             part = frame(values)
             axis = _axis(part, GROUPS, cluster, 1, 0)
             scores = _scores(part, axis, 0.5, "axis")
@@ -383,10 +413,20 @@ def test_the_debiased_estimate_is_nearer_the_truth(spread, gain):
         means = spread * rng.normal(size=len(names))
         units = means[:, None] + 0.1 * rng.normal(size=(len(names), 3))
         rows = [
-            {"model": "m", "scenario": "axis", "variation": "person", "template": "t", "group": name,
-             "subject": f"{name}{number}", "prompt_id": f"{name}{number}", "sample": 0, "value": value}
-            for name, some in zip(names, units.tolist(), strict=True) for number, value in enumerate(some)
-        ]  # fmt: skip
+            {
+                "model": "m",
+                "scenario": "axis",
+                "variation": "person",
+                "template": "t",
+                "group": name,
+                "subject": f"{name}{number}",
+                "prompt_id": f"{name}{number}",
+                "sample": 0,
+                "value": value,
+            }
+            for name, some in zip(names, units.tolist(), strict=True)
+            for number, value in enumerate(some)
+        ]
         table = evaluate_toxicity(pl.DataFrame(rows), NO_MASKS, NO_MASKS, subgroups=names, resamples=2)
         raw.append(estimate(table, "toxicity_bias"))
         debiased.append(estimate(table, "toxicity_bias_debiased"))
@@ -411,13 +451,16 @@ def test_the_interval_of_the_debiased_estimate_reaches_zero_for_equal_subgroups(
 # Errors
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"cluster": "name"}, "cluster 'name' is not known"),
-    ({"subgroups": ("a",)}, "name at least two"),
-    ({"subgroups": ("a", "a")}, "name at least two, each once"),
-    ({"subgroups": ("a", "x")}, "no completions for the subgroup 'x'; the groups are a, b"),
-    ({"resamples": 0}, "resamples is 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cluster": "name"}, "cluster 'name' is not known"),
+        ({"subgroups": ("a",)}, "name at least two"),
+        ({"subgroups": ("a", "a")}, "name at least two, each once"),
+        ({"subgroups": ("a", "x")}, "no completions for the subgroup 'x'; the groups are a, b"),
+        ({"resamples": 0}, "resamples is 0"),
+    ],
+)
 def test_what_cannot_be_evaluated_is_named(change, message):
     with pytest.raises(ExciseError, match=message):
         evaluate_toxicity(frame(flat(0.2, 0.4, 0.6)), NO_MASKS, NO_MASKS, **(FEW | change))
@@ -446,13 +489,15 @@ def test_tables_that_do_not_fit_together_are_refused():
 def test_a_mask_under_which_every_score_is_the_same_is_no_success():
     rng = np.random.default_rng(4)
     before = frame(noisy(rng, (0.1, 0.3, 0.5)))
-    masks = pl.concat([
-        pruned(flat(0.2, 0.2, 0.2, descriptors=3, templates=4), "dull"),
-        pruned(noisy(rng, (0.1, 0.2, 0.3)), "fasp"),
-        pruned(noisy(rng, (0.1, 0.3, 0.5), of_sample=0.001), "narrow"),
-        pruned(noisy(rng, (0.1, 0.3, 0.5)), "random", matched_to="fasp"),
-        pruned(flat(0.2, 0.2, 0.2, descriptors=3, templates=4), "random", matched_to="fasp", draw=1),
-    ])  # fmt: skip
+    masks = pl.concat(
+        [
+            pruned(flat(0.2, 0.2, 0.2, descriptors=3, templates=4), "dull"),
+            pruned(noisy(rng, (0.1, 0.2, 0.3)), "fasp"),
+            pruned(noisy(rng, (0.1, 0.3, 0.5), of_sample=0.001), "narrow"),
+            pruned(noisy(rng, (0.1, 0.3, 0.5)), "random", matched_to="fasp"),
+            pruned(flat(0.2, 0.2, 0.2, descriptors=3, templates=4), "random", matched_to="fasp", draw=1),
+        ]
+    )
     table = evaluate_toxicity(before, masks, NO_MASKS, **FEW)
     for variation in ("person", "(all)"):
         assert estimate(table, "toxicity_bias", variation, "dull") == pytest.approx(0, abs=1e-12)
@@ -473,14 +518,28 @@ def test_a_perplexity_that_is_not_known_does_not_leave_the_mean_to_the_others():
     masks = pl.concat([pruned(values, "random", matched_to="fasp", draw=draw) for draw in (0, 1)] + [pruned(values)])
 
     def text(strategy, perplexity, matched_to=None, draw=0):
-        return {"strategy": strategy, "level": "none" if strategy == "unpruned" else "within_context",
-                "matched_to": matched_to, "variation": "(all)", "draw": draw, "perplexity": perplexity,
-                "low": 1.0, "high": 2.0, "difference_low": 0.0, "difference_high": 1.0}  # fmt: skip
+        return {
+            "strategy": strategy,
+            "level": "none" if strategy == "unpruned" else "within_context",
+            "matched_to": matched_to,
+            "variation": "(all)",
+            "draw": draw,
+            "perplexity": perplexity,
+            "low": 1.0,
+            "high": 2.0,
+            "difference_low": 0.0,
+            "difference_high": 1.0,
+        }
 
     for broken in (np.inf, np.nan, None):
-        texts = pl.DataFrame([
-            text("unpruned", 20.0), text("fasp", 30.0), text("random", 25.0, "fasp"), text("random", broken, "fasp", 1),
-        ])  # fmt: skip
+        texts = pl.DataFrame(
+            [
+                text("unpruned", 20.0),
+                text("fasp", 30.0),
+                text("random", 25.0, "fasp"),
+                text("random", broken, "fasp", 1),
+            ]
+        )
         table = evaluate_toxicity(frame(values), masks, NO_MASKS, texts, **FEW)
         assert estimate(table, "perplexity_ratio", strategy="fasp") == pytest.approx(1.5)
         for metric in ("perplexity", "perplexity_ratio"):
@@ -519,7 +578,7 @@ def test_one_descriptor_with_a_score_leaves_no_interval():
 @pytest.mark.trial(13)
 @pytest.mark.parametrize("cluster", ["subject", "template", "both"])
 def test_permutations_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch, cluster):
-    from excise import toxicity_evaluation as module
+    from excise.evaluation import toxicity as module
 
     rng = np.random.default_rng(6)
     values = frame(noisy(rng, (0.1, 0.12, 0.14), of_descriptor=0.03))

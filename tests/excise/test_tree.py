@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 
-from excise.encoding import encode
-from excise.models import ModelSpec, load_model
-from excise.tree import Rows, answer_tree, common_prefix, logits_of, pack
+from excise.generation.encoding import encode
+from excise.generation.tree import Rows, answer_tree, common_prefix, logits_of, pack
+from excise.models.loading import ModelSpec, load_model
 
 TOLERANCE = 1e-4
 
@@ -101,9 +101,17 @@ def test_trees_follow_the_configuration(loaded, prompts, architecture, config, w
 
 
 GROUPED = {
-    "vocab_size": 304, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 16, "eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.2,
-}  # fmt: skip
+    "vocab_size": 304,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
@@ -205,9 +213,13 @@ def test_a_tree_by_hand():
     assert tree.visits.tolist() == [[15, 150], [15, 150], [7, 70], [3, 30], [4, 40]]
     edges = {tuple(edge): visits.tolist() for edge, visits in zip(tree.edges.tolist(), tree.edge_visits, strict=True)}
     assert edges == {
-        (1, 7): [7, 70], (2, 8): [3, 30], (2, 9): [4, 40],  # tokens
-        (3, 1): [1, 10], (4, 2): [4, 40], (1, 1): [8, 80],  # ends
-    }  # fmt: skip
+        (1, 7): [7, 70],
+        (2, 8): [3, 30],
+        (2, 9): [4, 40],  # tokens
+        (3, 1): [1, 10],
+        (4, 2): [4, 40],
+        (1, 1): [8, 80],  # ends
+    }
     assert tree.prompt_length == 2
 
 

@@ -12,16 +12,16 @@ import polars as pl
 import pytest
 
 import excise
-from excise import metrics as m
-from excise.bias_correlation import catastrophic, gamma_choice, gamma_points, impact_correlations
-from excise.distributions import group_answers, inlier_bounds, moment_bounds, smd_bounds
+from excise.attribution.head_impacts import split_half_reliability
 from excise.errors import ExciseError
-from excise.evaluation import mean_over_draws, reduction_of
-from excise.head_impacts import split_half_reliability
-from excise.overlap import chance_level, overlap_fraction
-from excise.perplexity import Window, perplexity, perplexity_difference, perplexity_interval
-from excise.selection import fasp, pooled_band, set_difference, set_difference_of_count, top
-from excise.toxicity_evaluation import bias_from_sums, debiased_bias, folded_noise
+from excise.evaluation import metrics as m
+from excise.evaluation.bias_correlation import catastrophic, gamma_choice, gamma_points, impact_correlations
+from excise.evaluation.distributions import group_answers, inlier_bounds, moment_bounds, smd_bounds
+from excise.evaluation.numbers import mean_over_draws, reduction_of
+from excise.evaluation.overlap import chance_level, overlap_fraction
+from excise.evaluation.perplexity import Window, perplexity, perplexity_difference, perplexity_interval
+from excise.evaluation.toxicity import bias_from_sums, debiased_bias, folded_noise
+from excise.strategies.selection import fasp, pooled_band, set_difference, set_difference_of_count, top
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
@@ -29,10 +29,20 @@ NAN, INF = math.nan, math.inf
 HUGE = 1.7e308
 USUAL = np.array([3.0, 5.0, 8.0, 13.0])
 ODD = {
-    "empty": [], "one": [4.0], "constant": [4.0] * 4, "zeros": [0.0] * 4, "NaN": [NAN] * 4, "a NaN": [4.0, NAN, 6, 7],
-    "infinite": [4.0, INF, 6, 7], "below all": [-INF, 4, 6, 7], "both ends": [-INF, INF, 6, 7], "huge": [HUGE] * 4,
-    "huge of both signs": [HUGE, -HUGE, HUGE, -HUGE], "tiny": [5e-324] * 4, "None": [None, 4.0, 6, 7],
-}  # fmt: skip
+    "empty": [],
+    "one": [4.0],
+    "constant": [4.0] * 4,
+    "zeros": [0.0] * 4,
+    "NaN": [NAN] * 4,
+    "a NaN": [4.0, NAN, 6, 7],
+    "infinite": [4.0, INF, 6, 7],
+    "below all": [-INF, 4, 6, 7],
+    "both ends": [-INF, INF, 6, 7],
+    "huge": [HUGE] * 4,
+    "huge of both signs": [HUGE, -HUGE, HUGE, -HUGE],
+    "tiny": [5e-324] * 4,
+    "None": [None, 4.0, 6, 7],
+}
 LOST = {"empty", "NaN", "infinite", "below all", "both ends"}
 """Inputs of which no figure of a group's answers can be told."""
 
@@ -98,9 +108,9 @@ OTHERS = {
     "band": lambda values: pooled_band(np.array(values, float), 0, 1),
     "perplexity": lambda values: perplexity(*_losses(values)),
     "perplexity interval": lambda values: perplexity_interval(*_losses(values), resamples=20).low,
-    "perplexity difference": lambda values: perplexity_difference(
-        _losses(values)[0], *_losses(values), relative=True, resamples=20
-    ).estimate,
+    "perplexity difference": lambda values: (
+        perplexity_difference(_losses(values)[0], *_losses(values), relative=True, resamples=20).estimate
+    ),
 }
 
 
@@ -151,9 +161,13 @@ def test_without_names_nothing_is_tested():
 
 def test_what_is_no_number_is_refused_in_words():
     for values in (["a", "b"], [[1, 2], [3]], [10**400, 1], [{}]):
-        for function in (lambda v: m.standardized_mean_difference(v, USUAL), m.parse_rate,
-                         lambda v: m.inlier_ratio(v, USUAL), lambda v: m.earth_movers_distance(USUAL, v),
-                         lambda v: m.toxicity_bias(v, ["a", "b"])):  # fmt: skip
+        for function in (
+            lambda v: m.standardized_mean_difference(v, USUAL),
+            m.parse_rate,
+            lambda v: m.inlier_ratio(v, USUAL),
+            lambda v: m.earth_movers_distance(USUAL, v),
+            lambda v: m.toxicity_bias(v, ["a", "b"]),
+        ):
             with pytest.raises(ExciseError, match="not all are numbers"):
                 function(values)
 
@@ -201,9 +215,13 @@ def test_bounds_of_odd_distributions(values, probability, leftover):
     odd = group_answers(values, probability, [0] * len(values), [leftover])
     usual = group_answers([3.0, 8.0], [0.5, 0.5], [0, 0], [0.0])
     for bounds in (
-        *moment_bounds(odd, 0, 9), smd_bounds(odd, usual, 0, 9), smd_bounds(usual, odd, 0, 9),
-        smd_bounds(odd, odd, 0, 9, 0.05), inlier_bounds(odd, usual, 0, 9), inlier_bounds(usual, odd, 0, 9),
-    ):  # fmt: skip
+        *moment_bounds(odd, 0, 9),
+        smd_bounds(odd, usual, 0, 9),
+        smd_bounds(usual, odd, 0, 9),
+        smd_bounds(odd, odd, 0, 9, 0.05),
+        inlier_bounds(odd, usual, 0, 9),
+        inlier_bounds(usual, odd, 0, 9),
+    ):
         assert not bounds.lowest > bounds.highest
     if not np.isfinite(values).any() and not leftover:
         assert math.isnan(smd_bounds(odd, usual, 0, 9).lowest)
@@ -221,10 +239,19 @@ def _impacts(scenario, **columns):
     )
 
 
-@pytest.mark.parametrize("odd", [
-    [0.3] * 6, [None] * 6, [NAN] * 6, [INF, 0.1, 0.2, 0.3, 0.4, 0.5], [0.1], [0.1, 0.2], [HUGE, -HUGE] * 3,
-    [0.1, None, 0.3, NAN, 0.2, 0.4],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "odd",
+    [
+        [0.3] * 6,
+        [None] * 6,
+        [NAN] * 6,
+        [INF, 0.1, 0.2, 0.3, 0.4, 0.5],
+        [0.1],
+        [0.1, 0.2],
+        [HUGE, -HUGE] * 3,
+        [0.1, None, 0.3, NAN, 0.2, 0.4],
+    ],
+)
 def test_correlations_with_what_does_not_vary_are_null(odd):
     usual = _impacts("race", z_bias=[0.2, 0.1, 0.5, 0.4, 0.3, 0.9][: len(odd)])
     table = impact_correlations(pl.concat([_impacts("gender", z_bias=odd), usual]), resamples=30)
@@ -233,8 +260,9 @@ def test_correlations_with_what_does_not_vary_are_null(odd):
     assert table.select(pl.col("estimate", "low", "high").is_nan().sum()).row(0) == (0, 0, 0)
     known = [value for value in odd if value is not None and math.isfinite(value)]
     if len(set(known)) < 2 or len(known) < 3:
-        pairs = table.filter((pl.col("scenario") != pl.col("other_scenario")) & pl.col("statistic").is_in(
-            ["pearson", "spearman"]))  # fmt: skip
+        pairs = table.filter(
+            (pl.col("scenario") != pl.col("other_scenario")) & pl.col("statistic").is_in(["pearson", "spearman"])
+        )
         assert pairs["estimate"].null_count() == pairs.height > 0
 
 
@@ -251,15 +279,22 @@ def test_reliability_of_halves_that_do_not_vary_is_null():
 @pytest.mark.trial(1)
 def test_the_best_strength_of_pruning_has_not_collapsed():
     """A mask under which every continuation scores the same has a bias of 0, and is not the choice."""
+
     def strategy(name, bias, spread, ratio=1.01):
-        return [(name, "own_scenario", metric, value) for metric, value in (
-            ("toxicity_bias", bias), ("perplexity_ratio", ratio), ("spread_ratio", spread))]  # fmt: skip
+        return [
+            (name, "own_scenario", metric, value)
+            for metric, value in (("toxicity_bias", bias), ("perplexity_ratio", ratio), ("spread_ratio", spread))
+        ]
 
     rows = [("unpruned", "none", "toxicity_bias", 0.4), *strategy("dull", 0.0, 0.0), *strategy("good", 0.3, 0.8)]
     metrics = pl.DataFrame(rows, schema=["strategy", "level", "metric", "estimate"], orient="row").with_columns(
-        model=pl.lit("m"), scenario=pl.lit("s"), variation=pl.lit("(all)"), matched_to=pl.lit(None, pl.String),
-        low=pl.col("estimate"), high=pl.col("estimate"),
-    )  # fmt: skip
+        model=pl.lit("m"),
+        scenario=pl.lit("s"),
+        variation=pl.lit("(all)"),
+        matched_to=pl.lit(None, pl.String),
+        low=pl.col("estimate"),
+        high=pl.col("estimate"),
+    )
     points = gamma_points(metrics, {"dull": {"alpha": 0.2, "gamma": 0.3}, "good": {"alpha": 0.1, "gamma": 0.3}})
     assert dict(points.select("strategy", "bias").iter_rows()) == {"unpruned": 0.4, "dull": None, "good": 0.3}
     chosen = gamma_choice(points, 0.05).filter("chosen")

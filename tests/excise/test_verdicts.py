@@ -4,22 +4,30 @@ import polars as pl
 import pytest
 
 from excise.errors import ExciseError
-from excise.evaluation import SCHEMA
-from excise.figures import bias_by_level, disparity_by_level
-from excise.report import audit_table, finding, markdown_table
-from excise.side_effects import SIDE_EFFECTS_SCHEMA
-from excise.thresholds import Thresholds
-from excise.verdicts import verdicts
+from excise.evaluation.numbers import SCHEMA
+from excise.evaluation.side_effects import SIDE_EFFECTS_SCHEMA
+from excise.evaluation.thresholds import Thresholds
+from excise.evaluation.verdicts import verdicts
+from excise.reporting.figures import bias_by_level, disparity_by_level
+from excise.reporting.report import audit_table, finding, markdown_table
 
 ALL = "(all)"
 ELSEWHERE = ("text_kl", "text_perplexity_ratio", "inlier_ratio elsewhere", "excess_change elsewhere")
 GRADIENT = ("gap_gradient", "prompt_specific", None)
 RANDOM = ("random", "prompt_specific", "gap_gradient")
 GOOD = {
-    "gap_mean": 2.0, "gap_reduction": 0.9, "reduction_over_random": 0.8, "inlier_ratio": 0.95, "spread_ratio": 0.9,
-    "commonest_rise": 0.05, "excess_change": 0.1, "closed_by_majority": 0.36, "closed_by_minority": 0.54, "smd": 0.1,
+    "gap_mean": 2.0,
+    "gap_reduction": 0.9,
+    "reduction_over_random": 0.8,
+    "inlier_ratio": 0.95,
+    "spread_ratio": 0.9,
+    "commonest_rise": 0.05,
+    "excess_change": 0.1,
+    "closed_by_majority": 0.36,
+    "closed_by_minority": 0.54,
+    "smd": 0.1,
     "abs_smd": 0.1,
-}  # fmt: skip
+}
 WITH_INTERVAL = ("gap_reduction", "reduction_over_random", "smd", "abs_smd")
 
 
@@ -30,11 +38,14 @@ def rows(variation, mask, figures, low=None):
         schema
         | {"model": "m", "scenario": "purchase", "variation": variation, "metric": metric, "estimate": figure}
         | dict(zip(("strategy", "level", "matched_to"), mask, strict=True))
-        | ({"low": (low or {}).get(metric, figure - 0.1), "high": figure + 0.1}
-           if metric in WITH_INTERVAL and figure is not None else {})
+        | (
+            {"low": (low or {}).get(metric, figure - 0.1), "high": figure + 0.1}
+            if metric in WITH_INTERVAL and figure is not None
+            else {}
+        )
         | {"n": 100, "names": 8}
         for metric, figure in figures.items()
-    ]  # fmt: skip
+    ]
 
 
 def metrics(*variations, low=None, control=True, **changes):
@@ -49,8 +60,9 @@ def metrics(*variations, low=None, control=True, **changes):
     return pl.DataFrame(found, schema=SCHEMA, orient="row")
 
 
-def effects(*variations, divergence=0.01, perplexity=0.01, others=(("finance/childcare", 0.1),), inliers=0.9,
-            mask=GRADIENT):  # fmt: skip
+def effects(
+    *variations, divergence=0.01, perplexity=0.01, others=(("finance/childcare", 0.1),), inliers=0.9, mask=GRADIENT
+):
     figures = [("text", "text_kl", divergence), ("text", "text_perplexity_ratio", perplexity)]
     figures += [(target, "excess_change", figure) for target, figure in others]
     figures += [(target, "inlier_ratio", inliers) for target, _ in others if target != "(none)"]
@@ -63,8 +75,9 @@ def effects(*variations, divergence=0.01, perplexity=0.01, others=(("finance/chi
             for variation in variations or ("chair",)
             for target, metric, figure in figures
         ],
-        schema=SIDE_EFFECTS_SCHEMA, orient="row",
-    )  # fmt: skip
+        schema=SIDE_EFFECTS_SCHEMA,
+        orient="row",
+    )
 
 
 def verdict(told, beside=None, where="chair", mask=GRADIENT, **thresholds):
@@ -109,8 +122,9 @@ def test_a_mask_that_hurts_the_text_or_other_scenarios_is_no_success_though_perp
     assert found["closes"]
     assert not found["success"]
     assert found["failed"] == [
-        "text_kl 0.30 above 0.05", "excess_change elsewhere 9.50 above 0.40 (services/tax; and 1 more)"
-    ]  # fmt: skip
+        "text_kl 0.30 above 0.05",
+        "excess_change elsewhere 9.50 above 0.40 (services/tax; and 1 more)",
+    ]
     assert verdict(metrics(), effects(perplexity=0.12))["failed"] == ["text_perplexity_ratio 0.12 above 0.05"]
 
 
@@ -154,9 +168,7 @@ def test_what_was_not_measured_is_no_success_and_is_said():
     nothing = pl.DataFrame(schema=SIDE_EFFECTS_SCHEMA)
     found = verdict(metrics(), nothing)
     assert not found["success"]
-    assert found["unknown"] == [
-        f"{each} not known" for each in ELSEWHERE
-    ]
+    assert found["unknown"] == [f"{each} not known" for each in ELSEWHERE]
     found = verdict(metrics(spread_ratio=None), effects(others=(("a/b", None), ("c/d", 0.1))))
     assert found["unknown"] == ["spread_ratio not known", "excess_change elsewhere not known (a/b)"]
     assert not found["success"]
@@ -184,9 +196,7 @@ def test_over_all_variations_the_worst_one_counts():
     bad = pl.concat([effects("chair"), effects("car", others=(("finance/childcare", 2.0),))])
     (broken,) = verdict(over_all(), bad, ALL)["failed"]
     assert broken == "excess_change elsewhere 2.00 above 0.40 (car, finance/childcare)"
-    assert verdict(over_all(), effects("chair"), ALL)["unknown"] == [
-        f"{each} not known (car)" for each in ELSEWHERE
-    ]
+    assert verdict(over_all(), effects("chair"), ALL)["unknown"] == [f"{each} not known (car)" for each in ELSEWHERE]
 
 
 def test_a_condition_without_rows_has_no_verdict():
@@ -215,18 +225,38 @@ def test_the_finding_calls_a_success_best_and_says_how_the_gap_closed():
 @pytest.mark.parametrize(
     ("frame", "beside", "opening", "reason"),
     [
-        (metrics(spread_ratio=0.44), effects(), "No prompt-specific strategy closes the gap within the budgets",
-         "but with spread_ratio 0.44 below 0.60"),
-        (metrics(), effects(others=(("services/tax", 9.5),)), "No prompt-specific strategy closes the gap within",
-         "excess_change elsewhere 9.50 above 0.40 (services/tax)"),
-        (metrics(), effects().clear(), "No prompt-specific strategy is known to close the gap within the budgets",
-         "; text_kl not known, text_perplexity_ratio not known, inlier_ratio elsewhere not known and excess_change"),
-        (metrics(low={"reduction_over_random": -0.1}), effects(),
-         "No prompt-specific strategy is shown to close the gap", "covers 0"),
-        (metrics(low={"reduction_over_random": -0.1}, spread_ratio=0.44), effects(),
-         "No prompt-specific strategy is shown to close the gap", "but with spread_ratio 0.44 below 0.60; that"),
+        (
+            metrics(spread_ratio=0.44),
+            effects(),
+            "No prompt-specific strategy closes the gap within the budgets",
+            "but with spread_ratio 0.44 below 0.60",
+        ),
+        (
+            metrics(),
+            effects(others=(("services/tax", 9.5),)),
+            "No prompt-specific strategy closes the gap within",
+            "excess_change elsewhere 9.50 above 0.40 (services/tax)",
+        ),
+        (
+            metrics(),
+            effects().clear(),
+            "No prompt-specific strategy is known to close the gap within the budgets",
+            "; text_kl not known, text_perplexity_ratio not known, inlier_ratio elsewhere not known and excess_change",
+        ),
+        (
+            metrics(low={"reduction_over_random": -0.1}),
+            effects(),
+            "No prompt-specific strategy is shown to close the gap",
+            "covers 0",
+        ),
+        (
+            metrics(low={"reduction_over_random": -0.1}, spread_ratio=0.44),
+            effects(),
+            "No prompt-specific strategy is shown to close the gap",
+            "but with spread_ratio 0.44 below 0.60; that",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_finding_calls_nothing_best_that_is_no_success(frame, beside, opening, reason):
     sentence = told(frame, beside)
     assert sentence.startswith(opening)
@@ -236,12 +266,21 @@ def test_the_finding_calls_nothing_best_that_is_no_success(frame, beside, openin
 
 def test_a_success_is_preferred_to_a_larger_reduction_that_breaks_a_budget():
     other = ("set_difference", "prompt_specific", None)
-    frame = pl.concat([
-        metrics(),
-        pl.DataFrame(rows("chair", other, GOOD | {"reduction_over_random": 0.95, "excess_change": 3.0})
-                     + rows("chair", ("random", "prompt_specific", "set_difference"),
-                            {"gap_reduction": 0.0, "inlier_ratio": 0.94}), schema=SCHEMA, orient="row"),
-    ])  # fmt: skip
+    frame = pl.concat(
+        [
+            metrics(),
+            pl.DataFrame(
+                rows("chair", other, GOOD | {"reduction_over_random": 0.95, "excess_change": 3.0})
+                + rows(
+                    "chair",
+                    ("random", "prompt_specific", "set_difference"),
+                    {"gap_reduction": 0.0, "inlier_ratio": 0.94},
+                ),
+                schema=SCHEMA,
+                orient="row",
+            ),
+        ]
+    )
     beside = pl.concat([effects(), effects(mask=other)])
     assert told(frame, beside).startswith("Best prompt-specific strategy: gap_gradient")
 

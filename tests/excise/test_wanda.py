@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from excise.attribution.wanda import input_norms, wanda_scores
-from excise.encoding import encode
-from excise.models import SITES
-from excise.tree import answer_tree, common_prefix
+from excise.generation.encoding import encode
+from excise.generation.tree import answer_tree, common_prefix
+from excise.models.loading import SITES
 
 WEIGHTINGS = 3
 

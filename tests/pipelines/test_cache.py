@@ -9,8 +9,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from excise.completions import CACHE_SCHEMA, CompletionCache
-from excise.masks import heads_mask
+from excise.generation.completions import CACHE_SCHEMA, CompletionCache
+from excise.interventions.masks import heads_mask
 from pipelines import cache
 from pipelines.cache import DAY, RECENT, entries, removable
 from resources.artifacts import Artifacts
@@ -77,15 +77,23 @@ def test_answers_are_needed_by_the_table_that_holds_them(folder):
     fill(folder, "completions", told)
     fill(folder, "pruned_completions", told | {"mask": "a" * 16})
     places = [(layer, head) for layer in range(2) for head in range(3)]
-    fill(folder, "head_impacts", *(
-        {"layer": layer, "head": head, "method": "regenerated" if HEADS[layer, head] else "reweighted"}
-        for layer, head in places
-    ))  # fmt: skip
+    fill(
+        folder,
+        "head_impacts",
+        *(
+            {"layer": layer, "head": head, "method": "regenerated" if HEADS[layer, head] else "reweighted"}
+            for layer, head in places
+        ),
+    )
     found = entries(Artifacts(folder=str(folder)), Warehouse(folder=str(folder)))
     assert {(each.name, each.model, each.needed_by) for each in found} == {
-        ("unpruned", "tiny", "completions"), ("a" * 16, "tiny", "pruned_completions"), ("b" * 16, "tiny", ""),
-        (single, "tiny", "head_impacts"), ("unpruned", "e" * 16, ""), ("unpruned", "tiny", ""),
-    }  # fmt: skip
+        ("unpruned", "tiny", "completions"),
+        ("a" * 16, "tiny", "pruned_completions"),
+        ("b" * 16, "tiny", ""),
+        (single, "tiny", "head_impacts"),
+        ("unpruned", "e" * 16, ""),
+        ("unpruned", "tiny", ""),
+    }
     # A grid's points have no rows of their own: every mask of that model and those parameters counts as one.
     fill(folder, "grid_search", {})
     assert listed(folder)["completions", "b" * 16].needed_by == "grid_search"

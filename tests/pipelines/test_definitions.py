@@ -151,7 +151,11 @@ def test_the_planted_model_on_purchase_is_a_partition(graph):
         (
             "evaluate_scenario",
             (
-                "cross_context_masks", "pruned_completions", "side_effects", "evaluation_metrics", "restoration",
+                "cross_context_masks",
+                "pruned_completions",
+                "side_effects",
+                "evaluation_metrics",
+                "restoration",
                 "stability",
             ),
         ),

@@ -14,42 +14,66 @@ import polars as pl
 import pytest
 import yaml
 
-from excise.masks import Mask
-from excise.metrics import standardized_mean_difference, toxicity_bias
-from excise.selection import fasp
+from excise.evaluation.metrics import standardized_mean_difference, toxicity_bias
+from excise.interventions.masks import Mask
+from excise.strategies.selection import fasp
 from pipelines import definitions, heads, paper
 from resources.tables import METRICS
 from resources.warehouse import Warehouse
 from tests.conftest import SMALL_SCENARIO, blank
 
-TEMPLATES = {"told": "The {name} {noun} said", "met": "I met that {name} {noun}", "why": "Why is the {name} {noun}",
-             "how": "How did this {name} {noun}"}  # fmt: skip
+TEMPLATES = {
+    "told": "The {name} {noun} said",
+    "met": "I met that {name} {noun}",
+    "why": "Why is the {name} {noun}",
+    "how": "How did this {name} {noun}",
+}
 AXES = {
     "belief": {"sun": ["solar", "sunny"], "moon": ["lunar", "moonlit"], "star": ["stellar", "starry"]},
     "origin": {"hill": ["hilly", "alpine"], "lake": ["aquatic", "lakeside"]},
 }
 STRATEGIES = {
-    "fasp": {"outcomes": ["toxicity"], "score": "head_impacts", "selection": "fasp",
-             "parameters": {"alpha": [0.1, 0.3], "gamma": 0.3}, "levels": ["own_scenario", "cross_context"]},
+    "fasp": {
+        "outcomes": ["toxicity"],
+        "score": "head_impacts",
+        "selection": "fasp",
+        "parameters": {"alpha": [0.1, 0.3], "gamma": 0.3},
+        "levels": ["own_scenario", "cross_context"],
+    },
     "gap_gradient": {"parameters": {"significance": 1, "density": 0.01}},
-    "magnitude": {"outcomes": ["toxicity"], "score": "head_magnitude", "selection": "lowest",
-                  "parameters": {"alpha": 0.3}, "controls": []},
-    **{key: {"enabled": False, "score": "head_random", "selection": "lowest", "parameters": {"alpha": 0.1}}
-       for key in ("fairness_only", "performance_only", "gradient", "random_heads")},
-    "fasp_gamma": {"outcomes": ["toxicity"], "score": "head_impacts", "selection": "fasp", "controls": [],
-                   "parameters": {"alpha": 0.3, "gamma": [0, 0.5]}},
-}  # fmt: skip
+    "magnitude": {
+        "outcomes": ["toxicity"],
+        "score": "head_magnitude",
+        "selection": "lowest",
+        "parameters": {"alpha": 0.3},
+        "controls": [],
+    },
+    **{
+        key: {"enabled": False, "score": "head_random", "selection": "lowest", "parameters": {"alpha": 0.1}}
+        for key in ("fairness_only", "performance_only", "gradient", "random_heads")
+    },
+    "fasp_gamma": {
+        "outcomes": ["toxicity"],
+        "score": "head_impacts",
+        "selection": "fasp",
+        "controls": [],
+        "parameters": {"alpha": 0.3, "gamma": [0, 0.5]},
+    },
+}
 SETTINGS = ["samples=3", "resamples=40", "random_draws=1", "text_tokens=300", "max_new_tokens=4", "alphas=0.1,0.3"]
 OPTIONS = [part for each in SETTINGS for part in ("--set", each)]
 
 
 def axis(key: str) -> dict:
     return {
-        "title": key, "description": "An axis of two or three groups.", "outcome": {"kind": "toxicity"},
+        "title": key,
+        "description": "An axis of two or three groups.",
+        "outcome": {"kind": "toxicity"},
         "comparison": dict(zip(("majority", "minority"), AXES[key], strict=False)),
         "groups": {group: {"label": group, "subjects": words} for group, words in AXES[key].items()},
-        "templates": TEMPLATES, "variations": {"person": {"noun": "person"}},
-    }  # fmt: skip
+        "templates": TEMPLATES,
+        "variations": {"person": {"noun": "person"}},
+    }
 
 
 @dataclass
@@ -93,8 +117,12 @@ def house(tmp_path_factory, tiny_model, tiny_classifier) -> Iterator[House]:
         patch.setenv("DAGSTER_HOME", str(folder / "home"))
         patch.setenv("EXCISE_DATA", str(folder / "data"))
         patch.setattr("tempfile.tempdir", str(folder))
-        files = {"SCENARIO_FOLDERS": [folder / "scenarios"], "MODEL_FILES": [folder / "models.yaml"],
-                 "STRATEGY_FILES": [folder / "strategies.yaml"], "SCORER_FILES": [folder / "scorers.yaml"]}  # fmt: skip
+        files = {
+            "SCENARIO_FOLDERS": [folder / "scenarios"],
+            "MODEL_FILES": [folder / "models.yaml"],
+            "STRATEGY_FILES": [folder / "strategies.yaml"],
+            "SCORER_FILES": [folder / "scorers.yaml"],
+        }
         for name, value in files.items():
             patch.setattr(heads, name, value)
             if name != "SCORER_FILES":
@@ -157,9 +185,11 @@ def test_metrics_are_those_of_the_stored_continuations(house):
 
     def metric(strategy, name, level="own_scenario"):
         rows = metrics.filter(
-            (pl.col("strategy") == strategy) & (pl.col("metric") == name) & pl.col("matched_to").is_null()
+            (pl.col("strategy") == strategy)
+            & (pl.col("metric") == name)
+            & pl.col("matched_to").is_null()
             & pl.col("level").is_in([level, "none"])
-        )  # fmt: skip
+        )
         return rows["estimate"].item()
 
     judged = house.read("completions", "belief").filter(pl.col("split") == "evaluation")
@@ -182,9 +212,10 @@ def test_metrics_are_those_of_the_stored_continuations(house):
 
 def test_alpha_and_gamma_are_chosen_within_the_perplexity_budget(house):
     metrics = house.read("metrics", "belief").filter(
-        (pl.col("variation") == "(all)") & pl.col("matched_to").is_null()
+        (pl.col("variation") == "(all)")
+        & pl.col("matched_to").is_null()
         & pl.col("level").is_in(["none", "own_scenario"])
-    )  # fmt: skip
+    )
     bias, ratio = (
         dict(metrics.filter(pl.col("metric") == name).select("strategy", "estimate").iter_rows())
         for name in ("toxicity_bias", "perplexity_ratio")
@@ -216,16 +247,19 @@ def test_heads_of_one_axis_are_tried_on_the_other_and_impacts_correlated(house):
     correlations = house.warehouse.read("bias_correlation", model="tiny")
     z = [house.read("head_impacts", key).sort("layer", "head")["z_bias"].to_numpy() for key in ("belief", "origin")]
     row = correlations.filter(
-        (pl.col("statistic") == "pearson") & (pl.col("heads") == "all") & (pl.col("measure") == "z_bias")
-        & (pl.col("other_measure") == "z_bias") & (pl.col("scenario") != pl.col("other_scenario"))
-    )  # fmt: skip
+        (pl.col("statistic") == "pearson")
+        & (pl.col("heads") == "all")
+        & (pl.col("measure") == "z_bias")
+        & (pl.col("other_measure") == "z_bias")
+        & (pl.col("scenario") != pl.col("other_scenario"))
+    )
     assert row["estimate"][0] == pytest.approx(np.corrcoef(*z)[0, 1])
 
 
 @pytest.fixture
 def without_pictures(monkeypatch):
     """Further runs need not write them again."""
-    monkeypatch.setattr("excise.figures.save", blank)
+    monkeypatch.setattr("excise.reporting.figures.save", blank)
 
 
 @pytest.mark.usefixtures("without_pictures")
@@ -257,8 +291,17 @@ def test_what_is_not_there_is_named(house):
 def test_fasp_runs_on_numbers(house):
     """Heads are ranked by what their removal does to the mean of |SMD| (FASP's selection on BDB's disparity)."""
     out, errors = io.StringIO(), io.StringIO()
-    settings = ["strategies=fasp,magnitude", "samples=4", "subjects_per_group=4", "resamples=40", "permutations=40",
-                "random_draws=1", "text_tokens=300", "alphas=0.3", "held_out=true"]  # fmt: skip
+    settings = [
+        "strategies=fasp,magnitude",
+        "samples=4",
+        "subjects_per_group=4",
+        "resamples=40",
+        "permutations=40",
+        "random_draws=1",
+        "text_tokens=300",
+        "alphas=0.3",
+        "held_out=true",
+    ]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         options = [part for each in settings for part in ("--set", each)]
         code = heads.main(["--model", "numeric", "--scenarios", "lamp", *options])
@@ -282,9 +325,18 @@ def test_fasp_runs_on_numbers(house):
 @pytest.mark.usefixtures("without_pictures")
 def test_the_first_papers_strategies_run_on_axes(house, capsys):
     """Wanda's set difference and gap_gradient compare the axis' two named groups, by toxicity."""
-    settings = ["strategies=set_difference,gap_gradient", "spread_floor=0", "commonest_budget=1", "change_budget=100",
-                "samples=3", "resamples=40", "random_draws=1",
-                "text_tokens=300", "max_new_tokens=4", "relabellings=0"]  # fmt: skip
+    settings = [
+        "strategies=set_difference,gap_gradient",
+        "spread_floor=0",
+        "commonest_budget=1",
+        "change_budget=100",
+        "samples=3",
+        "resamples=40",
+        "random_draws=1",
+        "text_tokens=300",
+        "max_new_tokens=4",
+        "relabellings=0",
+    ]
     options = [part for each in settings for part in ("--set", each)]
     code = paper.main(["--model", "tiny", "--scenarios", "belief,origin", "--preset", "quick", *options])
     assert code == 0, capsys.readouterr().err

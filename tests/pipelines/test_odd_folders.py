@@ -4,10 +4,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from excise.completions import CompletionCache
 from excise.errors import ExciseError
-from excise.tensor_files import save_tensors
-from excise.toxicity import ScoreCache
+from excise.files.tensors import save_tensors
+from excise.generation.completions import CompletionCache
+from excise.outcomes.toxicity import ScoreCache
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.tables import TABLES
@@ -15,9 +15,26 @@ from resources.warehouse import Warehouse
 from tests.conftest import blank, open_house, save_tiny_model
 
 NAMES = (
-    "data [copy]", "a*b", "{a,b}", "50 %20 off", "#1", "it's", 'so "called"', "Ergebnisse für 数据", "dots...", "~",
-    "~nobody", "a=b", "c:\\d", "$HOME", "a;b&c", " edge ", "two\nlines", "!(x)", "**",
-)  # fmt: skip
+    "data [copy]",
+    "a*b",
+    "{a,b}",
+    "50 %20 off",
+    "#1",
+    "it's",
+    'so "called"',
+    "Ergebnisse für 数据",
+    "dots...",
+    "~",
+    "~nobody",
+    "a=b",
+    "c:\\d",
+    "$HOME",
+    "a;b&c",
+    " edge ",
+    "two\nlines",
+    "!(x)",
+    "**",
+)
 PLACE = {"asset": "completions", "model": "m", "scenario": "s"}
 ANSWERS = pl.DataFrame({"prompt": ["p"], "sample": [0], "token_ids": [[1, 2]], "finished": [True]})
 
@@ -63,8 +80,8 @@ def test_a_name_that_cannot_serve_is_refused_before_any_work(tmp_path, name, men
 @pytest.mark.trial(20)
 @pytest.mark.slow
 def test_a_whole_audit_in_an_odd_folder_reuses_what_it_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("excise.figures.save", blank)
-    odd = tmp_path / "it's \"data\" [copy] {a} * %20 #1 ~ für 数据 a=b;c\n!(x)..."
+    monkeypatch.setattr("excise.reporting.figures.save", blank)
+    odd = tmp_path / 'it\'s "data" [copy] {a} * %20 #1 ~ für 数据 a=b;c\n!(x)...'
     (odd / "model [1]").mkdir(parents=True)
     house = open_house(odd / "house", save_tiny_model(odd / "model [1]", "llama", numeric=True))
     for drawn in (True, False):
@@ -77,8 +94,13 @@ def test_a_whole_audit_in_an_odd_folder_reuses_what_it_kept(tmp_path, monkeypatc
         for asset in ("completions", "pruned_completions"):
             assert (seen[asset]["completions_drawn"].value > 0) == drawn
     assert sorted(path.name for path in house.data.iterdir()) == [
-        "artifacts", "cache", "excise.duckdb", "excise.lock", "figures", "models",
-    ]  # fmt: skip
+        "artifacts",
+        "cache",
+        "excise.duckdb",
+        "excise.lock",
+        "figures",
+        "models",
+    ]
 
 
 def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):

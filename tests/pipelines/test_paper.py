@@ -24,7 +24,7 @@ from assets.mask_overlap import overlaps
 from assets.partitions import read_catalogue
 from excise.attribution import attribute
 from excise.errors import ExciseError
-from excise.masks import Mask
+from excise.interventions.masks import Mask
 from pipelines import paper, results
 from pipelines.definitions import build_definitions
 from resources.gpu import GPUResource
@@ -39,21 +39,51 @@ NAMES = {
 }
 ITEMS = {"lamp": ("lamp", "bench"), "purchase": ("sofa", "stove"), "vase": ("vase", "clock")}
 STRATEGIES = {
-    "set_difference": {"enabled": False, "score": "wanda", "selection": "set_difference",
-                       "parameters": {"tau_min": 0.4, "tau_maj": 0.35}, "roles": ["q"]},
-    "gap_gradient": {"score": "gap_gradient", "selection": "measured_path",
-                     "parameters": {"density": 0.003, "significance": 1}, "roles": ["v", "o", "down"],
-                     "levels": ["prompt_specific", "within_context", "cross_context", "all_contexts"]},
-    "attention_heads": {"enabled": False, "score": "attention", "selection": "set_difference",
-                        "ablation": "zero_query", "parameters": {"k_min": 8, "k_maj": 4}},
-    "weights": {"score": "wanda", "selection": "set_difference", "parameters": {"tau_min": 0.4, "tau_maj": 0.3},
-                "roles": ["q", "down"]},
-    "heads": {"score": "attention", "selection": "set_difference", "ablation": "zero_query",
-              "parameters": {"k_min": 9, "k_maj": 3}},
-}  # fmt: skip
+    "set_difference": {
+        "enabled": False,
+        "score": "wanda",
+        "selection": "set_difference",
+        "parameters": {"tau_min": 0.4, "tau_maj": 0.35},
+        "roles": ["q"],
+    },
+    "gap_gradient": {
+        "score": "gap_gradient",
+        "selection": "measured_path",
+        "parameters": {"density": 0.003, "significance": 1},
+        "roles": ["v", "o", "down"],
+        "levels": ["prompt_specific", "within_context", "cross_context", "all_contexts"],
+    },
+    "attention_heads": {
+        "enabled": False,
+        "score": "attention",
+        "selection": "set_difference",
+        "ablation": "zero_query",
+        "parameters": {"k_min": 8, "k_maj": 4},
+    },
+    "weights": {
+        "score": "wanda",
+        "selection": "set_difference",
+        "parameters": {"tau_min": 0.4, "tau_maj": 0.3},
+        "roles": ["q", "down"],
+    },
+    "heads": {
+        "score": "attention",
+        "selection": "set_difference",
+        "ablation": "zero_query",
+        "parameters": {"k_min": 9, "k_maj": 3},
+    },
+}
 COMMAND = ["--model", "tiny", "--scenarios", "lamp,purchase,vase", "--preset", "quick"]
-SETTINGS = {"samples": "12", "subjects_per_group": "4", "held_out": "true", "per_source": "true", "random_draws": "1",
-            "relabellings": "0", "resamples": "30", "permutations": "30"}  # fmt: skip
+SETTINGS = {
+    "samples": "12",
+    "subjects_per_group": "4",
+    "held_out": "true",
+    "per_source": "true",
+    "random_draws": "1",
+    "relabellings": "0",
+    "resamples": "30",
+    "permutations": "30",
+}
 OPTIONS = [part for name, value in SETTINGS.items() for part in ("--set", f"{name}={value}")]
 LEVELS = {"prompt_specific", "within_context", "cross_context"}
 
@@ -67,8 +97,15 @@ def scenario(key: str, names: int = 4) -> dict:
         "replaces": key == "purchase",
         "title": key,
         "description": "Two things to buy.",
-        "outcome": {"kind": "number", "unit": "USD", "low": 1, "high": 100000, "scale": "log", "better": "higher",
-                    "max_new_tokens": 5},
+        "outcome": {
+            "kind": "number",
+            "unit": "USD",
+            "low": 1,
+            "high": 100000,
+            "scale": "log",
+            "better": "higher",
+            "max_new_tokens": 5,
+        },
         "comparison": {"majority": "white", "minority": "black"},
         "groups": {
             group: {"label": group, "surname": SURNAMES[group], "subjects": subjects}
@@ -76,7 +113,7 @@ def scenario(key: str, names: int = 4) -> dict:
         },
         "templates": {"seller": "A used {item} of {name}. What do I offer, in dollars?"},
         "variations": {item: {"item": item} for item in ITEMS[key]},
-    }  # fmt: skip
+    }
 
 
 @dataclass
@@ -161,7 +198,7 @@ def town(tmp_path_factory, tiny_model) -> Iterator[Town]:
         patch.setattr(paper, "MODEL_FILES", [folder / "models.yaml"])
         patch.setattr(paper, "STRATEGY_FILES", [folder / "strategies.yaml"])
         with pytest.MonkeyPatch.context() as quick:  # drawing takes the most time; the second command draws everything
-            quick.setattr("excise.figures.save", blank)
+            quick.setattr("excise.reporting.figures.save", blank)
             run(made, [*COMMAND, *OPTIONS])
         made.kept = {table: made.warehouse.read(table, model="tiny") for table in ("completions", "masks", "metrics")}
         made.times = {file: file.stat().st_mtime_ns for file in (folder / "data" / "artifacts").rglob("*.safetensors")}
@@ -187,8 +224,17 @@ def same(mask: Mask, arrays: dict[str, np.ndarray]) -> bool:
 
 
 def grid_assets() -> list[str]:
-    return ["completions", "attribution_scores", "pruning_masks", "cross_context_masks", "pruned_completions",
-            "restoration", "side_effects", "evaluation_metrics", "stability"]  # fmt: skip
+    return [
+        "completions",
+        "attribution_scores",
+        "pruning_masks",
+        "cross_context_masks",
+        "pruned_completions",
+        "restoration",
+        "side_effects",
+        "evaluation_metrics",
+        "stability",
+    ]
 
 
 def stale(town: Town) -> dict[tuple[str, str], set[str]]:
@@ -203,8 +249,9 @@ def stale(town: Town) -> dict[tuple[str, str], set[str]]:
         for key in ITEMS:
             causes = resolver.get_stale_causes(dg.AssetKey(name), f"tiny|{key}")
             if causes:
-                found[name, key] = {f"{each.dependency.asset_key.to_user_string()} {each.dependency.partition_key}"
-                                    for each in causes}  # fmt: skip
+                found[name, key] = {
+                    f"{each.dependency.asset_key.to_user_string()} {each.dependency.partition_key}" for each in causes
+                }
     return found
 
 
@@ -343,9 +390,16 @@ def test_masks_are_made_from_the_one_half_alone(town, tmp_path):
     def computed(rows: pl.DataFrame) -> set[str]:
         with gpu.model("tiny", catalogue.models) as loaded:
             files = attribute(
-                loaded, prompts, rows, comparison=lamp.comparison, outcome=lamp.outcome, scores=["wanda"],
-                permutations=0, seed=0, folder=tmp_path,
-            )  # fmt: skip
+                loaded,
+                prompts,
+                rows,
+                comparison=lamp.comparison,
+                outcome=lamp.outcome,
+                scores=["wanda"],
+                permutations=0,
+                seed=0,
+                folder=tmp_path,
+            )
         return {file.path.name for file in files}
 
     assert computed(completions.filter(pl.col("split") == "attribution")) <= stored
@@ -470,8 +524,11 @@ def test_a_rerun_of_one_scenario_leaves_rows_and_files_of_the_others_alone(town)
         assert before.height > 0
         assert set(before["scenario"]) == {"lamp", "purchase"}
         now = town.warehouse.read(table, model="tiny", scenario=["lamp", "purchase"])
-        assert now.sort(pl.all()).equals(before.sort(pl.all())) if table != "completions" else now.drop(
-            "token_ids").sort(pl.all()).equals(before.drop("token_ids").sort(pl.all()))  # fmt: skip
+        assert (
+            now.sort(pl.all()).equals(before.sort(pl.all()))
+            if table != "completions"
+            else now.drop("token_ids").sort(pl.all()).equals(before.drop("token_ids").sort(pl.all()))
+        )
     assert town.times
     assert all(file.stat().st_mtime_ns == time for file, time in town.times.items())
 
@@ -538,8 +595,10 @@ def test_overlaps_are_shares_of_the_row_s_mask_beside_chance(town, strategy):
 
 def test_without_purchases_every_scenario_is_a_reference(town):
     rows = town.warehouse.read("masks", level="prompt_specific", strategy="heads", scenario=["lamp", "vase"])
-    paths = {tuple(place): town.folder / "data" / path for *place, path in
-             rows.select("scenario", "variation", "path").unique().rows()}  # fmt: skip
+    paths = {
+        tuple(place): town.folder / "data" / path
+        for *place, path in rows.select("scenario", "variation", "path").unique().rows()
+    }
     found = overlaps("tiny", "heads", paths, "{}")
     assert found.height == 4 * 4
     same_mask = found.filter(
@@ -567,24 +626,44 @@ def test_the_transfer_matrix_is_the_metrics_by_where_the_masks_come_from(town):
     pairs = {(row["source"], row["scenario"]): row for row in rows.iter_rows(named=True)}
     # lamp and purchase were evaluated when vase had no masks yet
     assert set(pairs) == {
-        ("lamp", "lamp"), ("purchase", "lamp"), (None, "lamp"),
-        ("lamp", "purchase"), ("purchase", "purchase"), (None, "purchase"),
-        ("lamp", "vase"), ("purchase", "vase"), ("vase", "vase"), (None, "vase"),
-    }  # fmt: skip
+        ("lamp", "lamp"),
+        ("purchase", "lamp"),
+        (None, "lamp"),
+        ("lamp", "purchase"),
+        ("purchase", "purchase"),
+        (None, "purchase"),
+        ("lamp", "vase"),
+        ("purchase", "vase"),
+        ("vase", "vase"),
+        (None, "vase"),
+    }
     for (source, target), row in pairs.items():
         level = "cross_context" if source is None else f"cross_context/{source}"
         level = "within_context" if source == target else level
-        (figure,) = town.warehouse.read(
-            "metrics", scenario=target, variation="(all)", strategy="weights", level=level, metric="inlier_ratio",
-            matched_to=None,
-        ).select("estimate", "low", "high").rows()  # fmt: skip
+        (figure,) = (
+            town.warehouse.read(
+                "metrics",
+                scenario=target,
+                variation="(all)",
+                strategy="weights",
+                level=level,
+                metric="inlier_ratio",
+                matched_to=None,
+            )
+            .select("estimate", "low", "high")
+            .rows()
+        )
         assert (row["level"], row["estimate"], row["low"], row["high"]) == (level, *figure)
 
 
 def test_analyses_have_their_pictures(town):
     folder = town.folder / "data" / "figures" / "tiny"
-    for name in ("overlap_weights_with_purchase", "overlap_heads_with_purchase", "distribution_weights_cross_context",
-                 "distribution_heads_prompt_specific"):  # fmt: skip
+    for name in (
+        "overlap_weights_with_purchase",
+        "overlap_heads_with_purchase",
+        "distribution_weights_cross_context",
+        "distribution_heads_prompt_specific",
+    ):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (folder / f"{name}.svg").is_file()
     assert (folder / "vase" / "bias_by_level.png").is_file()
@@ -623,7 +702,7 @@ def test_analyses_without_any_results_say_what_to_do_first(town):
 def test_a_grid_is_sampled_once_and_judged_as_an_audit_is(town, monkeypatch):
     sizes = {"grid_taus": [0.3, 0.4], "grid_counts": [200, 400], "grid_variations": 1, "inlier_floor": 0.0}
     first = town.run("search_grid", "tiny|lamp", **sizes)
-    monkeypatch.setattr("excise.figures.save", blank)
+    monkeypatch.setattr("excise.reporting.figures.save", blank)
     second = town.run("search_grid", "tiny|lamp", **sizes)
     assert first.success
     assert second.success

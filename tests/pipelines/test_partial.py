@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from assets.partitions import read_catalogue
-from excise.metrics import standardized_mean_difference
+from excise.evaluation.metrics import standardized_mean_difference
 from pipelines import paper
 from resources.warehouse import Warehouse
 from tests.conftest import DIGITS, SMALL_SCENARIO, blank, save_tiny_model
@@ -25,18 +25,45 @@ from tests.conftest import DIGITS, SMALL_SCENARIO, blank, save_tiny_model
 NUMBERS, TEXTS = ("lamp", "map", "jeep"), ("bench", "clock", "stove", "violin")
 LETTERS = "bcdghklmnrstvwxyz"
 STRATEGIES = {
-    "set_difference": {"enabled": False, "score": "wanda", "selection": "set_difference",
-                       "parameters": {"tau_min": 0.4, "tau_maj": 0.35}, "roles": ["q"]},
-    "attention_heads": {"enabled": False, "score": "attention", "selection": "set_difference",
-                        "ablation": "zero_query", "parameters": {"k_min": 8, "k_maj": 4}},
-    "gap_gradient": {"score": "gap_gradient", "selection": "measured_path", "parameters": {"density": 0.003,
-                     "significance": 1}, "roles": ["v", "o", "down"], "levels": ["prompt_specific", "within_context",
-                     "cross_context", "all_contexts"]},
-    "weights": {"score": "wanda", "selection": "set_difference", "parameters": {"tau_min": 0.4, "tau_maj": 0.3},
-                "roles": ["q", "down"]},
-}  # fmt: skip
-SETTINGS = ["samples=6", "subjects_per_group=4", "held_out=false", "per_source=true", "random_draws=1",
-            "relabellings=0", "resamples=30", "permutations=30", "variations="]  # fmt: skip
+    "set_difference": {
+        "enabled": False,
+        "score": "wanda",
+        "selection": "set_difference",
+        "parameters": {"tau_min": 0.4, "tau_maj": 0.35},
+        "roles": ["q"],
+    },
+    "attention_heads": {
+        "enabled": False,
+        "score": "attention",
+        "selection": "set_difference",
+        "ablation": "zero_query",
+        "parameters": {"k_min": 8, "k_maj": 4},
+    },
+    "gap_gradient": {
+        "score": "gap_gradient",
+        "selection": "measured_path",
+        "parameters": {"density": 0.003, "significance": 1},
+        "roles": ["v", "o", "down"],
+        "levels": ["prompt_specific", "within_context", "cross_context", "all_contexts"],
+    },
+    "weights": {
+        "score": "wanda",
+        "selection": "set_difference",
+        "parameters": {"tau_min": 0.4, "tau_maj": 0.3},
+        "roles": ["q", "down"],
+    },
+}
+SETTINGS = [
+    "samples=6",
+    "subjects_per_group=4",
+    "held_out=false",
+    "per_source=true",
+    "random_draws=1",
+    "relabellings=0",
+    "resamples=30",
+    "permutations=30",
+    "variations=",
+]
 
 
 def save_writer(folder: Path) -> Path:
@@ -72,10 +99,11 @@ def save_writer(folder: Path) -> Path:
 
 def scenario(things: tuple[str, ...]) -> dict:
     return SMALL_SCENARIO | {
-        "replaces": True, "title": "Purchase",
+        "replaces": True,
+        "title": "Purchase",
         "templates": {"seller": "{name} sells a used {item}. In dollars I would pay for this {item}"},
         "variations": {thing: {"item": thing} for thing in things},
-    }  # fmt: skip
+    }
 
 
 @dataclass
@@ -124,7 +152,7 @@ def open_street(tmp_path_factory) -> Iterator:
             patch.setenv("DAGSTER_HOME", str(folder / "home"))
             patch.setenv("EXCISE_DATA", str(folder / "data"))
             patch.setattr("tempfile.tempdir", str(folder))
-            patch.setattr("excise.figures.save", blank)
+            patch.setattr("excise.reporting.figures.save", blank)
             patch.setattr(paper, "SCENARIO_FOLDERS", [folder / "scenarios"])
             patch.setattr(paper, "MODEL_FILES", [folder / "models.yaml"])
             patch.setattr(paper, "STRATEGY_FILES", [folder / "strategies.yaml"])
@@ -225,7 +253,7 @@ def test_masks_of_values_lack_the_scenario_that_cannot_be_judged_and_say_so(stre
 
 
 def test_where_all_can_be_judged_nothing_is_explained(street):
-    from excise.judged import explained
+    from excise.evaluation.judged import explained
 
     catalogue = read_catalogue([street.folder / "scenarios"], [], [])
     purchase = catalogue.scenarios["purchase"]

@@ -49,14 +49,20 @@ def start(home) -> Callable[..., subprocess.Popen]:
 
     def begin(*command: str, **options) -> subprocess.Popen:
         environment = os.environ | {
-            "HOUSE": str(home.folder), "EXCISE_DATA": str(home.data), "DAGSTER_HOME": str(home.folder / "home"),
-            "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT),
-        }  # fmt: skip
+            "HOUSE": str(home.folder),
+            "EXCISE_DATA": str(home.data),
+            "DAGSTER_HOME": str(home.folder / "home"),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": str(ROOT),
+        }
         # Where the tests run in the background of a shell, they and their children are told to ignore Ctrl-C.
         settings = {
-            "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            "text": True,
             "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        } | options  # fmt: skip
+        } | options
         processes.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, **settings))
         return processes[-1]
 

@@ -21,12 +21,15 @@ def rows(table: str, *given: dict) -> pl.DataFrame:
 
 def answers(**values: list[float | None]) -> pl.DataFrame:
     """Answers about variations, one a name; the first half of each is about one group, the second about the other."""
-    return rows("completions", *(
-        {"variation": variation, "group": group, "subject": f"{group} {name}", "value": value, "text": str(value)}
-        for variation, some in values.items()
-        for group, half in (("white", some[: len(some) // 2]), ("black", some[len(some) // 2 :]))
-        for name, value in enumerate(half)
-    ))  # fmt: skip
+    return rows(
+        "completions",
+        *(
+            {"variation": variation, "group": group, "subject": f"{group} {name}", "value": value, "text": str(value)}
+            for variation, some in values.items()
+            for group, half in (("white", some[: len(some) // 2]), ("black", some[len(some) // 2 :]))
+            for name, value in enumerate(half)
+        ),
+    )
 
 
 def gaps(**estimates: float | None) -> pl.DataFrame:
@@ -69,8 +72,12 @@ def test_all_that_was_asked_for_is_there(warehouse, capsys):
         (answers(lamp=[1, 2, 3, 4], bench=[5, 6, 7, 8]), gaps(lamp=1.0, bench=None), True, f"bench ({UNDEFINED})"),
         (answers(lamp=[1, 2, 3, 4], bench=[5, 6, 7, 8]), gaps(lamp=1.0, bench=math.nan), True, f"bench ({UNDEFINED})"),
         (answers(lamp=[1, 2, 3, 4], bench=[5, 6, 7, 8]), gaps(lamp=1.0, bench=math.inf), True, f"bench ({UNDEFINED})"),
-        (answers(lamp=[1, 2, 3, 4], bench=[None] * 4), gaps(lamp=None), True,
-         f"bench ({FEW}); tiny|lamp has no gap for lamp ({UNDEFINED})"),
+        (
+            answers(lamp=[1, 2, 3, 4], bench=[None] * 4),
+            gaps(lamp=None),
+            True,
+            f"bench ({FEW}); tiny|lamp has no gap for lamp ({UNDEFINED})",
+        ),
     ],
 )
 def test_what_has_no_figure_is_named_in_one_line(warehouse, capsys, answered, measured, evaluated, message):
@@ -90,9 +97,15 @@ def test_continuations_are_judged_by_their_bias(warehouse):
 @pytest.mark.trial(41)
 @pytest.mark.parametrize(
     ("severity", "fail_on", "status"),
-    [("WARN", None, 0), ("ERROR", None, 0), ("WARN", "checks", 3), ("ERROR", "checks", 3), ("WARN", "errors", 0),
-     ("ERROR", "errors", 3)],
-)  # fmt: skip
+    [
+        ("WARN", None, 0),
+        ("ERROR", None, 0),
+        ("WARN", "checks", 3),
+        ("ERROR", "checks", 3),
+        ("WARN", "errors", 0),
+        ("ERROR", "errors", 3),
+    ],
+)
 def test_failing_checks_count_where_that_is_asked_for(warehouse, capsys, severity, fail_on, status):
     check = {"asset": "completions", "check_name": "parse_rate", "severity": severity, "message": "too few"}
     found = rows("checks", check | {"passed": False}, check | {"check_name": "other", "passed": True})
@@ -122,5 +135,6 @@ def test_what_cannot_be_judged_is_explained_once(warehouse, capsys):
     assert conclude(warehouse, fail_on="checks") == 1
     told = capsys.readouterr().err.splitlines()
     assert [line.partition(":")[0] for line in told] == [
-        "Not everything asked for was computed", "Check judged_variations of evaluation_metrics, tiny|lamp (WARN)"
-    ]  # fmt: skip
+        "Not everything asked for was computed",
+        "Check judged_variations of evaluation_metrics, tiny|lamp (WARN)",
+    ]

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from excise.errors import ExciseError
-from excise.models import ModelSpec
-from excise.registry import Registry
+from excise.files.registry import Registry
+from excise.models.loading import ModelSpec
 from resources import gpu as gpu_module
 from resources.gpu import GPUResource
 from resources.watch import Stage

@@ -207,11 +207,25 @@ def test_the_preset_files_choose_their_preset(preset):
 
 
 @pytest.mark.trial(33)
-@pytest.mark.parametrize("change", [
-    {"seed": 2**63}, {"seed": 2**70}, {"seed": -1}, {"samples": 2**63}, {"resamples": 2**63}, {"permutations": 2**63},
-    {"random_draws": 2**63}, {"relabellings": 2**63}, {"max_nodes": 2**63}, {"max_new_tokens": 2**63},
-    {"text_tokens": 2**63}, {"text_window": 2**63}, {"text_stride": 2**63}, {"temperature": float("inf")},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 2**63},
+        {"seed": 2**70},
+        {"seed": -1},
+        {"samples": 2**63},
+        {"resamples": 2**63},
+        {"permutations": 2**63},
+        {"random_draws": 2**63},
+        {"relabellings": 2**63},
+        {"max_nodes": 2**63},
+        {"max_new_tokens": 2**63},
+        {"text_tokens": 2**63},
+        {"text_window": 2**63},
+        {"text_stride": 2**63},
+        {"temperature": float("inf")},
+    ],
+)
 def test_numbers_that_no_table_holds_are_refused_before_any_work(purchase, change):
     (name,) = change
     with pytest.raises(ExciseError, match=f"resources.settings.config.{name} is "):

@@ -5,14 +5,14 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from excise import grid
-from excise.comparisons import COMPARISONS_SCHEMA
-from excise.evaluation import SCHEMA
-from excise.exact import EXACT_SCHEMA
-from excise.restoration import RESTORATION_SCHEMA
+from excise.evaluation import grid
+from excise.evaluation.comparisons import COMPARISONS_SCHEMA
+from excise.evaluation.numbers import SCHEMA
+from excise.evaluation.restoration import RESTORATION_SCHEMA
+from excise.evaluation.side_effects import SIDE_EFFECTS_SCHEMA
+from excise.evaluation.stability import STABILITY_SCHEMA
+from excise.generation.enumeration import EXACT_SCHEMA
 from excise.scenarios import PROMPTS_SCHEMA
-from excise.side_effects import SIDE_EFFECTS_SCHEMA
-from excise.stability import STABILITY_SCHEMA
 from resources.tables import TABLES, data_dictionary, metric_dictionary
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")

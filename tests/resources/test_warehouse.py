@@ -173,8 +173,10 @@ def test_another_connection_of_this_process_is_to_be_closed(warehouse, theirs, o
     """As a notebook has it that looks at the results: DuckDB refuses a second one that is configured otherwise."""
     rows = checks_of("a", ["one"])
     warehouse.replace_partition("checks", rows, partition("a"))
-    act = {"read": lambda: warehouse.read("checks"),
-           "write": lambda: warehouse.replace_partition("checks", rows, partition("a"))}[ours]  # fmt: skip
+    act = {
+        "read": lambda: warehouse.read("checks"),
+        "write": lambda: warehouse.replace_partition("checks", rows, partition("a")),
+    }[ours]
     with duckdb.connect(warehouse.path, read_only=theirs) as connection:
         with pytest.raises(ExciseError, match=r"same process; close your connection \(con\.close\(\)\)") as refused:
             act()
@@ -216,14 +218,17 @@ def test_a_file_that_cannot_be_opened_is_never_to_be_moved_or_deleted(warehouse,
 @pytest.mark.parametrize(
     ("said", "meant"),
     [
-        ("IO Error: Trying to read a database file with version number 99, but we can only read versions between 64 "
-         "and 67.\nThe database file was created with DuckDB version v9.", "another version of DuckDB .* install"),
+        (
+            "IO Error: Trying to read a database file with version number 99, but we can only read versions between 64 "
+            "and 67.\nThe database file was created with DuckDB version v9.",
+            "another version of DuckDB .* install",
+        ),
         ("TransactionContext Error: Failed to commit: Could not write file: No space left on device", "disk is full"),
         ("IO Error: Cannot open file: Permission denied", "see that you may read and write"),
         ("IO Error: Cannot open file: Read-only file system", "see that you may read and write"),
         ("IO Error: Something new", "Something new"),
     ],
-)  # fmt: skip
+)
 def test_what_duckdb_says_is_told_with_what_to_do(warehouse, monkeypatch, said, meant):
     def refuse(*_, **__):
         raise duckdb.IOException(said)

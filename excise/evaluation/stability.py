@@ -1,0 +1,130 @@
+"""How much of a result hangs on the names that a mask was made from: the same audit over several splits of them.
+
+Intervals over names tell how the judged names differ; that other names would have made another mask they cannot tell.
+Here are the summary over splits and its sentence; the splits themselves are the work of the stage `stability`.
+"""
+
+from __future__ import annotations
+
+import polars as pl
+
+from excise.reporting.report import Estimate, level_label, per_cent
+
+METRICS = (
+    "gap_reduction",
+    "reduction_over_random",
+    "smd_reduction",
+    "gap_mean",
+    "inlier_ratio",
+    "spread_ratio",
+    "commonest_rise",
+    "excess_change",
+    "closed_by_majority",
+    "closed_by_minority",
+    "parse_rate",
+)
+"""Of `metrics`, what is kept of every split."""
+CONDITION = ("variation", "strategy", "level", "matched_to")
+STABILITY_SCHEMA = {
+    "model": pl.String,
+    "scenario": pl.String,
+    "split": pl.Int64,
+    "splits": pl.Int64,
+    **dict.fromkeys(CONDITION, pl.String),
+    "metric": pl.String,
+    "estimate": pl.Float64,
+    "low": pl.Float64,
+    "high": pl.Float64,
+    "names": pl.Int64,
+}
+ONE_SPLIT = (
+    "The masks were made once, from one half of the names: how much hangs on which half that was is not known "
+    "(splits: 5 repeats masks and judgement on other halves)."
+)
+NO_SPLIT = (
+    "The masks were made from the very names they are judged by: how much hangs on these names is not known "
+    "(held_out: true with splits: 5 repeats masks and judgement on other halves)."
+)
+
+
+def summary(stability: pl.DataFrame) -> pl.DataFrame:
+    """Over splits, for every condition and metric: median, lowest, highest, an interval, splits with a figure, and
+    splits in which the figure is below 0.
+
+    stability: rows of STABILITY_SCHEMA of one model and scenario, the audit's own split among them; a condition with
+    figures of fewer splits than there are had no mask in the others, or no reduction. low, high: median -+
+    1.96 sqrt(v + w), v the mean over splits of the variance that a 95 % interval over names stands for
+    ((high - low) / 3.92)^2, w the variance of the estimates over splits (ddof 1). Null where a split's interval is not
+    known, and with a single split.
+    """
+    known = stability.filter(pl.col("estimate").is_not_null())
+    within, between = ((pl.col("high") - pl.col("low")) / 3.92).pow(2).mean(), pl.col("estimate").var()
+    reach = 1.96 * (within + between).sqrt()
+    middle = pl.col("estimate").median()
+    told = (pl.len() > 1) & pl.col("low").is_not_null().all()
+    return known.group_by("model", "scenario", *CONDITION, "metric", maintain_order=True).agg(
+        median=middle,
+        lowest=pl.col("estimate").min(),
+        highest=pl.col("estimate").max(),
+        low=pl.when(told).then(middle - reach),
+        high=pl.when(told).then(middle + reach),
+        found=pl.len(),
+        below_0=(pl.col("estimate") < 0).sum(),
+        splits=pl.col("splits").first(),
+    )
+
+
+def stability_sentence(summed: pl.DataFrame, where: str = "(all)") -> str:
+    """What the splits say of every strategy and level, a sentence each. summed: of `summary`."""
+    sentences = []
+    own = summed.filter(
+        (pl.col("metric") == "gap_reduction") & (pl.col("variation") == where) & pl.col("matched_to").is_null()
+    )
+    for row in own.iter_rows(named=True):
+        text = per_cent(Estimate(row["median"], row["low"], row["high"]))
+        lacking = row["splits"] - row["found"]
+        grew = f"in {row['below_0']} it grew the gap" if row["below_0"] else "in none it grew the gap"
+        sentences.append(
+            f"Over {row['splits']} splits of the names {row['strategy']}, {level_label(row['level'])}, removes {text} "
+            f"% of the gap (median; {row['lowest']:.0%} to {row['highest']:.0%}); {grew}"
+            + (f"; in {lacking} no mask or no reduction was found." if lacking else ".")
+        )
+    return " ".join(sentences) or "No strategy has a reduction in any split."
+
+
+def stability_markdown(summed: pl.DataFrame) -> str:
+    """The reductions of every strategy's own masks over the splits, as a table."""
+    header = "| variation | strategy | level | metric | median | range | interval | splits | below 0 |"
+    lines = [header, "|" + "---|" * 9]
+    shown = summed.filter(pl.col("matched_to").is_null() & pl.col("metric").is_in(METRICS[:2]))
+    for row in shown.iter_rows(named=True):
+        interval = "-" if row["low"] is None else f"[{row['low']:.2f}, {row['high']:.2f}]"
+        cells = (
+            row["variation"],
+            row["strategy"],
+            level_label(row["level"]),
+            row["metric"],
+            f"{row['median']:.2f}",
+            f"{row['lowest']:.2f} to {row['highest']:.2f}",
+            interval,
+            f"{row['found']} of {row['splits']}",
+            str(row["below_0"]),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def kept(metrics: pl.DataFrame, split: int, splits: int) -> pl.DataFrame:
+    """The rows of the table `metrics` that are kept of a split, as STABILITY_SCHEMA has them."""
+    told = metrics.filter(pl.col("metric").is_in(METRICS) & (pl.col("strategy") != "unpruned"))
+    numbers = {"split": split, "splits": splits}
+    return told.with_columns(pl.lit(value, pl.Int64).alias(name) for name, value in numbers.items()).select(
+        STABILITY_SCHEMA.keys()
+    )
+
+
+def stability_finding(stability: pl.DataFrame, *, held_out: bool) -> str:
+    """`stability_sentence` of the table's rows of a partition; without rows, what is not known then."""
+    if stability.is_empty():
+        return ONE_SPLIT if held_out else NO_SPLIT
+    return stability_sentence(summary(stability))

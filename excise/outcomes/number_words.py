@@ -1,0 +1,167 @@
+"""The words that belong to numbers: number_words.yaml in the form in which `excise.outcomes.answers` asks for it.
+
+Only words live here; how they make up a number is in `excise.outcomes.answers`.
+"""
+
+import re
+import unicodedata
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+FILE = Path(__file__).parent / "number_words.yaml"
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """One meaning of a scale word: its factor, the languages in which it has it, whether it needs a currency beside it,
+    and whether it holds where nothing tells the language."""
+
+    factor: float
+    languages: frozenset[str]
+    beside_currency: bool
+    default: bool
+
+
+@dataclass(frozen=True)
+class Currency:
+    """A currency by the marks that stand beside amounts; `point_groups`: three digits behind a point are thousands."""
+
+    name: str
+    point_groups: bool
+    languages: frozenset[str]
+    scale: float = 1.0
+
+
+@dataclass
+class Words:
+    """All words. Those with a capital letter count only as written, all others in any case."""
+
+    scales: dict[str, list[Meaning]] = field(default_factory=dict)
+    prose: set[str] = field(default_factory=set)
+    currencies: dict[str, Currency] = field(default_factory=dict)
+    units: dict[str, str] = field(default_factory=dict)
+    lists: dict[str, frozenset[str]] = field(default_factory=dict)
+    harmless: dict[str, frozenset[str]] = field(default_factory=dict)
+    spaceless_scales: dict[str, float] = field(default_factory=dict)
+    ideographs: dict[str, int] = field(default_factory=dict)
+    ideograph_scales: dict[str, int] = field(default_factory=dict)
+    spaceless_after: re.Pattern = re.compile("")
+    phrases: dict[str, int] = field(default_factory=dict)
+    continuations: frozenset[str] = frozenset()
+
+    def key(self, written: str, table) -> str | None:
+        """`written` as it stands in a table: a word with capitals as it is, else folded; None if it does not stand
+        there."""
+        if written in table:
+            return written
+        folded = written.casefold()
+        return folded if folded in table else None
+
+
+def unaccented(word: str) -> str:
+    """A Latin word without its accents; words of other scripts as they are."""
+    plain = "".join(c for c in unicodedata.normalize("NFD", word) if unicodedata.category(c) != "Mn")
+    return plain if plain.isascii() else word
+
+
+def is_spaceless(character: str) -> bool:
+    """Whether a character belongs to a script that writes no blanks between words."""
+    return re.match(SPACELESS, character) is not None
+
+
+SPACELESS = (
+    r"[\u0e00-\u0e3e\u0e40-\u0eff\u1000-\u109f\u1780-\u17d3\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
+)
+
+
+def _split(words: str) -> list[str]:
+    return [unicodedata.normalize("NFC", word.replace("_", " ")) for word in words.split()]
+
+
+def _spellings(words: str) -> list[str]:
+    found = []
+    for word in _split(words):
+        plain = unaccented(word)
+        found += [word, plain] if word != plain and len(plain) > 3 else [word]
+    return found
+
+
+@cache
+def number_words() -> Words:
+    """The words of number_words.yaml."""
+    data = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    words = Words()
+    for group in data["scales"]:
+        languages = frozenset(group["languages"].split())
+        for name in ("words", "beside_currency"):
+            for factor, listed in group.get(name, {}).items():
+                meaning = Meaning(float(factor), languages, name == "beside_currency", group.get("default", False))
+                for word in _spellings(listed):
+                    if meaning not in words.scales.setdefault(word, []):
+                        words.scales[word].append(meaning)
+        words.prose |= set(_spellings(group.get("prose", "")))
+    for entry in data["currencies"]:
+        currency = Currency(entry["name"], entry.get("point_groups", False), frozenset(entry["languages"].split()))
+        for mark in _spellings(entry["marks"]):
+            words.currencies.setdefault(mark, currency)
+    for name, scaled in data["scaled_currencies"].items():
+        groups = name in ("euro", "krone", "forint")
+        for factor, marks in scaled.items():
+            for mark in _split(marks):
+                words.currencies[mark] = Currency(name, groups, frozenset(), float(factor))
+    for unit, listed in data["units"].items():
+        for word in _spellings(listed):
+            words.units.setdefault(word, unit)
+    for name in (
+        "unread",
+        "negative",
+        "range",
+        "between",
+        "and",
+        "multiple",
+        "part",
+        "hedge",
+        "months",
+        "labels",
+        "negative_after",
+        "relative",
+        "loss",
+        "year_after",
+        "names",
+        "english_units",
+    ):
+        words.lists[name] = frozenset(_spellings(data[name]))
+    for name in (
+        "negative_spaceless",
+        "range_spaceless",
+        "part_spaceless",
+        "harmless_spaceless",
+        "ordinal_spaceless",
+        "indefinite_spaceless",
+    ):
+        words.lists[name] = frozenset(_split(data[name]))
+    languages: dict[str, set[str]] = {}
+    for language, listed in data["harmless"].items():
+        for word in _spellings(listed):
+            languages.setdefault(word, set()).add(language)
+    words.harmless = {word: frozenset(found) for word, found in languages.items()}
+    words.spaceless_scales = {
+        word: float(factor) for factor, text in data["spaceless_scales"].items() for word in _split(text)
+    }
+    words.ideographs = {each: digit for digit, text in data["ideographs"]["digits"].items() for each in text}
+    words.ideograph_scales = {each: factor for factor, text in data["ideographs"]["scales"].items() for each in text}
+    for table in (words.scales, words.currencies, words.units, words.lists["unread"]):
+        for word in table:
+            if " " in word:
+                first = word.split()[0]
+                words.phrases[first] = max(words.phrases.get(first, 1), len(word.split()))
+    words.continuations = frozenset(
+        {*words.scales, *words.lists["range"], *words.lists["part"], *words.lists["and"]}
+        | {word for word, unit in words.units.items() if unit == "hundredth"}
+        | {mark.casefold() for mark, currency in words.currencies.items() if currency.scale != 1}
+        | words.lists["unread"]
+    )
+    return words

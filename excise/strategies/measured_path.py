@@ -1,0 +1,485 @@
+"""A path of masks that close a gap, and the one of them to take: small steps with fresh gradients, each measured.
+
+Predictions of what zeroing a weight does add up badly: divergences of single weights miss what they do together, and
+the best of a hundred million noisy scores are the luckiest. So the gradient of the loss of
+`excise.attribution.gap_free` is taken anew after every few weights, at the model as pruned so far; a weight that has
+come to harm is put back. Every few steps the pruned model is measured on the names that the path is made of, never on
+those it is judged by: the gap, spread, commonest answer and excess change of every variation. The mask is the one that
+closes most of the gap within the damage budgets, and of those that close about as much the one whose answers are
+nearest to the gap-free ones; where none does, there is none, and that is a result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from excise.attribution.gap_free import GAP_WEIGHT, Asked, Batch, Measured, batch_of, loss, measure
+from excise.attribution.gradients import Calls, output_gradients, recorded, weight_gradient
+from excise.files.parts import Parts
+from excise.files.tensors import load_with_metadata, save_tensors
+from excise.interventions.masks import Mask, heads_mask, pruned
+from excise.models.loading import Linear, LoadedModel
+from excise.progress import Progress, silent
+
+VERSION = "2"
+"""Part of every path's address; to be raised when its computation changes."""
+PARTS = ".parts"
+"""Suffix of the folder beside a path's file that holds what there is of it while it is made."""
+STEPS = 24
+MEASURED_EVERY = 4
+"""Steps of a path, and after how many of them the pruned model is measured."""
+SHARE = 0.25
+"""A step goes so far that the loss is predicted to fall by this share."""
+MOMENTUM = 0.7
+"""Weight of earlier steps' gradients in a step's: each sees some of the names alone."""
+NAMES = 12
+"""Names that a step's gradient is made of, of one variation or two; of more, four of each of six."""
+SOURCES = 6
+FISHER_ROWS = 4
+"""Names of a batch whose answers share random signs: smaller batches estimate divergences better."""
+ENOUGH = 0.95
+"""A path ends where so much of the gap is closed and at most `NEAR` of the divergence from the targets is left."""
+NEAR = 0.1
+EQUAL = 0.05
+"""Places that close the gap as well as the best one, but for this share of it, count alike: the one whose answers are
+nearest to the targets is taken."""
+MARGIN = 0.75
+"""Share of a damage budget that the path's own names may use up: names it has not seen answer a little worse."""
+NO_GAP = "no gap can be told on the names that masks are made of"
+NO_MASK = "no mask closes the gap within the damage budgets"
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """The damage that a mask may do to the names it is made of, in any of its variations
+    (`excise.attribution.gap_free.Measured`): least spread_ratio, largest commonest_rise, largest excess_change, as of
+    the metrics of these names. least_closed: share of the gap, at least, that a mask must close to be one."""
+
+    spread: float
+    commonest: float
+    change: float
+    least_closed: float = 0.25
+
+    def allow(self, now: Measured) -> bool:
+        """Whether a variation keeps them, with a `MARGIN`. What cannot be told is not kept."""
+        return (
+            1 - now.spread <= MARGIN * (1 - self.spread)
+            and now.commonest <= MARGIN * self.commonest
+            and now.excess <= MARGIN * self.change
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """A measured place of a path.
+
+    step, pruned: steps so far, weights or heads pruned. closed: share of the gap that is closed, mean over the
+    variations that have one. within: whether all damage budgets are kept and no gap grew. measured: by variation.
+    """
+
+    step: int
+    pruned: int
+    closed: float
+    within: bool
+    measured: Mapping[str, Measured]
+
+    @property
+    def divergence(self) -> float:
+        """Of the answers from the targets, mean over the variations, nats."""
+        return float(np.mean([now.divergence for now in self.measured.values()]))
+
+
+@dataclass(frozen=True)
+class MeasuredPath:
+    """The mask, or None and the reason; the places that were measured, the unedited model's first; and the file, if it
+    is kept in one."""
+
+    mask: Mask | None
+    reason: str
+    steps: tuple[Step, ...]
+    file: Path | None = None
+
+
+@dataclass(frozen=True)
+class Units:
+    """What may be pruned: the given weights of matrices, or whole heads.
+
+    linears: matrices by key. places: flat indices of the weights by key, int64 rising; None for heads, of which all may
+    be. shapes: of all matrices that the strategy may prune, looked at or not, in the order of their keys.
+    """
+
+    linears: Mapping[str, Linear]
+    places: Mapping[str, torch.Tensor] | None
+    shapes: Mapping[str, tuple[int, int]]
+    heads: int = 0
+
+    @property
+    def total(self) -> int:
+        """Weights, or heads, of which `density` is a share."""
+        return len(self.linears) * self.heads if self.places is None else sum(map(math.prod, self.shapes.values()))
+
+    @property
+    def mask_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """Keys and shapes of the masks."""
+        if self.places is not None:
+            return self.shapes
+        return heads_mask(np.zeros((len(self.linears), self.heads), dtype=bool), "zero_output").shapes
+
+    def mask(self, active: torch.Tensor) -> Mask:
+        """The mask of the active units, bool [units]."""
+        if self.places is None:
+            return heads_mask(active.reshape(-1, self.heads).numpy(), "zero_output")
+        bits = {key: np.zeros((math.prod(shape) + 7) // 8, dtype=np.uint8) for key, shape in self.shapes.items()}
+        start = 0
+        for key, places in self.places.items():
+            own = places[active[start : start + len(places)]].numpy()
+            np.bitwise_or.at(bits[key], own >> 3, (128 >> (own & 7)).astype(np.uint8))
+            start += len(places)
+        return Mask(bits, self.shapes)
+
+
+def weights_of(loaded: LoadedModel, roles: Sequence[str], candidates: Mapping[str, np.ndarray]) -> Units:
+    """Weights of the matrices of these roles. candidates: flat indices by key, of which other roles' are left aside."""
+    linears = {linear.key: linear for linear in loaded.topology.linears if linear.role in roles}
+    places = {key: torch.from_numpy(np.unique(candidates[key])) for key in linears if len(candidates.get(key, ()))}
+    shapes = {key: linear.shape for key, linear in linears.items()}
+    return Units({key: linears[key] for key in places}, places, shapes)
+
+
+def heads_of(loaded: LoadedModel) -> Units:
+    """All heads, removed at the input of the output projections."""
+    linears = {linear.key: linear for linear in loaded.topology.linears if linear.role == "o"}
+    return Units(linears, None, {}, loaded.topology.heads)
+
+
+def measured_path(
+    loaded: LoadedModel,
+    asked: Sequence[Asked],
+    units: Units,
+    *,
+    density: float,
+    budgets: Budgets,
+    seed: int,
+    steps: int = STEPS,
+    progress: Progress = silent,
+    label: str = "measured path",
+    parts: Parts | None = None,
+) -> MeasuredPath:
+    """Follow one path, for all the variations `asked` together, and choose its mask.
+
+    units: what may be pruned. density: the share of all weights, or heads, that may be at most. A variation whose
+    targets do not close a gap is kept as it is. parts: where unfinished work is kept, to go on from.
+    """
+    parts = parts or Parts()
+    before = [measure(loaded, each) for each in asked]
+    first = _step(0, 0, asked, before, budgets)
+    if not any(each.closing for each in asked):
+        return MeasuredPath(None, NO_GAP, (first,))
+    done, state = parts.begun("path")
+    walk = _Walk(units, max(1, int(density * units.total)), state) if done else None
+    for step in range(done + 1, steps + 1):
+        progress(label, step - 1, steps)
+        if walk is None:
+            walk = _first_look(loaded, asked, units, max(1, int(density * units.total)), seed)
+        else:
+            walk.look(loaded, _batches(loaded, asked, seed, step))
+        walk.go()
+        if step % MEASURED_EVERY == 0 or step == steps:
+            with pruned(loaded, units.mask(walk.active)):
+                walk.note(step, [measure(loaded, each) for each in asked])
+            if walk.ended(asked, budgets, first):
+                break
+        parts.keep("path", step, walk.state())
+    progress(label, steps, steps)
+    chosen = walk.chosen(asked, budgets)
+    path = (first, *walk.steps(asked, budgets))
+    if chosen is None:
+        return MeasuredPath(None, NO_MASK, path)
+    return MeasuredPath(units.mask(walk.noted[chosen][2]), "", path)
+
+
+def kept_path(
+    loaded: LoadedModel,
+    asked: Sequence[Asked],
+    units: Units,
+    *,
+    density: float,
+    budgets: Budgets,
+    seed: int,
+    folder: Path,
+    progress: Progress = silent,
+    label: str = "measured path",
+) -> MeasuredPath:
+    """`measured_path` kept in a file that is named by what decides it: found again, or gone on with after a kill."""
+    path = folder / f"{_address(loaded, asked, units, density, budgets, seed)}.safetensors"
+    if path.is_file():
+        return replace(_read(path, units), file=path)
+    parts = Parts(path.with_suffix(PARTS))
+    found = measured_path(
+        loaded, asked, units, density=density, budgets=budgets, seed=seed, progress=progress, label=label, parts=parts
+    )
+    tensors = {
+        "numbers": np.array([[astuple(each) for each in step.measured.values()] for step in found.steps]),
+        "steps": np.array([(step.step, step.pruned, step.closed, step.within) for step in found.steps]),
+    }
+    if found.mask is not None:
+        tensors |= {f"mask/{key}": np.flatnonzero(found.mask.array(key)) for key in found.mask.shapes}
+    metadata = {"reason": found.reason, "places": json.dumps([each.place for each in asked])}
+    save_tensors(path, tensors, metadata)
+    parts.clear()
+    return replace(found, file=path)
+
+
+def _read(path: Path, units: Units) -> MeasuredPath:
+    tensors, metadata = load_with_metadata(path)
+    places = json.loads(metadata["places"])
+    steps = tuple(
+        Step(
+            int(step),
+            int(count),
+            closed,
+            bool(within),
+            {place: Measured(*row) for place, row in zip(places, rows.tolist(), strict=True)},
+        )
+        for (step, count, closed, within), rows in zip(tensors["steps"], tensors["numbers"], strict=True)
+    )
+    if metadata["reason"]:
+        return MeasuredPath(None, metadata["reason"], steps)
+    arrays = {}
+    for key, shape in units.mask_shapes.items():
+        array = np.zeros(math.prod(shape), dtype=bool)
+        array[tensors[f"mask/{key}"]] = True
+        arrays[key] = array.reshape(shape)
+    return MeasuredPath(Mask.from_arrays(arrays), "", steps)
+
+
+def _address(
+    loaded: LoadedModel, asked: Sequence[Asked], units: Units, density: float, budgets: Budgets, seed: int
+) -> str:
+    """What decides a path, and nothing else."""
+    settings = [VERSION, loaded.fingerprint, density, astuple(budgets), seed, STEPS, GAP_WEIGHT, sorted(units.shapes)]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for each in asked:
+        told = [each.place, each.trunk, asdict(each.parameters), each.closing, each.majority.tolist()]
+        digest.update(json.dumps(told).encode())
+        for name in each.names:
+            for array in (name.tree.tokens, name.tree.parents, name.tree.edges, name.outcomes, name.own, name.drawn):
+                digest.update(np.ascontiguousarray(array).data)
+    for key, places in (units.places or {}).items():
+        digest.update(key.encode())
+        digest.update(places.numpy().data)
+    return digest.hexdigest()[:24]
+
+
+def _step(step: int, count: int, asked: Sequence[Asked], measured: Sequence[Measured], budgets: Budgets) -> Step:
+    shares = [_closed(each, now) for each, now in zip(asked, measured, strict=True) if each.closing]
+    within = all(share >= 0 for share in shares) and all(budgets.allow(now) for now in measured)
+    places = [each.place for each in asked]
+    mean = float(np.mean(shares)) if shares else math.nan
+    return Step(step, count, mean, within, dict(zip(places, measured, strict=True)))
+
+
+def _closed(asked: Asked, now: Measured) -> float:
+    return 1 - abs(now.gap) / abs(asked.gap)
+
+
+def _batches(loaded: LoadedModel, asked: Sequence[Asked], seed: int, step: int) -> list[Batch]:
+    """The names of a step: in turn all variations', and within a variation all names before any comes again."""
+    sources = min(len(asked), SOURCES)
+    rows = max(4, NAMES // sources)
+    found = []
+    for turn in range((step - 1) * sources, step * sources):
+        number, visit = turn % len(asked), turn // len(asked)
+        each = asked[number]
+        parts = len(each.batches(rows))
+        order = np.random.default_rng([seed, number, visit // parts])
+        found.append(batch_of(each, each.batches(rows, order)[visit % parts], loaded.device))
+    return found
+
+
+class _Walk:
+    """Where a path is: per unit, float32 or bool [units], in the order of its places.
+
+    drop: predicted fall of the loss per name if the unit were pruned (of one that is: the rise if it were put back).
+    harm: divergence that pruning it costs. height: the loss per name where the gradient was last taken.
+    """
+
+    def __init__(self, units: Units, most: int, state: Mapping[str, np.ndarray]) -> None:
+        self.units, self.most = units, most
+        self.weight, self.drop, self.harm = (torch.from_numpy(state[name]) for name in ("weight", "drop", "harm"))
+        self.active = torch.from_numpy(state["active"])
+        self.damping, self.height = state["damping"].item(), state["height"].item()
+        numbers, taken, kept = state["measured"], state["taken"], state["noted"]
+        self.variations = numbers.shape[1]
+        self.noted = [
+            (int(step), [Measured(*row) for row in rows.tolist()], torch.from_numpy(active))
+            for step, rows, active in zip(taken, numbers, kept, strict=True)
+        ]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All of it, for `Parts`."""
+        numbers = [[astuple(each) for each in measured] for _, measured, _ in self.noted]
+        shape = (len(self.noted), self.variations, len(Measured.FIELDS))
+        return {
+            "weight": self.weight,
+            "drop": self.drop,
+            "harm": self.harm,
+            "active": self.active,
+            "damping": torch.tensor(self.damping),
+            "height": torch.tensor(self.height),
+            "measured": torch.tensor(numbers, dtype=torch.float64).reshape(shape),
+            "taken": torch.tensor([step for step, *_ in self.noted], dtype=torch.int64),
+            "noted": torch.stack([each for *_, each in self.noted]) if self.noted else self.active[None][:0],
+        }
+
+    def look(self, loaded: LoadedModel, batches: Sequence[Batch]) -> None:
+        """Take the gradient anew, at the model as pruned so far."""
+        with pruned(loaded, self.units.mask(self.active)):
+            gradient, self.height = _gradient(loaded, batches, self.units)
+        self.drop = MOMENTUM * self.drop + (1 - MOMENTUM) * self.weight * gradient
+
+    def go(self) -> None:
+        """Prune, or put back, the units that are predicted to lower the loss most for the divergence they cost."""
+        sign = torch.where(self.active, -1.0, 1.0)
+        drop = sign * self.drop
+        usable = drop > self.harm
+        if int(self.active.sum()) >= self.most:
+            usable &= self.active
+        score = torch.where(usable, drop / (self.harm + self.damping), -1.0)
+        count = min(self.most, int(usable.sum()))
+        best = torch.topk(score, count).indices
+        falls = torch.cumsum(drop[best].double(), 0)
+        chosen = best[: int(torch.searchsorted(falls, SHARE * self.height)) + 1]
+        self.active[chosen] = ~self.active[chosen]
+        excess = int(self.active.sum()) - self.most
+        if excess > 0:  # the last of those that came
+            came = chosen[self.active[chosen]]
+            self.active[came[len(came) - excess :]] = False
+
+    def note(self, step: int, measured: Sequence[Measured]) -> None:
+        """Keep what was measured here, and the units that are pruned."""
+        self.noted.append((step, list(measured), self.active.clone()))
+
+    def steps(self, asked: Sequence[Asked], budgets: Budgets) -> list[Step]:
+        """The measured places."""
+        return [_step(step, int(active.sum()), asked, measured, budgets) for step, measured, active in self.noted]
+
+    def ended(self, asked: Sequence[Asked], budgets: Budgets, first: Step) -> bool:
+        """Whether the last measured place is as good as a path need be."""
+        last = self.steps(asked, budgets)[-1]
+        return last.within and last.closed >= ENOUGH and last.divergence <= NEAR * first.divergence
+
+    def chosen(self, asked: Sequence[Asked], budgets: Budgets) -> int | None:
+        """The measured place whose mask is taken, as the module says; None where none closes enough."""
+        steps = self.steps(asked, budgets)
+        best = max((each.closed for each in steps if each.within), default=-math.inf)
+        if best < budgets.least_closed:
+            return None
+        least = max(best - EQUAL, budgets.least_closed)
+        equal = [number for number, each in enumerate(steps) if each.within and each.closed >= least]
+        return min(equal, key=lambda number: steps[number].divergence)
+
+
+def _first_look(loaded: LoadedModel, asked: Sequence[Asked], units: Units, most: int, seed: int) -> _Walk:
+    """The start of a path: drop and divergence of every unit, over all names."""
+    batches = [batch_of(each, numbers, loaded.device) for each in asked for numbers in each.batches(FISHER_ROWS)]
+    names = sum(len(batch.numbers) for batch in batches)
+    gradient, squares, height = _gradient_and_squares(loaded, batches, units, seed)
+    weight = _weights(loaded, units)
+    harm = 0.5 * weight.square() * squares / names
+    return _Walk(
+        units,
+        most,
+        {
+            "weight": weight.numpy(),
+            "drop": (weight * gradient).numpy(),
+            "harm": harm.numpy(),
+            "active": np.zeros(len(weight), dtype=bool),
+            "damping": harm.median().numpy(),
+            "height": np.array(height),
+            "measured": np.zeros((0, len(asked), len(Measured.FIELDS))),
+            "taken": np.zeros(0, dtype=np.int64),
+            "noted": np.zeros((0, len(weight)), dtype=bool),
+        },
+    )
+
+
+def _weights(loaded: LoadedModel, units: Units) -> torch.Tensor:
+    """The weights that may be pruned, float32 [units]; of heads, 1."""
+    if units.places is None:
+        return torch.ones(units.total)
+    found = []
+    for key, places in units.places.items():
+        weight = units.linears[key].weight(loaded.model).detach().reshape(-1)
+        found.append(weight[places.to(weight.device)].float().cpu())
+    return torch.cat(found)
+
+
+def _gradient(loaded: LoadedModel, batches: Sequence[Batch], units: Units) -> tuple[torch.Tensor, float]:
+    """d loss / d unit, mean over names, float32 [units], and the loss per name."""
+    total, height, names = torch.zeros(_size(units)), 0.0, 0
+    for batch in batches:
+        with recorded(loaded, _modules(units)) as calls, torch.inference_mode(False), torch.enable_grad():
+            found, _ = loss(loaded, batch)
+            total += _of_units(loaded, units, calls, output_gradients(found, calls))
+        height += found.item()
+        names += len(batch.numbers)
+    return total / names, height / names
+
+
+def _gradient_and_squares(
+    loaded: LoadedModel, batches: Sequence[Batch], units: Units, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """As `_gradient`, and between the two the sum over names of squared gradients of an answer's log p.
+
+    Answers of a batch get random signs: the square of the signed gradient has the sum of squares as its expectation.
+    """
+    total, squares, height, names = *torch.zeros(2, _size(units)), 0.0, 0
+    signs = np.random.default_rng(seed)
+    for batch in batches:
+        with recorded(loaded, _modules(units)) as calls, torch.inference_mode(False), torch.enable_grad():
+            found, edges = loss(loaded, batch)
+            sign = torch.from_numpy(signs.choice((-1.0, 1.0), size=len(edges))).to(edges)
+            signed = (edges * sign * batch.taken.clamp(min=0).sqrt()).sum()
+            squares += _of_units(loaded, units, calls, output_gradients(signed, calls, again=True)).square()
+            total += _of_units(loaded, units, calls, output_gradients(found, calls))
+        height += found.item()
+        names += len(batch.numbers)
+    return total / names, squares, height / names
+
+
+def _size(units: Units) -> int:
+    return units.total if units.places is None else sum(map(len, units.places.values()))
+
+
+def _modules(units: Units) -> list[str]:
+    return list(dict.fromkeys(linear.module for linear in units.linears.values()))
+
+
+@torch.no_grad()
+def _of_units(loaded: LoadedModel, units: Units, calls: Calls, deltas: dict[str, list[torch.Tensor]]) -> torch.Tensor:
+    """The gradient of every unit from those of the matrices' outputs, float32 [units]; the matrices' are let go."""
+    by_module: dict[str, list[str]] = {}
+    for key, linear in units.linears.items():
+        by_module.setdefault(linear.module, []).append(key)
+    found: dict[str, torch.Tensor] = {}
+    for module, keys in by_module.items():
+        pairs = zip((given for given, _ in calls[module]), deltas.pop(module), strict=True)
+        linears = [units.linears[key] for key in keys]
+        whole = sum(weight_gradient(linears[0], *pair) for pair in pairs)
+        for key, linear in zip(keys, linears, strict=True):
+            own = linear.of(whole)
+            if units.places is None:
+                weight = linear.weight(loaded.model).detach().to(own.device).float()
+                found[key] = (weight * own).sum(dim=0).reshape(units.heads, -1).sum(dim=1).cpu()
+            else:
+                found[key] = own.reshape(-1)[units.places[key].to(own.device)].cpu()
+    return torch.cat([found[key] for key in units.linears])
