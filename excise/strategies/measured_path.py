@@ -4,9 +4,9 @@ Predictions of what zeroing a weight does add up badly: divergences of single we
 the best of a hundred million noisy scores are the luckiest. So the gradient of the loss of
 `excise.attribution.gap_free` is taken anew after every few weights, at the model as pruned so far; a weight that has
 come to harm is put back. Every few steps the pruned model is measured on the names that the path is made of, never on
-those it is judged by: the gap, spread, commonest answer and excess change of every variation. The mask is the one that
-closes most of the gap within the damage budgets, and of those that close about as much the one whose answers are
-nearest to the gap-free ones; where none does, there is none, and that is a result.
+those it is judged by: the gap, spread, commonest answer and excess change of every variation. A path that has moved
+away from the gap-free answers goes back and takes smaller steps. The mask is the place within the damage budgets whose
+answers are nearest to the gap-free ones; where none closes enough of the gap, there is none, and that is a result.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STEPS = 24
 MEASURED_EVERY = 4
 """Steps of a path, and after how many of them the pruned model is measured."""
 SHARE = 0.25
-"""A step goes so far that the loss is predicted to fall by this share."""
+"""A step goes so far that the loss is predicted to fall by this share, to begin with."""
 MOMENTUM = 0.7
 """Weight of earlier steps' gradients in a step's: each sees some of the names alone."""
 NAMES = 12
@@ -48,9 +48,8 @@ FISHER_ROWS = 4
 ENOUGH = 0.95
 """A path ends where so much of the gap is closed and at most `NEAR` of the divergence from the targets is left."""
 NEAR = 0.1
-EQUAL = 0.05
-"""Places that close the gap as well as the best one, but for this share of it, count alike: the one whose answers are
-nearest to the targets is taken."""
+LOST = 0.05
+"""Share of the listed answers that a place may lose. Beyond it, what is left does not tell what the model says."""
 MARGIN = 0.75
 """Share of a damage budget that the path's own names may use up: names it has not seen answer a little worse."""
 NO_GAP = "no gap can be told on the names that masks are made of"
@@ -74,6 +73,7 @@ class Budgets:
             1 - now.spread <= MARGIN * (1 - self.spread)
             and now.commonest <= MARGIN * self.commonest
             and now.excess <= MARGIN * self.change
+            and now.outside <= LOST
         )
 
 
@@ -83,6 +83,7 @@ class Step:
 
     step, pruned: steps so far, weights or heads pruned. closed: share of the gap that is closed, mean over the
     variations that have one. within: whether all damage budgets are kept and no gap grew. measured: by variation.
+    distance: from the gap-free answers, as `excise.attribution.gap_free.loss` a name, mean over the variations.
     """
 
     step: int
@@ -90,6 +91,7 @@ class Step:
     closed: float
     within: bool
     measured: Mapping[str, Measured]
+    distance: float
 
     @property
     def divergence(self) -> float:
@@ -188,13 +190,13 @@ def measured_path(
     for step in range(done + 1, steps + 1):
         progress(label, step - 1, steps)
         if walk is None:
-            walk = _first_look(loaded, asked, units, max(1, int(density * units.total)), seed)
+            walk = _first_look(loaded, asked, units, max(1, int(density * units.total)), first.distance, seed)
         else:
             walk.look(loaded, _batches(loaded, asked, seed, step))
         walk.go()
         if step % MEASURED_EVERY == 0 or step == steps:
             with pruned(loaded, units.mask(walk.active)):
-                walk.note(step, [measure(loaded, each) for each in asked])
+                walk.note(step, asked, [measure(loaded, each) for each in asked])
             if walk.ended(asked, budgets, first):
                 break
         parts.keep("path", step, walk.state())
@@ -228,7 +230,7 @@ def kept_path(
     )
     tensors = {
         "numbers": np.array([[astuple(each) for each in step.measured.values()] for step in found.steps]),
-        "steps": np.array([(step.step, step.pruned, step.closed, step.within) for step in found.steps]),
+        "steps": np.array([(step.step, step.pruned, step.closed, step.within, step.distance) for step in found.steps]),
     }
     if found.mask is not None:
         tensors |= {f"mask/{key}": np.flatnonzero(found.mask.array(key)) for key in found.mask.shapes}
@@ -248,8 +250,9 @@ def _read(path: Path, units: Units) -> MeasuredPath:
             closed,
             bool(within),
             {place: Measured(*row) for place, row in zip(places, rows.tolist(), strict=True)},
+            distance,
         )
-        for (step, count, closed, within), rows in zip(tensors["steps"], tensors["numbers"], strict=True)
+        for (step, count, closed, within, distance), rows in zip(tensors["steps"], tensors["numbers"], strict=True)
     )
     if metadata["reason"]:
         return MeasuredPath(None, metadata["reason"], steps)
@@ -284,7 +287,16 @@ def _step(step: int, count: int, asked: Sequence[Asked], measured: Sequence[Meas
     within = all(share >= 0 for share in shares) and all(budgets.allow(now) for now in measured)
     places = [each.place for each in asked]
     mean = float(np.mean(shares)) if shares else math.nan
-    return Step(step, count, mean, within, dict(zip(places, measured, strict=True)))
+    return Step(step, count, mean, within, dict(zip(places, measured, strict=True)), _distance(asked, measured))
+
+
+def _distance(asked: Sequence[Asked], measured: Sequence[Measured]) -> float:
+    """The loss a name, mean over the variations, of what is measured."""
+    found = []
+    for each, now in zip(asked, measured, strict=True):
+        away = (now.gap - (0.0 if each.closing else each.gap)) / each.deviation if each.deviation > 0 else 0.0
+        found.append(now.divergence + GAP_WEIGHT / 8 * away**2)
+    return float(np.mean(found))
 
 
 def _closed(asked: Asked, now: Measured) -> float:
@@ -309,7 +321,8 @@ class _Walk:
     """Where a path is: per unit, float32 or bool [units], in the order of its places.
 
     drop: predicted fall of the loss per name if the unit were pruned (of one that is: the rise if it were put back).
-    harm: divergence that pruning it costs. height: the loss per name where the gradient was last taken.
+    harm: divergence that pruning it costs. height: the loss per name where the gradient was last taken. share: how far
+    a step goes. start: the unedited model's distance from the targets.
     """
 
     def __init__(self, units: Units, most: int, state: Mapping[str, np.ndarray]) -> None:
@@ -317,6 +330,7 @@ class _Walk:
         self.weight, self.drop, self.harm = (torch.from_numpy(state[name]) for name in ("weight", "drop", "harm"))
         self.active = torch.from_numpy(state["active"])
         self.damping, self.height = state["damping"].item(), state["height"].item()
+        self.share, self.start = state["share"].item(), state["start"].item()
         numbers, taken, kept = state["measured"], state["taken"], state["noted"]
         self.variations = numbers.shape[1]
         self.noted = [
@@ -335,6 +349,8 @@ class _Walk:
             "active": self.active,
             "damping": torch.tensor(self.damping),
             "height": torch.tensor(self.height),
+            "share": torch.tensor(self.share),
+            "start": torch.tensor(self.start, dtype=torch.float64),
             "measured": torch.tensor(numbers, dtype=torch.float64).reshape(shape),
             "taken": torch.tensor([step for step, *_ in self.noted], dtype=torch.int64),
             "noted": torch.stack([each for *_, each in self.noted]) if self.noted else self.active[None][:0],
@@ -357,16 +373,23 @@ class _Walk:
         count = min(self.most, int(usable.sum()))
         best = torch.topk(score, count).indices
         falls = torch.cumsum(drop[best].double(), 0)
-        chosen = best[: int(torch.searchsorted(falls, SHARE * self.height)) + 1]
+        chosen = best[: int(torch.searchsorted(falls, self.share * self.height)) + 1]
         self.active[chosen] = ~self.active[chosen]
         excess = int(self.active.sum()) - self.most
         if excess > 0:  # the last of those that came
             came = chosen[self.active[chosen]]
             self.active[came[len(came) - excess :]] = False
 
-    def note(self, step: int, measured: Sequence[Measured]) -> None:
-        """Keep what was measured here, and the units that are pruned."""
+    def note(self, step: int, asked: Sequence[Asked], measured: Sequence[Measured]) -> None:
+        """Keep what was measured here, and the units that are pruned; from a place that is farther from the targets
+        than an earlier one, go back to that and take half the steps."""
+        distances = [self.start, *(_distance(asked, each) for _, each, _ in self.noted)]
+        places = [torch.zeros_like(self.active), *(active for *_, active in self.noted)]
+        nearest = int(np.argmin(distances))
         self.noted.append((step, list(measured), self.active.clone()))
+        if _distance(asked, measured) > distances[nearest]:
+            self.active = places[nearest].clone()
+            self.share /= 2
 
     def steps(self, asked: Sequence[Asked], budgets: Budgets) -> list[Step]:
         """The measured places."""
@@ -378,17 +401,13 @@ class _Walk:
         return last.within and last.closed >= ENOUGH and last.divergence <= NEAR * first.divergence
 
     def chosen(self, asked: Sequence[Asked], budgets: Budgets) -> int | None:
-        """The measured place whose mask is taken, as the module says; None where none closes enough."""
+        """The place within the budgets that is nearest to the targets, of those that close enough; or None."""
         steps = self.steps(asked, budgets)
-        best = max((each.closed for each in steps if each.within), default=-math.inf)
-        if best < budgets.least_closed:
-            return None
-        least = max(best - EQUAL, budgets.least_closed)
-        equal = [number for number, each in enumerate(steps) if each.within and each.closed >= least]
-        return min(equal, key=lambda number: steps[number].divergence)
+        usable = [number for number, each in enumerate(steps) if each.within and each.closed >= budgets.least_closed]
+        return min(usable, key=lambda number: steps[number].distance, default=None)
 
 
-def _first_look(loaded: LoadedModel, asked: Sequence[Asked], units: Units, most: int, seed: int) -> _Walk:
+def _first_look(loaded: LoadedModel, asked: Sequence[Asked], units: Units, most: int, start: float, seed: int) -> _Walk:
     """The start of a path: drop and divergence of every unit, over all names."""
     batches = [batch_of(each, numbers, loaded.device) for each in asked for numbers in each.batches(FISHER_ROWS)]
     names = sum(len(batch.numbers) for batch in batches)
@@ -405,6 +424,8 @@ def _first_look(loaded: LoadedModel, asked: Sequence[Asked], units: Units, most:
             "active": np.zeros(len(weight), dtype=bool),
             "damping": harm.median().numpy(),
             "height": np.array(height),
+            "share": np.array(SHARE),
+            "start": np.array(start),
             "measured": np.zeros((0, len(asked), len(Measured.FIELDS))),
             "taken": np.zeros(0, dtype=np.int64),
             "noted": np.zeros((0, len(weight)), dtype=bool),

@@ -1,13 +1,14 @@
 """Paths: gradients of units by finite differences, a mask within the budgets or none, and going on after a kill."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
 
-from excise.attribution.gap_free import ask, batch_of, loss, measure
+from excise.attribution.gap_free import Measured, ask, batch_of, loss, measure
 from excise.files import parts
 from excise.files.parts import Parts
 from excise.generation.completions import complete
@@ -123,10 +124,8 @@ def test_a_path_closes_the_gap_on_its_own_names(asked_of, architecture):
     assert found.steps[0].closed == pytest.approx(0, abs=1e-6)
     assert found.mask is not None, [dataclasses.asdict(step) for step in found.steps]
     (taken,) = [step for step in found.steps if step.pruned == found.mask.count]
-    best = max(step.closed for step in found.steps)
-    assert best >= taken.closed >= max(best - paths.EQUAL, 0.25)
-    alike = [step for step in found.steps if step.closed >= best - paths.EQUAL]
-    assert taken.divergence == min(step.divergence for step in alike)
+    usable = [step for step in found.steps if step.within and step.closed >= 0.25]
+    assert taken.distance == min(step.distance for step in usable) < found.steps[0].distance
     with pruned(model, found.mask):
         now = measure(model, asked[0])
     kept = taken.measured["purchase/car"]
@@ -198,8 +197,35 @@ def test_budgets_have_a_margin_and_refuse_what_cannot_be_told(asked_of):
     budgets = Budgets(spread=0.6, commonest=0.2, change=0.4)
     allowed = dataclasses.replace(still, spread=0.71, commonest=0.149, excess=0.29)
     assert budgets.allow(allowed)
-    for field, value in (("spread", 0.69), ("commonest", 0.16), ("excess", 0.31), ("spread", float("nan"))):
+    refused = ("spread", 0.69), ("commonest", 0.16), ("excess", 0.31), ("outside", 0.06), ("spread", float("nan"))
+    for field, value in refused:
         assert not budgets.allow(dataclasses.replace(allowed, **{field: value})), field
+
+
+def test_a_path_that_moved_away_goes_back_and_takes_half_the_steps():
+    state = {name: np.zeros(3, dtype=np.float32) for name in ("weight", "drop", "harm")} | {
+        "active": np.zeros(3, dtype=bool),
+        "damping": np.array(1.0),
+        "height": np.array(1.0),
+        "share": np.array(0.25),
+        "start": np.array(1.0),
+        "measured": np.zeros((0, 1, len(Measured.FIELDS))),
+        "taken": np.zeros(0, dtype=np.int64),
+        "noted": np.zeros((0, 3), dtype=bool),
+    }
+    asked = [SimpleNamespace(closing=True, gap=1.0, deviation=1.0)]
+    walk, ways = paths._Walk(None, 3, state), []
+    # Distances of .5, .9 and .4 from gaps whose divergences are 0; then the same by a divergence.
+    for step, (place, gap, divergence) in enumerate([(0, 0.5**0.5, 0.0), (1, 0.9**0.5, 0.0), (2, 0.0, 0.4)], start=1):
+        walk.active[place] = True
+        walk.note(step, asked, [Measured(divergence, gap, 1.0, 0.0, 0.0, 0.0)])
+        ways.append((walk.active.tolist(), walk.share))
+    assert ways == [([True, False, False], 0.25), ([True, False, False], 0.125), ([True, False, True], 0.125)]
+    assert [active.tolist() for *_, active in walk.noted][1] == [True, True, False]
+    worse = paths._Walk(None, 3, state)
+    worse.active[0] = True
+    worse.note(4, asked, [Measured(2.0, 0.0, 1.0, 0.0, 0.0, 0.0)])
+    assert (worse.active.tolist(), worse.share) == ([False] * 3, 0.125)  # nearer than the unedited model is no place
 
 
 # Files
