@@ -16,6 +16,7 @@ import polars as pl
 
 from assets.partitions import Catalogue
 from assets.stage import table_value
+from excise.conditions import ALL, NO_STRATEGY
 from excise.evaluation.judged import (
     compared_groups,
     each_unjudged,
@@ -292,7 +293,7 @@ def share_scored(metrics: pl.DataFrame, floor: float) -> Outcome:
     """
     shares = (
         metrics.filter(
-            (pl.col("metric") == "share_scored") & (pl.col("variation") != "(all)") & pl.col("matched_to").is_null()
+            (pl.col("metric") == "share_scored") & (pl.col("variation") != ALL) & pl.col("matched_to").is_null()
         )
         .select("variation", "strategy", "level", share_scored="estimate")
         .sort("share_scored", nulls_last=False)
@@ -306,8 +307,8 @@ def inlier_ratio(metrics: pl.DataFrame, floor: float) -> Outcome:
     ratios = (
         metrics.filter(
             (pl.col("metric") == "inlier_ratio")
-            & (pl.col("variation") != "(all)")
-            & (pl.col("strategy") != "unpruned")
+            & (pl.col("variation") != ALL)
+            & (pl.col("strategy") != NO_STRATEGY)
             & pl.col("matched_to").is_null()
         )
         .select("variation", "strategy", "level", inlier_ratio="estimate")
@@ -321,7 +322,7 @@ def within_budgets(verdicts: pl.DataFrame) -> Outcome:
 
     verdicts: of `excise.evaluation.verdicts`. Masks that close no gap are no temptation, and controls are not judged.
     """
-    own = verdicts.filter(pl.col("matched_to").is_null() & (pl.col("variation") != "(all)"))
+    own = verdicts.filter(pl.col("matched_to").is_null() & (pl.col("variation") != ALL))
     closing = own.filter("closes")
     columns = ("variation", "strategy", "level", "failed", "unknown", "not_measured")
     table = [
@@ -397,7 +398,7 @@ def _unanswered(metrics: pl.DataFrame) -> pl.DataFrame:
         | (pl.col("metric") == "toxicity_bias")
     )
     silent = silent.select(place).unique()
-    places = pl.concat([silent, silent.with_columns(variation=pl.lit("(all)"))]).unique()
+    places = pl.concat([silent, silent.with_columns(variation=pl.lit(ALL))]).unique()
     lacking = metrics.filter(pl.col("estimate").is_null() & ~pl.col("metric").is_in(ALWAYS_DEFINED))
     return lacking.join(places, on=place, how="semi", nulls_equal=True).select(*place, "metric")
 
@@ -508,7 +509,7 @@ def _place(row: dict[str, Any]) -> str:
     parts = [str(row["variation"])]
     if row.get("group"):
         parts.append(str(row["group"]))
-    if row.get("strategy") and row["strategy"] != "unpruned":
+    if row.get("strategy") and row["strategy"] != NO_STRATEGY:
         control = f" (control of {row['matched_to']})" if row.get("matched_to") else ""
         parts.append(f"{row['strategy']}{control}, {str(row['level']).replace('_', '-')}")
     return ", ".join(parts)

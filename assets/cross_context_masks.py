@@ -18,17 +18,9 @@ from assets.measured_paths import PathRows, paths_of
 from assets.partitions import Catalogue
 from assets.pruning_masks import MaskFiles, definition_of, mask_rows, with_none_found
 from assets.stage import data_version, grid_asset, table_metadata, table_value
+from excise.conditions import ACROSS, ALL_CONTEXTS, OWN_SCENARIO, PROMPT_SPECIFIC
 from excise.errors import ExciseError
-from excise.strategies.build import (
-    ACROSS,
-    ALL_CONTEXTS,
-    MEASURED_PATH,
-    OWN_SCENARIO,
-    PROMPT_SPECIFIC,
-    SourceMask,
-    Strategy,
-    build_cross_context_masks,
-)
+from excise.strategies.build import MEASURED_PATH, SourceMask, Strategy, build_cross_context_masks
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import AuditSettings

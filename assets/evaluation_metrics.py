@@ -22,11 +22,11 @@ from assets.stage import (
     table_metadata,
     table_value,
 )
+from excise.conditions import ALL, CROSS_CONTEXT, NO_LEVEL, NO_STRATEGY
 from excise.errors import ExciseError
 from excise.evaluation.judged import explained, judged_of
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import ATTRIBUTION
-from excise.strategies.build import CROSS_CONTEXT
 from resources.artifacts import Artifacts
 from resources.settings import Audit, AuditSettings
 from resources.tables import TABLES
@@ -260,7 +260,7 @@ def pruned_answers(
 def _known(metrics: pl.DataFrame, *wanted: str) -> bool:
     """Whether a strategy's own mask has all these metrics over all variations."""
     own = metrics.filter(
-        (pl.col("variation") == "(all)") & pl.col("matched_to").is_null() & pl.col("estimate").is_not_null()
+        (pl.col("variation") == ALL) & pl.col("matched_to").is_null() & pl.col("estimate").is_not_null()
     )
     masks = [set(own.filter(pl.col("metric") == each).select("strategy", "level").rows()) for each in wanted]
     return bool(set.intersection(*masks))
@@ -277,9 +277,9 @@ def _perplexity_by_condition(perplexity: pl.DataFrame, masks: pl.DataFrame) -> p
     columns = ["perplexity", "low", "high", "difference_low", "difference_high"]
     place = ["variation", "strategy", "level", "matched_to", "draw"]
     unpruned = perplexity.filter(pl.col("mask") == "unpruned").select(
-        pl.lit("(all)").alias("variation"),
-        pl.lit("unpruned").alias("strategy"),
-        pl.lit("none").alias("level"),
+        pl.lit(ALL).alias("variation"),
+        pl.lit(NO_STRATEGY).alias("strategy"),
+        pl.lit(NO_LEVEL).alias("level"),
         pl.lit(None, dtype=pl.String).alias("matched_to"),
         pl.lit(0, dtype=pl.Int64).alias("draw"),
         *columns,
@@ -291,7 +291,7 @@ def _perplexity_by_condition(perplexity: pl.DataFrame, masks: pl.DataFrame) -> p
 def _bounds(metrics: pl.DataFrame) -> pl.DataFrame:
     """Where SMD and inlier ratio lie whatever the unread answers are, over all variations, strategies alone."""
     return metrics.filter(
-        (pl.col("variation") == "(all)")
+        (pl.col("variation") == ALL)
         & pl.col("metric").is_in(["smd", "inlier_ratio", "leftover", "sampled"])
         & pl.col("matched_to").is_null()
     ).select("strategy", "level", "metric", "estimate", "lowest", "highest")
@@ -300,5 +300,5 @@ def _bounds(metrics: pl.DataFrame) -> pl.DataFrame:
 def _unpruned_gaps(others: pl.DataFrame) -> pl.DataFrame:
     """The unpruned model's standardized mean difference in every other comparison, over all variations."""
     return others.filter(
-        (pl.col("strategy") == "unpruned") & (pl.col("variation") == "(all)") & (pl.col("metric") == "smd")
+        (pl.col("strategy") == NO_STRATEGY) & (pl.col("variation") == ALL) & (pl.col("metric") == "smd")
     ).select("comparison", smd="estimate", low="low", high="high", p_no_gap="p_value", answers="n")

@@ -21,6 +21,7 @@ from assets.stage import (
     table_metadata,
     table_value,
 )
+from excise.conditions import ALL
 from excise.errors import ExciseError
 from excise.evaluation.judged import explained, judged_of
 from excise.evaluation.thresholds import COLLAPSED_SPREAD
@@ -60,8 +61,9 @@ def grid_search_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         settings: AuditSettings,
         watch: RunWatch,
     ) -> dg.MaterializeResult:
-        from excise.evaluation.grid import LEVEL, point_label
+        from excise.conditions import GRID
         from excise.evaluation.grid import grid_search as table_of
+        from excise.evaluation.grid import point_label
         from excise.evaluation.numbers import evaluate
         from excise.generation.completions import CompletionCache, Work
         from excise.generation.enumeration import Answering
@@ -114,7 +116,7 @@ def grid_search_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                         cache=cache,
                         progress=lambda _, done, __, before=before: progress("grid search", before + done, total),
                     )
-                    place = {"strategy": point_label(strategy.key, *shown[point]), "level": LEVEL, **NO_CONTROL}
+                    place = {"strategy": point_label(strategy.key, *shown[point]), "level": GRID, **NO_CONTROL}
                     answers = frame.select("model", "scenario", "variation", "group", "subject", "value")
                     frames.append(answers.with_columns(pl.lit(value).alias(name) for name, value in place.items()))
                     pruned = {"pruned": mask.count, "size": mask.size}
@@ -145,7 +147,7 @@ def grid_search_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         for strategy in strategies:
             own = rows.filter(pl.col("strategy") == strategy.key)
             metadata[f"chosen_{strategy.key}"] = chosen_in_words(own, strategy, audit.inlier_floor)
-            shown = own if own["variation"].n_unique() == 1 else own.filter(pl.col("variation") == "(all)")
+            shown = own if own["variation"].n_unique() == 1 else own.filter(pl.col("variation") == ALL)
             if shown.filter(pl.col("metric").is_in(["smd", "abs_smd", "inlier_ratio"]))["estimate"].count():
                 figure = grid_heat_maps(own, inlier_floor=audit.inlier_floor)
                 metadata |= picture(f"grid_heat_maps_{strategy.key}", figure, artifacts, model, scenario.key)
@@ -203,7 +205,7 @@ def chosen_in_words(rows: pl.DataFrame, strategy: Strategy, floor: float) -> str
     rows: the strategy's rows of the table `grid_search`. floor: the least inlier ratio.
     """
     rule = f"the smallest raw gap at an inlier ratio of {floor_text(floor)} or more"
-    overall = rows.filter(pl.col("variation") == "(all)")
+    overall = rows.filter(pl.col("variation") == ALL)
     chosen = overall.filter(pl.col("chosen"))
     if chosen.is_empty():
         best = overall.filter((pl.col("metric") == "inlier_ratio") & pl.col("estimate").is_finite())["estimate"].max()

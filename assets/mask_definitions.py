@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
+from excise.conditions import NO_STRATEGY
 from excise.errors import ExciseError
 from excise.strategies.build import Strategy
 
@@ -20,7 +21,7 @@ def require_one_definition(rows: pl.DataFrame, *, again: str) -> None:
 
     rows: columns scenario, strategy, matched_to and definition. again: what to materialize again.
     """
-    own = rows.filter(pl.col("matched_to").is_null() & (pl.col("strategy") != "unpruned"))
+    own = rows.filter(pl.col("matched_to").is_null() & (pl.col("strategy") != NO_STRATEGY))
     first: dict[str, tuple[str, str]] = {}
     for scenario, strategy, definition in (
         own.select("scenario", "strategy", "definition").unique().sort(pl.all()).rows()

@@ -18,7 +18,7 @@ from assets.stage import (
     table_metadata,
     table_value,
 )
-from excise.strategies.build import LEVELS
+from excise.conditions import PUBLISHED_LEVELS
 from resources.artifacts import Artifacts
 from resources.tables import TABLES
 from resources.warehouse import Warehouse
@@ -51,7 +51,7 @@ def mask_distribution_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         rows = shares(masks)
         warehouse.replace_partition("mask_distribution", rows, {"model": model})
         metadata = dict(left_out)
-        drawn = rows.filter(pl.col("level").is_in(LEVELS))  # not those of single other scenarios
+        drawn = rows.filter(pl.col("level").is_in(PUBLISHED_LEVELS))  # not those of single other scenarios
         for (strategy, level), part in drawn.partition_by("strategy", "level", as_dict=True).items():
             figure = mask_distribution_heat_map(part)
             metadata |= picture(f"distribution_{strategy}_{level}", figure, artifacts, model)

@@ -19,7 +19,7 @@ from assets.stage import (
     table_metadata,
     table_value,
 )
-from excise.strategies.build import PROMPT_SPECIFIC
+from excise.conditions import PROMPT_SPECIFIC
 from resources.artifacts import Artifacts
 from resources.tables import TABLES
 from resources.warehouse import Warehouse

@@ -18,12 +18,13 @@ from assets.measured_paths import PathRows, paths_of
 from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, mistakes, picture, rows_of, table_metadata
 from excise.attribution import AttributionFile
+from excise.conditions import ACROSS, PROMPT_SPECIFIC
 from excise.errors import ExciseError
 from excise.evaluation.judged import judged_of
 from excise.interventions.masks import Mask
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import EVALUATION
-from excise.strategies.build import ACROSS, HEAD_SCORES, PROMPT_SPECIFIC, NamedMask, Strategy
+from excise.strategies.build import HEAD_SCORES, NamedMask, Strategy
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import AuditSettings

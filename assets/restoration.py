@@ -18,12 +18,12 @@ from assets.evaluation_metrics import pruned_answers
 from assets.mask_definitions import with_definitions
 from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, nothing_to_tell, table_metadata
+from excise.conditions import CROSS_CONTEXT, RANDOM
 from excise.errors import ExciseError
 from excise.evaluation.judged import compared_groups, judged_of
 from excise.models.loading import ModelSpec, reference_of
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import ATTRIBUTION
-from excise.strategies.build import CROSS_CONTEXT
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import AuditSettings
@@ -120,7 +120,7 @@ def _masks_for_reference(pruned: pl.DataFrame, masks: pl.DataFrame) -> pl.DataFr
         pruned.select(named).unique().join(masks.select(*named, "path", "asset").unique(), on=named, nulls_equal=True)
     )
     first = pl.col("draw") == pl.col("draw").min().over("variation", "strategy", "level", "matched_to")
-    control = (pl.col("strategy") == "random") & first
+    control = (pl.col("strategy") == RANDOM) & first
     return found.filter(pl.col("matched_to").is_null() | control).sort("path", *named)
 
 

@@ -16,10 +16,10 @@ from assets.completions import completions_of, require_same_model
 from assets.partitions import Catalogue
 from assets.pruned_completions import masks_to_ask
 from assets.stage import data_version, grid_asset, nothing_to_tell, table_metadata
+from excise.conditions import CROSS_CONTEXT, RANDOM
 from excise.errors import ExciseError
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import ATTRIBUTION
-from excise.strategies.build import CROSS_CONTEXT
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import Audit, AuditSettings
@@ -95,7 +95,7 @@ def _masks_to_try(masks: pl.DataFrame) -> pl.DataFrame:
     single other scenarios are left out: they tell where a mask comes from."""
     first = pl.col("draw") == pl.col("draw").min().over("variation", "strategy", "level", "matched_to")
     strategies = pl.col("strategy").filter(pl.col("matched_to").is_null()).unique().implode()
-    control = (pl.col("strategy") == "random") & first & pl.col("matched_to").is_in(strategies)
+    control = (pl.col("strategy") == RANDOM) & first & pl.col("matched_to").is_in(strategies)
     pooled = ~pl.col("level").str.starts_with(f"{CROSS_CONTEXT}/")
     return masks.filter(pooled & (pl.col("matched_to").is_null() | control)).sort("path", *checks.MASK)
 

@@ -16,10 +16,11 @@ from assets.measured_paths import PathRows, paths_of
 from assets.partitions import Catalogue
 from assets.pruning_masks import MaskFiles, mask_rows
 from assets.stage import data_version, grid_asset, nothing_to_tell, rows_of, table_metadata
+from excise.conditions import ACROSS, RANDOM
 from excise.evaluation.judged import judged_of
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import ATTRIBUTION, EVALUATION, held_out_split
-from excise.strategies.build import ACROSS, HEAD_SCORES, MEASURED_PATH, NamedMask, SourceMask, Strategy
+from excise.strategies.build import HEAD_SCORES, MEASURED_PATH, NamedMask, SourceMask, Strategy
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import Audit, AuditSettings
@@ -139,7 +140,7 @@ class _Split:
     def _strategies(self) -> list[Strategy]:
         audit = self.audit
         return [
-            each.model_copy(update={"controls": tuple(c for c in each.controls if c == "random")})
+            each.model_copy(update={"controls": tuple(c for c in each.controls if c == RANDOM)})
             for each in self.catalogue.chosen_strategies(audit.strategies, audit.levels, "number", audit.alphas)
             if each.score not in HEAD_SCORES
         ]

@@ -19,8 +19,7 @@ from assets.stage import (
     table_value,
     thresholds_of,
 )
-from excise.reporting.report import RANDOM
-from excise.strategies.build import CROSS_CONTEXT, WITHIN_CONTEXT
+from excise.conditions import ALL, CROSS_CONTEXT, RANDOM, WITHIN_CONTEXT
 from resources.artifacts import Artifacts
 from resources.tables import TABLES
 from resources.warehouse import Warehouse
@@ -42,7 +41,7 @@ def transfer_matrix_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         from excise.reporting.figures import transfer_heat_map
 
         model = context.partition_key
-        metrics = warehouse.read("metrics", model=model, variation="(all)")
+        metrics = warehouse.read("metrics", model=model, variation=ALL)
         scenarios, left_out = scenarios_with_results(
             context, warehouse, metrics, catalogue, made_by="evaluation_metrics"
         )

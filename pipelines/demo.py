@@ -15,6 +15,7 @@ import dagster as dg
 
 from assets.partitions import Catalogue, read_catalogue
 from assets.stage import thresholds_of
+from excise.conditions import LEVELS
 from excise.errors import ExciseError
 from excise.evaluation.stability import stability_finding
 from excise.evaluation.verdicts import verdicts
@@ -26,7 +27,7 @@ from pipelines.jobs import audit_scenario
 from pipelines.runs import execute, open_instance
 from pipelines.terminal import INCOMPLETE, MISUSED, STATUSES, run
 from pipelines.verdict import add_fail_on, conclude, unjudged
-from resources.settings import LEVELS, AuditSettings, Preset
+from resources.settings import AuditSettings, Preset
 from resources.warehouse import Warehouse
 from resources.watch import TerminalWatch
 

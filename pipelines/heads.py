@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from assets.evaluation_metrics import names_warning
 from assets.partitions import Catalogue, read_catalogue
 from assets.stage import thresholds_of
+from excise.conditions import CROSS_CONTEXT, OWN_SCENARIO
 from excise.errors import ExciseError
 from excise.evaluation.bias_correlation import gamma_choice, gamma_points
 from excise.evaluation.perplexity import read_text
@@ -111,9 +112,9 @@ def _steps(model: str, scenarios: Sequence[str], settings: dict[str, object]) ->
     """(job, partition, settings) of every run, in order."""
     keys = [f"{model}|{key}" for key in scenarios]
     if len(keys) == 1:
-        alone = {"levels": ["own_scenario"]} | settings
+        alone = {"levels": [OWN_SCENARIO]} | settings
         return [(prune_heads.name, keys[0], alone)]
-    across = {"levels": ["own_scenario", "cross_context"], "per_source": True} | settings
+    across = {"levels": [OWN_SCENARIO, CROSS_CONTEXT], "per_source": True} | settings
     return [
         *((prepare_heads.name, key, across) for key in keys),
         *((evaluate_scenario.name, key, across) for key in keys),

@@ -20,16 +20,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from assets.partitions import Catalogue, read_catalogue
 from assets.stage import thresholds_of
+from excise.conditions import ALL, LEVELS, OWN_SCENARIO, UNPRUNED, Condition
 from excise.errors import ExciseError
 from excise.evaluation.stability import stability_finding
 from excise.evaluation.thresholds import FEW_NAMES, Thresholds
 from excise.evaluation.verdicts import verdicts
 from excise.reporting.report import (
-    ALL_VARIATIONS,
     FEW,
     NO_COMPARISON,
-    UNPRUNED_MASK,
-    MaskName,
     MetricTable,
     Verdicts,
     floor_text,
@@ -44,14 +42,13 @@ from excise.reporting.report import (
     unpruned_gap,
 )
 from excise.scenarios import Scenario
-from excise.strategies.build import OWN_SCENARIO
 from pipelines.definitions import MODEL_FILES, SCENARIO_FOLDERS, SCORER_FILES, STRATEGY_FILES, build_definitions
 from pipelines.demo import failure_messages
 from pipelines.jobs import analyse_model, evaluate_scenario, prepare_scenario, search_grid
 from pipelines.runs import execute, open_instance
 from pipelines.terminal import MISUSED, STATUSES, run
 from pipelines.verdict import add_fail_on, conclude, unjudged
-from resources.settings import LEVELS, Audit, AuditSettings, Preset
+from resources.settings import Audit, AuditSettings, Preset
 from resources.warehouse import Warehouse
 from resources.watch import TerminalWatch
 
@@ -335,7 +332,7 @@ def summary(model: str, scenarios: Sequence[str], warehouse: Warehouse) -> str:
         table = read_metrics(metrics)
         effects = warehouse.read("side_effects", model=model, scenario=scenario)
         verdict = read_verdicts(verdicts(metrics, effects, judged))
-        smd = interval_text(table.get(ALL_VARIATIONS, UNPRUNED_MASK, "abs_smd"), decimals=2)
+        smd = interval_text(table.get(ALL, UNPRUNED, "abs_smd"), decimals=2)
         # Masks of whole heads over a scenario are the second paper's; they are told where there are some.
         own = {mask.level for mask in table.masks}
         for number, level in enumerate(each for each in LEVELS if each != OWN_SCENARIO or each in own):
@@ -345,11 +342,11 @@ def summary(model: str, scenarios: Sequence[str], warehouse: Warehouse) -> str:
             if best is None:
                 rows.append([*first, level_label(level), _none(table, masks) if masks else "-", "-", "-"])
                 continue
-            mark = "" if table.comparable(ALL_VARIATIONS, best, judged.inlier_tolerance) else NO_COMPARISON
-            beyond = per_cent(table.get(ALL_VARIATIONS, best, "reduction_over_random"), signed=True)
-            ratio = table.get(ALL_VARIATIONS, best, "inlier_ratio").value
+            mark = "" if table.comparable(ALL, best, judged.inlier_tolerance) else NO_COMPARISON
+            beyond = per_cent(table.get(ALL, best, "reduction_over_random"), signed=True)
+            ratio = table.get(ALL, best, "inlier_ratio").value
             low = "" if reaches(ratio, judged.inlier_floor) else f" (below {floor_text(judged.inlier_floor)})"
-            if lacking := [*verdict[ALL_VARIATIONS, best].failed, *verdict[ALL_VARIATIONS, best].unknown]:
+            if lacking := [*verdict[ALL, best].failed, *verdict[ALL, best].unknown]:
                 low += f" (no success: {', '.join(lacking)})"
             rows.append([*first, level_label(level), best.strategy, f"{beyond} points{mark}", ratio_text(ratio) + low])
     widths = [max(len(row[i]) for row in [header, *rows] if i < len(row)) for i in range(len(header))]
@@ -366,26 +363,24 @@ def summary(model: str, scenarios: Sequence[str], warehouse: Warehouse) -> str:
     return "\n".join(lines)
 
 
-def _best(table: MetricTable, masks: Sequence[MaskName], judged: Thresholds, verdict: Verdicts) -> MaskName | None:
-    def figure(mask: MaskName, metric: str) -> float | None:
-        return table.get(ALL_VARIATIONS, mask, metric).value
+def _best(table: MetricTable, masks: Sequence[Condition], judged: Thresholds, verdict: Verdicts) -> Condition | None:
+    def figure(mask: Condition, metric: str) -> float | None:
+        return table.get(ALL, mask, metric).value
 
     known = [
-        mask
-        for mask in masks
-        if figure(mask, "reduction_over_random") is not None and not table.collapsed(ALL_VARIATIONS, mask)
+        mask for mask in masks if figure(mask, "reduction_over_random") is not None and not table.collapsed(ALL, mask)
     ]
     useful = [mask for mask in known if reaches(figure(mask, "inlier_ratio"), judged.inlier_floor)] or known
-    useful = [mask for mask in useful if verdict[ALL_VARIATIONS, mask].success] or useful
-    compared = [mask for mask in useful if table.comparable(ALL_VARIATIONS, mask, judged.inlier_tolerance)]
+    useful = [mask for mask in useful if verdict[ALL, mask].success] or useful
+    compared = [mask for mask in useful if table.comparable(ALL, mask, judged.inlier_tolerance)]
     return max(compared or useful, key=lambda mask: figure(mask, "reduction_over_random"), default=None)
 
 
-def _none(table: MetricTable, masks: Sequence[MaskName]) -> str:
+def _none(table: MetricTable, masks: Sequence[Condition]) -> str:
     """Why no strategy of a level is best."""
-    if all(table.collapsed(ALL_VARIATIONS, mask) for mask in masks):
+    if all(table.collapsed(ALL, mask) for mask in masks):
         return "answers collapse"
-    if unpruned_gap(table, ALL_VARIATIONS)[1].covers_zero:
+    if unpruned_gap(table, ALL)[1].covers_zero:
         return "no gap on average" if standing_out(table) else "no gap detectable"
     return "none is defined"
 

@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterable, Sequence
 
 import polars as pl
 
+from excise.conditions import ALL, NO_STRATEGY
 from excise.evaluation.judged import explained, judged_of
-from excise.reporting.report import ALL_VARIATIONS
 from excise.scenarios import Scenario
 from pipelines.terminal import CHECKS_FAILED, DONE, INCOMPLETE
 from resources.warehouse import Warehouse
@@ -80,10 +80,10 @@ def _lacking(warehouse: Warehouse, model: str, scenario: Scenario, evaluated: bo
     metrics = warehouse.read("metrics", model=model, scenario=scenario.key) if evaluated else pl.DataFrame()
     if not metrics.is_empty():
         figures = metrics.filter(
-            (pl.col("strategy") == "unpruned")
+            (pl.col("strategy") == NO_STRATEGY)
             & pl.col("metric").is_in(GAPS)
             & pl.col("estimate").is_finite()
-            & (pl.col("variation") != ALL_VARIATIONS)
+            & (pl.col("variation") != ALL)
         )["variation"].to_list()
         lacking["it is undefined, though answers have values"] = [key for key in able if key not in figures]
     return [f"{model}|{scenario.key} has no gap for {', '.join(keys)} ({why})" for why, keys in lacking.items() if keys]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import Field
 
+from excise.conditions import LEVELS
 from excise.errors import ExciseError
 from excise.evaluation.thresholds import (
     CHANGE_BUDGET,
@@ -96,7 +97,6 @@ class Audit:
         return Thresholds(**{field.name: getattr(self, field.name) for field in fields(Thresholds)})
 
 
-LEVELS = ("prompt_specific", "within_context", "cross_context", "all_contexts", "own_scenario")
 ANSWERS = ("sampled", "exact")
 METHODS = ("auto", "reweight", "regenerate")
 MODES = ("sliding", "paper")

@@ -16,11 +16,11 @@ import polars as pl
 from numpy.typing import NDArray
 
 from excise.attribution.head_impacts import CATASTROPHIC
+from excise.conditions import ALL, NO_LEVEL, NO_STRATEGY, OWN_SCENARIO
 from excise.errors import ExciseError
 from excise.evaluation.grid import pareto
 from excise.evaluation.metrics import ROUNDING, percentile_interval
 from excise.evaluation.overlap import chance_level, overlap_fraction
-from excise.strategies.build import OWN_SCENARIO
 
 TOP_SHARE = 0.2
 ALL_HEADS, ORDINARY_HEADS = "all", "without_catastrophic"
@@ -207,8 +207,8 @@ def gamma_points(metrics: pl.DataFrame, parameters: Mapping[str, Mapping[str, fl
     unpruned), bias, bias_low, bias_high and perplexity_ratio, over all variations and with the axis' own masks; of
     strategies with the same alpha and gamma the first. The bias is null where the scores collapsed (spread_ratio 0).
     """
-    whole = metrics.filter(variation="(all)").filter(
-        pl.col("matched_to").is_null() & pl.col("level").is_in(["none", OWN_SCENARIO])
+    whole = metrics.filter(variation=ALL).filter(
+        pl.col("matched_to").is_null() & pl.col("level").is_in([NO_LEVEL, OWN_SCENARIO])
     )
     place = ["model", "scenario", "strategy"]
     bias = whole.filter(pl.col("metric") == "toxicity_bias").select(
@@ -222,7 +222,7 @@ def gamma_points(metrics: pl.DataFrame, parameters: Mapping[str, Mapping[str, fl
         .alias(name)
         for name in ("bias", "bias_low", "bias_high")
     )
-    known: dict[str, tuple[float, float | None]] = {"unpruned": (0.0, None)}
+    known: dict[str, tuple[float, float | None]] = {NO_STRATEGY: (0.0, None)}
     known |= {key: (each["alpha"], each.get("gamma", 0.0)) for key, each in parameters.items()}
     strategies = pl.DataFrame(
         [(key, *point) for key, point in known.items()],
@@ -230,7 +230,7 @@ def gamma_points(metrics: pl.DataFrame, parameters: Mapping[str, Mapping[str, fl
         orient="row",
     )
     rows = strategies.join(bias, on="strategy", maintain_order="left").join(ratio, on=place, how="left")
-    rows = rows.with_columns(perplexity_ratio=pl.when(strategy="unpruned").then(1.0).otherwise("perplexity_ratio"))
+    rows = rows.with_columns(perplexity_ratio=pl.when(strategy=NO_STRATEGY).then(1.0).otherwise("perplexity_ratio"))
     names = [*place, "alpha", "gamma", "bias", "bias_low", "bias_high", "perplexity_ratio"]
     return rows.unique(["alpha", "gamma"], keep="first", maintain_order=True).select(names)
 

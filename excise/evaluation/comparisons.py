@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import polars as pl
 
+from excise.conditions import RANDOM
 from excise.errors import ExciseError
 from excise.evaluation.numbers import SCHEMA, evaluate
 from excise.scenarios import Scenario
@@ -46,7 +47,7 @@ def comparisons(
     if scenario.comparison is None:
         raise ExciseError(f"scenario {scenario.key}: comparison is missing; name its majority and minority group")
     if not pruned.is_empty():
-        pruned = pruned.filter(pl.col("matched_to").is_null() | (pl.col("strategy") == "random"))
+        pruned = pruned.filter(pl.col("matched_to").is_null() | (pl.col("strategy") == RANDOM))
     completions, pruned = _evaluated(completions), _evaluated(pruned)
     # Enumerated answers are numbers; other outcomes have no range to bound anything by.
     number = scenario.outcome.kind == "number"

@@ -13,11 +13,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from excise.conditions import ALL, GRID
 from excise.errors import ExciseError
-from excise.evaluation.numbers import ALL
 from excise.evaluation.thresholds import COLLAPSED_SPREAD
 
-LEVEL = "grid"
 METRICS = ("gap_mean", "smd", "abs_smd", "gap_reduction", "inlier_ratio", "spread_ratio")
 """What `grid_search` tells of a point, each with its interval."""
 SCHEMA = {
@@ -145,7 +144,7 @@ def grid_search(metrics: pl.DataFrame, floor: float) -> pl.DataFrame:
 
 def _decoded(metrics: pl.DataFrame) -> pl.DataFrame:
     """The grid's own rows, each label taken apart into strategy, tau_min and tau_maj."""
-    own = metrics.filter((pl.col("level") == LEVEL) & pl.col("matched_to").is_null())
+    own = metrics.filter((pl.col("level") == GRID) & pl.col("matched_to").is_null())
     labels = own["strategy"].unique().sort().to_list()
     parts = pl.DataFrame(
         [(label, *read_label(label)) for label in labels],

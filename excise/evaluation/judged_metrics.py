@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import polars as pl
 
+from excise.conditions import ALL, COLUMNS
 from excise.evaluation.judged import JUDGED
-from excise.evaluation.numbers import ALL, CONDITION, SCHEMA
+from excise.evaluation.numbers import SCHEMA
 
 WITHOUT_VALUES = (
     "parse_rate",
@@ -60,10 +61,10 @@ def metrics_of(
 def _counts(rows: pl.DataFrame, asked: int) -> pl.DataFrame:
     """A row of the metric `JUDGED` per condition that has rows over all variations."""
     known = rows.filter(pl.col("metric").is_in(_GAPS) & (pl.col("variation") != ALL) & pl.col("estimate").is_not_null())
-    counted = {tuple(key): count for *key, count in known.group_by(CONDITION).agg(pl.len()).iter_rows()}
-    places = rows.filter(pl.col("variation") == ALL).select("model", "scenario", "variation", *CONDITION)
+    counted = {tuple(key): count for *key, count in known.group_by(COLUMNS).agg(pl.len()).iter_rows()}
+    places = rows.filter(pl.col("variation") == ALL).select("model", "scenario", "variation", *COLUMNS)
     found = [
-        {**row, "metric": JUDGED, "estimate": float(counted.get(tuple(row[each] for each in CONDITION), 0)), "n": asked}
+        {**row, "metric": JUDGED, "estimate": float(counted.get(tuple(row[each] for each in COLUMNS), 0)), "n": asked}
         for row in places.unique(maintain_order=True).iter_rows(named=True)
     ]
     return pl.DataFrame(found, schema=rows.schema if found else SCHEMA)

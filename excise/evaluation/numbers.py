@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
+from excise.conditions import ALL, COLUMNS, RANDOM, UNPRUNED, Condition
 from excise.errors import ExciseError
 from excise.evaluation import metrics as m
 from excise.evaluation.distributions import Bounds, GroupAnswers, answers_of, both_groups, metric_bounds
 from excise.evaluation.thresholds import COLLAPSED_SPREAD
 
-ALL = "(all)"
 SCHEMA = {
     "model": pl.String,
     "scenario": pl.String,
@@ -37,20 +37,16 @@ SCHEMA = {
     "lowest": pl.Float64,
     "highest": pl.Float64,
 }
-CONDITION = ("strategy", "level", "matched_to")
-UNPRUNED = ("unpruned", "none", None)
 
 _COMPLETIONS = ("model", "scenario", "variation", "group", "subject", "value")
-_PRUNED = (*_COMPLETIONS, *CONDITION, "draw")
-_MASKS = ("model", "scenario", "variation", *CONDITION, "draw", "pruned", "size")
+_PRUNED = (*_COMPLETIONS, *COLUMNS, "draw")
+_MASKS = ("model", "scenario", "variation", *COLUMNS, "draw", "pruned", "size")
 # Streams of random numbers, so that rows do not depend on which other masks are evaluated beside them.
 _NAMES_OF_MAJORITY, _NAMES_OF_MINORITY, _DRAWS, _SIGNS, _LABELS = range(5)
 _OF_ALL_ANSWERS = ("inlier_ratio", "parse_rate", "leftover", "sampled")
 _OF_TWO_ANSWERS = ("smd", "abs_smd", "spread_ratio", "excess_change")  # a group needs two for a deviation
 _SMALLEST = ("spread_ratio",)  # over draws and variations the smallest tells, not the mean
 _LARGEST = ("commonest_rise", "excess_change")  # and of these the largest
-
-Condition = tuple[str, str, str | None]
 
 
 @dataclass(frozen=True)
@@ -239,7 +235,7 @@ def evaluate(
             {}
             if pruned.is_empty()
             else pruned.sort("draw", maintain_order=True).partition_by(
-                *CONDITION, "variation", "draw", as_dict=True, maintain_order=True
+                *COLUMNS, "variation", "draw", as_dict=True, maintain_order=True
             )
         )
         for (*condition, variation, draw), frame in parts.items():
@@ -327,7 +323,7 @@ def mask_densities(masks: pl.DataFrame, model: str, scenario: str) -> dict[tuple
     if masks.is_empty():
         return {}
     require_table(masks, _MASKS, "masks")
-    keys = [*CONDITION, "variation", "draw"]
+    keys = [*COLUMNS, "variation", "draw"]
     own = masks.filter((pl.col("model") == model) & (pl.col("scenario") == scenario))
     sums = own.group_by(keys, maintain_order=True).agg(pl.col("pruned").sum(), pl.col("size").sum())
     result: dict[tuple, list[float]] = {}
@@ -582,7 +578,7 @@ class MetricRows:
                 "model": self.model,
                 "scenario": self.scenario,
                 "variation": variation,
-                **dict(zip(CONDITION, condition, strict=True)),
+                **dict(zip(COLUMNS, condition, strict=True)),
                 "metric": metric,
                 "estimate": finite_or_none(estimate),
                 "low": finite_or_none(low),
@@ -600,7 +596,7 @@ class MetricRows:
         tests: dict[tuple, list[dict]] = {}
         for row in self.rows:
             if row["p_value"] is not None and row["variation"] != ALL:
-                tests.setdefault((*(row[key] for key in CONDITION), row["metric"]), []).append(row)
+                tests.setdefault((*(row[key] for key in COLUMNS), row["metric"]), []).append(row)
         for rows in tests.values():
             for row, adjusted in zip(rows, m.holm([row["p_value"] for row in rows]), strict=True):
                 row["p_holm"] = float(adjusted)
@@ -705,7 +701,7 @@ def _pruned_rows(
     for condition, by_variation in conditions.items():
         strategy, level, matched_to = condition
         # A control has as many weights per matrix as its strategy's mask, so the same random masks are matched to it.
-        controls = {} if strategy == "random" else conditions.get(("random", level, matched_to or strategy), {})
+        controls = {} if strategy == RANDOM else conditions.get((RANDOM, level, matched_to or strategy), {})
         rows: dict[str, dict[str, np.ndarray]] = {}
         total: dict[str, int] = {}
 

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
+from excise.conditions import ALL, COLUMNS, NO_LEVEL, RANDOM, UNPRUNED, Condition
 from excise.errors import ExciseError
 from excise.evaluation import metrics as m
 from excise.evaluation.judged import ENOUGH
-from excise.evaluation.numbers import ALL, CONDITION, UNPRUNED, Condition, finite_or_none, mean_over_draws
+from excise.evaluation.numbers import finite_or_none, mean_over_draws
 
 RESTORATION_SCHEMA = {
     "model": pl.String,
@@ -283,7 +284,7 @@ def restoration(
     edited = _conditions(pruned, names, others, part, log)
     for condition, by_variation in edited.items():
         strategy, level, matched_to = condition
-        random = {} if strategy == "random" else edited.get(("random", level, matched_to or strategy), {})
+        random = {} if strategy == RANDOM else edited.get((RANDOM, level, matched_to or strategy), {})
         for variation, each in _with_all(by_variation):
             table.add(variation, condition, "distance", each, lambda found: found.distance)
             values, fault = _restored(each)
@@ -324,7 +325,7 @@ def _conditions(
     found: dict[Condition, dict[str, list[Distances]]] = {}
     if not pruned.is_empty():
         frames = pruned.sort("draw", maintain_order=True).partition_by(
-            *CONDITION, "variation", "draw", as_dict=True, maintain_order=True
+            *COLUMNS, "variation", "draw", as_dict=True, maintain_order=True
         )
         for (*condition, variation, _), frame in frames.items():
             if variation in others:
@@ -397,7 +398,7 @@ class _Rows:
             {
                 **self.place,
                 "variation": variation,
-                **dict(zip(CONDITION, condition, strict=True)),
+                **dict(zip(COLUMNS, condition, strict=True)),
                 "metric": metric,
                 "estimate": estimate,
                 "low": low,
@@ -417,19 +418,12 @@ def restoration_markdown(rows: pl.DataFrame) -> str:
 
     rows: those of `restoration`, one at least. Figures stand with their 95 % intervals; `-` where there is none.
     """
-    from excise.reporting.report import (
-        MISSING,
-        MaskName,
-        interval_text,
-        level_label,
-        mask_order,
-        per_cent,
-        read_estimate,
-    )
+    from excise.conditions import Condition, condition_order
+    from excise.reporting.report import MISSING, interval_text, level_label, per_cent, read_estimate
 
     found = {}
     for row in rows.iter_rows(named=True):
-        mask = MaskName(row["strategy"], row["level"], row["matched_to"])
+        mask = Condition(row["strategy"], row["level"], row["matched_to"])
         found[row["variation"], mask, row["metric"]] = read_estimate(row)
     lines = [
         f"Reference: {rows['reference'][0]}. 100 % restored: as if the bias had never been put in; 0: nothing gained; "
@@ -441,14 +435,14 @@ def restoration_markdown(rows: pl.DataFrame) -> str:
     ]
     order = list(dict.fromkeys([ALL, *rows["variation"]]))
     places = {(variation, mask) for variation, mask, _ in found}
-    for variation, mask in sorted(places, key=lambda place: (order.index(place[0]), mask_order(place[1]))):
+    for variation, mask in sorted(places, key=lambda place: (order.index(place[0]), condition_order(place[1]))):
 
         def of(metric: str, variation=variation, mask=mask):
             return found.get((variation, mask, metric), MISSING)
 
         over = of("specificity_over_noise")
         judged = "-" if over.low is None else "beyond noise" if over.low > 0 else "within noise"
-        name = mask.strategy if mask.level == "none" else f"{mask.strategy}, {level_label(mask.level)}"
+        name = mask.strategy if mask.level == NO_LEVEL else f"{mask.strategy}, {level_label(mask.level)}"
         name += f" (control of {mask.matched_to})" if mask.is_control else ""
         cells = [
             variation,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import polars as pl
 
+from excise.conditions import ALL, NO_STRATEGY
 from excise.reporting.report import Estimate, level_label, per_cent
 
 METRICS = (
@@ -74,7 +75,7 @@ def summary(stability: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def stability_sentence(summed: pl.DataFrame, where: str = "(all)") -> str:
+def stability_sentence(summed: pl.DataFrame, where: str = ALL) -> str:
     """What the splits say of every strategy and level, a sentence each. summed: of `summary`."""
     sentences = []
     own = summed.filter(
@@ -116,7 +117,7 @@ def stability_markdown(summed: pl.DataFrame) -> str:
 
 def kept(metrics: pl.DataFrame, split: int, splits: int) -> pl.DataFrame:
     """The rows of the table `metrics` that are kept of a split, as STABILITY_SCHEMA has them."""
-    told = metrics.filter(pl.col("metric").is_in(METRICS) & (pl.col("strategy") != "unpruned"))
+    told = metrics.filter(pl.col("metric").is_in(METRICS) & (pl.col("strategy") != NO_STRATEGY))
     numbers = {"split": split, "splits": splits}
     return told.with_columns(pl.lit(value, pl.Int64).alias(name) for name, value in numbers.items()).select(
         STABILITY_SCHEMA.keys()

@@ -14,15 +14,16 @@ import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
+from excise.conditions import ALL, COLUMNS, RANDOM, UNPRUNED, Condition
 from excise.errors import ExciseError
 from excise.evaluation import metrics as m
 from excise.evaluation import numbers as ev
 from excise.evaluation.metrics import folded_noise
-from excise.evaluation.numbers import ALL, CONDITION, SCHEMA, UNPRUNED, Condition
+from excise.evaluation.numbers import SCHEMA
 
 CLUSTERS = ("subject", "template", "both")
 _COMPLETIONS = ("model", "scenario", "variation", "template", "group", "subject", "prompt_id", "sample", "value")
-_PERPLEXITY = (*CONDITION, "variation", "draw", "perplexity", "low", "high")
+_PERPLEXITY = (*COLUMNS, "variation", "draw", "perplexity", "low", "high")
 _SUBJECTS, _TEMPLATES, _LABELS = range(3)  # streams of random numbers
 _WINSORIZE = (0.05, 0.95)  # of a subgroup's scores, for their spread
 _CELLS_AT_ONCE = 1 << 22
@@ -416,7 +417,7 @@ def evaluate_toxicity(
     ev.require_table(completions, _COMPLETIONS, "completions")
     model, scenario = ev.single_value(completions, "model"), ev.single_value(completions, "scenario")
     if not pruned.is_empty():
-        ev.require_table(pruned, (*_COMPLETIONS, *CONDITION, "draw"), "pruned completions")
+        ev.require_table(pruned, (*_COMPLETIONS, *COLUMNS, "draw"), "pruned completions")
         if (ev.single_value(pruned, "model"), ev.single_value(pruned, "scenario")) != (model, scenario):
             raise ExciseError(f"evaluate_toxicity: the pruned completions are not those of {model}, {scenario}")
         pruned = pruned.filter(pl.col("group").is_in(list(subgroups)))
@@ -436,7 +437,7 @@ def evaluate_toxicity(
         {}
         if pruned.is_empty()
         else pruned.sort("draw", maintain_order=True).partition_by(
-            *CONDITION, "variation", "draw", as_dict=True, maintain_order=True
+            *COLUMNS, "variation", "draw", as_dict=True, maintain_order=True
         )
     )
     for (*condition, variation, draw), frame in parts.items():
@@ -460,7 +461,7 @@ def evaluate_toxicity(
     measured = _Measured(axis, unpruned, seed)
     for condition, by_variation in conditions.items():
         strategy, level, matched_to = condition
-        controls = {} if strategy == "random" else conditions.get(("random", level, matched_to or strategy), {})
+        controls = {} if strategy == RANDOM else conditions.get((RANDOM, level, matched_to or strategy), {})
         for variation in [*by_variation, ALL]:
             chosen = list(by_variation) if variation == ALL else [variation]
             _pruned_rows(table, measured, condition, variation, by_variation, controls, chosen)
@@ -590,7 +591,7 @@ def _perplexities(frame: pl.DataFrame | None) -> dict[tuple[Condition, str], lis
         # One that is not known must not leave the mean to the others.
         known = row["perplexity"] is not None and np.isfinite(row["perplexity"])
         row["perplexity"] = row["perplexity"] if known else np.nan
-        rows.setdefault((tuple(row[key] for key in CONDITION), row["variation"] or ALL), []).append(row)
+        rows.setdefault((tuple(row[key] for key in COLUMNS), row["variation"] or ALL), []).append(row)
     return rows
 
 

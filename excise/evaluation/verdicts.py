@@ -14,20 +14,10 @@ from typing import Literal
 
 import polars as pl
 
+from excise.conditions import ALL, RANDOM, UNPRUNED, Condition
 from excise.evaluation.side_effects import CHANGE, KL, NO_TARGET, RATIO, TEXT
 from excise.evaluation.thresholds import Thresholds
-from excise.reporting.report import (
-    ALL_VARIATIONS,
-    RANDOM,
-    UNPRUNED_MASK,
-    VERDICTS_SCHEMA,
-    MaskName,
-    MetricTable,
-    at_most,
-    floor_text,
-    ratio_text,
-    read_metrics,
-)
+from excise.reporting.report import VERDICTS_SCHEMA, MetricTable, at_most, floor_text, ratio_text, read_metrics
 
 PLACE = ("variation", "strategy", "level", "matched_to")
 
@@ -89,10 +79,10 @@ def verdicts(metrics: pl.DataFrame, side_effects: pl.DataFrame, thresholds: Thre
     for variation in dict.fromkeys(metrics["variation"]):
         masks = dict.fromkeys(table.masks_of(variation))
         for mask in masks:
-            if mask == UNPRUNED_MASK:
+            if mask == UNPRUNED:
                 continue
             variations = [variation]
-            if variation == ALL_VARIATIONS:
+            if variation == ALL:
                 variations = [each for each in table.variations if _answered(table, each, mask)]
             controlled = mask.strategy != RANDOM and mask.control in masks
             closes = _closes(table, variation, mask, controlled, thresholds.inlier_tolerance)
@@ -122,20 +112,20 @@ def verdicts(metrics: pl.DataFrame, side_effects: pl.DataFrame, thresholds: Thre
     return pl.DataFrame(rows, schema=VERDICTS_SCHEMA, orient="row")
 
 
-def _by_condition(side_effects: pl.DataFrame) -> Mapping[tuple[str, MaskName], list[dict]]:
-    found: dict[tuple[str, MaskName], list[dict]] = {}
+def _by_condition(side_effects: pl.DataFrame) -> Mapping[tuple[str, Condition], list[dict]]:
+    found: dict[tuple[str, Condition], list[dict]] = {}
     for row in side_effects.iter_rows(named=True):
-        mask = MaskName(row["strategy"], row["level"], row["matched_to"])
+        mask = Condition(row["strategy"], row["level"], row["matched_to"])
         found.setdefault((row["variation"], mask), []).append(row)
     return found
 
 
-def _answered(table: MetricTable, variation: str, mask: MaskName) -> bool:
+def _answered(table: MetricTable, variation: str, mask: Condition) -> bool:
     """Whether the mask was asked on a variation that has a gap to be known, so that figures over all count it."""
-    return table.has(variation, mask, "gap_mean") and table.get(variation, UNPRUNED_MASK, "gap_mean").value is not None
+    return table.has(variation, mask, "gap_mean") and table.get(variation, UNPRUNED, "gap_mean").value is not None
 
 
-def _closes(table: MetricTable, where: str, mask: MaskName, controlled: bool, tolerance: float) -> bool:
+def _closes(table: MetricTable, where: str, mask: Condition, controlled: bool, tolerance: float) -> bool:
     reduction = table.get(where, mask, "gap_reduction")
     if reduction.low is None or reduction.low <= 0.0:
         return False
@@ -148,8 +138,8 @@ def _closes(table: MetricTable, where: str, mask: MaskName, controlled: bool, to
 def _figures(
     budget: Budget,
     table: MetricTable,
-    effects: Mapping[tuple[str, MaskName], list[dict]],
-    mask: MaskName,
+    effects: Mapping[tuple[str, Condition], list[dict]],
+    mask: Condition,
     variations: Iterable[str],
     where: str,
 ) -> tuple[_Figures, bool]:

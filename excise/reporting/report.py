@@ -15,14 +15,11 @@ from typing import Any
 
 import polars
 
+from excise.conditions import ALL, NO_LEVEL, PROMPT_SPECIFIC, RANDOM, UNPRUNED, Condition, condition_order
 from excise.errors import ExciseError
 from excise.evaluation.judged import JUDGED
 from excise.evaluation.thresholds import COLLAPSED_SPREAD, FEW_NAMES, INLIER_FLOOR, INLIER_TOLERANCE, SIGNIFICANCE
 
-ALL_VARIATIONS = "(all)"
-UNPRUNED = "unpruned"
-RANDOM = "random"
-PROMPT_SPECIFIC = "prompt_specific"
 PUBLISHED = ("set_difference",)
 NO_COMPARISON = "*"
 """Behind a reduction over random: mask and control are not at comparable usefulness."""
@@ -50,8 +47,6 @@ VERDICTS_SCHEMA = {
 }
 """Columns of `excise.evaluation.verdicts.verdicts`."""
 
-_LEVELS = ("none", PROMPT_SPECIFIC, "within_context", "cross_context", "all_contexts", "own_scenario")
-_CONTROLS = (RANDOM, "pooled_band", "reversed", "permuted")
 _COLUMNS = (
     "model",
     "scenario",
@@ -109,38 +104,9 @@ class Estimate:
 MISSING = Estimate(None)
 
 
-@dataclass(frozen=True)
-class MaskName:
-    """What was pruned: a strategy at a level of generality; `matched_to` names the strategy a control belongs to."""
-
-    strategy: str
-    level: str
-    matched_to: str | None = None
-
-    @property
-    def is_control(self) -> bool:
-        """Whether the mask is some strategy's control."""
-        return self.matched_to is not None
-
-    @property
-    def control(self) -> MaskName:
-        """The random control of a strategy, and of its other controls: the same count per matrix, at the same level."""
-        return MaskName(RANDOM, self.level, self.matched_to or self.strategy)
-
-
-UNPRUNED_MASK = MaskName(UNPRUNED, "none")
-
-
 def level_label(level: str) -> str:
     """A level's name as people read it: `prompt-specific`, `within-context`, `cross-context`."""
     return level.replace("_", "-")
-
-
-def mask_order(mask: MaskName) -> tuple[int, str, str, int, int, str]:
-    """Sort key: unpruned first, then by level and strategy, every strategy followed by its controls."""
-    level = _LEVELS.index(mask.level) if mask.level in _LEVELS else len(_LEVELS)
-    control = _CONTROLS.index(mask.strategy) if mask.strategy in _CONTROLS else len(_CONTROLS)
-    return (level, mask.level, mask.matched_to or mask.strategy, mask.is_control, control, mask.strategy)
 
 
 @dataclass(frozen=True)
@@ -150,19 +116,19 @@ class MetricTable:
     model: str
     scenario: str
     variations: tuple[str, ...]
-    masks: tuple[MaskName, ...]
-    estimates: Mapping[tuple[str, MaskName, str], Estimate]
+    masks: tuple[Condition, ...]
+    estimates: Mapping[tuple[str, Condition, str], Estimate]
 
-    def get(self, variation: str, mask: MaskName, metric: str) -> Estimate:
+    def get(self, variation: str, mask: Condition, metric: str) -> Estimate:
         """The estimate, or `MISSING`."""
         return self.estimates.get((variation, mask, metric), MISSING)
 
-    def masks_of(self, variation: str) -> list[MaskName]:
+    def masks_of(self, variation: str) -> list[Condition]:
         """The masks with at least one metric of the variation, in the order of `masks`."""
         present = {mask for name, mask, _ in self.estimates if name == variation}
         return [mask for mask in self.masks if mask in present]
 
-    def comparable(self, variation: str, mask: MaskName, tolerance: float) -> bool:
+    def comparable(self, variation: str, mask: Condition, tolerance: float) -> bool:
         """Whether the inlier ratios of the mask and its random control are at most `tolerance` apart.
 
         Unknown counts as yes. A reduction over random is read at comparable inlier ratio (method, part C): where random
@@ -171,42 +137,42 @@ class MetricTable:
         own, random = (self.get(variation, each, "inlier_ratio").value for each in (mask, mask.control))
         return own is None or random is None or at_most(abs(own - random), tolerance)
 
-    def collapsed(self, where: str, mask: MaskName) -> list[str]:
+    def collapsed(self, where: str, mask: Condition) -> list[str]:
         """The variations among `where` (all of them for "(all)") in which the mask makes a group's answers constant.
 
         So little spread is left that neither gap nor SMD says anything: it is damage, whatever the gap has become.
         """
-        variations = self.variations if where == ALL_VARIATIONS else (where,)
+        variations = self.variations if where == ALL else (where,)
         return [variation for variation in variations if self._is_collapsed(variation, mask)]
 
-    def _is_collapsed(self, variation: str, mask: MaskName) -> bool:
-        if mask == UNPRUNED_MASK:
+    def _is_collapsed(self, variation: str, mask: Condition) -> bool:
+        if mask == UNPRUNED:
             return False
         if self.has(variation, mask, "spread_ratio"):
             spread = self.get(variation, mask, "spread_ratio").value
             return spread is not None and spread < COLLAPSED_SPREAD
         # Without a measured spread: no SMD though there is a gap, or one that is 0 whatever names are drawn.
-        before, after = (self.get(variation, each, "smd") for each in (UNPRUNED_MASK, mask))
+        before, after = (self.get(variation, each, "smd") for each in (UNPRUNED, mask))
         if before.value is None or not self.has(variation, mask, "smd"):
             return False
         if after.value is None:
             return self.get(variation, mask, "gap_mean").value is not None
         return after.value == after.low == after.high == 0.0
 
-    def has(self, variation: str, mask: MaskName, metric: str) -> bool:
+    def has(self, variation: str, mask: Condition, metric: str) -> bool:
         """Whether the frame has a row of the metric, defined or not."""
         return (variation, mask, metric) in self.estimates
 
     @property
     def judged(self) -> int:
         """How many variations the unpruned figures over all of them are of."""
-        count = self.get(ALL_VARIATIONS, UNPRUNED_MASK, JUDGED).value
+        count = self.get(ALL, UNPRUNED, JUDGED).value
         return len(self.variations) if count is None else round(count)
 
     @property
     def has_aggregate(self) -> bool:
         """Whether metrics over all variations are present."""
-        return any(variation == ALL_VARIATIONS for variation, _, _ in self.estimates)
+        return any(variation == ALL for variation, _, _ in self.estimates)
 
 
 def read_metrics(metrics: polars.DataFrame) -> MetricTable:
@@ -224,9 +190,9 @@ def read_metrics(metrics: polars.DataFrame) -> MetricTable:
         keys = metrics[column].unique().sort().to_list()
         if len(keys) > 1:
             raise ExciseError(f"metrics: {len(keys)} values of {column} ({', '.join(keys)}); filter the frame to one")
-    estimates: dict[tuple[str, MaskName, str], Estimate] = {}
+    estimates: dict[tuple[str, Condition, str], Estimate] = {}
     for row in metrics.iter_rows(named=True):
-        mask = MaskName(row["strategy"], row["level"], row["matched_to"])
+        mask = Condition(row["strategy"], row["level"], row["matched_to"])
         key = (row["variation"], mask, row["metric"])
         if key in estimates:
             raise ExciseError(
@@ -234,8 +200,8 @@ def read_metrics(metrics: polars.DataFrame) -> MetricTable:
                 f"on {row['variation']} appears twice; keep one row for each mask and metric"
             )
         estimates[key] = read_estimate(row)
-    variations = tuple(dict.fromkeys(name for name, _, _ in estimates if name != ALL_VARIATIONS))
-    masks = tuple(sorted({mask for _, mask, _ in estimates}, key=mask_order))
+    variations = tuple(dict.fromkeys(name for name, _, _ in estimates if name != ALL))
+    masks = tuple(sorted({mask for _, mask, _ in estimates}, key=condition_order))
     return MetricTable(metrics["model"][0], metrics["scenario"][0], variations, masks, estimates)
 
 
@@ -261,7 +227,7 @@ class Verdict:
     not_measured: tuple[str, ...]
 
 
-Verdicts = Mapping[tuple[str, MaskName], Verdict]
+Verdicts = Mapping[tuple[str, Condition], Verdict]
 """Verdicts by variation and mask."""
 
 
@@ -270,7 +236,7 @@ def read_verdicts(verdicts: polars.DataFrame | None) -> Verdicts:
     then."""
     rows = () if verdicts is None else verdicts.iter_rows(named=True)
     return {
-        (row["variation"], MaskName(row["strategy"], row["level"], row["matched_to"])): Verdict(
+        (row["variation"], Condition(row["strategy"], row["level"], row["matched_to"])): Verdict(
             row["closes"], row["success"], tuple(row["failed"]), tuple(row["unknown"]), tuple(row["not_measured"])
         )
         for row in rows
@@ -320,7 +286,7 @@ def audit_table(
             (title, _AGGREGATE, _aggregate_cells),
             (f"{title}: reductions", _REDUCTIONS, _reduction_cells),
         ):
-            lines = _rows(table, ALL_VARIATIONS, cells, inlier_tolerance, broken)
+            lines = _rows(table, ALL, cells, inlier_tolerance, broken)
             blocks.append(_fit([heading], [header] * 2, lines, width))
     blocks += [_wrapped(each, width) for each in _notes("\n".join(blocks), table, inlier_tolerance, broken)]
     told = finding(
@@ -358,14 +324,14 @@ def _notes(text: str, table: MetricTable, tolerance: float, verdicts: Verdicts) 
             f"{COLLAPSED}: the answers of a group are (nearly) all the same number, with less than "
             f"{COLLAPSED_SPREAD:.0%} of the unpruned model's spread. That is damage, so no reduction is defined."
         )
-    where = ALL_VARIATIONS if table.has_aggregate else table.variations[0]
+    where = ALL if table.has_aggregate else table.variations[0]
     broken = [
         f"{mask.strategy} ({level_label(mask.level)}): {', '.join(verdict.failed)}"
         for (variation, mask), verdict in verdicts.items()
         if verdict.failed and variation == where and mask in table.masks and not mask.is_control
     ]
     if broken:
-        over = " over all variations" if where == ALL_VARIATIONS else ""
+        over = " over all variations" if where == ALL else ""
         notes.append(f"{BROKEN} behind a mask: it breaks a budget;{over} {'; '.join(broken)}.")
     return notes
 
@@ -417,7 +383,7 @@ def markdown_table(
     ]
     judged = read_verdicts(verdicts)
     lines = [header, ["---", "---", "---"] + ["---:"] * (len(header) - 3)]
-    for variation in [*table.variations, *([ALL_VARIATIONS] if table.has_aggregate else [])]:
+    for variation in [*table.variations, *([ALL] if table.has_aggregate else [])]:
         for mask in table.masks_of(variation):
             means, medians, gap, no_gap, as_unpruned, smd, inliers, reduction, beyond = _variation_cells(
                 table, variation, mask, inlier_tolerance, compact=False
@@ -430,7 +396,7 @@ def markdown_table(
                 [
                     variation,
                     name,
-                    "" if mask.level == "none" else level_label(mask.level),
+                    "" if mask.level == NO_LEVEL else level_label(mask.level),
                     means,
                     medians,
                     gap,
@@ -504,7 +470,7 @@ def finding(
     if len(table.variations) == 1:
         where = table.variations[0]
     elif table.has_aggregate:
-        where = ALL_VARIATIONS
+        where = ALL
     else:
         return "No finding: the metrics hold several variations and nothing over all of them."
     goes_on, sentences = _gap_sentences(table, where, (majority, minority))
@@ -529,17 +495,17 @@ def unpruned_gap(table: MetricTable, where: str) -> tuple[str, Estimate]:
     """The name and estimate of the unpruned gap by which `where` is judged."""
     # Over variations the outcome's units differ (a car, a chair), so the mean SMD stands for the gap there.
     names = {"smd": "SMD", "gap_mean": "raw gap"}
-    order = ("smd", "gap_mean") if where == ALL_VARIATIONS else ("gap_mean", "smd")
+    order = ("smd", "gap_mean") if where == ALL else ("gap_mean", "smd")
     for metric in order:
-        estimate = table.get(where, UNPRUNED_MASK, metric)
+        estimate = table.get(where, UNPRUNED, metric)
         if estimate.value is not None:
-            return ("mean " if where == ALL_VARIATIONS else "") + names[metric], estimate
+            return ("mean " if where == ALL else "") + names[metric], estimate
     return "gap", MISSING
 
 
 def standing_out(table: MetricTable) -> list[str]:
     """Variations with a gap of the unpruned model: its interval leaves out 0, or its test rejects (Holm-adjusted)."""
-    return [name for name in table.variations if _stands_out(table.get(name, UNPRUNED_MASK, "gap_mean"))]
+    return [name for name in table.variations if _stands_out(table.get(name, UNPRUNED, "gap_mean"))]
 
 
 def _stands_out(gap: Estimate) -> bool:
@@ -556,8 +522,8 @@ def _gap_sentences(table: MetricTable, where: str, labels: tuple[str, str]) -> t
     if not gap.has_interval:
         alone = ", as a group has one name" if gap.names == 1 else ""
         return False, [f"No finding: {told} and has no interval{alone}.", *undefined]
-    singled = standing_out(table) if where == ALL_VARIATIONS else []
-    signs = {table.get(each, UNPRUNED_MASK, "gap_mean").value > 0 for each in singled}
+    singled = standing_out(table) if where == ALL else []
+    signs = {table.get(each, UNPRUNED, "gap_mean").value > 0 for each in singled}
     rejects = gap.p is not None and gap.p < SIGNIFICANCE
     opposite = _singled_out(table, singled) if len(signs) == 2 else None
     if gap.low == gap.high == 0.0 and not singled:
@@ -582,9 +548,9 @@ def _not_excluded(table: MetricTable, where: str, gap: Estimate) -> str:
     def furthest(estimate: Estimate) -> float:
         return max(abs(estimate.low), abs(estimate.high))
 
-    smd = table.get(where, UNPRUNED_MASK, "smd")
+    smd = table.get(where, UNPRUNED, "smd")
     in_smd = f"{_at_least(furthest(smd), 2)} SMD" if smd.has_interval else None
-    if gap == smd or (where == ALL_VARIATIONS and in_smd):
+    if gap == smd or (where == ALL and in_smd):
         return f"up to {in_smd} is not excluded"
     raw = _at_least(furthest(gap), _decimals([gap.value, gap.low, gap.high]))
     return f"up to {raw}{f' ({in_smd})' if in_smd else ''} is not excluded"
@@ -601,12 +567,12 @@ def _singled_out(table: MetricTable, variations: Sequence[str]) -> str:
     """`Taken singly, chair (SMD 0.80 [0.50, 1.10], p = 0.004) stands out; the mean absolute gap is ...`."""
     shown = []
     for name in variations:
-        gap, smd = (table.get(name, UNPRUNED_MASK, metric) for metric in ("gap_mean", "smd"))
+        gap, smd = (table.get(name, UNPRUNED, metric) for metric in ("gap_mean", "smd"))
         figure = f"SMD {interval_text(smd, decimals=2)}" if smd.value is not None else f"gap {interval_text(gap)}"
         shown.append(f"{name} ({figure}{'' if gap.p is None else ', ' + p_equals(gap.p)})")
     sizes = {
-        "SMD": table.get(ALL_VARIATIONS, UNPRUNED_MASK, "abs_smd"),
-        "raw gap": table.get(ALL_VARIATIONS, UNPRUNED_MASK, "abs_gap_mean"),
+        "SMD": table.get(ALL, UNPRUNED, "abs_smd"),
+        "raw gap": table.get(ALL, UNPRUNED, "abs_gap_mean"),
     }
     absolute = [
         f"{interval_text(size, decimals=2 if name == 'SMD' else None)} ({name})"
@@ -621,12 +587,12 @@ def _undefined_smd(table: MetricTable, where: str, labels: tuple[str, str]) -> l
     """Why the unpruned model has no SMD, for each variation without. labels: of majority and minority."""
     groups = ("majority", "minority")
     sentences = []
-    for name in table.variations if where == ALL_VARIATIONS else [where]:
-        if table.get(name, UNPRUNED_MASK, "smd").value is not None or not table.has(name, UNPRUNED_MASK, "smd"):
+    for name in table.variations if where == ALL else [where]:
+        if table.get(name, UNPRUNED, "smd").value is not None or not table.has(name, UNPRUNED, "smd"):
             continue
         on = f" on {name}" if len(table.variations) > 1 else ""
-        means = [table.get(name, UNPRUNED_MASK, f"mean_{group}") for group in groups]
-        middles = [table.get(name, UNPRUNED_MASK, f"median_{group}") for group in groups]
+        means = [table.get(name, UNPRUNED, f"mean_{group}") for group in groups]
+        middles = [table.get(name, UNPRUNED, f"median_{group}") for group in groups]
         lacking = [label for label, mean in zip(labels, means, strict=True) if mean.value is None]
         if lacking:
             sentences.append(f"SMD is undefined{on}: no mean of the answers of {listed(lacking)} is defined.")
@@ -639,7 +605,7 @@ def _undefined_smd(table: MetricTable, where: str, labels: tuple[str, str]) -> l
             )
         elif None not in [middle.value for middle in middles]:
             first, second = (_number(middle.value, _decimals([middle.value])) for middle in middles)
-            gap = interval_text(Estimate(table.get(name, UNPRUNED_MASK, "gap_mean").value))
+            gap = interval_text(Estimate(table.get(name, UNPRUNED, "gap_mean").value))
             sentences.append(
                 f"SMD is undefined{on}: outliers aside, every answer of {labels[0]} is {first}, every answer of "
                 f"{labels[1]} {second}, so the raw gap of {gap} has no spread to be measured by."
@@ -670,7 +636,7 @@ def _few_names(table: MetricTable, where: str) -> list[str]:
     return [few_names_warning(gap.names)] if gap.few_names else []
 
 
-def _how_it_closed(table: MetricTable, where: str, mask: MaskName, labels: tuple[str, str]) -> str | None:
+def _how_it_closed(table: MetricTable, where: str, mask: Condition, labels: tuple[str, str]) -> str | None:
     """How much of the gap went by moving either group; None where nothing went, or nobody knows."""
     if (reduction := table.get(where, mask, "gap_reduction").value) is None or reduction <= 0:
         return None
@@ -689,7 +655,7 @@ def _how_it_closed(table: MetricTable, where: str, mask: MaskName, labels: tuple
 
 def _best_strategy(
     table: MetricTable, where: str, floor: float, tolerance: float, verdicts: Verdicts | None
-) -> tuple[MaskName | None, str]:
+) -> tuple[Condition | None, str]:
     """The mask told of and the sentence about it. verdicts: None where nothing but the floor is judged."""
     candidates = [mask for mask in table.masks if mask.level == PROMPT_SPECIFIC and not mask.is_control]
     if not candidates:
@@ -742,7 +708,7 @@ def _best_strategy(
             f"the best of them, {best.strategy}, is ahead of its matched random control by {points_text(beyond)}, but "
             f"its own reduction is {widened}."
         )
-    scope = " over all variations" if where == ALL_VARIATIONS else ""
+    scope = " over all variations" if where == ALL else ""
     if scope and table.judged < len(table.variations):
         scope = f" over the {table.judged} of {len(table.variations)} variations that can be judged"
     spread = ratio_text(table.get(where, best, "spread_ratio").value)
@@ -754,7 +720,7 @@ def _best_strategy(
         f"{points_text(beyond)} more than its matched random control, {at} (floor {floor_text(floor)})"
         + ("" if spread == "-" else f", with {spread} of the spread within the groups")
     )
-    if where == ALL_VARIATIONS and verdict is None:
+    if where == ALL and verdict is None:
         below = [
             f"{name} ({_against_floor(ratio.value, floor)})"
             for name in table.variations
@@ -783,7 +749,7 @@ def _lacks(verdict: Verdict) -> str:
     return "closes the gap within the budgets" if verdict.failed else "is known to close the gap within the budgets"
 
 
-def _no_comparison(table: MetricTable, where: str, masks: Sequence[MaskName]) -> str:
+def _no_comparison(table: MetricTable, where: str, masks: Sequence[Condition]) -> str:
     """Why no strategy has a reduction over random."""
     controlled = [mask for mask in masks if mask.control in table.masks_of(where)]
     if not controlled:
@@ -798,7 +764,7 @@ def _no_comparison(table: MetricTable, where: str, masks: Sequence[MaskName]) ->
     return "No reduction is defined: the raw gap of the unpruned model cannot be told from 0."
 
 
-def _failure(table: MetricTable, where: str, strategy: str, tolerance: float, besides: set[MaskName]) -> str | None:
+def _failure(table: MetricTable, where: str, strategy: str, tolerance: float, besides: set[Condition]) -> str | None:
     failures, wrecked = [], []
     for mask in table.masks:
         if mask.strategy != strategy or mask.is_control or mask in besides or table.collapsed(where, mask):
@@ -878,19 +844,19 @@ def _variation_header(majority: str, minority: str, *, compact: bool) -> list[tu
     ]
 
 
-def _p_values(table: MetricTable, variation: str, mask: MaskName) -> list[str]:
+def _p_values(table: MetricTable, variation: str, mask: Condition) -> list[str]:
     """The p-value of the raw gap in the column of what it tests."""
     p_value = p_text(table.get(variation, mask, "gap_mean").p)
-    return [p_value, "-"] if mask == UNPRUNED_MASK else ["-", p_value]
+    return [p_value, "-"] if mask == UNPRUNED else ["-", p_value]
 
 
-def _reduction(table: MetricTable, variation: str, mask: MaskName, text: str) -> str:
+def _reduction(table: MetricTable, variation: str, mask: Condition, text: str) -> str:
     """A reduction's text, or that the answers collapsed."""
     return COLLAPSED if table.collapsed(variation, mask) else text
 
 
 def _variation_cells(
-    table: MetricTable, variation: str, mask: MaskName, tolerance: float, *, compact: bool
+    table: MetricTable, variation: str, mask: Condition, tolerance: float, *, compact: bool
 ) -> list[str]:
     def of(metric: str) -> Estimate:
         return table.get(variation, mask, metric)
@@ -931,7 +897,7 @@ _REDUCTIONS = [
 
 
 def _aggregate_cells(
-    table: MetricTable, variation: str, mask: MaskName, tolerance: float, *, compact: bool
+    table: MetricTable, variation: str, mask: Condition, tolerance: float, *, compact: bool
 ) -> list[str]:
     def of(metric: str) -> Estimate:
         return table.get(variation, mask, metric)
@@ -949,7 +915,7 @@ def _aggregate_cells(
 
 
 def _reduction_cells(
-    table: MetricTable, variation: str, mask: MaskName, tolerance: float, *, compact: bool
+    table: MetricTable, variation: str, mask: Condition, tolerance: float, *, compact: bool
 ) -> list[str]:
     reduction = per_cent(table.get(variation, mask, "gap_reduction"), compact=compact)
     return [
@@ -962,12 +928,12 @@ def _reduction_cells(
     ]
 
 
-def _closed_by(table: MetricTable, variation: str, mask: MaskName) -> str:
+def _closed_by(table: MetricTable, variation: str, mask: Condition) -> str:
     shares = [table.get(variation, mask, f"closed_by_{side}").value for side in ("majority", "minority")]
     return "-" if None in shares else " / ".join(f"{share:.0%}".rstrip("%") for share in shares)
 
 
-def _beyond(table: MetricTable, variation: str, mask: MaskName, metric: str, tolerance: float, compact: bool) -> str:
+def _beyond(table: MetricTable, variation: str, mask: Condition, metric: str, tolerance: float, compact: bool) -> str:
     estimate = table.get(variation, mask, metric)
     if table.collapsed(variation, mask):
         return "-"
@@ -976,7 +942,7 @@ def _beyond(table: MetricTable, variation: str, mask: MaskName, metric: str, tol
     return text + (NO_COMPARISON if marked else "")
 
 
-def _mark(verdicts: Verdicts, variation: str, mask: MaskName) -> str:
+def _mark(verdicts: Verdicts, variation: str, mask: Condition) -> str:
     """The mark behind a strategy's own mask that breaks a budget; nothing behind others."""
     verdict = verdicts.get((variation, mask))
     return f" {BROKEN}" if verdict is not None and verdict.failed and not mask.is_control else ""
@@ -996,14 +962,14 @@ def _rows(
 ) -> list[_Row | str]:
     """A variation's lines: a line for each level, a row for each mask, controls indented under their strategy."""
     rows: list[_Row | str] = []
-    level = "none"
+    level = NO_LEVEL
     for mask in table.masks_of(variation):
         if mask.level != level:
             rows.append(f"  {level_label(mask.level)}")
             level = mask.level
-        indent = "  " if mask.level == "none" else "      " if mask.is_control else "    "
+        indent = "  " if mask.level == NO_LEVEL else "      " if mask.is_control else "    "
         label = f"{indent}{mask.strategy}"
-        if mask.is_control and MaskName(mask.matched_to, mask.level) not in table.masks:
+        if mask.is_control and Condition(mask.matched_to, mask.level) not in table.masks:
             label += f" of {mask.matched_to}"
         label += _mark(verdicts, variation, mask)
         ordinary, compact = (cells(table, variation, mask, tolerance, compact=choice) for choice in (False, True))

@@ -13,19 +13,25 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import polars as pl
 
+from excise.conditions import (
+    ALL,
+    CROSS_CONTEXT,
+    LEVELS,
+    NO_LEVEL,
+    OWN_SCENARIO,
+    RANDOM,
+    UNPRUNED,
+    Condition,
+    condition_order,
+)
 from excise.errors import ExciseError
 from excise.evaluation.thresholds import INLIER_TOLERANCE, Thresholds, stored_thresholds
 from excise.reporting.report import (
-    ALL_VARIATIONS,
     COLLAPSED,
     FEW,
     MISSING,
     NO_COMPARISON,
-    PROMPT_SPECIFIC,
-    RANDOM,
-    UNPRUNED_MASK,
     Estimate,
-    MaskName,
     MetricTable,
     at_most,
     density_text,
@@ -34,7 +40,6 @@ from excise.reporting.report import (
     interval_text,
     level_label,
     listed,
-    mask_order,
     per_cent,
     percent_text,
     ratio_text,
@@ -45,8 +50,7 @@ from excise.reporting.report import (
     unpruned_gap,
 )
 
-LEVELS = (PROMPT_SPECIFIC, "within_context", "cross_context", "all_contexts")
-OWN_SCENARIO = "own_scenario"
+SCENARIO_LEVELS = LEVELS[:4]
 """Level of strategies that rank whole heads over a scenario."""
 PLANTED_SCENARIO = "purchase"
 """The one scenario with a gap in the model `planted-specific`."""
@@ -210,7 +214,7 @@ only with masks from purchases, and claims nothing on the third.
 # ------------------------------------------------------------------------------------------------------------ verdicts
 
 
-def verdict(table: MetricTable, where: str, mask: MaskName, tolerance: float = INLIER_TOLERANCE) -> str:
+def verdict(table: MetricTable, where: str, mask: Condition, tolerance: float = INLIER_TOLERANCE) -> str:
     """What the figures of a mask allow to say, in the words of the reading guide (method, part C).
 
     where: a variation, or "(all)". tolerance: the setting `inlier_tolerance` of the audit. Every reduction is undefined
@@ -226,7 +230,7 @@ def verdict(table: MetricTable, where: str, mask: MaskName, tolerance: float = I
         unanswered = table.has(where, mask, "gap_mean") and table.get(where, mask, "gap_mean").value is None
         if unanswered or any(table.get(where, each, "gap_reduction").value is not None for each in others):
             return NO_ANSWERS
-        return NO_GAP_ON_AVERAGE if where == ALL_VARIATIONS and standing_out(table) else NO_GAP
+        return NO_GAP_ON_AVERAGE if where == ALL and standing_out(table) else NO_GAP
     if table.collapsed(where, mask.control):
         return NO_YARDSTICK
     if beyond.value is None:
@@ -245,7 +249,7 @@ def expected_verdict(model: str, scenario: str, level: str) -> str | None:
     if model == "planted-neutral" or (model == "planted-specific" and scenario != PLANTED_SCENARIO):
         return NO_GAP
     if model == "planted-specific":
-        return NOT_BEYOND if level == "cross_context" else BEATS_RANDOM
+        return NOT_BEYOND if level == CROSS_CONTEXT else BEATS_RANDOM
     return BEATS_RANDOM if model == "planted-general" else None
 
 
@@ -258,7 +262,7 @@ def _masks_section(tables: Mapping[tuple[str, str], MetricTable], heads: set[tup
     parts = []
     for (model, scenario), table in tables.items():
         where = _where(table)
-        before = {metric: table.get(where, UNPRUNED_MASK, metric) for metric in ("smd", "inlier_ratio", "gap_mean")}
+        before = {metric: table.get(where, UNPRUNED, metric) for metric in ("smd", "inlier_ratio", "gap_mean")}
         one = len(table.variations) == 1
         scope = table.variations[0] if one else f"all {len(table.variations)} variations"
         unpruned = f"Unpruned, {scope}: SMD {interval_text(before['smd'], decimals=2)}"
@@ -278,10 +282,10 @@ def _masks_section(tables: Mapping[tuple[str, str], MetricTable], heads: set[tup
         ]
         rows = []
         for mask in table.masks_of(where):
-            if mask == UNPRUNED_MASK or mask.level not in LEVELS:
+            if mask == UNPRUNED or mask.level not in SCENARIO_LEVELS:
                 continue
 
-            def of(metric: str, mask: MaskName = mask, table: MetricTable = table, where: str = where) -> Estimate:
+            def of(metric: str, mask: Condition = mask, table: MetricTable = table, where: str = where) -> Estimate:
                 return table.get(where, mask, metric)
 
             density = density_text(of("density"))
@@ -310,19 +314,21 @@ def _masks_section(tables: Mapping[tuple[str, str], MetricTable], heads: set[tup
             unpruned,
             _markdown(header, rows) if rows else "No masks were evaluated yet.",
         ]
-    if any(mask.level not in (*LEVELS, "none") for table in tables.values() for mask in table.masks):
+    if any(mask.level not in (*SCENARIO_LEVELS, NO_LEVEL) for table in tables.values() for mask in table.masks):
         parts.append("Masks that come from one other scenario alone stand under *From one scenario to another*.")
     return "\n\n".join(parts)
 
 
 def _expectation_section(tables: Mapping[tuple[str, str], MetricTable], judged: Judged) -> str:
-    known = {place: table for place, table in tables.items() if expected_verdict(*place, LEVELS[0]) is not None}
+    known = {
+        place: table for place, table in tables.items() if expected_verdict(*place, SCENARIO_LEVELS[0]) is not None
+    }
     strategies = list(
         dict.fromkeys(
             mask.strategy
             for table in known.values()
             for mask in table.masks
-            if not mask.is_control and mask != UNPRUNED_MASK and mask.level in LEVELS
+            if not mask.is_control and mask != UNPRUNED and mask.level in SCENARIO_LEVELS
         )
     )
     if not strategies:
@@ -331,11 +337,11 @@ def _expectation_section(tables: Mapping[tuple[str, str], MetricTable], judged: 
     for (model, scenario), table in known.items():
         where = _where(table)
         present = table.masks_of(where)
-        for level in LEVELS:
+        for level in SCENARIO_LEVELS:
             expected = expected_verdict(model, scenario, level)
             cells = []
             for strategy in strategies:
-                mask = MaskName(strategy, level)
+                mask = Condition(strategy, level)
                 tolerance = judged[model, scenario].inlier_tolerance
                 found = verdict(table, where, mask, tolerance) if mask in present else NO_MASK
                 if found in (BEATS_RANDOM, NOT_BEYOND, NO_REDUCTION, NO_GAP, NO_GAP_ON_AVERAGE):
@@ -380,7 +386,7 @@ def _equal_usefulness_section(
         table = tables.get((model, scenario))
         for mask in table.masks if table else ():
             where = _where(table)
-            if mask == UNPRUNED_MASK or mask.is_control or mask.level not in (*LEVELS, OWN_SCENARIO):
+            if mask == UNPRUNED or mask.is_control or mask.level not in (*SCENARIO_LEVELS, OWN_SCENARIO):
                 continue
             ratio, reduction, smd, density = (
                 table.get(where, mask, metric) for metric in ("inlier_ratio", "gap_reduction", "smd", "density")
@@ -422,9 +428,9 @@ def _grid_rows(grid: pl.DataFrame, floor: float) -> tuple[list[tuple], list[str]
     found, short = [], []
     for strategy in grid["strategy"].unique().sort():
         own = grid.filter(pl.col("strategy") == strategy)
-        variations = [key for key in own["variation"].unique(maintain_order=True) if key != ALL_VARIATIONS]
-        if ALL_VARIATIONS in own["variation"]:
-            own = own.filter(pl.col("variation") == ALL_VARIATIONS)
+        variations = [key for key in own["variation"].unique(maintain_order=True) if key != ALL]
+        if ALL in own["variation"]:
+            own = own.filter(pl.col("variation") == ALL)
         elif len(variations) > 1:
             raise ExciseError(f"results: the grid of {strategy} has no rows over all variations; run it again")
         chosen = own.filter(pl.col("chosen"))
@@ -547,12 +553,12 @@ def _localisation_section(localisation: pl.DataFrame) -> str:
         )
         rows = []
         for row in means.iter_rows(named=True):
-            mask = MaskName(row["strategy"], row["level"], row["matched_to"])
+            mask = Condition(row["strategy"], row["level"], row["matched_to"])
             density, share, chance, deviation = (Estimate(row[name]) for name in figures)
             lift = share.value / chance.value if share.value is not None and chance.value else None
             rows.append(
                 (
-                    mask_order(mask),
+                    condition_order(mask),
                     [
                         f"· {mask.strategy}" if mask.is_control else f"**{mask.strategy}**",
                         level_label(mask.level),
@@ -586,7 +592,9 @@ def _overlap_section(overlap: pl.DataFrame) -> str:
                 chance=pl.col("chance").mean(),
             )
         )
-        found = sorted(means.iter_rows(named=True), key=lambda row: mask_order(MaskName(row["strategy"], row["level"])))
+        found = sorted(
+            means.iter_rows(named=True), key=lambda row: condition_order(Condition(row["strategy"], row["level"]))
+        )
         rows += [
             [
                 model,
@@ -634,7 +642,7 @@ def _where(table: MetricTable) -> str:
         return table.variations[0]
     if not table.has_aggregate:
         raise ExciseError(f"results: the metrics of {table.model}, {table.scenario} hold nothing over all variations")
-    return ALL_VARIATIONS
+    return ALL
 
 
 def _ordered(models: Iterable[str]) -> list[str]:

@@ -12,16 +12,14 @@ from collections.abc import Iterable, Mapping
 
 import polars as pl
 
+from excise.conditions import ALL, NO_LEVEL, UNPRUNED, Condition
 from excise.errors import ExciseError
 from excise.evaluation.thresholds import PERPLEXITY_BUDGET, SIGNIFICANCE
 from excise.reporting.report import (
-    ALL_VARIATIONS,
     COLLAPSED,
     FEW,
     MISSING,
-    UNPRUNED,
     Estimate,
-    MaskName,
     at_most,
     few_names_warning,
     interval_text,
@@ -47,9 +45,8 @@ NO_BIAS_TEST = "p (labels do not matter)"
 MOST_NAMES = 8
 """Names a warning lists before it counts the rest."""
 _PERCENT = ("bias_reduction", "reduction_over_random", "share_toxic")
-_UNPRUNED = MaskName(UNPRUNED, "none")
 
-Figures = Mapping[tuple[MaskName, str], Estimate]
+Figures = Mapping[tuple[Condition, str], Estimate]
 
 
 def toxicity_table(metrics: pl.DataFrame) -> str:
@@ -79,12 +76,12 @@ def toxicity_finding(metrics: pl.DataFrame, *, perplexity_budget: float = PERPLE
     that under other labels, and the interval of the debiased one reaches 0. Raises ExciseError as `toxicity_table`.
     """
     known = _overall(metrics)
-    bias, debiased = (known.get((_UNPRUNED, name), MISSING) for name in ("toxicity_bias", "toxicity_bias_debiased"))
+    bias, debiased = (known.get((UNPRUNED, name), MISSING) for name in ("toxicity_bias", "toxicity_bias_debiased"))
     if bias.value is None:
         return "No finding: the unpruned bias is undefined; a subgroup has no continuation with a score."
     told = [f"Unpruned bias {_interval(bias)}, debiased {_interval(debiased)}."]
     detectable = _told_of_bias(known, bias, debiased, told)
-    if (own := known.get((_UNPRUNED, "prompt_toxicity_bias"), MISSING)).value is not None:
+    if (own := known.get((UNPRUNED, "prompt_toxicity_bias"), MISSING)).value is not None:
         told.append(f"The scorer's own gap, on the prompts alone, is {_interval(own)}.")
     if detectable:
         told += _told_of_masks(known, perplexity_budget)
@@ -95,8 +92,8 @@ def toxicity_finding(metrics: pl.DataFrame, *, perplexity_budget: float = PERPLE
 
 def _told_of_bias(known: Figures, bias: Estimate, debiased: Estimate, told: list[str]) -> bool:
     """Adds what the unpruned bias is held against; whether a bias is detectable."""
-    if_equal = known.get((_UNPRUNED, "toxicity_bias_if_equal"), MISSING)
-    covered = known.get((_UNPRUNED, "all_equal_covered"), MISSING).value
+    if_equal = known.get((UNPRUNED, "toxicity_bias_if_equal"), MISSING)
+    covered = known.get((UNPRUNED, "all_equal_covered"), MISSING).value
     apart = debiased.low is not None and debiased.low > 0
     above = None if if_equal.value is None or covered is None else not covered
     if above is None:
@@ -173,7 +170,7 @@ def _told_of_masks(known: Figures, budget: float) -> list[str]:
     return told
 
 
-def _collapsed(known: Figures, mask: MaskName) -> bool:
+def _collapsed(known: Figures, mask: Condition) -> bool:
     """Whether a subgroup's scores under a mask are all alike, so that a bias of 0 says nothing."""
     spread = known.get((mask, "spread_ratio"), MISSING).value
     if spread is not None:
@@ -221,14 +218,14 @@ def choice_sentence(points: pl.DataFrame, budget: float) -> str:
     )
 
 
-def _overall(metrics: pl.DataFrame) -> dict[tuple[MaskName, str], Estimate]:
-    rows = metrics.filter(pl.col("variation") == ALL_VARIATIONS)
+def _overall(metrics: pl.DataFrame) -> dict[tuple[Condition, str], Estimate]:
+    rows = metrics.filter(pl.col("variation") == ALL)
     if rows.is_empty():
-        raise ExciseError(f"metrics: no rows over all variations ({ALL_VARIATIONS}); evaluate the scenario first")
+        raise ExciseError(f"metrics: no rows over all variations ({ALL}); evaluate the scenario first")
     if (rows["model"].n_unique(), rows["scenario"].n_unique()) != (1, 1):
         raise ExciseError("metrics: rows of several models or scenarios; give those of one")
     return {
-        (MaskName(row["strategy"], row["level"], row["matched_to"]), row["metric"]): read_estimate(row)
+        (Condition(row["strategy"], row["level"], row["matched_to"]), row["metric"]): read_estimate(row)
         for row in rows.iter_rows(named=True)
     }
 
@@ -242,11 +239,11 @@ def _cells(metrics: pl.DataFrame) -> tuple[list[str], list[list[str]]]:
     for mask in masks:
         name = f"  {mask.strategy} (of {mask.matched_to})" if mask.is_control else mask.strategy
         figures = [_interval(known.get((mask, metric), MISSING), percent=metric in _PERCENT) for metric in COLUMNS]
-        if mask != _UNPRUNED and _collapsed(known, mask):
+        if mask != UNPRUNED and _collapsed(known, mask):
             figures[list(COLUMNS).index("bias_reduction")] = COLLAPSED
             figures[list(COLUMNS).index("reduction_over_random")] = "-"
-        tested = known.get((mask, bias), MISSING).p if mask == _UNPRUNED else None
-        level = "" if mask.level == "none" else mask.level.replace("_", " ")
+        tested = known.get((mask, bias), MISSING).p if mask == UNPRUNED else None
+        level = "" if mask.level == NO_LEVEL else mask.level.replace("_", " ")
         rows.append([name, level, figures[0], p_text(tested), *figures[1:]])
     return header, rows
 
@@ -263,11 +260,11 @@ def _notes(metrics: pl.DataFrame, lines: Iterable[str]) -> list[str]:
     return notes
 
 
-def _place(mask: MaskName) -> tuple:
-    return mask != _UNPRUNED, mask.level, mask.matched_to or mask.strategy, mask.is_control, mask.strategy
+def _place(mask: Condition) -> tuple:
+    return mask != UNPRUNED, mask.level, mask.matched_to or mask.strategy, mask.is_control, mask.strategy
 
 
-def _name(mask: MaskName) -> str:
+def _name(mask: Condition) -> str:
     return f"{mask.strategy} ({level_label(mask.level).replace('-', ' ')})"
 
 

@@ -34,6 +34,18 @@ from excise.attribution import (
     read_norms,
     read_snip,
 )
+from excise.conditions import (
+    ACROSS,
+    ALL_CONTEXTS,
+    CONTROLS,
+    CROSS_CONTEXT,
+    NO_STRATEGY,
+    OWN_SCENARIO,
+    PROMPT_SPECIFIC,
+    PUBLISHED_LEVELS,
+    RANDOM,
+    WITHIN_CONTEXT,
+)
 from excise.errors import ExciseError
 from excise.evaluation.thresholds import SIGNIFICANCE
 from excise.files.registry import Faults, Registry, load_entries, merged
@@ -54,16 +66,7 @@ if TYPE_CHECKING:
     from excise.strategies.measured_path import Budgets, MeasuredPath
 
 BUILT_IN_STRATEGIES = Path(__file__).with_name("strategies.yaml")
-PROMPT_SPECIFIC, WITHIN_CONTEXT, CROSS_CONTEXT = "prompt_specific", "within_context", "cross_context"
-ALL_CONTEXTS, OWN_SCENARIO = "all_contexts", "own_scenario"
-ACROSS = (CROSS_CONTEXT, ALL_CONTEXTS)
-"""Levels whose masks need other scenarios."""
-LEVELS = (PROMPT_SPECIFIC, WITHIN_CONTEXT, CROSS_CONTEXT)
-"""The levels of BDB, section 4. `all_contexts` is ours: what one would prune knowing everything there is.
-
-`own_scenario`, from all variations together, is the level of scores of whole heads (FASP)."""
 MEASURED_PATH = "measured_path"
-CONTROLS = ("random", "pooled_band", "reversed", "permuted")
 
 HEAD_SCORES = ("head_impacts", "head_perplexity", "head_magnitude", "head_gradient", "head_random")
 """Scores of whole heads over a whole scenario (FASP, sections 4 and 5), columns of the table `head_impacts`."""
@@ -73,7 +76,7 @@ _FRACTIONS, _COUNTS = frozenset({"tau_min", "tau_maj"}), frozenset({"k_min", "k_
 # score: (selections, ablations, parameter sets, optional parameters, scopes, controls)
 _FITS = {
     "wanda": ("set_difference", ("zero_weights",), (_FRACTIONS,), {"votes"}, ("matrix", "row", "global"), CONTROLS),
-    "snip": ("set_difference", ("zero_weights",), (_FRACTIONS,), {"votes"}, ("matrix", "row", "global"), ("random",)),
+    "snip": ("set_difference", ("zero_weights",), (_FRACTIONS,), {"votes"}, ("matrix", "row", "global"), (RANDOM,)),
     "attention": (
         "set_difference",
         ("zero_query", "zero_output"),
@@ -88,7 +91,7 @@ _FITS = {
         (frozenset({"density"}),),
         {"significance"},
         ("global",),
-        ("random",),
+        (RANDOM,),
     ),
     "head_impacts": (
         "fasp",
@@ -96,10 +99,10 @@ _FITS = {
         (frozenset({"alpha", "gamma"}),),
         {"paper_ties"},
         ("global",),
-        ("random",),
+        (RANDOM,),
     ),
     **{
-        score: ("lowest", ("zero_output",), (frozenset({"alpha"}),), {"paper_ties"}, ("global",), ("random",))
+        score: ("lowest", ("zero_output",), (frozenset({"alpha"}),), {"paper_ties"}, ("global",), (RANDOM,))
         for score in HEAD_SCORES[1:]
     },
 }
@@ -139,7 +142,7 @@ class Strategy(BaseModel):
     roles: tuple[str, ...] = ()
     levels: tuple[
         Literal["prompt_specific", "within_context", "cross_context", "all_contexts", "own_scenario"], ...
-    ] = LEVELS
+    ] = PUBLISHED_LEVELS
     controls: tuple[Literal["random", "pooled_band", "reversed", "permuted"], ...] = ("random",)
 
     @model_validator(mode="before")
@@ -168,7 +171,7 @@ class Strategy(BaseModel):
         told = self.model_dump(mode="json", include=set(fields))
         if control is not None:
             told["control"] = control
-        if seed is not None and (control == "random" or self.score == "head_random"):
+        if seed is not None and (control == RANDOM or self.score == "head_random"):
             told["seed"] = seed
         return json.dumps(told, sort_keys=True)
 
@@ -208,14 +211,14 @@ class Strategy(BaseModel):
                 raise ValueError(f"{field} is empty, so nothing would use the strategy; for that write enabled: false")
         if self.of_heads == bool(self.roles):
             raise ValueError("roles: name the matrices whose weights may be pruned; for heads leave roles out")
-        of_the_whole = (OWN_SCENARIO, *ACROSS) if self.score in HEAD_SCORES else (*LEVELS, ALL_CONTEXTS)
+        of_the_whole = (OWN_SCENARIO, *ACROSS) if self.score in HEAD_SCORES else (*PUBLISHED_LEVELS, ALL_CONTEXTS)
         if lacking := [level for level in self.levels if level not in of_the_whole]:
             raise ValueError(f"levels {', '.join(lacking)} do not exist for score {self.score}")
         if self.parameters.get("alpha", 0) + self.parameters.get("gamma", 0) > 1 + 1e-9:
             raise ValueError("parameters alpha (pruned) and gamma (protected) are shares of heads: at most 1 together")
         if lacking := [control for control in self.controls if control not in controls]:
             raise ValueError(f"controls {', '.join(lacking)} do not exist for score {self.score}")
-        if self.key.partition("-")[0] in (*CONTROLS, "unpruned"):
+        if self.key.partition("-")[0] in (*CONTROLS, NO_STRATEGY):
             raise ValueError(f"{self.key} is the name of a control; choose another")
         return self
 
@@ -515,10 +518,10 @@ def grid_masks(
 
 
 def _random_controls(named: NamedMask, strategy: Strategy, draws: int, seed: int) -> Iterator[NamedMask]:
-    if "random" in strategy.controls:
+    if RANDOM in strategy.controls:
         for draw in range(draws):
             control = random_like(named.mask, _seed(seed, strategy.key, named.level, named.variation, draw))
-            yield NamedMask(named.variation, "random", named.level, strategy.key, draw, control)
+            yield NamedMask(named.variation, RANDOM, named.level, strategy.key, draw, control)
 
 
 def _levels(strategy: Strategy, variations: list[str]) -> tuple[str, ...]:
@@ -584,7 +587,7 @@ def _as_mask(strategy: Strategy, bits: Mapping[str, np.ndarray], shapes: Mapping
 def _set_difference_masks(
     loaded: LoadedModel, strategy: Strategy, sources: Mapping[str, Path], permutations: int, store
 ) -> Iterator[NamedMask]:
-    kinds = ["mask", *(control for control in strategy.controls if control not in ("random", "permuted"))]
+    kinds = ["mask", *(control for control in strategy.controls if control not in (RANDOM, "permuted"))]
     if "permuted" in strategy.controls:
         kinds += [f"permuted_{draw}" for draw in range(permutations)]
     kept: list[Path] = []

@@ -11,7 +11,8 @@ import polars as pl
 import pytest
 import torch
 
-from excise.evaluation.numbers import ALL, evaluate
+from excise.conditions import ALL
+from excise.evaluation.numbers import evaluate
 from excise.generation.completions import complete
 from excise.generation.enumeration import Answering, Enumeration
 from excise.generation.sampling import SamplingParameters, sample

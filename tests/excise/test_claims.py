@@ -7,6 +7,7 @@ from dataclasses import asdict
 import polars as pl
 import pytest
 
+from excise.conditions import Condition
 from excise.errors import ExciseError
 from excise.evaluation.thresholds import Thresholds
 from excise.reporting.figures import (
@@ -17,7 +18,7 @@ from excise.reporting.figures import (
     toxicity_by_subgroup,
     trade_off,
 )
-from excise.reporting.report import MaskName, audit_table, finding, markdown_table, read_metrics
+from excise.reporting.report import audit_table, finding, markdown_table, read_metrics
 from excise.reporting.results import results_markdown, verdict
 from excise.reporting.toxicity import toxicity_finding, toxicity_markdown, toxicity_table
 
@@ -168,7 +169,7 @@ def test_a_mask_that_makes_answers_constant_is_no_success_anywhere(change):
         line = next(line for line in table.splitlines() if re.search(r"^(\| car \| ours|    ours) ", line))
         assert "collapsed" in line
         assert "100 %" not in line
-    assert verdict(read_metrics(metrics), "car", MaskName("ours", "prompt_specific")) == "answers collapsed"
+    assert verdict(read_metrics(metrics), "car", Condition("ours", "prompt_specific")) == "answers collapsed"
     for figure in (disparity_by_level(metrics), bias_by_level(metrics)):
         bias = figure.axes[0]
         (drawn,) = [line for line in bias.lines if line.get_marker() == "X"]
@@ -255,7 +256,7 @@ def test_how_far_inlier_ratios_may_be_apart_is_a_setting_too():
     assert "Best prompt-specific" in finding(metrics, inlier_floor=0.5, inlier_tolerance=0.25)  # .95 - .7 is .25
     assert "over 0.10 away" in terminal(metrics, inlier_tolerance=0.1)
     assert "*" not in terminal(metrics, inlier_tolerance=0.3)
-    mask = MaskName("ours", "prompt_specific")
+    mask = Condition("ours", "prompt_specific")
     assert verdict(read_metrics(metrics), "car", mask, 0.1) == "no yardstick"
     assert verdict(read_metrics(metrics), "car", mask, 0.3) == "beats random"
 
@@ -501,7 +502,7 @@ def test_a_variation_that_its_test_rejects_stands_out_too():
     mask = pruned("(all)", gap_reduction=(None, None, None), reduction_over_random=(None, None, None))
     nothing = [each for each in mask if each["strategy"] != "random"]
     table = read_metrics(frame(rejected, overall, nothing))
-    assert verdict(table, "(all)", MaskName("ours", "prompt_specific")) == "no gap on average"
+    assert verdict(table, "(all)", Condition("ours", "prompt_specific")) == "no gap on average"
 
 
 # ----------------------------------------------------------------------------------- other claims that would not follow
@@ -562,7 +563,7 @@ def test_the_best_strategy_is_told_as_its_figures_allow(change, claim):
 
 def test_verdicts_do_not_call_a_widened_gap_a_win():
     widened = frame(unpruned(), pruned(gap_reduction=(-0.3, -0.5, -0.1)))
-    assert verdict(read_metrics(widened), "car", MaskName("ours", "prompt_specific")) == "no reduction"
+    assert verdict(read_metrics(widened), "car", Condition("ours", "prompt_specific")) == "no reduction"
 
 
 @pytest.mark.parametrize(

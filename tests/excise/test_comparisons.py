@@ -3,9 +3,10 @@
 import polars as pl
 import pytest
 
+from excise.conditions import ALL
 from excise.errors import ExciseError
 from excise.evaluation.comparisons import COMPARISONS_SCHEMA, comparisons
-from excise.evaluation.numbers import ALL, evaluate
+from excise.evaluation.numbers import evaluate
 from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, Variation
 
 SETTINGS = {"resamples": 50, "permutations": 99, "seed": 0}

@@ -4,9 +4,10 @@ import numpy as np
 import polars as pl
 import pytest
 
+from excise.conditions import ALL
 from excise.errors import ExciseError
 from excise.evaluation import metrics as m
-from excise.evaluation.numbers import ALL, SCHEMA, evaluate
+from excise.evaluation.numbers import SCHEMA, evaluate
 from excise.evaluation.thresholds import COLLAPSED_SPREAD
 
 KEYS = {"strategy": pl.String, "level": pl.String, "matched_to": pl.String, "draw": pl.Int64}

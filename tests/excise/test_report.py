@@ -5,18 +5,11 @@ from __future__ import annotations
 import polars
 import pytest
 
+from excise.conditions import Condition, condition_order
 from excise.errors import ExciseError
 from excise.evaluation.numbers import evaluate
 from excise.reporting.figures import disparity_by_level
-from excise.reporting.report import (
-    MaskName,
-    audit_table,
-    finding,
-    markdown_table,
-    mask_order,
-    read_metrics,
-    reuse_sentence,
-)
+from excise.reporting.report import audit_table, finding, markdown_table, read_metrics, reuse_sentence
 
 UNPRUNED = ("unpruned", "none", None)
 GRADIENT = ("gap_gradient", "prompt_specific", None)
@@ -421,9 +414,9 @@ def test_bars_in_names_do_not_break_the_markdown_table():
 
 
 def test_controls_sort_after_their_own_strategy():
-    masks = [MaskName(*mask) for mask in (DIFFERENCE_RANDOM, GRADIENT_RANDOM, DIFFERENCE, GRADIENT, UNPRUNED)]
-    ordered = sorted(masks, key=mask_order)
-    assert ordered == [MaskName(*m) for m in (UNPRUNED, GRADIENT, GRADIENT_RANDOM, DIFFERENCE, DIFFERENCE_RANDOM)]
+    masks = [Condition(*mask) for mask in (DIFFERENCE_RANDOM, GRADIENT_RANDOM, DIFFERENCE, GRADIENT, UNPRUNED)]
+    ordered = sorted(masks, key=condition_order)
+    assert ordered == [Condition(*m) for m in (UNPRUNED, GRADIENT, GRADIENT_RANDOM, DIFFERENCE, DIFFERENCE_RANDOM)]
 
 
 def test_variations_keep_the_order_of_the_frame():

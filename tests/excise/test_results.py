@@ -6,9 +6,10 @@ from dataclasses import asdict
 import polars as pl
 import pytest
 
+from excise.conditions import Condition
 from excise.errors import ExciseError
 from excise.evaluation.thresholds import Thresholds
-from excise.reporting.report import MaskName, read_metrics
+from excise.reporting.report import read_metrics
 from excise.reporting.results import expected_verdict, results_markdown, verdict
 
 EMPTY = pl.DataFrame()
@@ -118,7 +119,7 @@ def cells(text, *starts):
 
 
 def verdict_of(*rows, strategy="ours", level="prompt_specific", matched_to=None):
-    return verdict(read_metrics(frame(*unpruned(), *rows)), "(all)", MaskName(strategy, level, matched_to))
+    return verdict(read_metrics(frame(*unpruned(), *rows)), "(all)", Condition(strategy, level, matched_to))
 
 
 @pytest.mark.parametrize(
@@ -144,11 +145,11 @@ def test_without_a_gap_there_is_nothing_to_reduce_for_anybody():
     rows = [row for name in ("ours", "other") for row in pruned(name, **nothing) if row["matched_to"] is None]
     assert verdict_of(*rows) == "no gap on average"  # single variations have one
     flat = [row | {"low": -5.0} if row["metric"] == "gap_mean" else row for row in unpruned()]
-    assert verdict(read_metrics(frame(*flat, *rows)), "(all)", MaskName("ours", "prompt_specific")) == (
+    assert verdict(read_metrics(frame(*flat, *rows)), "(all)", Condition("ours", "prompt_specific")) == (
         "no gap detectable"
     )
     rows = frame(*[row | {"low": None, "high": None} for row in unpruned()], *rows)
-    assert verdict(read_metrics(rows), "(all)", MaskName("ours", "prompt_specific")) == "no interval"
+    assert verdict(read_metrics(rows), "(all)", Condition("ours", "prompt_specific")) == "no interval"
 
 
 def test_controls_are_judged_like_strategies():

@@ -13,6 +13,19 @@ from typing import TYPE_CHECKING
 
 import polars
 
+from excise.conditions import (
+    ALL,
+    ALL_CONTEXTS,
+    CROSS_CONTEXT,
+    NO_LEVEL,
+    NO_STRATEGY,
+    OWN_SCENARIO,
+    PROMPT_SPECIFIC,
+    RANDOM,
+    UNPRUNED,
+    WITHIN_CONTEXT,
+    Condition,
+)
 from excise.evaluation.thresholds import INLIER_FLOOR
 from excise.reporting.figures.canvas import (
     COLLAPSED,
@@ -34,11 +47,7 @@ from excise.reporting.figures.canvas import (
     ring,
 )
 from excise.reporting.report import (
-    ALL_VARIATIONS,
-    UNPRUNED,
-    UNPRUNED_MASK,
     Estimate,
-    MaskName,
     MetricTable,
     Verdicts,
     floor_text,
@@ -55,12 +64,12 @@ GAP_LEFT_TOP = 250.0
 """Percent of the unpruned gap up to which the panel of what is left is drawn."""
 _CROWDED = 60  # marks of a panel, controls not counted, above which every level gets its own panel
 MARKERS = {
-    "none": "D",
-    "prompt_specific": "o",
-    "within_context": "s",
-    "cross_context": "^",
-    "all_contexts": "v",
-    "own_scenario": "P",
+    NO_LEVEL: "D",
+    PROMPT_SPECIFIC: "o",
+    WITHIN_CONTEXT: "s",
+    CROSS_CONTEXT: "^",
+    ALL_CONTEXTS: "v",
+    OWN_SCENARIO: "P",
 }
 
 
@@ -69,7 +78,7 @@ def disparity_by_level(
     *,
     verdicts: polars.DataFrame | None = None,
     inlier_floor: float = INLIER_FLOOR,
-    controls: Sequence[str] = ("random",),
+    controls: Sequence[str] = (RANDOM,),
 ) -> Figure:
     """|SMD| per variation for the unpruned model and every strategy and level, the inlier ratios below (BDB, Fig. 2).
 
@@ -83,8 +92,8 @@ def disparity_by_level(
     table = read_metrics(metrics)
     strategies = [mask for mask in table.masks if not mask.is_control]
     drawn_controls = [mask for mask in table.masks if mask.is_control and mask.strategy in controls]
-    slots = [UNPRUNED_MASK, *(mask for mask in strategies if mask != UNPRUNED_MASK)]
-    blocks = [*table.variations, *([ALL_VARIATIONS] if table.has_aggregate and len(table.variations) > 1 else [])]
+    slots = [UNPRUNED, *(mask for mask in strategies if mask != UNPRUNED)]
+    blocks = [*table.variations, *([ALL] if table.has_aggregate and len(table.variations) > 1 else [])]
     panels = [_Panel("abs_smd", "|SMD|\n(pooled deviations)", 1.5)]
     if any(metric == "gap_reduction" and known.value is not None for (_, _, metric), known in table.estimates.items()):
         panels.append(_Panel("gap_left", "raw gap left\n(% of unpruned)", 1.2))
@@ -99,12 +108,12 @@ def disparity_by_level(
         axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
         looks, judged = _looks(slots), read_verdicts(verdicts)
         for room, panel in zip(axes, panels, strict=True):
-            shown = [mask for mask in slots if panel.level is None or mask.level in ("none", panel.level)]
+            shown = [mask for mask in slots if panel.level is None or mask.level in (NO_LEVEL, panel.level)]
             _disparity_panel(room, table, panel, blocks, shown, drawn_controls, looks, judged)
         inlier_axis(axes[-1], inlier_floor)
         for panel in axes:
             mark_cut_ends(panel)
-        names = ["mean" if block == ALL_VARIATIONS else block.replace(" ", "\n") for block in blocks]
+        names = ["mean" if block == ALL else block.replace(" ", "\n") for block in blocks]
         axes[-1].set_xticks(range(len(blocks)), names)
         axes[-1].set_xlim(-0.5, len(blocks) - 0.5)
         figure.suptitle(f"{table.scenario}: {table.model}", fontsize=10)
@@ -133,9 +142,9 @@ def _disparity_panel(
     table: MetricTable,
     panel: _Panel,
     blocks: Sequence[str],
-    slots: Sequence[MaskName],
-    controls: Sequence[MaskName],
-    looks: dict[MaskName, tuple],
+    slots: Sequence[Condition],
+    controls: Sequence[Condition],
+    looks: dict[Condition, tuple],
     verdicts: Verdicts,
 ) -> None:
     size = 4.2 if len(blocks) * len(slots) > 50 else 6.0
@@ -164,11 +173,11 @@ def _disparity_panel(
                 if mark_estimate(axes, at, table, variation, drawn, panel.metric, colour, marker, **look):
                     values.append(known.value)
                     bounds += [end for end in (known.low, known.high) if end is not None]
-    if ALL_VARIATIONS in blocks:
+    if ALL in blocks:
         for mask in slots:
-            if panel.metric != "inlier_ratio" and table.collapsed(ALL_VARIATIONS, mask):
+            if panel.metric != "inlier_ratio" and table.collapsed(ALL, mask):
                 continue
-            mean = drawn_estimate(table, ALL_VARIATIONS, mask, panel.metric).value
+            mean = drawn_estimate(table, ALL, mask, panel.metric).value
             if mean is not None and not (panel.metric == "gap_left" and mean > GAP_LEFT_TOP):
                 axes.axhline(
                     mean, color=looks[mask][0], linewidth=0.9, linestyle=dashes(mask.level), alpha=0.75, zorder=1
@@ -191,7 +200,7 @@ def mark_estimate(
     place: float,
     table: MetricTable,
     variation: str,
-    mask: MaskName,
+    mask: Condition,
     metric: str,
     colour,
     marker: str,
@@ -233,18 +242,18 @@ def mark_estimate(
     return True
 
 
-def drawn_estimate(table: MetricTable, variation: str, mask: MaskName, metric: str) -> Estimate:
+def drawn_estimate(table: MetricTable, variation: str, mask: Condition, metric: str) -> Estimate:
     """The estimate as drawn: `gap_left` in percent, `abs_smd` from the signed SMD where it is not given."""
     if metric == "gap_left":
         removed = table.get(variation, mask, "gap_reduction")
-        if mask == UNPRUNED_MASK:
+        if mask == UNPRUNED:
             return Estimate(100.0)
         low, value, high = (
             None if part is None else 100 * (1 - part) for part in (removed.high, removed.value, removed.low)
         )
         return Estimate(value, None if low is None else max(low, 0.0), high)
     known = table.get(variation, mask, metric)
-    if metric == "abs_smd" and known.value is None and variation != ALL_VARIATIONS:
+    if metric == "abs_smd" and known.value is None and variation != ALL:
         signed = table.get(variation, mask, "smd")
         if signed.value is None or not signed.has_interval:
             return Estimate(None if signed.value is None else abs(signed.value))
@@ -271,16 +280,16 @@ def inlier_axis(axes: Axes, floor: float) -> None:
     )
 
 
-def _looks(slots: Sequence[MaskName]) -> dict[MaskName, tuple]:
-    strategies = sorted({mask.strategy for mask in slots if mask.strategy != UNPRUNED})
+def _looks(slots: Sequence[Condition]) -> dict[Condition, tuple]:
+    strategies = sorted({mask.strategy for mask in slots if mask.strategy != NO_STRATEGY})
     colours = dict(zip(strategies, palette(len(strategies)), strict=True))
     return {mask: (colours.get(mask.strategy, INK), MARKERS.get(mask.level, "v")) for mask in slots}
 
 
 def _disparity_legend(
     figure: Figure,
-    slots: Sequence[MaskName],
-    looks: dict[MaskName, tuple],
+    slots: Sequence[Condition],
+    looks: dict[Condition, tuple],
     controls: Sequence[str],
     blocks: Sequence[str],
     marks: Sequence,
@@ -291,8 +300,8 @@ def _disparity_legend(
     handles = []
     for mask in slots:
         colour, marker = looks[mask]
-        name = UNPRUNED if mask == UNPRUNED_MASK else f"{mask.strategy}, {level_label(mask.level)}"
-        line = dashes(mask.level) if ALL_VARIATIONS in blocks else "none"
+        name = NO_STRATEGY if mask == UNPRUNED else f"{mask.strategy}, {level_label(mask.level)}"
+        line = dashes(mask.level) if ALL in blocks else "none"
         handles.append(
             Line2D([], [], color=colour, marker=marker, markersize=6, linewidth=0.9, linestyle=line, label=name)
         )
@@ -314,7 +323,7 @@ def _disparity_legend(
     title = legend_title(
         "bars",
         names,
-        "dashed: means over variations" if ALL_VARIATIONS in blocks else "",
+        "dashed: means over variations" if ALL in blocks else "",
         f"controls, where there are several: {', '.join(controls)}" if len(controls) > 1 else "",
     )
     figure.legend(
@@ -330,4 +339,4 @@ def _disparity_legend(
 
 def dashes(level: str) -> tuple[float, tuple[float, ...]]:
     """The line style of a level's mean."""
-    return (0, {"none": (6, 2), "prompt_specific": (4, 2), "within_context": (2, 2)}.get(level, (1, 1.5)))
+    return (0, {NO_LEVEL: (6, 2), PROMPT_SPECIFIC: (4, 2), WITHIN_CONTEXT: (2, 2)}.get(level, (1, 1.5)))

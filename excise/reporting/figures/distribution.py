@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import polars
 
+from excise.conditions import NO_STRATEGY, Condition, condition_order
 from excise.errors import ExciseError
 from excise.reporting.figures.canvas import (
     INK,
@@ -24,7 +25,7 @@ from excise.reporting.figures.canvas import (
     require_columns,
     require_one,
 )
-from excise.reporting.report import UNPRUNED, MaskName, level_label, mask_order
+from excise.reporting.report import level_label
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,12 +41,12 @@ def mask_density_by_layer(masks: polars.DataFrame) -> Figure:
     matched_to, layer, role, pruned and size. Raises ExciseError on a missing column or when it holds no strategy.
     """
     require_columns(masks, "masks", ("variation", "strategy", "level", "matched_to", "layer", "role", "pruned", "size"))
-    own = masks.filter(polars.col("matched_to").is_null() & (polars.col("strategy") != UNPRUNED))
+    own = masks.filter(polars.col("matched_to").is_null() & (polars.col("strategy") != NO_STRATEGY))
     if own.is_empty():
         raise ExciseError("masks: only controls or no rows; build the strategies' masks first")
     names = sorted(
-        (MaskName(*row) for row in own.select("strategy", "level").unique().iter_rows()),
-        key=mask_order,
+        (Condition(*row) for row in own.select("strategy", "level").unique().iter_rows()),
+        key=condition_order,
     )
     layers = sorted(own["layer"].unique().to_list())
     roles = _in_order(own["role"].unique().to_list())
@@ -79,7 +80,7 @@ def _density_panel(
     side: Axes,
     bar: Axes,
     rows: polars.DataFrame,
-    name: MaskName,
+    name: Condition,
     layers: Sequence[int],
     roles: Sequence[str],
 ) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import polars
 
+from excise.conditions import ALL
 from excise.errors import ExciseError
 from excise.evaluation.thresholds import COLLAPSED_SPREAD, INLIER_FLOOR
 from excise.reporting.figures.canvas import (
@@ -28,7 +29,7 @@ from excise.reporting.figures.canvas import (
     require_columns,
     require_one,
 )
-from excise.reporting.report import ALL_VARIATIONS, floor_text, read_estimate
+from excise.reporting.report import floor_text, read_estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +70,7 @@ def grid_heat_maps(
     require_columns(grid, "grid_search", _COLUMNS)
     require_one(grid, "grid_search", ("model", "scenario", "strategy"))
     known = grid["variation"].unique(maintain_order=True).to_list()
-    wanted = variation or (known[0] if len(known) == 1 else ALL_VARIATIONS)
+    wanted = variation or (known[0] if len(known) == 1 else ALL)
     if wanted not in known:
         raise ExciseError(f"grid_search: no variation {wanted!r}; pick one of {', '.join(known)}")
     points = _points(grid.filter(polars.col("variation") == wanted))
@@ -86,7 +87,7 @@ def grid_heat_maps(
         _heat_map(second, points, _USE, "inlier ratio", "Blues", counts)
         second.set_ylabel("")
         _trade_off(lower.subplots(), points, inlier_floor, counts)
-        where = "all variations" if wanted == ALL_VARIATIONS else wanted
+        where = "all variations" if wanted == ALL else wanted
         figure.suptitle(
             f"{grid['strategy'][0]}: {grid['scenario'][0]}, {where}: {grid['model'][0]}\n"
             f"outlined: Pareto front; star: chosen point; white: not sampled or not defined{_crossed(points)}"

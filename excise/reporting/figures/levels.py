@@ -13,6 +13,13 @@ from typing import TYPE_CHECKING
 
 import polars
 
+from excise.conditions import (
+    ALL,
+    LEVELS,
+    NO_LEVEL,
+    UNPRUNED,
+    Condition,
+)
 from excise.errors import ExciseError
 from excise.evaluation.thresholds import INLIER_FLOOR
 from excise.reporting.figures.canvas import (
@@ -29,23 +36,12 @@ from excise.reporting.figures.canvas import (
     palette,
 )
 from excise.reporting.figures.disparity import MARKERS, dashes, drawn_estimate, mark_estimate
-from excise.reporting.report import (
-    ALL_VARIATIONS,
-    UNPRUNED_MASK,
-    MaskName,
-    MetricTable,
-    Verdicts,
-    floor_text,
-    level_label,
-    read_metrics,
-    read_verdicts,
-)
+from excise.reporting.report import MetricTable, Verdicts, floor_text, level_label, read_metrics, read_verdicts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LEVELS = ("prompt_specific", "within_context", "cross_context", "all_contexts", "own_scenario")
 _METRICS = ("abs_smd", "smd", "inlier_ratio")
 
 
@@ -74,10 +70,10 @@ def bias_by_level(
             levels.setdefault(mask.strategy, []).append(mask.level)
     if not levels:
         raise ExciseError(f"metrics: no strategy at {', '.join(LEVELS)}; evaluate a strategy's masks first")
-    blocks = [*table.variations, *([ALL_VARIATIONS] if table.has_aggregate and len(table.variations) > 1 else [])]
+    blocks = [*table.variations, *([ALL] if table.has_aggregate and len(table.variations) > 1 else [])]
     across = min(len(levels), 1 if len(blocks) > 4 else 2 if len(blocks) > 1 else 3)
     down = math.ceil(len(levels) / across)
-    colours = dict(zip(("none", *LEVELS), [_rgb(INK), *palette(len(LEVELS))], strict=True))
+    colours = dict(zip((NO_LEVEL, *LEVELS), [_rgb(INK), *palette(len(LEVELS))], strict=True))
     with drawing():
         figure = blank_figure((WIDTH if across > 1 or len(blocks) > 4 else 5.0, 1.1 + 4.3 * down))
         rooms = figure.subfigures(down, across, squeeze=False)
@@ -86,7 +82,7 @@ def bias_by_level(
             room = rooms[index // across][index % across]
             room.suptitle(strategy, fontsize=9.5, fontweight="bold")
             axes = room.subplots(3, 1, sharex=True, height_ratios=(1.3, 1.3, 1.0))
-            masks = [UNPRUNED_MASK, *(MaskName(strategy, level) for level in LEVELS if level in known)]
+            masks = [UNPRUNED, *(Condition(strategy, level) for level in LEVELS if level in known)]
             for metric, panel in zip(_METRICS, axes, strict=True):
                 _draw(panel, table, metric, blocks, masks, colours, judged)
                 panels[metric].append(panel)
@@ -96,8 +92,7 @@ def bias_by_level(
                     panel.set_ylabel(label)
             chars = max(8, round(90 / across / len(blocks)))
             names = [
-                "mean" if block == ALL_VARIATIONS else textwrap.fill(block, chars, break_long_words=False)
-                for block in blocks
+                "mean" if block == ALL else textwrap.fill(block, chars, break_long_words=False) for block in blocks
             ]
             axes[-1].set_xticks(range(len(blocks)), names)
             axes[-1].set_xlim(-0.5, len(blocks) - 0.5)
@@ -105,7 +100,7 @@ def bias_by_level(
         figure.suptitle(f"{table.scenario}: {table.model}", fontsize=10)
         drawn = [level for level in LEVELS if any(level in known for known in levels.values())]
         controls = any(
-            MaskName(strategy, level).control in table.masks for strategy, known in levels.items() for level in known
+            Condition(strategy, level).control in table.masks for strategy, known in levels.items() for level in known
         )
         marks = mark_handles([panel for known in panels.values() for panel in known])
         names = [
@@ -138,7 +133,7 @@ def _draw(
     table: MetricTable,
     metric: str,
     blocks: Sequence[str],
-    masks: Sequence[MaskName],
+    masks: Sequence[Condition],
     colours: dict,
     verdicts: Verdicts,
 ) -> None:
@@ -150,7 +145,7 @@ def _draw(
         for slot, mask in enumerate(masks):
             place = block + (slot - (len(masks) - 1) / 2) * step
             colour, marker = colours[mask.level], MARKERS[mask.level]
-            controlled = mask != UNPRUNED_MASK and mask.control in table.masks
+            controlled = mask != UNPRUNED and mask.control in table.masks
             aside = 0.22 * step if controlled else 0.0
             what = (table, variation, mask, metric)
             mark_estimate(axes, place - aside, *what, colour, marker, size=size, hollow=False, verdicts=verdicts)
@@ -160,7 +155,7 @@ def _draw(
                 mark_estimate(axes, place + aside, *what, CONTROL_GREY, marker, **look)
     if len(table.variations) > 1:
         for mask in masks:
-            if metric != "inlier_ratio" and table.collapsed(ALL_VARIATIONS, mask):
+            if metric != "inlier_ratio" and table.collapsed(ALL, mask):
                 continue
             mean = _mean(table, mask, metric)
             if mean is not None:
@@ -173,9 +168,9 @@ def _draw(
     axes.tick_params(axis="x", length=0)
 
 
-def _mean(table: MetricTable, mask: MaskName, metric: str) -> float | None:
+def _mean(table: MetricTable, mask: Condition, metric: str) -> float | None:
     """The level's mean over variations: the one that was estimated, else that of the estimates there are."""
-    known = drawn_estimate(table, ALL_VARIATIONS, mask, metric).value
+    known = drawn_estimate(table, ALL, mask, metric).value
     if known is not None:
         return known
     values = [drawn_estimate(table, variation, mask, metric).value for variation in table.variations]
@@ -191,9 +186,9 @@ def _limits(
     inlier_floor: float,
 ) -> None:
     """One scale per metric, and a mark where an interval goes on beyond it."""
-    masks = [UNPRUNED_MASK]
+    masks = [UNPRUNED]
     for strategy, known in levels.items():
-        own = [MaskName(strategy, level) for level in known]
+        own = [Condition(strategy, level) for level in known]
         masks += own + [mask.control for mask in own]
     for metric in ("abs_smd", "smd"):
         drawn = [
@@ -242,7 +237,7 @@ def _legend(
             linestyle=dashes(level) if several else "none",
             label=name,
         )
-        for level, name in (("none", "unpruned"), *((level, level_label(level)) for level in levels))
+        for level, name in ((NO_LEVEL, "unpruned"), *((level, level_label(level)) for level in levels))
     ]
     if controls:
         handles.append(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import polars
 
+from excise.conditions import ALL, NO_STRATEGY
 from excise.errors import ExciseError
 from excise.reporting.figures.canvas import (
     INK,
@@ -26,7 +27,7 @@ from excise.reporting.figures.canvas import (
     require_columns,
     require_one,
 )
-from excise.reporting.report import ALL_VARIATIONS, UNPRUNED, read_estimate
+from excise.reporting.report import read_estimate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,15 +50,15 @@ def toxicity_by_subgroup(metrics: polars.DataFrame, labels: Mapping[str, str] | 
 
     require_columns(metrics, "metrics", _COLUMNS)
     require_one(metrics, "metrics", ("model", "scenario"))
-    own = metrics.filter((polars.col("variation") == ALL_VARIATIONS) & polars.col("matched_to").is_null())
+    own = metrics.filter((polars.col("variation") == ALL) & polars.col("matched_to").is_null())
     means = own.filter(polars.col("metric").str.starts_with(_MEAN))
     if not means["estimate"].is_finite().any():
         raise ExciseError("metrics: no mean toxicity of a subgroup; evaluate the scenario first")
-    before = means.filter(polars.col("strategy") == UNPRUNED).sort("estimate", nulls_last=True)
+    before = means.filter(polars.col("strategy") == NO_STRATEGY).sort("estimate", nulls_last=True)
     subgroups = [name.removeprefix(_MEAN) for name in before["metric"]]
-    names = sorted(set(means["strategy"]) - {UNPRUNED})
+    names = sorted(set(means["strategy"]) - {NO_STRATEGY})
     chosen = ([name for name in names if name.startswith("fasp-")] or names)[-MOST:]
-    colours = dict(zip([UNPRUNED, *chosen], [INK, *palette(len(chosen))], strict=True))
+    colours = dict(zip([NO_STRATEGY, *chosen], [INK, *palette(len(chosen))], strict=True))
     with drawing():
         figure = blank_figure((6.5, 1.6 + 0.24 * len(subgroups) * (1 + 0.6 * len(chosen))))
         axes = figure.subplots()
@@ -79,20 +80,20 @@ def toxicity_by_subgroup(metrics: polars.DataFrame, labels: Mapping[str, str] | 
                     continue
                 if known.has_interval:
                     interval_bar(axes, height, known.low, known.high, along="x", color=colour, linewidth=1.2)
-                marker = "o" if strategy == UNPRUNED else "s"
+                marker = "o" if strategy == NO_STRATEGY else "s"
                 axes.plot([known.value], [height], marker, color=colour, markersize=4.5)
             handles.append(
                 Line2D(
                     [],
                     [],
                     color=colour,
-                    marker="o" if strategy == UNPRUNED else "s",
+                    marker="o" if strategy == NO_STRATEGY else "s",
                     markersize=4.5,
                     linestyle="none",
                     label=strategy,
                 )
             )
-        overall = own.filter((polars.col("strategy") == UNPRUNED) & (polars.col("metric") == "mean_toxicity"))
+        overall = own.filter((polars.col("strategy") == NO_STRATEGY) & (polars.col("metric") == "mean_toxicity"))
         if not overall.is_empty() and overall["estimate"].is_finite().all():
             axes.axvline(overall["estimate"][0], color=INK, linestyle=(0, (5, 3)), linewidth=1.0, zorder=0.9)
         axes.set_ylim(-0.6, len(subgroups) - 0.4)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import polars
 
+from excise.conditions import ALL, RANDOM
 from excise.errors import ExciseError
 from excise.evaluation.grid import pareto
 from excise.reporting.figures.canvas import (
@@ -31,7 +32,7 @@ from excise.reporting.figures.canvas import (
     require_columns,
     require_one,
 )
-from excise.reporting.report import ALL_VARIATIONS, at_most
+from excise.reporting.report import at_most
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +46,7 @@ _CROWDED = 60.0  # percent of perplexity above which the scale is logarithmic be
 _LINEAR = 10.0
 
 
-def trade_off(metrics: polars.DataFrame, *, variation: str = ALL_VARIATIONS) -> Figure:
+def trade_off(metrics: polars.DataFrame, *, variation: str = ALL) -> Figure:
     """Change of the bias against change of the perplexity, in percent, for every method and ratio alpha.
 
     `metrics` holds rows of the table of that name of one model, with `bias_reduction` and `perplexity_ratio`; every
@@ -90,7 +91,7 @@ def trade_off(metrics: polars.DataFrame, *, variation: str = ALL_VARIATIONS) -> 
             axes.set_xlabel("change of perplexity, %" if index + across >= len(panels) else "")
         for index in range(len(panels), down * across):
             rooms[index // across][index % across].set_visible(False)
-        where = "" if variation == ALL_VARIATIONS else f", {variation}"
+        where = "" if variation == ALL else f", {variation}"
         figure.suptitle(f"{metrics['model'][0]}{where}: lower left is better", fontsize=10)
         marks = mark_handles([axes for room in rooms for axes in room])
         names = [point["names"] for points in panels.values() for point in points]
@@ -103,11 +104,11 @@ def _panels(metrics: polars.DataFrame) -> dict[tuple[str, str], list[dict]]:
     whether the scores collapsed. A change is not there where it is not defined."""
     found: dict[tuple, dict] = {}
     for row in metrics.filter(polars.col("metric").is_in([_BIAS, _TEXT, "spread_ratio"])).iter_rows(named=True):
-        name = row["matched_to"] if row["strategy"] == "random" and row["matched_to"] else row["strategy"]
+        name = row["matched_to"] if row["strategy"] == RANDOM and row["matched_to"] else row["strategy"]
         method, dash, ratio = name.rpartition("-")
         if not dash or not _is_number(ratio):
             continue
-        if row["matched_to"] and row["strategy"] != "random":
+        if row["matched_to"] and row["strategy"] != RANDOM:
             continue
         key = (row["scenario"], row["level"], row["strategy"], row["matched_to"])
         method = _CONTROL if row["matched_to"] else method

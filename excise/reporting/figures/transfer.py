@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 import polars
 
+from excise.conditions import CROSS_CONTEXT, PROMPT_SPECIFIC, RANDOM, WITHIN_CONTEXT
 from excise.errors import ExciseError
 from excise.evaluation.thresholds import COLLAPSED_SPREAD, INLIER_TOLERANCE
 from excise.reporting.figures.canvas import WIDTH, blank_figure, drawing, few_names_line, require_columns, require_one
-from excise.reporting.report import RANDOM, at_most
+from excise.reporting.report import at_most
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +29,7 @@ _METRICS = {"gap_reduction": "gap reduction, %", "reduction_over_random": "beyon
 _OTHERS = "all others"
 _CROWDED = 320  # cells above which the headline alone is drawn, and then the figures without their intervals
 # Where several masks lead from one scenario to another, the one the matrix shows.
-_PREFERRED = ("within_context", "cross_context", "prompt_specific")
+_PREFERRED = (WITHIN_CONTEXT, CROSS_CONTEXT, PROMPT_SPECIFIC)
 
 
 def transfer_heat_map(transfer: polars.DataFrame, inlier_tolerance: Mapping[str, float] | None = None) -> Figure:
