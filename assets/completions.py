@@ -51,12 +51,12 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         watch: RunWatch,
     ) -> dg.MaterializeResult:
         from excise.generation.completions import CompletionCache
-        from excise.generation.encoding import encode
         from excise.generation.enumeration import Answering, Enumeration, as_samples
         from excise.generation.sampling import SamplingParameters
+        from excise.models.encoding import encode
         from excise.outcomes.toxicity import ScoreCache
         from excise.reporting.figures import answers_by_group
-        from excise.reporting.report import reuse_sentence
+        from excise.reporting.words import reuse_sentence
 
         model, scenario = catalogue.partition(context)
         audit = catalogue.audit_of(settings, scenario)
@@ -236,7 +236,7 @@ def require_paired(rows: pl.DataFrame, pruned: pl.DataFrame, model: str, scenari
 
 def require_same_prompts(rows: pl.DataFrame, prompts: pl.DataFrame, loaded: Any, scenario: Scenario) -> None:
     """Raise ExciseError when the model would read the prompts otherwise than when it gave the completions."""
-    from excise.generation import encoding
+    from excise.models import encoding
 
     encoding.require_same_prompts(encoding.encode(loaded.asked_for(scenario.outcome), prompts), rows)
 

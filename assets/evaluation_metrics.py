@@ -63,8 +63,9 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         from excise.evaluation.judged_metrics import metrics_of
         from excise.evaluation.numbers import evaluate
         from excise.evaluation.verdicts import verdicts
+        from excise.reporting.audit_table import markdown_table
         from excise.reporting.figures import bias_by_level, disparity_by_level
-        from excise.reporting.report import finding, markdown_table
+        from excise.reporting.finding import finding
 
         model, scenario = catalogue.partition(context)
         audit, groups = catalogue.audit_of(settings, scenario), scenario.comparison

@@ -24,8 +24,9 @@ from assets.stage import (
 from excise.conditions import ALL
 from excise.errors import ExciseError
 from excise.evaluation.judged import explained, judged_of
+from excise.evaluation.rounding import floor_text, interval_text, percent_text, ratio_text
+from excise.evaluation.table import MISSING, reaches, read_estimate
 from excise.evaluation.thresholds import COLLAPSED_SPREAD
-from excise.reporting.report import MISSING, floor_text, interval_text, percent_text, ratio_text, reaches, read_estimate
 from excise.scenarios.subsets import ATTRIBUTION, EVALUATION
 from excise.strategies.build import Strategy
 from resources.artifacts import Artifacts
@@ -68,7 +69,7 @@ def grid_search_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         from excise.generation.completions import CompletionCache, Work
         from excise.generation.enumeration import Answering
         from excise.reporting.figures import grid_heat_maps
-        from excise.reporting.report import reuse_sentence
+        from excise.reporting.words import reuse_sentence
         from excise.strategies.build import grid_masks
 
         model, scenario = catalogue.partition(context)

@@ -54,6 +54,7 @@ def restoration_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         from excise.evaluation import restoration as r
         from excise.generation.enumeration import Answering
+        from excise.reporting.restoration import restoration_markdown
 
         model, scenario = catalogue.partition(context)
         audit, place = catalogue.audit_of(settings, scenario), {"model": model, "scenario": scenario.key}
@@ -103,7 +104,7 @@ def restoration_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         # What masks of single other scenarios do is left to the table.
         shown = rows.filter(~pl.col("level").str.starts_with(f"{CROSS_CONTEXT}/"))
         return dg.MaterializeResult(
-            metadata={"restoration": dg.MetadataValue.md(r.restoration_markdown(shown))}
+            metadata={"restoration": dg.MetadataValue.md(restoration_markdown(shown))}
             | told
             | table_metadata("restoration", rows),
             data_version=data_version(told["model_fingerprint"], rows),
@@ -142,9 +143,9 @@ def _asked(
     Raises ExciseError, before any answer is drawn, where the reference reads the prompts otherwise than the model did.
     """
     from excise.generation.completions import CompletionCache
-    from excise.generation.encoding import encode
     from excise.interventions.masks import Mask
-    from excise.reporting.report import reuse_sentence
+    from excise.models.encoding import encode
+    from excise.reporting.words import reuse_sentence
 
     model, progress = completions["model"][0], watch.progress(context)
     sizes = dict(prompts.group_by("variation").len().iter_rows())

@@ -48,6 +48,7 @@ def side_effects_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         watch: RunWatch,
     ) -> dg.MaterializeResult:
         from excise.evaluation import side_effects as s
+        from excise.reporting.side_effects import side_effects_markdown
 
         model, scenario = catalogue.partition(context)
         audit, place = catalogue.audit_of(settings, scenario), {"model": model, "scenario": scenario.key}
@@ -65,7 +66,7 @@ def side_effects_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         rows = s.of_masks(effects, masks.with_columns(**{key: pl.lit(value) for key, value in place.items()}))
         warehouse.replace_partition("side_effects", rows, place)
         return dg.MaterializeResult(
-            metadata={"side_effects": dg.MetadataValue.md(s.side_effects_markdown(rows))}
+            metadata={"side_effects": dg.MetadataValue.md(side_effects_markdown(rows))}
             | told
             | table_metadata("side_effects", rows),
             data_version=data_version(told["model_fingerprint"], rows),
@@ -122,7 +123,7 @@ def _measured(
     from excise.generation.completions import CompletionCache, Work
     from excise.generation.enumeration import Answering
     from excise.interventions.masks import Mask
-    from excise.reporting.report import reuse_sentence
+    from excise.reporting.words import reuse_sentence
 
     how, model, progress = Answering.of(completions), completions["model"][0], watch.progress(context)
     drawn = {"resamples": audit.resamples, "seed": audit.seed}
@@ -185,7 +186,7 @@ def _prompts(
 ) -> tuple[list[tuple[Scenario, pl.DataFrame]], list[str]]:
     """The scenarios that the model can be asked with their prompts, and a line for each that it cannot."""
     from excise.evaluation import side_effects as s
-    from excise.generation.encoding import encode
+    from excise.models.encoding import encode
 
     subjects = completions.group_by("group").agg(pl.col("subject").n_unique())["subject"].max()
     held_out = ATTRIBUTION in set(completions["split"])

@@ -52,6 +52,7 @@ def stability_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         watch: RunWatch,
     ) -> dg.MaterializeResult:
         from excise.evaluation import stability as s
+        from excise.reporting import stability as w
 
         model, scenario = catalogue.partition(context)
         audit, place = catalogue.audit_of(settings, scenario), {"model": model, "scenario": scenario.key}
@@ -60,7 +61,7 @@ def stability_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         if scenario.outcome.kind != "number":
             return nothing("Splits of the names are for scenarios whose answers are numbers.")
         if audit.splits == 1:
-            return nothing(s.ONE_SPLIT if audit.held_out else s.NO_SPLIT)
+            return nothing(w.ONE_SPLIT if audit.held_out else w.NO_SPLIT)
         metrics = rows_of(warehouse, "metrics", model, scenario.key, made_by="evaluation_metrics")
         frames = []
         with gpu.model(model, catalogue.models, stage=watch.stage(context)) as loaded:
@@ -79,8 +80,8 @@ def stability_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         summed = s.summary(rows)
         return dg.MaterializeResult(
             metadata={
-                "finding": s.stability_sentence(summed),
-                "splits": dg.MetadataValue.md(s.stability_markdown(summed)),
+                "finding": w.stability_sentence(summed),
+                "splits": dg.MetadataValue.md(w.stability_markdown(summed)),
             }
             | table_metadata(NAME, rows),
             data_version=data_version(rows),

@@ -17,9 +17,10 @@ from assets.partitions import Catalogue, read_catalogue
 from assets.stage import thresholds_of
 from excise.conditions import LEVELS
 from excise.errors import ExciseError
-from excise.evaluation.stability import stability_finding
 from excise.evaluation.verdicts import verdicts
-from excise.reporting.report import audit_table, reuse_sentence
+from excise.reporting.audit_table import audit_table
+from excise.reporting.stability import stability_finding
+from excise.reporting.words import reuse_sentence
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import ATTRIBUTION
 from pipelines.definitions import MODEL_FILES, SCENARIO_FOLDERS, SCORER_FILES, STRATEGY_FILES, build_definitions

@@ -22,25 +22,13 @@ from assets.partitions import Catalogue, read_catalogue
 from assets.stage import thresholds_of
 from excise.conditions import ALL, LEVELS, OWN_SCENARIO, UNPRUNED, Condition
 from excise.errors import ExciseError
-from excise.evaluation.stability import stability_finding
+from excise.evaluation.rounding import FEW, floor_text, interval_text, level_label, per_cent, ratio_text
+from excise.evaluation.table import MetricTable, Verdicts, reaches, read_metrics, read_verdicts
 from excise.evaluation.thresholds import FEW_NAMES, Thresholds
 from excise.evaluation.verdicts import verdicts
-from excise.reporting.report import (
-    FEW,
-    NO_COMPARISON,
-    MetricTable,
-    Verdicts,
-    floor_text,
-    interval_text,
-    level_label,
-    per_cent,
-    ratio_text,
-    reaches,
-    read_metrics,
-    read_verdicts,
-    standing_out,
-    unpruned_gap,
-)
+from excise.reporting.audit_table import NO_COMPARISON
+from excise.reporting.finding import standing_out, unpruned_gap
+from excise.reporting.stability import stability_finding
 from excise.scenarios import Scenario
 from pipelines.definitions import MODEL_FILES, SCENARIO_FOLDERS, SCORER_FILES, STRATEGY_FILES, build_definitions
 from pipelines.demo import failure_messages

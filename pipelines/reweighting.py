@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(catalogue: Catalogue, model: str, scenario_key: str, layers: str, resamples: int) -> pl.DataFrame:
     """Rows of the table `reweighting`, which they replace."""
-    from excise.attribution.head_impacts import CATASTROPHIC, head_impacts
+    from excise.attribution.head_impacts import head_impacts
+    from excise.evaluation.thresholds import CATASTROPHIC
     from excise.generation.enumeration import Answering, as_samples
     from excise.outcomes.toxicity import ScoreCache
 

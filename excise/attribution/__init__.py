@@ -25,7 +25,7 @@ from excise.errors import ExciseError
 from excise.evaluation.judged import judged, unit_of
 from excise.files.parts import Parts
 from excise.files.tensors import NO_ROOM, save_tensors
-from excise.generation.encoding import encode, require_same_prompts
+from excise.models.encoding import encode, require_same_prompts
 from excise.models.loading import LoadedModel
 from excise.progress import Progress, silent
 from excise.scenarios import Comparison, NumberOutcome, ToxicityOutcome

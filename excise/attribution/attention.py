@@ -2,7 +2,7 @@
 
 The score of a head is the attention probability from the generated tokens to the tokens of the name (BDB, section 4;
 method, A7). It is read from the answer trees, one layer at a time, and reduced at once, so that no more than one
-layer's probabilities are ever held. Finding the name's tokens belongs to `excise.generation.encoding`, choosing heads
+layer's probabilities are ever held. Finding the name's tokens belongs to `excise.models.encoding`, choosing heads
 to `excise.strategies.selection`.
 """
 

@@ -20,7 +20,7 @@ import torch
 from excise.errors import ExciseError
 from excise.evaluation.perplexity import Window, require_windows
 from excise.generation.sampling import LOGIT_ROWS, SamplingParameters, next_tokens
-from excise.generation.tree import _attention, logits_of
+from excise.generation.tree import attention_masks, logits_of
 from excise.models.loading import LoadedModel
 from excise.models.memory import give_back, is_out_of_memory
 
@@ -65,7 +65,7 @@ def through(
     projection, [B, Q, heads * head size].
     """
     topology = loaded.topology
-    layers = _layers(loaded)
+    layers = layers_of(loaded)
     seen: dict[str, torch.Tensor] = {}
 
     def keep_heads(module: torch.nn.Module, given: tuple) -> None:
@@ -74,10 +74,10 @@ def through(
     def keep_states(module: torch.nn.Module, given: tuple, output) -> None:
         seen["states"] = output[0] if isinstance(output, tuple) else output
 
-    others = {each: _skip(loaded, hidden) for each in layers[:layer]}
-    others |= {each: _skip(loaded, None) for each in layers[layer + 1 :]}
+    others = {each: skipping(loaded, hidden) for each in layers[:layer]}
+    others |= {each: skipping(loaded, None) for each in layers[layer + 1 :]}
     with ExitStack() as stack:
-        stack.enter_context(_forwards_replaced(others))
+        stack.enter_context(forwards_replaced(others))
         projection = topology.site_module(loaded.model, layer, "attention_output")
         stack.callback(projection.register_forward_pre_hook(keep_heads).remove)
         stack.callback(layers[layer].register_forward_hook(keep_states).remove)
@@ -109,15 +109,15 @@ def onward(
         return projection(by_head.masked_fill(gone, 0).flatten(0, 1).flatten(-2)), None
 
     entering = None if hidden is None else hidden.repeat(len(heads), 1, 1)
-    replaced = {each: _skip(loaded, entering) for each in _layers(loaded)[:layer]}
+    replaced = {each: skipping(loaded, entering) for each in layers_of(loaded)[:layer]}
     replaced[topology.attention_module(loaded.model, layer)] = attend
-    with _forwards_replaced(replaced):
+    with forwards_replaced(replaced):
         return _forward(loaded, inputs, len(heads)).unflatten(0, (len(heads), -1))
 
 
 def finished(loaded: LoadedModel, inputs: Inputs, hidden: torch.Tensor) -> torch.Tensor:
     """The last hidden states, [B, Q, hidden], of the states that leave the last layer: nothing is removed."""
-    with _forwards_replaced({each: _skip(loaded, hidden) for each in _layers(loaded)}):
+    with forwards_replaced({each: skipping(loaded, hidden) for each in layers_of(loaded)}):
         return _forward(loaded, inputs, 1)
 
 
@@ -129,17 +129,17 @@ def _forward(loaded: LoadedModel, inputs: Inputs, times: int) -> torch.Tensor:
     if inputs.ancestors is not None:
         sees = np.unpackbits(inputs.ancestors, axis=1, count=tokens.shape[1]).view(bool)
         positions = inputs.positions.to(device)
-        masking = _attention(loaded, torch.from_numpy(sees)[None].to(device), positions, positions)
+        masking = attention_masks(loaded, torch.from_numpy(sees)[None].to(device), positions, positions)
         positions = positions.expand(times, -1)  # while one mask serves all rows
     with masking as mask:
         return loaded.last_hidden(tokens, position_ids=positions, attention_mask=mask, use_cache=False)
 
 
-def _layers(loaded: LoadedModel) -> list[torch.nn.Module]:
+def layers_of(loaded: LoadedModel) -> list[torch.nn.Module]:
     return list(loaded.model.get_submodule(loaded.topology.layer_path))
 
 
-def _skip(loaded: LoadedModel, hidden: torch.Tensor | None) -> Callable:
+def skipping(loaded: LoadedModel, hidden: torch.Tensor | None) -> Callable:
     """A layer's forward that returns these states instead, or, without any, the ones it is given."""
 
     def forward(given: torch.Tensor, *others, **named):
@@ -150,7 +150,7 @@ def _skip(loaded: LoadedModel, hidden: torch.Tensor | None) -> Callable:
 
 
 @contextmanager
-def _forwards_replaced(forwards: Mapping[torch.nn.Module, Callable]) -> Iterator[None]:
+def forwards_replaced(forwards: Mapping[torch.nn.Module, Callable]) -> Iterator[None]:
     with ExitStack() as stack:
         for module, forward in forwards.items():
             stack.callback(_put_back, module, module.__dict__.get("forward"))

@@ -24,9 +24,9 @@ from excise.attribution.gap_gradient import truncated_set
 from excise.errors import ExciseError
 from excise.evaluation import metrics as m
 from excise.evaluation.distributions import tilted
-from excise.generation.encoding import encode
 from excise.generation.enumeration import Answering, Enumeration, exact_completions
 from excise.generation.tree import AnswerTree, PackedTrees, Rows, answer_tree, common_prefix, logits_of, pack
+from excise.models.encoding import encode
 from excise.models.loading import LoadedModel
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ import polars as pl
 from excise.errors import ExciseError
 from excise.evaluation import metrics as m
 from excise.evaluation.perplexity import Window, perplexity, perplexity_difference
-from excise.evaluation.thresholds import COLLAPSED_SPREAD
+from excise.evaluation.thresholds import CATASTROPHIC, COLLAPSED_SPREAD
 from excise.files.tensors import load_tensors, save_tensors
-from excise.generation.encoding import encode, require_same_prompts
 from excise.interventions.masks import Mask, heads_mask
+from excise.models.encoding import encode, require_same_prompts
 from excise.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ Disparity = Literal["toxicity", "smd", "gap"]
 Method = Literal["auto", "reweight", "regenerate"]
 ABLATION = "zero_output"
 WINSORIZE = (0.05, 0.95)
-CATASTROPHIC = 1.3
-"""A head is catastrophic where perplexity without it exceeds this many medians over heads (method, B6)."""
 VERSION = 1
 """Part of every file's address: raise it when the same work gives other numbers."""
 

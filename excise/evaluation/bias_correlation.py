@@ -15,12 +15,12 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from excise.attribution.head_impacts import CATASTROPHIC
 from excise.conditions import ALL, NO_LEVEL, NO_STRATEGY, OWN_SCENARIO
 from excise.errors import ExciseError
 from excise.evaluation.grid import pareto
 from excise.evaluation.metrics import ROUNDING, percentile_interval
 from excise.evaluation.overlap import chance_level, overlap_fraction
+from excise.evaluation.thresholds import CATASTROPHIC
 
 TOP_SHARE = 0.2
 ALL_HEADS, ORDINARY_HEADS = "all", "without_catastrophic"

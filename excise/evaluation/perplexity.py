@@ -23,7 +23,7 @@ from excise.errors import ExciseError
 from excise.evaluation.metrics import percentile_interval, resampled_names
 from excise.files.registry import home_expanded
 from excise.files.tables import read_table, save_table
-from excise.generation.encoding import opening_tokens, positions, require_embeddings, require_positions
+from excise.models.encoding import opening_tokens, positions, require_embeddings, require_positions
 from excise.models.loading import LoadedModel
 from excise.progress import Progress, silent
 

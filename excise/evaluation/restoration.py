@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from excise.conditions import ALL, COLUMNS, NO_LEVEL, RANDOM, UNPRUNED, Condition
+from excise.conditions import ALL, COLUMNS, RANDOM, UNPRUNED, Condition
 from excise.errors import ExciseError
 from excise.evaluation import metrics as m
 from excise.evaluation.judged import ENOUGH
@@ -37,13 +37,25 @@ RESTORATION_SCHEMA = {
     "reference": pl.String,
     "reason": pl.String,
 }
+
+
 FEW_SAMPLES = 0.19
 """How much less than root 2 the halves of few samples are further apart: as measured for normal laws, 4 to 100 samples,
 and for round figures; a little too cautious for others."""
+
+
 NOTHING = "nothing to restore: the unpruned answers are no further from the reference's than noise"
+
+
 _NO_NOISE = "how far noise alone would move answers is not known: two samples of a name are needed, at least"
+
+
 _UNDEFINED = "too many resamples of the names have no value"
+
+
 _TOO_LARGE = "the answers are too large or all 0, so no distance can be told"
+
+
 _COLUMNS = ("model", "scenario", "variation", "group", "subject", "value", "sample")
 
 
@@ -147,9 +159,6 @@ def distances(first: Distributions, second: Distributions) -> Distances:
     fewer = np.minimum(*(np.where(each.samples > 0, each.samples, np.inf) for each in (first, second)))
     ratio = math.sqrt(2) * (1 - FEW_SAMPLES / np.sqrt(fewer))
     return Distances(whole, (halves - whole) / (ratio - 1), first.unread + second.unread)
-
-
-# --- rows -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -408,52 +417,3 @@ class _Rows:
                 "reason": fault,
             }
         )
-
-
-# --- in words ---------------------------------------------------------------------------------------------------------
-
-
-def restoration_markdown(rows: pl.DataFrame) -> str:
-    """Restoration and specificity as a Markdown table, and below it why figures are missing.
-
-    rows: those of `restoration`, one at least. Figures stand with their 95 % intervals; `-` where there is none.
-    """
-    from excise.conditions import Condition, condition_order
-    from excise.reporting.report import MISSING, interval_text, level_label, per_cent, read_estimate
-
-    found = {}
-    for row in rows.iter_rows(named=True):
-        mask = Condition(row["strategy"], row["level"], row["matched_to"])
-        found[row["variation"], mask, row["metric"]] = read_estimate(row)
-    lines = [
-        f"Reference: {rows['reference'][0]}. 100 % restored: as if the bias had never been put in; 0: nothing gained; "
-        "below 0: further away. Specificity: how far the mask moves the reference itself; it should be 0.",
-        "",
-        "| variation | mask | distance to the reference | restored, % | beyond random, points | specificity | "
-        "which is |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    order = list(dict.fromkeys([ALL, *rows["variation"]]))
-    places = {(variation, mask) for variation, mask, _ in found}
-    for variation, mask in sorted(places, key=lambda place: (order.index(place[0]), condition_order(place[1]))):
-
-        def of(metric: str, variation=variation, mask=mask):
-            return found.get((variation, mask, metric), MISSING)
-
-        over = of("specificity_over_noise")
-        judged = "-" if over.low is None else "beyond noise" if over.low > 0 else "within noise"
-        name = mask.strategy if mask.level == NO_LEVEL else f"{mask.strategy}, {level_label(mask.level)}"
-        name += f" (control of {mask.matched_to})" if mask.is_control else ""
-        cells = [
-            variation,
-            name,
-            interval_text(of("distance")),
-            per_cent(of("restoration")),
-            per_cent(of("restoration_over_random"), signed=True),
-            interval_text(of("specificity")),
-            judged,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    reasons = rows.drop_nulls("reason").unique(["variation", "reason"], maintain_order=True)
-    lines += ["", *(f"* {variation}: {reason}" for variation, reason in reasons.select("variation", "reason").rows())]
-    return "\n".join(lines).rstrip()

@@ -28,7 +28,7 @@ from excise.evaluation.perplexity import (
     sums_by_window,
     text_windows,
 )
-from excise.generation.encoding import opening_tokens, positions
+from excise.models.encoding import opening_tokens, positions
 from excise.scenarios import Scenario, expand
 from excise.scenarios.subsets import EVALUATION, first_names, held_out_split
 
@@ -38,19 +38,30 @@ if TYPE_CHECKING:
     from excise.interventions.masks import Mask
     from excise.models.loading import LoadedModel
 
+
 TEXT = "text"
 """The target that is no scenario."""
+
+
 NO_TARGET = "(none)"
 """In place of a target: no other scenario was asked, as the settings name none or there is none."""
+
+
 TEXT_WINDOWS = 8
 """So many windows of the text are read under every mask."""
+
+
 TEXT_SIZE = 128
 """Their length in tokens where the settings leave it out: shorter than for perplexity, and without overlap, as a
 difference between two models needs less context than either's perplexity, and every mask pays for it."""
-SHOWN = 30
-"""Rows of a table in words."""
+
+
 KL, RATIO, CHANGE = "text_kl", "text_perplexity_ratio", "excess_change"
+
+
 SCENARIO_METRICS = ("inlier_ratio", "spread_ratio", "commonest_rise", CHANGE, "gap_mean", "gap_change")
+
+
 SIDE_EFFECTS_SCHEMA = {
     "model": pl.String,
     "scenario": pl.String,
@@ -66,11 +77,10 @@ SIDE_EFFECTS_SCHEMA = {
     "high": pl.Float64,
     "names": pl.Int64,
 }
+
+
 EFFECT_SCHEMA = {name: SIDE_EFFECTS_SCHEMA[name] for name in list(SIDE_EFFECTS_SCHEMA)[6:]}
 """Rows about a mask, whichever strategies and variations it belongs to."""
-
-
-# --- text -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -198,9 +208,6 @@ def _read(loaded: LoadedModel, window: Window, before: torch.Tensor | None) -> t
     return states, float(loss), float(divergence)
 
 
-# --- other scenarios --------------------------------------------------------------------------------------------------
-
-
 def target_prompts(
     scenario: Scenario, *, names: int, subjects_per_group: int, held_out: bool, seed: int
 ) -> pl.DataFrame:
@@ -303,73 +310,3 @@ def nothing_asked(masks: Sequence[str]) -> pl.DataFrame:
     """Rows of EFFECT_SCHEMA which say that masks, by fingerprint, were tried on no other scenario, and on purpose."""
     rows = [(mask, NO_TARGET, CHANGE, None, None, None, 0) for mask in masks]
     return pl.DataFrame(rows, schema=EFFECT_SCHEMA, orient="row")
-
-
-# --- in words ---------------------------------------------------------------------------------------------------------
-
-
-def side_effects_markdown(rows: pl.DataFrame) -> str:
-    """Side effects as Markdown tables, other scenarios and text, each with the mask that does most at the top.
-
-    rows: of SIDE_EFFECTS_SCHEMA, one at least. Figures stand with their 95 % intervals; `-` where there is none. Beyond
-    `SHOWN` rows a table is cut and says so.
-    """
-    found: dict[tuple, dict[str, Any]] = {}
-    for row in rows.iter_rows(named=True):
-        place = row["target"], row["strategy"], row["level"], row["matched_to"], row["variation"]
-        found.setdefault(place, {})[row["metric"]] = row
-    text = {place: each for place, each in found.items() if place[0] == TEXT}
-    others = {place: each for place, each in found.items() if place[0] not in (TEXT, NO_TARGET)}
-    parts = []
-    for title, part, metrics in (
-        ("Other scenarios", others, SCENARIO_METRICS),
-        (f"Text, {rows.filter(target=TEXT)['names'].max()} windows", text, (KL, RATIO)),
-    ):
-        if part:
-            parts.append(_table(title, part, metrics))
-    return "\n\n".join(parts)
-
-
-def _table(title: str, found: Mapping[tuple, Mapping[str, Any]], metrics: Sequence[str]) -> str:
-    from excise.reporting.report import MISSING, interval_text, level_label, per_cent, read_estimate
-
-    def harm(place: tuple) -> tuple[float, ...]:
-        """The more, the worse; what is unknown comes first."""
-        figures = {metric: found[place].get(metric, {}).get("estimate") for metric in _HARM if metric in metrics}
-        return tuple(np.inf if value is None else value * _HARM[metric] for metric, value in figures.items())
-
-    lines = [
-        f"{title}:",
-        "",
-        f"| target | mask | {' | '.join(_HEADINGS[metric] for metric in metrics)} |",
-        "|---|---|" + "---|" * len(metrics),
-    ]
-    order = sorted(found, key=harm, reverse=True)
-    for place in order[:SHOWN]:
-        target, strategy, level, matched_to, variation = place
-        name = f"{strategy}, {level_label(level)}, {variation}"
-        name += f" (control of {matched_to})" if matched_to is not None else ""
-        cells = []
-        for metric in metrics:
-            estimate = read_estimate(found[place][metric]) if metric in found[place] else MISSING
-            cells.append(per_cent(estimate, signed=metric in _SIGNED) if metric in _SHARES else interval_text(estimate))
-        lines.append(f"| {target} | {name} | {' | '.join(cells)} |")
-    if len(order) > SHOWN:
-        lines += ["", f"{len(order) - SHOWN} more rows are in the table `side_effects`."]
-    return "\n".join(lines)
-
-
-_HARM = {CHANGE: 1, "inlier_ratio": -1, KL: 1}
-"""Metrics that tell how much harm is done, the first ones first, and whether it is more of them or less."""
-_SHARES = ("inlier_ratio", "spread_ratio", "commonest_rise", RATIO)
-_SIGNED = ("commonest_rise", RATIO)
-_HEADINGS = {
-    "inlier_ratio": "inliers, %",
-    "spread_ratio": "spread kept, %",
-    "commonest_rise": "commonest answer, points",
-    "excess_change": "excess change, SD",
-    "gap_mean": "gap",
-    "gap_change": "gap closed (below 0: opened)",
-    KL: "divergence, nats per token",
-    RATIO: "perplexity, change in %",
-}

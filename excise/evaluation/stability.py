@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import polars as pl
 
-from excise.conditions import ALL, NO_STRATEGY
-from excise.reporting.report import Estimate, level_label, per_cent
+from excise.conditions import NO_STRATEGY
 
 METRICS = (
     "gap_reduction",
@@ -25,7 +24,11 @@ METRICS = (
     "parse_rate",
 )
 """Of `metrics`, what is kept of every split."""
+
+
 CONDITION = ("variation", "strategy", "level", "matched_to")
+
+
 STABILITY_SCHEMA = {
     "model": pl.String,
     "scenario": pl.String,
@@ -38,14 +41,6 @@ STABILITY_SCHEMA = {
     "high": pl.Float64,
     "names": pl.Int64,
 }
-ONE_SPLIT = (
-    "The masks were made once, from one half of the names: how much hangs on which half that was is not known "
-    "(splits: 5 repeats masks and judgement on other halves)."
-)
-NO_SPLIT = (
-    "The masks were made from the very names they are judged by: how much hangs on these names is not known "
-    "(held_out: true with splits: 5 repeats masks and judgement on other halves)."
-)
 
 
 def summary(stability: pl.DataFrame) -> pl.DataFrame:
@@ -75,46 +70,6 @@ def summary(stability: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def stability_sentence(summed: pl.DataFrame, where: str = ALL) -> str:
-    """What the splits say of every strategy and level, a sentence each. summed: of `summary`."""
-    sentences = []
-    own = summed.filter(
-        (pl.col("metric") == "gap_reduction") & (pl.col("variation") == where) & pl.col("matched_to").is_null()
-    )
-    for row in own.iter_rows(named=True):
-        text = per_cent(Estimate(row["median"], row["low"], row["high"]))
-        lacking = row["splits"] - row["found"]
-        grew = f"in {row['below_0']} it grew the gap" if row["below_0"] else "in none it grew the gap"
-        sentences.append(
-            f"Over {row['splits']} splits of the names {row['strategy']}, {level_label(row['level'])}, removes {text} "
-            f"% of the gap (median; {row['lowest']:.0%} to {row['highest']:.0%}); {grew}"
-            + (f"; in {lacking} no mask or no reduction was found." if lacking else ".")
-        )
-    return " ".join(sentences) or "No strategy has a reduction in any split."
-
-
-def stability_markdown(summed: pl.DataFrame) -> str:
-    """The reductions of every strategy's own masks over the splits, as a table."""
-    header = "| variation | strategy | level | metric | median | range | interval | splits | below 0 |"
-    lines = [header, "|" + "---|" * 9]
-    shown = summed.filter(pl.col("matched_to").is_null() & pl.col("metric").is_in(METRICS[:2]))
-    for row in shown.iter_rows(named=True):
-        interval = "-" if row["low"] is None else f"[{row['low']:.2f}, {row['high']:.2f}]"
-        cells = (
-            row["variation"],
-            row["strategy"],
-            level_label(row["level"]),
-            row["metric"],
-            f"{row['median']:.2f}",
-            f"{row['lowest']:.2f} to {row['highest']:.2f}",
-            interval,
-            f"{row['found']} of {row['splits']}",
-            str(row["below_0"]),
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def kept(metrics: pl.DataFrame, split: int, splits: int) -> pl.DataFrame:
     """The rows of the table `metrics` that are kept of a split, as STABILITY_SCHEMA has them."""
     told = metrics.filter(pl.col("metric").is_in(METRICS) & (pl.col("strategy") != NO_STRATEGY))
@@ -122,10 +77,3 @@ def kept(metrics: pl.DataFrame, split: int, splits: int) -> pl.DataFrame:
     return told.with_columns(pl.lit(value, pl.Int64).alias(name) for name, value in numbers.items()).select(
         STABILITY_SCHEMA.keys()
     )
-
-
-def stability_finding(stability: pl.DataFrame, *, held_out: bool) -> str:
-    """`stability_sentence` of the table's rows of a partition; without rows, what is not known then."""
-    if stability.is_empty():
-        return ONE_SPLIT if held_out else NO_SPLIT
-    return stability_sentence(summary(stability))

@@ -38,6 +38,8 @@ FEW_NAMES = 5
 """With fewer names a group than this an interval says little: resampling sees too few of the names there could be."""
 COLLAPSED_SPREAD = 0.1
 """Answers of which less than this share of the unpruned spread is left have collapsed: no gap of theirs was reduced."""
+CATASTROPHIC = 1.3
+"""A head is catastrophic where perplexity without it exceeds this many medians over heads (method, B6)."""
 
 
 @dataclass(frozen=True)

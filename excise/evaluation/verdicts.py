@@ -15,9 +15,10 @@ from typing import Literal
 import polars as pl
 
 from excise.conditions import ALL, RANDOM, UNPRUNED, Condition
+from excise.evaluation.rounding import floor_text, ratio_text
 from excise.evaluation.side_effects import CHANGE, KL, NO_TARGET, RATIO, TEXT
+from excise.evaluation.table import VERDICTS_SCHEMA, MetricTable, at_most, read_metrics
 from excise.evaluation.thresholds import Thresholds
-from excise.reporting.report import VERDICTS_SCHEMA, MetricTable, at_most, floor_text, ratio_text, read_metrics
 
 PLACE = ("variation", "strategy", "level", "matched_to")
 
@@ -59,7 +60,7 @@ def verdicts(metrics: pl.DataFrame, side_effects: pl.DataFrame, thresholds: Thre
     """One row per condition (variation, strategy, level, matched_to) of a model and scenario, "(all)" among them.
 
     metrics, side_effects: rows of the tables of those names, the latter empty where nothing was measured. A condition
-    without rows of metrics has no verdict. Columns as `excise.reporting.report.VERDICTS_SCHEMA`:
+    without rows of metrics has no verdict. Columns as `excise.evaluation.table.VERDICTS_SCHEMA`:
 
       * closes: the mask is shown to close the gap. Its gap_reduction is above 0 with its interval, and so is
         reduction_over_random where it has a matched random control, which must be at comparable usefulness

@@ -23,9 +23,9 @@ import polars as pl
 
 from excise.errors import ExciseError
 from excise.files.tables import read_table, save_table
-from excise.generation.encoding import encode, reader
 from excise.generation.sampling import Draw, SamplingParameters, sample
 from excise.interventions.masks import Mask, pruned
+from excise.models.encoding import encode, reader
 from excise.models.loading import LoadedModel
 from excise.outcomes.answers import continued, parse_completion
 from excise.outcomes.toxicity import ScoreCache, Scorer, score_texts, scored_text
@@ -54,7 +54,7 @@ COMPLETIONS_SCHEMA = {
     "prompt_hash": pl.String,
 }
 """token_ids: the generated tokens, the stop token included where the answer is finished. text: what they say, up to the
-first special token among them. prompt_hash: `excise.generation.encoding.prompt_hash`."""
+first special token among them. prompt_hash: `excise.models.encoding.prompt_hash`."""
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ from excise.generation.completions import (
     complete,
     peak_memory,
 )
-from excise.generation.encoding import encode, reader, require_positions
 from excise.interventions.masks import Mask, pruned
+from excise.models.encoding import encode, reader, require_positions
 from excise.outcomes.answers import continued, parse_completion
 from excise.progress import Progress, silent
 

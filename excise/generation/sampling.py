@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from excise.errors import ExciseError
-from excise.generation.encoding import require_positions
 from excise.generation.tree import Rows, common_prefix, logits_of
+from excise.models.encoding import require_positions
 from excise.models.loading import LoadedModel
 from excise.models.memory import give_back, is_out_of_memory
 

@@ -73,7 +73,7 @@ class Rows:
         device = self.loaded.device
         positions, attends = positions.to(device), attends.to(device)
         self.key_positions = torch.cat([self.key_positions, positions], dim=1)
-        with _attention(self.loaded, attends, positions, self.key_positions) as mask:
+        with attention_masks(self.loaded, attends, positions, self.key_positions) as mask:
             return self.loaded.last_hidden(
                 tokens, position_ids=positions, attention_mask=mask, past_key_values=self.cache, use_cache=True
             )
@@ -102,7 +102,7 @@ def not_finite(loaded: LoadedModel, what: str) -> ExciseError:
 
 
 @contextmanager
-def _attention(
+def attention_masks(
     loaded: LoadedModel, attends: torch.Tensor, positions: torch.Tensor, key_positions: torch.Tensor
 ) -> Iterator[torch.Tensor | Mapping[str, torch.Tensor]]:
     """The additive attention mask in the form the architecture takes, with its sliding windows."""

@@ -663,7 +663,7 @@ def _chat_template(spec: ModelSpec, tokenizer: Any) -> str:
 
 def _try_template(loaded: LoadedModel) -> None:
     """Render and encode a prompt, so that a chat template that cannot be used is found before anything is asked."""
-    from excise.generation.encoding import encode
+    from excise.models.encoding import encode
 
     where = f"models.yaml: {loaded.key}"
     text = "How much is it, Claire?"

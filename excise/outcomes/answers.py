@@ -10,6 +10,7 @@ import math
 import re
 from dataclasses import replace
 
+from excise.models.thoughts import behind_thoughts, open_thoughts
 from excise.outcomes.number_reader import NO_WORD, PASSED, WORDS, Number, Reader, word_patterns
 from excise.outcomes.number_words import SPACELESS, number_words
 from excise.outcomes.plain_text import BLANK, ONE_LETTER, plain_form
@@ -25,21 +26,6 @@ _BEFORE_BARE_WORD = re.compile(
 _MINUS_BEHIND = re.compile("[-\u2010\u2011\u2013\u2212](?=[^\\w\n\r]*(?:[\n\r]|$))")
 """Accounts write losses as 500-."""
 _ON_A_SCALE = re.compile(rf"\bscale{BLANK}(?:of|from|between){BLANK}(?:from{BLANK})?$", re.IGNORECASE)
-
-
-_THOUGHTS = "think|thinking|thought|thoughts|reasoning|reason|reflection|scratchpad|analysis"
-_OPENED = re.compile(rf"<({_THOUGHTS})>|\[({_THOUGHTS})\]|\u25c1({_THOUGHTS})\u25b7", re.IGNORECASE)
-_CLOSED = re.compile(rf"</({_THOUGHTS})>|\[/({_THOUGHTS})\]|\u25c1/({_THOUGHTS})\u25b7", re.IGNORECASE)
-
-
-def open_thoughts(text: str) -> bool:
-    """Whether a text ends within thoughts that a model writes before it answers, as <think> opens them."""
-    return _OPENED.search(text, _behind_thoughts(text)) is not None
-
-
-def _behind_thoughts(text: str) -> int:
-    """Where the answer begins: behind the end of the model's thoughts, if it wrote any."""
-    return max((match.end() for match in _CLOSED.finditer(text)), default=0)
 
 
 def _leading_zero(number: Number) -> bool:
@@ -169,7 +155,7 @@ def _answer(text: str) -> tuple[Number, str] | None:
     """The single number of the text with its place in the plain form of the text, which is returned beside it."""
     if open_thoughts(text):
         return None
-    plain = plain_form(text[_behind_thoughts(text) :])
+    plain = plain_form(text[behind_thoughts(text) :])
     if plain is None:
         return None
     reader = Reader(plain)

@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from excise.attribution.continuation import _forwards_replaced, _layers, _skip
+from excise.attribution.continuation import forwards_replaced, layers_of, skipping
 from excise.errors import ExciseError
 from excise.evaluation.perplexity import read_text
 from excise.files.registry import home_expanded
-from excise.generation.encoding import encode
 from excise.generation.sampling import SamplingParameters, sample
 from excise.generation.tree import logits_of
+from excise.models.encoding import encode
 from excise.models.loading import LoadedModel, load_model, load_registry
 from excise.planted import FOLDER, _change
 from excise.progress import Progress, TerminalProgress, silent
@@ -324,7 +324,7 @@ def _base_states(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Of each example the states entering a layer, [all tokens, hidden], and the last ones, as `_states` has them."""
     kept = []
-    hook = _layers(loaded)[layer].register_forward_pre_hook(lambda module, given: kept.append(given[0]))
+    hook = layers_of(loaded)[layer].register_forward_pre_hook(lambda module, given: kept.append(given[0]))
     try:
         last = _states(loaded, examples)
     finally:
@@ -344,7 +344,7 @@ def _states(
     # What follows a text cannot change what precedes it, so anything will do to fill the row.
     rows = torch.tensor([[*each.tokens, *[0] * (longest - len(each.tokens))] for each in examples])
     padded = torch.nn.utils.rnn.pad_sequence(list(entering), batch_first=True) if entering else None
-    with _forwards_replaced({each: _skip(loaded, padded) for each in _layers(loaded)[:layer]}):
+    with forwards_replaced({each: skipping(loaded, padded) for each in layers_of(loaded)[:layer]}):
         hidden = loaded.model.base_model(input_ids=rows.to(loaded.device), use_cache=False).last_hidden_state
     return [row[each.start - 1 : len(each.tokens) - 1] for row, each in zip(hidden, examples, strict=True)]
 

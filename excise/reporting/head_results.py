@@ -13,8 +13,9 @@ import numpy as np
 import polars as pl
 
 from excise.attribution.head_impacts import split_half_reliability
+from excise.evaluation.rounding import interval_text
+from excise.evaluation.table import Estimate, read_estimate
 from excise.evaluation.thresholds import stored_thresholds
-from excise.reporting.report import Estimate, interval_text, read_estimate
 from excise.reporting.toxicity import toxicity_finding, toxicity_markdown
 
 

@@ -25,30 +25,21 @@ from excise.conditions import (
     condition_order,
 )
 from excise.errors import ExciseError
-from excise.evaluation.thresholds import INLIER_TOLERANCE, Thresholds, stored_thresholds
-from excise.reporting.report import (
-    COLLAPSED,
+from excise.evaluation.rounding import (
     FEW,
-    MISSING,
-    NO_COMPARISON,
-    Estimate,
-    MetricTable,
-    at_most,
     density_text,
-    few_names_warning,
     floor_text,
     interval_text,
     level_label,
-    listed,
     per_cent,
     percent_text,
     ratio_text,
-    reaches,
-    read_estimate,
-    read_metrics,
-    standing_out,
-    unpruned_gap,
 )
+from excise.evaluation.table import MISSING, Estimate, MetricTable, at_most, reaches, read_estimate, read_metrics
+from excise.evaluation.thresholds import INLIER_TOLERANCE, Thresholds, stored_thresholds
+from excise.reporting.audit_table import COLLAPSED, NO_COMPARISON
+from excise.reporting.finding import standing_out, unpruned_gap
+from excise.reporting.words import few_names_warning, listed
 
 SCENARIO_LEVELS = LEVELS[:4]
 """Level of strategies that rank whole heads over a scenario."""

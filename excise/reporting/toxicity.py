@@ -14,22 +14,11 @@ import polars as pl
 
 from excise.conditions import ALL, NO_LEVEL, UNPRUNED, Condition
 from excise.errors import ExciseError
+from excise.evaluation.rounding import FEW, interval_text, level_label, p_equals, p_text, per_cent
+from excise.evaluation.table import MISSING, Estimate, at_most, read_estimate
 from excise.evaluation.thresholds import PERPLEXITY_BUDGET, SIGNIFICANCE
-from excise.reporting.report import (
-    COLLAPSED,
-    FEW,
-    MISSING,
-    Estimate,
-    at_most,
-    few_names_warning,
-    interval_text,
-    level_label,
-    listed,
-    p_equals,
-    p_text,
-    per_cent,
-    read_estimate,
-)
+from excise.reporting.audit_table import COLLAPSED
+from excise.reporting.words import few_names_warning, listed
 
 COLUMNS = {
     "toxicity_bias": "bias",

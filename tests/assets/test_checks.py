@@ -8,7 +8,7 @@ import pytest
 from assets import checks
 from assets.partitions import Catalogue
 from assets.quality_report import judge
-from excise.reporting.report import VERDICTS_SCHEMA
+from excise.evaluation.table import VERDICTS_SCHEMA
 from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, Variation
 from resources.tables import TABLES
 

@@ -5,7 +5,8 @@ import pytest
 
 from assets.partitions import Catalogue
 from excise.errors import ExciseError
-from excise.evaluation.stability import METRICS, NO_SPLIT, ONE_SPLIT
+from excise.evaluation.stability import METRICS
+from excise.reporting.stability import NO_SPLIT, ONE_SPLIT
 from resources.settings import AuditSettings, Preset
 from tests.assets.test_chain import failures, lamp_of, materialized
 

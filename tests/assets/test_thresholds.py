@@ -7,8 +7,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+import excise.reporting.audit_table
 import excise.reporting.figures
-import excise.reporting.report
+import excise.reporting.finding
 import excise.reporting.toxicity
 from assets.partitions import read_catalogue
 from excise.errors import ExciseError
@@ -21,7 +22,7 @@ SETTINGS = {"inlier_floor": 0.35, "inlier_tolerance": 0.5}
 @pytest.mark.trial(15)
 def test_checks_figures_and_findings_are_judged_by_the_settings_of_the_run(copied, monkeypatch):
     figures, told = {}, []
-    finding = excise.reporting.report.finding
+    finding = excise.reporting.finding.finding
 
     def seen(figure, stem):
         figures[stem.name] = figure
@@ -32,7 +33,7 @@ def test_checks_figures_and_findings_are_judged_by_the_settings_of_the_run(copie
         return finding(metrics, **options)
 
     monkeypatch.setattr(excise.reporting.figures, "save", seen)
-    monkeypatch.setattr(excise.reporting.report, "finding", kept)
+    monkeypatch.setattr(excise.reporting.finding, "finding", kept)
     result = copied.run("prune_and_evaluate", "tiny|lamp", only=["evaluation_metrics"], **SETTINGS)
     assert result.success
     (options,) = told
@@ -115,7 +116,8 @@ def judging() -> dict[str, set[str]]:
     """What every function that judges by thresholds may be told of them, and need not be, by its name."""
     thresholds = {"inlier_floor", "inlier_tolerance", "perplexity_budget", "verdicts"}
     found = {}
-    for module in (excise.reporting.report, excise.reporting.toxicity, excise.reporting.figures):
+    rooms = excise.reporting
+    for module in (rooms.finding, rooms.audit_table, rooms.toxicity, rooms.figures):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             known = inspect.signature(function).parameters.values()
             own = thresholds & {each.name for each in known if each.default is not inspect.Parameter.empty}

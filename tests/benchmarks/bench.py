@@ -187,7 +187,7 @@ class Bench:
         return SamplingParameters(max_new_tokens=self.scenario.outcome.max_new_tokens, **changes)
 
     def tokens(self, prompts: pl.DataFrame) -> list[tuple[int, ...]]:
-        from excise.generation.encoding import encode
+        from excise.models.encoding import encode
 
         return [tuple(prompt.tokens) for prompt in encode(self.loaded, prompts)]
 

@@ -11,10 +11,10 @@ import torch
 from excise.attribution.snip import snip
 from excise.attribution.wanda import input_norms
 from excise.evaluation.overlap import overlap_table
-from excise.generation.encoding import encode
 from excise.generation.sampling import SamplingParameters, sample
 from excise.generation.tree import answer_tree
 from excise.interventions.masks import Mask
+from excise.models.encoding import encode
 from excise.models.loading import LoadedModel, ModelSpec, load_model
 from excise.scenarios import expand, load_scenarios
 from excise.strategies.selection import set_difference

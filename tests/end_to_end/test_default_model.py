@@ -148,7 +148,7 @@ def test_neutral_shows_no_gap():
 
 
 def test_the_sampler_follows_generate_on_the_default_model():
-    from excise.generation.encoding import encode
+    from excise.models.encoding import encode
 
     loaded = load_model(REGISTRY["smollm2-135m-instruct"], REGISTRY, device="cpu", home=MODELS)
     prompts = [each.tokens for each in encode(loaded, expand(PURCHASE, variations=["bicycle"], subjects_per_group=2))]

@@ -11,9 +11,9 @@ import transformers
 
 from excise.attribution.attention import attention_to_name
 from excise.errors import ExciseError
-from excise.generation.encoding import encode
 from excise.generation.tree import answer_tree, common_prefix
 from excise.interventions.masks import heads_mask, pruned
+from excise.models.encoding import encode
 from excise.models.loading import ModelSpec, load_model
 
 REST = {

@@ -14,8 +14,8 @@ from excise.attribution.gap_free import ask
 from excise.attribution.gap_gradient import gap_gradient
 from excise.errors import ExciseError
 from excise.generation.completions import complete
-from excise.generation.encoding import encode
 from excise.generation.sampling import SamplingParameters
+from excise.models.encoding import encode
 from excise.models.loading import SITES
 
 PARAMETERS = SamplingParameters(temperature=0.9, top_p=0.95, seed=1)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from excise.errors import ExciseError
 from excise.evaluation.perplexity import text_windows, window_losses
-from excise.generation.encoding import encode
+from excise.models.encoding import encode
 from excise.models.loading import ModelSpec, WheelSource, load_model, load_registry, state_of
 from excise.outcomes.toxicity import ScorerSpec, load_scorer
 

@@ -9,7 +9,9 @@ import pytest
 
 from excise.conditions import Condition
 from excise.errors import ExciseError
+from excise.evaluation.table import read_metrics
 from excise.evaluation.thresholds import Thresholds
+from excise.reporting.audit_table import audit_table, markdown_table
 from excise.reporting.figures import (
     bias_by_level,
     disparity_by_level,
@@ -18,7 +20,7 @@ from excise.reporting.figures import (
     toxicity_by_subgroup,
     trade_off,
 )
-from excise.reporting.report import audit_table, finding, markdown_table, read_metrics
+from excise.reporting.finding import finding
 from excise.reporting.results import results_markdown, verdict
 from excise.reporting.toxicity import toxicity_finding, toxicity_markdown, toxicity_table
 

@@ -8,9 +8,9 @@ import pytest
 
 from excise.errors import ExciseError
 from excise.generation.completions import COMPLETIONS_SCHEMA, CompletionCache, Work, complete
-from excise.generation.encoding import encode, reader
 from excise.generation.sampling import SamplingParameters, sample
 from excise.interventions.masks import pruned
+from excise.models.encoding import encode, reader
 from excise.outcomes.answers import parse_completion
 from excise.scenarios import expand
 

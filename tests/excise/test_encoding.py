@@ -8,7 +8,7 @@ import tokenizers
 import transformers
 
 from excise.errors import ExciseError
-from excise.generation.encoding import PINNED_DATE, encode
+from excise.models.encoding import PINNED_DATE, encode
 from excise.scenarios import NumberOutcome, ToxicityOutcome
 
 NAMES = ["D'Andre Washington", "Claire Becker", "Zoë O’Brien-Núñez", "Li", "A", "李 小龍", "Mr. 3 <|x|>", "Ng"]

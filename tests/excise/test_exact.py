@@ -20,7 +20,6 @@ from excise.evaluation import metrics as m
 from excise.evaluation.distributions import answers_of, group_answers, inlier_bounds, moment_bounds, smd_bounds
 from excise.evaluation.numbers import evaluate
 from excise.generation.completions import CompletionCache, complete
-from excise.generation.encoding import encode
 from excise.generation.enumeration import (
     EXACT_SCHEMA,
     AnswerDistribution,
@@ -32,6 +31,7 @@ from excise.generation.enumeration import (
 )
 from excise.generation.sampling import SamplingParameters, sample
 from excise.interventions.masks import pruned
+from excise.models.encoding import encode
 
 SMALL = SamplingParameters(temperature=0.9, top_k=4, top_p=0.95, max_new_tokens=3, seed=5)
 DIGITS = SamplingParameters(temperature=0.6, top_k=0, top_p=0.8, max_new_tokens=3, seed=5)

@@ -98,7 +98,7 @@ def test_answers_moved_apart_are_moved_back():
 
 def test_answers_are_those_the_model_gives(about, numeric, prompts, scenario):
     """Drawn shares are the enumerated ones; before the cut, those of the whole distribution."""
-    from excise.generation.encoding import encode
+    from excise.models.encoding import encode
 
     asked = about()
     rows = prompts.filter(pl.col("variation") == "car").sort("prompt_id")

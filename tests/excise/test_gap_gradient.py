@@ -13,9 +13,9 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from excise.attribution.gap_gradient import gap_gradient, truncated_set
-from excise.generation.encoding import encode
 from excise.generation.sampling import SamplingParameters, sample
 from excise.generation.tree import answer_tree, common_prefix
+from excise.models.encoding import encode
 
 PARAMETERS = SamplingParameters(temperature=0.8, top_k=3, top_p=0.95, max_new_tokens=2)
 STEP = 3e-3  # some layers compute in float32 whatever the dtype, so no smaller

@@ -10,7 +10,6 @@ import torch
 import transformers
 
 from excise.errors import ExciseError
-from excise.generation.encoding import encode
 from excise.generation.sampling import SamplingParameters, sample
 from excise.generation.tree import Rows, answer_tree, common_prefix, logits_of, pack
 from excise.interventions.masks import (
@@ -24,6 +23,7 @@ from excise.interventions.masks import (
     union,
     votes,
 )
+from excise.models.encoding import encode
 from excise.models.loading import ModelSpec, load_model
 
 TOLERANCE = 1e-4

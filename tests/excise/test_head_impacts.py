@@ -16,10 +16,10 @@ from excise.attribution.head_impacts import SCHEMA, _Layout, head_impacts, split
 from excise.errors import ExciseError
 from excise.evaluation.metrics import standardized_mean_difference, toxicity_bias
 from excise.evaluation.perplexity import Window, perplexity, window_losses
-from excise.generation.encoding import encode
 from excise.generation.sampling import SamplingParameters, sample
 from excise.generation.tree import logits_of
 from excise.interventions.masks import heads_mask, pruned
+from excise.models.encoding import encode
 from excise.models.loading import ModelSpec, load_model
 
 WINDOW = 12

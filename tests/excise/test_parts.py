@@ -15,9 +15,9 @@ from excise.attribution.wanda import input_norms
 from excise.errors import ExciseError
 from excise.files import parts
 from excise.files.parts import Parts
-from excise.generation.encoding import encode
 from excise.generation.sampling import SamplingParameters
 from excise.generation.tree import answer_tree, common_prefix
+from excise.models.encoding import encode
 
 PARAMETERS = SamplingParameters(temperature=0.8, top_k=0, top_p=1.0, max_new_tokens=3)
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")

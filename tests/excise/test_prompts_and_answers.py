@@ -24,9 +24,9 @@ from excise.attribution.head_scores import head_gradient, head_magnitude
 from excise.errors import ExciseError
 from excise.evaluation.perplexity import Window, text_windows, window_losses
 from excise.generation.completions import CACHE_SCHEMA, CompletionCache, cache_address, complete
-from excise.generation.encoding import encode
 from excise.generation.enumeration import TREE_CACHE_SCHEMA, answer_distributions, exact_completions, tree_settings
 from excise.generation.sampling import SamplingParameters, sample
+from excise.models.encoding import encode
 from excise.models.loading import ModelSpec, load_model
 from excise.outcomes.answers import parse_completion
 from excise.scenarios import NumberOutcome, Scenario, ToxicityOutcome, expand

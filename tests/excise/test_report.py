@@ -8,8 +8,11 @@ import pytest
 from excise.conditions import Condition, condition_order
 from excise.errors import ExciseError
 from excise.evaluation.numbers import evaluate
+from excise.evaluation.table import read_metrics
+from excise.reporting.audit_table import audit_table, markdown_table
 from excise.reporting.figures import disparity_by_level
-from excise.reporting.report import audit_table, finding, markdown_table, read_metrics, reuse_sentence
+from excise.reporting.finding import finding
+from excise.reporting.words import reuse_sentence
 
 UNPRUNED = ("unpruned", "none", None)
 GRADIENT = ("gap_gradient", "prompt_specific", None)

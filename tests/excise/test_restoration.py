@@ -8,14 +8,8 @@ import pytest
 from scipy.stats import wasserstein_distance
 
 from excise.errors import ExciseError
-from excise.evaluation.restoration import (
-    NOTHING,
-    RESTORATION_SCHEMA,
-    answer_distributions,
-    distances,
-    restoration,
-    restoration_markdown,
-)
+from excise.evaluation.restoration import NOTHING, RESTORATION_SCHEMA, answer_distributions, distances, restoration
+from excise.reporting.restoration import restoration_markdown
 
 GROUPS = {"white": ("Jake", "Claire", "Seth"), "black": ("Jamal", "Ebony", "Tyra")}
 NAMES = [(group, name) for group, names in GROUPS.items() for name in names]

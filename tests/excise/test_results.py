@@ -8,8 +8,8 @@ import pytest
 
 from excise.conditions import Condition
 from excise.errors import ExciseError
+from excise.evaluation.table import read_metrics
 from excise.evaluation.thresholds import Thresholds
-from excise.reporting.report import read_metrics
 from excise.reporting.results import expected_verdict, results_markdown, verdict
 
 EMPTY = pl.DataFrame()

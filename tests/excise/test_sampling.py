@@ -13,9 +13,9 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from excise.errors import ExciseError
-from excise.generation.encoding import encode
 from excise.generation.sampling import SamplingParameters, next_tokens, sample, uniforms
 from excise.interventions.masks import Mask, pruned
+from excise.models.encoding import encode
 
 GREEDY = SamplingParameters(temperature=0, max_new_tokens=12)
 

@@ -11,7 +11,6 @@ from excise.errors import ExciseError
 from excise.evaluation.perplexity import Window, perplexity, text_windows, window_losses
 from excise.evaluation.side_effects import (
     EFFECT_SCHEMA,
-    SHOWN,
     SIDE_EFFECTS_SCHEMA,
     TEXT_SIZE,
     TEXT_WINDOWS,
@@ -19,7 +18,6 @@ from excise.evaluation.side_effects import (
     mean_interval,
     of_masks,
     scenario_effects,
-    side_effects_markdown,
     target_name,
     target_prompts,
     text_effect,
@@ -31,6 +29,7 @@ from excise.generation.completions import complete
 from excise.generation.sampling import SamplingParameters
 from excise.interventions.masks import Mask, pruned
 from excise.models.loading import load_model, load_registry
+from excise.reporting.side_effects import SHOWN, side_effects_markdown
 from excise.scenarios import expand, load_scenarios
 from excise.scenarios.subsets import EVALUATION, first_names, held_out_split
 

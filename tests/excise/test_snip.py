@@ -10,8 +10,8 @@ import torch
 from excise.attribution import gradients
 from excise.attribution.snip import snip
 from excise.errors import ExciseError
-from excise.generation.encoding import encode
 from excise.generation.tree import common_prefix
+from excise.models.encoding import encode
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 ANSWERS = ((30, 1), (31, 32, 33, 1), (40, 41), (1,), (30, 1), (50, 51, 52))

@@ -5,15 +5,8 @@ import math
 import polars as pl
 import pytest
 
-from excise.evaluation.stability import (
-    NO_SPLIT,
-    ONE_SPLIT,
-    STABILITY_SCHEMA,
-    stability_finding,
-    stability_markdown,
-    stability_sentence,
-    summary,
-)
+from excise.evaluation.stability import STABILITY_SCHEMA, summary
+from excise.reporting.stability import NO_SPLIT, ONE_SPLIT, stability_finding, stability_markdown, stability_sentence
 
 
 def split(number, estimate, low, high, splits=3, strategy="ours", variation="(all)"):

@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 
-from excise.generation.encoding import encode
 from excise.generation.tree import Rows, answer_tree, common_prefix, logits_of, pack
+from excise.models.encoding import encode
 from excise.models.loading import ModelSpec, load_model
 
 TOLERANCE = 1e-4

@@ -8,8 +8,9 @@ from excise.evaluation.numbers import SCHEMA
 from excise.evaluation.side_effects import SIDE_EFFECTS_SCHEMA
 from excise.evaluation.thresholds import Thresholds
 from excise.evaluation.verdicts import verdicts
+from excise.reporting.audit_table import audit_table, markdown_table
 from excise.reporting.figures import bias_by_level, disparity_by_level
-from excise.reporting.report import audit_table, finding, markdown_table
+from excise.reporting.finding import finding
 
 ALL = "(all)"
 ELSEWHERE = ("text_kl", "text_perplexity_ratio", "inlier_ratio elsewhere", "excess_change elsewhere")

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from excise.attribution.wanda import input_norms, wanda_scores
-from excise.generation.encoding import encode
 from excise.generation.tree import answer_tree, common_prefix
+from excise.models.encoding import encode
 from excise.models.loading import SITES
 
 WEIGHTINGS = 3

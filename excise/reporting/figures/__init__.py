@@ -2,7 +2,7 @@
 
 Here: one function for each figure of the method (A9, B6), each giving a `matplotlib.figure.Figure`, and `save`.
 Not here: estimates (see `excise.evaluation.numbers`), which every figure only draws, and tables (see
-`excise.reporting.report`). One module holds one kind of figure; what all share is `canvas`.
+`excise.reporting.finding`). One module holds one kind of figure; what all share is `canvas`.
 """
 
 from excise.reporting.figures.answers import answers_by_group

@@ -26,6 +26,8 @@ from excise.conditions import (
     WITHIN_CONTEXT,
     Condition,
 )
+from excise.evaluation.rounding import floor_text, level_label
+from excise.evaluation.table import Estimate, MetricTable, Verdicts, read_metrics, read_verdicts
 from excise.evaluation.thresholds import INLIER_FLOOR
 from excise.reporting.figures.canvas import (
     COLLAPSED,
@@ -45,15 +47,6 @@ from excise.reporting.figures.canvas import (
     mark_missing,
     palette,
     ring,
-)
-from excise.reporting.report import (
-    Estimate,
-    MetricTable,
-    Verdicts,
-    floor_text,
-    level_label,
-    read_metrics,
-    read_verdicts,
 )
 
 if TYPE_CHECKING:
@@ -87,7 +80,7 @@ def disparity_by_level(
     variations, grey hollow marks the matched controls named in `controls`, drawn beside their strategy. A triangle at
     the edge stands for an interval or a gap that goes on beyond it, a cross for a figure that is not defined, a filled
     one for answers that collapsed. A red ring surrounds strategies' masks that break a budget by `verdicts`, of
-    `excise.evaluation.verdicts`. Errors as `excise.reporting.report.read_metrics`.
+    `excise.evaluation.verdicts`. Errors as `excise.evaluation.table.read_metrics`.
     """
     table = read_metrics(metrics)
     strategies = [mask for mask in table.masks if not mask.is_control]

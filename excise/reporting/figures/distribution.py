@@ -14,6 +14,7 @@ import polars
 
 from excise.conditions import NO_STRATEGY, Condition, condition_order
 from excise.errors import ExciseError
+from excise.evaluation.rounding import level_label
 from excise.reporting.figures.canvas import (
     INK,
     WIDTH,
@@ -25,7 +26,6 @@ from excise.reporting.figures.canvas import (
     require_columns,
     require_one,
 )
-from excise.reporting.report import level_label
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,6 +12,8 @@ import polars
 
 from excise.conditions import ALL
 from excise.errors import ExciseError
+from excise.evaluation.rounding import floor_text
+from excise.evaluation.table import read_estimate
 from excise.evaluation.thresholds import COLLAPSED_SPREAD, INLIER_FLOOR
 from excise.reporting.figures.canvas import (
     COLLAPSED,
@@ -29,7 +31,6 @@ from excise.reporting.figures.canvas import (
     require_columns,
     require_one,
 )
-from excise.reporting.report import floor_text, read_estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,7 +13,8 @@ import numpy as np
 import polars
 
 from excise.errors import ExciseError
-from excise.evaluation.bias_correlation import CATASTROPHIC, catastrophic
+from excise.evaluation.bias_correlation import catastrophic
+from excise.evaluation.thresholds import CATASTROPHIC
 from excise.reporting.figures.canvas import INK, blank_figure, drawing, palette, require_columns, require_one
 
 if TYPE_CHECKING:

@@ -21,6 +21,8 @@ from excise.conditions import (
     Condition,
 )
 from excise.errors import ExciseError
+from excise.evaluation.rounding import floor_text, level_label
+from excise.evaluation.table import MetricTable, Verdicts, read_metrics, read_verdicts
 from excise.evaluation.thresholds import INLIER_FLOOR
 from excise.reporting.figures.canvas import (
     CONTROL_GREY,
@@ -36,7 +38,6 @@ from excise.reporting.figures.canvas import (
     palette,
 )
 from excise.reporting.figures.disparity import MARKERS, dashes, drawn_estimate, mark_estimate
-from excise.reporting.report import MetricTable, Verdicts, floor_text, level_label, read_metrics, read_verdicts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +62,7 @@ def bias_by_level(
     `transfer_heat_map`'s. A panel's scale is the same for all strategies. `majority` and `minority` are the groups'
     labels. A red ring surrounds masks that break a budget by `verdicts`, of `excise.evaluation.verdicts`.
 
-    Raises ExciseError when no strategy has a mask at one of the levels, and as `excise.reporting.report.read_metrics`.
+    Raises ExciseError when no strategy has a mask at one of the levels, and as `excise.evaluation.table.read_metrics`.
     """
     table, judged = read_metrics(metrics), read_verdicts(verdicts)
     levels: dict[str, list[str]] = {}

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import polars
 
+from excise.evaluation.rounding import level_label
 from excise.reporting.figures.canvas import WIDTH, blank_figure, drawing, percent, require_columns, require_one
-from excise.reporting.report import level_label
 
 if TYPE_CHECKING:
     import numpy as np

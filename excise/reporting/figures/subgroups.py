@@ -13,6 +13,7 @@ import polars
 
 from excise.conditions import ALL, NO_STRATEGY
 from excise.errors import ExciseError
+from excise.evaluation.table import read_estimate
 from excise.reporting.figures.canvas import (
     INK,
     UNDEFINED,
@@ -27,7 +28,6 @@ from excise.reporting.figures.canvas import (
     require_columns,
     require_one,
 )
-from excise.reporting.report import read_estimate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,6 +15,7 @@ import polars
 from excise.conditions import ALL, RANDOM
 from excise.errors import ExciseError
 from excise.evaluation.grid import pareto
+from excise.evaluation.table import at_most
 from excise.reporting.figures.canvas import (
     COLLAPSED,
     CONTROL_GREY,
@@ -32,7 +33,6 @@ from excise.reporting.figures.canvas import (
     require_columns,
     require_one,
 )
-from excise.reporting.report import at_most
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,9 +16,9 @@ import polars
 
 from excise.conditions import CROSS_CONTEXT, PROMPT_SPECIFIC, RANDOM, WITHIN_CONTEXT
 from excise.errors import ExciseError
+from excise.evaluation.table import at_most
 from excise.evaluation.thresholds import COLLAPSED_SPREAD, INLIER_TOLERANCE
 from excise.reporting.figures.canvas import WIDTH, blank_figure, drawing, few_names_line, require_columns, require_one
-from excise.reporting.report import at_most
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

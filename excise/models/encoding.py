@@ -20,7 +20,7 @@ import polars as pl
 
 from excise.errors import ExciseError
 from excise.models.loading import LoadedModel
-from excise.outcomes.answers import open_thoughts
+from excise.models.thoughts import open_thoughts
 
 PINNED = datetime(2024, 7, 26)
 PINNED_DATE = PINNED.strftime("%d %b %Y")
