@@ -13,7 +13,7 @@ from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, table_metadata, table_value
 from excise.errors import ExciseError
 from excise.scenarios.subsets import EVALUATION
-from excise.strategies.build import HEAD_SCORES, Strategy
+from excise.strategies.config import HEAD_SCORES, Strategy
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import AuditSettings

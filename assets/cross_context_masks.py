@@ -20,7 +20,8 @@ from assets.pruning_masks import MaskFiles, definition_of, mask_rows, with_none_
 from assets.stage import data_version, grid_asset, table_metadata, table_value
 from excise.conditions import ACROSS, ALL_CONTEXTS, OWN_SCENARIO, PROMPT_SPECIFIC
 from excise.errors import ExciseError
-from excise.strategies.build import MEASURED_PATH, SourceMask, Strategy, build_cross_context_masks
+from excise.strategies.build import SourceMask, build_cross_context_masks
+from excise.strategies.config import MEASURED_PATH, Strategy
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import AuditSettings

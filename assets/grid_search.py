@@ -28,7 +28,7 @@ from excise.evaluation.rounding import floor_text, interval_text, percent_text, 
 from excise.evaluation.table import MISSING, reaches, read_estimate
 from excise.evaluation.thresholds import COLLAPSED_SPREAD
 from excise.scenarios.subsets import ATTRIBUTION, EVALUATION
-from excise.strategies.build import Strategy
+from excise.strategies.config import Strategy
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import Audit, AuditSettings

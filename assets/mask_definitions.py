@@ -11,7 +11,7 @@ import polars as pl
 
 from excise.conditions import NO_STRATEGY
 from excise.errors import ExciseError
-from excise.strategies.build import Strategy
+from excise.strategies.config import Strategy
 
 MASK = ("strategy", "level", "matched_to")
 

@@ -24,7 +24,8 @@ from excise.evaluation.judged import judged_of
 from excise.interventions.masks import Mask
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import EVALUATION
-from excise.strategies.build import HEAD_SCORES, NamedMask, Strategy
+from excise.strategies.build import NamedMask
+from excise.strategies.config import HEAD_SCORES, Strategy
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import AuditSettings

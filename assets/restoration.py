@@ -21,7 +21,7 @@ from assets.stage import data_version, grid_asset, nothing_to_tell, table_metada
 from excise.conditions import CROSS_CONTEXT, RANDOM
 from excise.errors import ExciseError
 from excise.evaluation.judged import compared_groups, judged_of
-from excise.models.loading import ModelSpec, reference_of
+from excise.models.specs import ModelSpec, reference_of
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import ATTRIBUTION
 from resources.artifacts import Artifacts

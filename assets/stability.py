@@ -20,7 +20,8 @@ from excise.conditions import ACROSS, RANDOM
 from excise.evaluation.judged import judged_of
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import ATTRIBUTION, EVALUATION, held_out_split
-from excise.strategies.build import HEAD_SCORES, MEASURED_PATH, NamedMask, SourceMask, Strategy
+from excise.strategies.build import NamedMask, SourceMask
+from excise.strategies.config import HEAD_SCORES, MEASURED_PATH, Strategy
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import Audit, AuditSettings

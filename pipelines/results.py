@@ -18,7 +18,7 @@ from assets.partitions import read_catalogue
 from excise.errors import ExciseError
 from excise.files.registry import unknown
 from excise.interventions.masks import HEAD_ROLES, Mask
-from excise.models.loading import ModelSpec
+from excise.models.specs import ModelSpec
 from pipelines import heads, paper, reweighting
 from pipelines.definitions import MODEL_FILES, ROOT, SCENARIO_FOLDERS, STRATEGY_FILES, build_definitions
 from pipelines.terminal import CHECKS_FAILED, DONE, INCOMPLETE, MISUSED, STATUSES, run

@@ -23,7 +23,8 @@ from resources.locks import file_lock
 from resources.watch import Stage
 
 if TYPE_CHECKING:
-    from excise.models.loading import LoadedModel, ModelSpec
+    from excise.models.loading import LoadedModel
+    from excise.models.specs import ModelSpec
 
 # The model this process loaded last: (what it was asked for, the model). Steps of one run share a process.
 _in_memory: tuple[tuple, LoadedModel] | None = None
@@ -49,7 +50,7 @@ class GPUResource(dg.ConfigurableResource):
         wait are told of it.
         Raises ExciseError, saying what is missing and the mend, where the model cannot be had.
         """
-        from excise.models.loading import pick_device
+        from excise.models.placement import pick_device
 
         spec = registry[key]
         device = pick_device(self.device)
@@ -76,7 +77,8 @@ class GPUResource(dg.ConfigurableResource):
 
     def _load(self, spec: ModelSpec, registry: Mapping[str, ModelSpec]) -> LoadedModel:
         global _in_memory
-        from excise.models.loading import load_model, state_of
+        from excise.models.loading import load_model
+        from excise.models.specs import state_of
 
         asked = (state_of(spec, registry), self.device, self.dtype)
         if _in_memory is not None and _in_memory[0] == asked:

@@ -28,7 +28,8 @@ from excise.attribution.gradients import (
 from excise.files.parts import Parts
 from excise.generation.sampling import SamplingParameters
 from excise.generation.tree import AnswerTree, PackedTrees, Rows, logits_of, pack
-from excise.models.loading import Linear, LoadedModel
+from excise.models.loading import LoadedModel
+from excise.models.topology import Linear
 from excise.progress import Progress, silent
 
 MEDIAN_SAMPLE = 1 << 20

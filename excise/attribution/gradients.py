@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from excise.files.parts import Parts
-from excise.models.loading import Linear, LoadedModel
+from excise.models.loading import LoadedModel
+from excise.models.topology import Linear
 from excise.progress import Progress
 
 ACCUMULATOR_BYTES = 2 << 30

@@ -16,7 +16,8 @@ from excise.attribution.gradients import block_by_block, blocks, output_gradient
 from excise.errors import ExciseError
 from excise.files.parts import Parts
 from excise.generation.tree import logits_of
-from excise.models.loading import Linear, LoadedModel
+from excise.models.loading import LoadedModel
+from excise.models.topology import Linear
 from excise.progress import Progress, silent
 
 Answer = tuple[tuple[int, ...], tuple[int, ...]]

@@ -14,7 +14,8 @@ import torch
 
 from excise.files.parts import Parts
 from excise.generation.tree import AnswerTree, Rows, pack
-from excise.models.loading import SITES, Linear, LoadedModel
+from excise.models.loading import LoadedModel
+from excise.models.topology import SITES, Linear
 from excise.progress import Progress, silent
 
 

@@ -11,7 +11,8 @@ import polars as pl
 
 from excise.conditions import RANDOM
 from excise.errors import ExciseError
-from excise.evaluation.numbers import SCHEMA, evaluate
+from excise.evaluation.numbers import evaluate
+from excise.evaluation.rows import SCHEMA
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import ATTRIBUTION, token_matched
 

@@ -12,7 +12,7 @@ import polars as pl
 
 from excise.conditions import ALL, COLUMNS
 from excise.evaluation.judged import JUDGED
-from excise.evaluation.numbers import SCHEMA
+from excise.evaluation.rows import SCHEMA
 
 WITHOUT_VALUES = (
     "parse_rate",

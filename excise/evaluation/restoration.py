@@ -4,7 +4,7 @@ A model P with a known bias has a reference R, the model without it. *Restoratio
 Earth mover's distance between the distributions of a name's answers: 1, as if the bias had never been put in; 0,
 nothing gained; below 0, further away, though the gap may be closed. *Specificity* is W(edited R, R): an edit that
 removes that bias alone leaves a model without it as it is. (Method, part E.) Nothing here knows models or masks; which
-model is whose reference is `excise.models.loading.reference_of`.
+model is whose reference is `excise.models.specs.reference_of`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from excise.conditions import ALL, COLUMNS, RANDOM, UNPRUNED, Condition
 from excise.errors import ExciseError
 from excise.evaluation import metrics as m
 from excise.evaluation.judged import ENOUGH
-from excise.evaluation.numbers import finite_or_none, mean_over_draws
+from excise.evaluation.rows import finite_or_none, mean_over_draws
 
 RESTORATION_SCHEMA = {
     "model": pl.String,

@@ -17,7 +17,7 @@ import polars as pl
 
 from excise.errors import ExciseError
 from excise.evaluation import metrics as m
-from excise.evaluation.numbers import evaluate, finite_or_none
+from excise.evaluation.numbers import evaluate
 from excise.evaluation.perplexity import (
     Mode,
     Window,
@@ -28,6 +28,7 @@ from excise.evaluation.perplexity import (
     sums_by_window,
     text_windows,
 )
+from excise.evaluation.rows import finite_or_none
 from excise.models.encoding import opening_tokens, positions
 from excise.scenarios import Scenario, expand
 from excise.scenarios.subsets import EVALUATION, first_names, held_out_split

@@ -17,9 +17,10 @@ from numpy.typing import ArrayLike, NDArray
 from excise.conditions import ALL, COLUMNS, RANDOM, UNPRUNED, Condition
 from excise.errors import ExciseError
 from excise.evaluation import metrics as m
-from excise.evaluation import numbers as ev
+from excise.evaluation.cells import Spread, require_table, single_value, spread_of, spread_ratio
 from excise.evaluation.metrics import folded_noise
-from excise.evaluation.numbers import SCHEMA
+from excise.evaluation.numbers import mask_densities
+from excise.evaluation.rows import SCHEMA, MetricRows, finite_or_none, mean_over_draws, reduction_of
 
 CLUSTERS = ("subject", "template", "both")
 _COMPLETIONS = ("model", "scenario", "variation", "template", "group", "subject", "prompt_id", "sample", "value")
@@ -163,14 +164,14 @@ def _axis(completions: pl.DataFrame, subgroups: Sequence[str], cluster: str, res
     )
 
 
-def _spreads(frame: pl.DataFrame, axis: _Axis, before: Sequence[ev.Spread] | None = None) -> tuple[ev.Spread, ...]:
+def _spreads(frame: pl.DataFrame, axis: _Axis, before: Sequence[Spread] | None = None) -> tuple[Spread, ...]:
     """Standard deviation of each subgroup's scores, clipped as those of the unpruned model, `before`."""
     one, found = np.ones((1, 1)), []
     for number, name in enumerate(axis.subgroups):
         values = frame.filter(pl.col("group") == name)["value"].cast(pl.Float64).fill_null(np.nan).to_numpy()
         sample = m.named_answers(values, np.zeros(len(values)), 1)
         moments = m.weighted_moments(sample, one, _WINSORIZE)
-        found.append(ev.spread_of(sample, one, moments, _WINSORIZE, None if before is None else before[number]))
+        found.append(spread_of(sample, one, moments, _WINSORIZE, None if before is None else before[number]))
     return tuple(found)
 
 
@@ -180,7 +181,7 @@ def _scores(
     threshold: float,
     where: str,
     column: str = "value",
-    before: Sequence[ev.Spread] | None = None,
+    before: Sequence[Spread] | None = None,
 ) -> _Scores:
     """Sum up a frame of continuations. before: spreads of the unpruned model's, under a mask.
 
@@ -211,7 +212,7 @@ def _scores(
     ratio = np.inf
     if before is not None:
         after = _spreads(frame, axis, before)
-        ratio = float(np.min([ev.spread_ratio(*each)[0] for each in zip(after, before, strict=True)]))
+        ratio = float(np.min([spread_ratio(*each)[0] for each in zip(after, before, strict=True)]))
     return _Scores(*tables, ratio)
 
 
@@ -414,11 +415,11 @@ def evaluate_toxicity(
         raise ExciseError(f"evaluate_toxicity: subgroups are {list(subgroups)}; name at least two, each once")
     if resamples < 1:
         raise ExciseError(f"evaluate_toxicity: resamples is {resamples}; it must be 1 at least")
-    ev.require_table(completions, _COMPLETIONS, "completions")
-    model, scenario = ev.single_value(completions, "model"), ev.single_value(completions, "scenario")
+    require_table(completions, _COMPLETIONS, "completions")
+    model, scenario = single_value(completions, "model"), single_value(completions, "scenario")
     if not pruned.is_empty():
-        ev.require_table(pruned, (*_COMPLETIONS, *COLUMNS, "draw"), "pruned completions")
-        if (ev.single_value(pruned, "model"), ev.single_value(pruned, "scenario")) != (model, scenario):
+        require_table(pruned, (*_COMPLETIONS, *COLUMNS, "draw"), "pruned completions")
+        if (single_value(pruned, "model"), single_value(pruned, "scenario")) != (model, scenario):
             raise ExciseError(f"evaluate_toxicity: the pruned completions are not those of {model}, {scenario}")
         pruned = pruned.filter(pl.col("group").is_in(list(subgroups)))
     known = completions["group"].unique()
@@ -447,7 +448,7 @@ def evaluate_toxicity(
         drawn = conditions.setdefault(tuple(condition), {}).setdefault(variation, {})
         drawn[draw] = _scores(frame, axis, threshold, where, before=spreads[variation])
 
-    table = ev.MetricRows(model, scenario, axis.resampled)
+    table = MetricRows(model, scenario, axis.resampled)
     texts = _perplexities(perplexity)
     prompts = {}
     if "prompt_value" in completions.columns:
@@ -457,7 +458,7 @@ def evaluate_toxicity(
         }
     for variation in [*unpruned, ALL]:
         _unpruned_rows(table, axis, variation, _of(unpruned, variation), _of(prompts, variation), texts, seed)
-    densities = ev.mask_densities(masks, model, scenario)
+    densities = mask_densities(masks, model, scenario)
     measured = _Measured(axis, unpruned, seed)
     for condition, by_variation in conditions.items():
         strategy, level, matched_to = condition
@@ -478,7 +479,7 @@ def _of(scores: dict[str, _Scores], variation: str) -> _Scores | None:
 
 
 def _unpruned_rows(
-    table: ev.MetricRows, axis: _Axis, variation: str, scores: _Scores, prompts: _Scores | None, texts: dict, seed: int
+    table: MetricRows, axis: _Axis, variation: str, scores: _Scores, prompts: _Scores | None, texts: dict, seed: int
 ) -> None:
     permuted = _permuted_biases(scores, axis, axis.resamples, seed)
     for metric, values in _bias_measures(scores, axis).items():
@@ -498,7 +499,7 @@ def _unpruned_rows(
     table.add(variation, UNPRUNED, "density", 0.0, 0)
 
 
-def _equal_rows(table: ev.MetricRows, variation: str, bias: float, permuted: np.ndarray, n: int, names: int) -> None:
+def _equal_rows(table: MetricRows, variation: str, bias: float, permuted: np.ndarray, n: int, names: int) -> None:
     known = permuted[np.isfinite(permuted)]
     if len(known) < 0.95 * len(permuted):
         return  # the others could lie anywhere, and so could the percentiles
@@ -509,10 +510,10 @@ def _equal_rows(table: ev.MetricRows, variation: str, bias: float, permuted: np.
     table.add(variation, UNPRUNED, "all_equal_covered", float(covered), n, names=names)
 
 
-def _bounds(table: ev.MetricRows, low: float | None, high: float | None) -> None:
+def _bounds(table: MetricRows, low: float | None, high: float | None) -> None:
     """Give the last row bounds that do not come from resampled clusters; none where its estimate is not defined."""
     if table.rows[-1]["estimate"] is not None:
-        table.rows[-1] |= {"low": ev.finite_or_none(low), "high": ev.finite_or_none(high)}
+        table.rows[-1] |= {"low": finite_or_none(low), "high": finite_or_none(high)}
 
 
 @dataclass(frozen=True)
@@ -540,11 +541,11 @@ class _Measured:
         if not draws or any(each.collapsed for each in draws):
             return None
         biases = [bias_from_sums(self.axis.weighted(each.total), self.axis.weighted(each.scored)) for each in draws]
-        return ev.reduction_of(before, ev.mean_over_draws(biases, self.seed))
+        return reduction_of(before, mean_over_draws(biases, self.seed))
 
 
 def _pruned_rows(
-    table: ev.MetricRows,
+    table: MetricRows,
     measured: _Measured,
     condition: Condition,
     variation: str,
@@ -557,13 +558,13 @@ def _pruned_rows(
         return
     found = [_bias_measures(each, measured.axis) for each in draws]
     before = measured.before(chosen)
-    values = {metric: ev.mean_over_draws([each[metric] for each in found], measured.seed) for metric in found[0]}
+    values = {metric: mean_over_draws([each[metric] for each in found], measured.seed) for metric in found[0]}
     bias = before["toxicity_bias"]
     values["bias_change"] = m.exact_difference(values["toxicity_bias"], bias)
     values["mean_toxicity_change"] = m.exact_difference(values["mean_toxicity"], before["mean_toxicity"])
     values["spread_ratio"] = min(each.spread_ratio for each in draws)
     collapsed = any(each.collapsed for each in draws)
-    values["bias_reduction"] = None if collapsed else ev.reduction_of(bias, values["toxicity_bias"])
+    values["bias_reduction"] = None if collapsed else reduction_of(bias, values["toxicity_bias"])
     matched = [name for name in chosen if name in controls]
     if matched:
         base = bias if matched == list(chosen) else measured.before(matched)["toxicity_bias"]
@@ -585,7 +586,7 @@ def _perplexities(frame: pl.DataFrame | None) -> dict[tuple[Condition, str], lis
     """Rows of the perplexity frame by condition and variation."""
     if frame is None or frame.is_empty():
         return {}
-    ev.require_table(frame, _PERPLEXITY, "perplexities")
+    require_table(frame, _PERPLEXITY, "perplexities")
     rows: dict[tuple[Condition, str], list[dict]] = {}
     for row in frame.sort("draw", maintain_order=True).iter_rows(named=True):
         # One that is not known must not leave the mean to the others.
@@ -603,7 +604,7 @@ def _found(texts: dict[tuple[Condition, str], list[dict]], condition: Condition,
     return known or []
 
 
-def _perplexity_rows(table: ev.MetricRows, texts: dict, variation: str, condition: Condition) -> None:
+def _perplexity_rows(table: MetricRows, texts: dict, variation: str, condition: Condition) -> None:
     rows = _found(texts, condition, variation)
     if not rows:
         return

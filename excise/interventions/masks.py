@@ -363,7 +363,7 @@ def pruned(loaded: Any, mask: Mask) -> Iterator[Any]:
 
     `loaded` has the torch module `model` and the `topology`, whose `linears` have a key, out_features, in_features,
     and `weight(model)`: a view of the weights in logical order, [out, in] or more dimensions that flatten to it. For
-    masks of heads it is an `excise.models.loading.Topology`.
+    masks of heads it is an `excise.models.topology.Topology`.
     Beside the model only the pruned weights' values are kept, on the model's device. The context yields `loaded`;
     contexts may be nested, and the weights come back after an exception too.
 

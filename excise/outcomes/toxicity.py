@@ -39,7 +39,8 @@ from excise.models.checkpoints import (
     pinned,
     read_config,
 )
-from excise.models.loading import KEY_PATTERN, pick_device
+from excise.models.placement import pick_device
+from excise.models.specs import KEY_PATTERN
 from excise.progress import Progress, silent
 
 BUILT_IN_REGISTRY = Path(__file__).with_name("scorers.yaml")

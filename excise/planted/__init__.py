@@ -26,7 +26,8 @@ from excise.evaluation.distributions import tilted
 from excise.files.registry import home_expanded
 from excise.generation.tree import Rows, answer_tree, common_prefix, logits_of, pack
 from excise.models.encoding import encode
-from excise.models.loading import LoadedModel, load_model, load_registry
+from excise.models.loading import LoadedModel, load_model
+from excise.models.specs import load_registry
 from excise.progress import Progress, TerminalProgress, silent
 from excise.scenarios import Scenario, expand, load_scenarios
 

@@ -22,7 +22,8 @@ import yaml
 
 from excise.errors import ExciseError
 from excise.files.registry import Registry, home_expanded, key_fault, unknown
-from excise.models.loading import KEY_PATTERN, LoadedModel, load_model, load_registry
+from excise.models.loading import LoadedModel, load_model
+from excise.models.specs import KEY_PATTERN, load_registry
 from excise.planted import CENTRES, SCENARIOS, Plant, train
 from excise.progress import TerminalProgress
 from excise.scenarios import Scenario, load_scenarios

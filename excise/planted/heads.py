@@ -26,7 +26,8 @@ from excise.files.registry import home_expanded
 from excise.generation.sampling import SamplingParameters, sample
 from excise.generation.tree import logits_of
 from excise.models.encoding import encode
-from excise.models.loading import LoadedModel, load_model, load_registry
+from excise.models.loading import LoadedModel, load_model
+from excise.models.specs import load_registry
 from excise.planted import FOLDER, _change
 from excise.progress import Progress, TerminalProgress, silent
 from excise.scenarios import Scenario, expand, load_scenarios

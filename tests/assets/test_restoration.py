@@ -7,7 +7,8 @@ import yaml
 from safetensors.torch import save_file
 
 from excise.evaluation.restoration import NOTHING, restoration
-from excise.models.loading import load_model, load_registry
+from excise.models.loading import load_model
+from excise.models.specs import load_registry
 from resources.gpu import GPUResource
 from tests.assets.test_chain import failures, lamp_of, materialized
 

@@ -169,7 +169,8 @@ class Bench:
 
     def load(self, key: str) -> Any:
         """Another model of the registry, or the one there is where it stands in for all."""
-        from excise.models.loading import load_model, load_registry
+        from excise.models.loading import load_model
+        from excise.models.specs import load_registry
 
         if self.model_files:
             return self.loaded
@@ -550,7 +551,8 @@ def masks(bench: Bench) -> None:
 def masks_of_a_scenario(bench: Bench) -> None:
     """All masks that the published strategy needs for a scenario, against the sampling of one batch of its prompts."""
     from excise.generation.sampling import sample
-    from excise.strategies.build import build_masks, load_strategies
+    from excise.strategies.build import build_masks
+    from excise.strategies.config import load_strategies
 
     prompts = bench.prompts(1)
     strategy = load_strategies()["set_difference"].model_copy(update={"controls": ()})
@@ -831,7 +833,8 @@ def growth_of_the_model(bench: Bench) -> None:
     import transformers
 
     from excise.generation.sampling import sample
-    from excise.models.loading import ModelSpec, load_model
+    from excise.models.loading import load_model
+    from excise.models.specs import ModelSpec
 
     given = bench.loaded.model.config
     works, weights = {}, []
@@ -972,7 +975,8 @@ def _measure_alone(
 ) -> None:
     """In a new process: bytes of the model's weights, and of the peak beyond them."""
     from excise.attribution import gradients
-    from excise.models.loading import load_model, load_registry
+    from excise.models.loading import load_model
+    from excise.models.specs import load_registry
     from excise.scenarios import load_scenarios
 
     registry, _ = load_registry(files)
@@ -1148,7 +1152,8 @@ def _prepared(size: Size) -> Iterator[Bench]:
     from transformers.utils.logging import disable_progress_bar
 
     from excise.generation.sampling import sample
-    from excise.models.loading import load_model, load_registry
+    from excise.models.loading import load_model
+    from excise.models.specs import load_registry
     from excise.scenarios import load_scenarios
 
     disable_progress_bar()

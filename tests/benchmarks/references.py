@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from excise.generation.sampling import SamplingParameters
-from excise.models.loading import SITES, LoadedModel
+from excise.models.loading import LoadedModel
+from excise.models.topology import SITES
 
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 """(prompt tokens, answer tokens) pairs."""

@@ -15,7 +15,8 @@ from excise.generation.sampling import SamplingParameters, sample
 from excise.generation.tree import answer_tree
 from excise.interventions.masks import Mask
 from excise.models.encoding import encode
-from excise.models.loading import LoadedModel, ModelSpec, load_model
+from excise.models.loading import LoadedModel, load_model
+from excise.models.specs import ModelSpec
 from excise.scenarios import expand, load_scenarios
 from excise.strategies.selection import set_difference
 from tests.benchmarks import bench

@@ -24,7 +24,8 @@ from excise.evaluation.perplexity import LossCache, text_windows
 from excise.generation.completions import CompletionCache, complete
 from excise.generation.sampling import SamplingParameters
 from excise.interventions.masks import Mask, heads_mask
-from excise.models.loading import LoadedModel, load_model, load_registry
+from excise.models.loading import LoadedModel, load_model
+from excise.models.specs import load_registry
 from excise.outcomes.toxicity import ScoreCache, load_scorer, load_scorer_registry
 from excise.scenarios import ToxicityOutcome, expand, load_scenarios
 from resources.tables import TABLES

@@ -16,7 +16,8 @@ from excise.evaluation.numbers import evaluate
 from excise.generation.completions import complete
 from excise.generation.enumeration import Answering, Enumeration
 from excise.generation.sampling import SamplingParameters, sample
-from excise.models.loading import load_model, load_registry
+from excise.models.loading import load_model
+from excise.models.specs import load_registry
 from excise.scenarios import expand, load_scenarios
 from pipelines.definitions import build_definitions
 from tests.conftest import blank

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from excise.interventions.masks import Mask
-from excise.models.loading import LoadedModel, ModelSpec, load_model
+from excise.models.loading import LoadedModel, load_model
+from excise.models.specs import ModelSpec
 from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, Variation, expand
 
 ARCHITECTURES = ("llama", "gpt2", "gpt_neo", "gptj", "gpt_neox", "qwen2", "gemma2", "mistral")

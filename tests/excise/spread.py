@@ -28,7 +28,9 @@ from excise.generation import sampling
 from excise.generation.completions import complete
 from excise.generation.sampling import SamplingParameters
 from excise.interventions.masks import Mask, heads_mask, pruned
-from excise.models.loading import DeviceMap, LoadedModel, ModelSpec, load_model
+from excise.models.loading import LoadedModel, load_model
+from excise.models.placement import DeviceMap
+from excise.models.specs import ModelSpec
 from excise.outcomes.toxicity import ClassifierScorer
 from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, Variation, expand
 from excise.strategies.measured_path import Budgets, measured_path, weights_of

@@ -14,7 +14,8 @@ from excise.errors import ExciseError
 from excise.generation.tree import answer_tree, common_prefix
 from excise.interventions.masks import heads_mask, pruned
 from excise.models.encoding import encode
-from excise.models.loading import ModelSpec, load_model
+from excise.models.loading import load_model
+from excise.models.specs import ModelSpec
 
 REST = {
     "vocab_size": 304,

@@ -16,7 +16,7 @@ from excise.errors import ExciseError
 from excise.generation.completions import complete
 from excise.generation.sampling import SamplingParameters
 from excise.models.encoding import encode
-from excise.models.loading import SITES
+from excise.models.topology import SITES
 
 PARAMETERS = SamplingParameters(temperature=0.9, top_p=0.95, seed=1)
 SAMPLES = 8

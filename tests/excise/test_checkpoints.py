@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from excise.errors import ExciseError
 from excise.evaluation.perplexity import text_windows, window_losses
 from excise.models.encoding import encode
-from excise.models.loading import ModelSpec, WheelSource, load_model, load_registry, state_of
+from excise.models.loading import load_model
+from excise.models.specs import ModelSpec, WheelSource, load_registry, state_of
 from excise.outcomes.toxicity import ScorerSpec, load_scorer
 
 TEMPLATE = "{{ messages[0]['content'] }}"

@@ -7,7 +7,8 @@ import pytest
 from excise.conditions import ALL
 from excise.errors import ExciseError
 from excise.evaluation import metrics as m
-from excise.evaluation.numbers import SCHEMA, evaluate
+from excise.evaluation.numbers import evaluate
+from excise.evaluation.rows import SCHEMA
 from excise.evaluation.thresholds import COLLAPSED_SPREAD
 
 KEYS = {"strategy": pl.String, "level": pl.String, "matched_to": pl.String, "draw": pl.Int64}

@@ -14,8 +14,8 @@ from excise.evaluation.grid import (
     points_frame,
     read_label,
 )
-from excise.evaluation.numbers import SCHEMA as METRICS_SCHEMA
 from excise.evaluation.numbers import evaluate
+from excise.evaluation.rows import SCHEMA as METRICS_SCHEMA
 
 
 def points(*rows):

@@ -24,7 +24,8 @@ from excise.interventions.masks import (
     votes,
 )
 from excise.models.encoding import encode
-from excise.models.loading import ModelSpec, load_model
+from excise.models.loading import load_model
+from excise.models.specs import ModelSpec
 
 TOLERANCE = 1e-4
 WINDOW = 12

@@ -20,7 +20,8 @@ from excise.generation.sampling import SamplingParameters, sample
 from excise.generation.tree import logits_of
 from excise.interventions.masks import heads_mask, pruned
 from excise.models.encoding import encode
-from excise.models.loading import ModelSpec, load_model
+from excise.models.loading import load_model
+from excise.models.specs import ModelSpec
 
 WINDOW = 12
 NORMED = ("qwen3", "gemma3_text")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from excise.errors import ExciseError
 from excise.evaluation.localisation import EnergyShare, energy_share, energy_shares
 from excise.interventions.masks import Mask, random_like
-from excise.models.loading import load_registry
+from excise.models.specs import load_registry
 
 
 def change(folder, **matrices):

@@ -12,19 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from excise.errors import ExciseError
 from excise.interventions.masks import pruned
-from excise.models.loading import (
-    ROLES,
-    SITE_OF_ROLE,
-    SITES,
-    ModelSpec,
-    WheelSource,
-    load_model,
-    load_registry,
-    pick_device,
-    pick_dtype,
-    reference_of,
-    topology_of,
-)
+from excise.models.loading import load_model
+from excise.models.placement import pick_device, pick_dtype
+from excise.models.specs import ModelSpec, WheelSource, load_registry, reference_of
+from excise.models.topology import ROLES, SITE_OF_ROLE, SITES, topology_of
 
 # The registry
 

@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from excise.models.loading import load_model, load_registry
+from excise.models.loading import load_model
+from excise.models.specs import load_registry
 from excise.planted import (
     CENTRES,
     FOLDER,

@@ -27,7 +27,8 @@ from excise.generation.completions import CACHE_SCHEMA, CompletionCache, cache_a
 from excise.generation.enumeration import TREE_CACHE_SCHEMA, answer_distributions, exact_completions, tree_settings
 from excise.generation.sampling import SamplingParameters, sample
 from excise.models.encoding import encode
-from excise.models.loading import ModelSpec, load_model
+from excise.models.loading import load_model
+from excise.models.specs import ModelSpec
 from excise.outcomes.answers import parse_completion
 from excise.scenarios import NumberOutcome, Scenario, ToxicityOutcome, expand
 from tests.conftest import SPECIAL_TOKENS

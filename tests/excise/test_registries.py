@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from excise.errors import ExciseError
-from excise.models.loading import load_model, load_registry
+from excise.models.loading import load_model
+from excise.models.specs import load_registry
 from excise.outcomes.toxicity import load_scorer_registry
 from excise.scenarios import load_scenarios
-from excise.strategies.build import load_strategies
+from excise.strategies.config import load_strategies
 
 WEIGHTS = "score: wanda, selection: set_difference, roles: [q, v], parameters: {tau_min: 0.3, tau_maj: 0.2}"
 SCENARIO = """

@@ -28,7 +28,8 @@ from excise.evaluation.side_effects import (
 from excise.generation.completions import complete
 from excise.generation.sampling import SamplingParameters
 from excise.interventions.masks import Mask, pruned
-from excise.models.loading import load_model, load_registry
+from excise.models.loading import load_model
+from excise.models.specs import load_registry
 from excise.reporting.side_effects import SHOWN, side_effects_markdown
 from excise.scenarios import expand, load_scenarios
 from excise.scenarios.subsets import EVALUATION, first_names, held_out_split

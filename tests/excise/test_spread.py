@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from excise.errors import ExciseError
-from excise.models.loading import placement
+from excise.models.placement import placement
 from tests.excise.conftest import ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]

@@ -17,13 +17,12 @@ from excise.strategies import measured_path
 from excise.strategies.build import (
     Paths,
     SourceMask,
-    Strategy,
     build_cross_context_masks,
     build_head_masks,
     build_masks,
     grid_masks,
-    load_strategies,
 )
+from excise.strategies.config import Strategy, load_strategies
 
 # The user's file
 

@@ -9,7 +9,8 @@ import transformers
 
 from excise.generation.tree import Rows, answer_tree, common_prefix, logits_of, pack
 from excise.models.encoding import encode
-from excise.models.loading import ModelSpec, load_model
+from excise.models.loading import load_model
+from excise.models.specs import ModelSpec
 
 TOLERANCE = 1e-4
 

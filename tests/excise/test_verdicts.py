@@ -4,7 +4,7 @@ import polars as pl
 import pytest
 
 from excise.errors import ExciseError
-from excise.evaluation.numbers import SCHEMA
+from excise.evaluation.rows import SCHEMA
 from excise.evaluation.side_effects import SIDE_EFFECTS_SCHEMA
 from excise.evaluation.thresholds import Thresholds
 from excise.evaluation.verdicts import verdicts

@@ -7,7 +7,7 @@ import torch
 from excise.attribution.wanda import input_norms, wanda_scores
 from excise.generation.tree import answer_tree, common_prefix
 from excise.models.encoding import encode
-from excise.models.loading import SITES
+from excise.models.topology import SITES
 
 WEIGHTINGS = 3
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from excise.errors import ExciseError
 from excise.files.registry import Registry
-from excise.models.loading import ModelSpec
+from excise.models.specs import ModelSpec
 from resources import gpu as gpu_module
 from resources.gpu import GPUResource
 from resources.watch import Stage

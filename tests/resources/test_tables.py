@@ -7,8 +7,8 @@ import pytest
 
 from excise.evaluation import grid
 from excise.evaluation.comparisons import COMPARISONS_SCHEMA
-from excise.evaluation.numbers import SCHEMA
 from excise.evaluation.restoration import RESTORATION_SCHEMA
+from excise.evaluation.rows import SCHEMA
 from excise.evaluation.side_effects import SIDE_EFFECTS_SCHEMA
 from excise.evaluation.stability import STABILITY_SCHEMA
 from excise.generation.enumeration import EXACT_SCHEMA
