@@ -101,12 +101,13 @@ class Step:
 
 @dataclass(frozen=True)
 class MeasuredPath:
-    """The mask, or None and the reason; the places that were measured, the unedited model's first; and the file, if it
-    is kept in one."""
+    """The mask, or None and the reason; the places that were measured, the unedited model's first; the step that was
+    taken; and the file, if it is kept in one."""
 
     mask: Mask | None
     reason: str
     steps: tuple[Step, ...]
+    taken: int | None = None
     file: Path | None = None
 
 
@@ -207,7 +208,8 @@ def measured_path(
     path = (first, *walk.steps(asked, budgets))
     if chosen is None:
         return MeasuredPath(None, NO_MASK, path)
-    return MeasuredPath(units.mask(walk.noted[chosen][2]), "", path)
+    step, _, active = walk.noted[chosen]
+    return MeasuredPath(units.mask(active), "", path, step)
 
 
 def kept_path(
@@ -238,7 +240,9 @@ def kept_path(
     }
     if found.mask is not None:
         tensors |= {f"mask/{key}": np.flatnonzero(found.mask.array(key)) for key in found.mask.shapes}
-    metadata = {"reason": found.reason, "places": json.dumps([each.place for each in asked])}
+    metadata = {
+        "reason": found.reason, "taken": json.dumps(found.taken), "places": json.dumps([each.place for each in asked]),
+    }  # fmt: skip
     save_tensors(path, tensors, metadata)
     parts.clear()
     return replace(found, file=path)
@@ -260,7 +264,7 @@ def _read(path: Path, units: Units) -> MeasuredPath:
         array = np.zeros(math.prod(shape), dtype=bool)
         array[tensors[f"mask/{key}"]] = True
         arrays[key] = array.reshape(shape)
-    return MeasuredPath(Mask.from_arrays(arrays), "", steps)
+    return MeasuredPath(Mask.from_arrays(arrays), "", steps, json.loads(metadata["taken"]))
 
 
 def _address(
