@@ -48,8 +48,6 @@ FISHER_ROWS = 4
 ENOUGH = 0.95
 """A path ends where so much of the gap is closed and at most `NEAR` of the divergence from the targets is left."""
 NEAR = 0.1
-LOST = 0.05
-"""Share of the listed answers that a place may lose. Beyond it, what is left does not tell what the model says."""
 MARGIN = 0.75
 """Share of a damage budget that the path's own names may use up: names it has not seen answer a little worse."""
 NO_GAP = "no gap can be told on the names that masks are made of"
@@ -60,11 +58,13 @@ NO_MASK = "no mask closes the gap within the damage budgets"
 class Budgets:
     """The damage that a mask may do to the names it is made of, in any of its variations (`excise.gap_free.Measured`):
     least spread_ratio, largest commonest_rise, largest excess_change, as of the metrics of these names.
-    least_closed: share of the gap, at least, that a mask must close to be one."""
+    lost: share of the listed answers that a place may lose, at most: beyond it, what is left does not tell what the
+    model says. least_closed: share of the gap, at least, that a mask must close to be one."""
 
     spread: float
     commonest: float
     change: float
+    lost: float = 0.05
     least_closed: float = 0.25
 
     def allow(self, now: Measured) -> bool:
@@ -73,7 +73,7 @@ class Budgets:
             1 - now.spread <= MARGIN * (1 - self.spread)
             and now.commonest <= MARGIN * self.commonest
             and now.excess <= MARGIN * self.change
-            and now.outside <= LOST
+            and now.outside <= self.lost
         )
 
 

@@ -78,8 +78,8 @@ _FITS = {
         "set_difference", ("zero_query", "zero_output"), (_FRACTIONS, _COUNTS), {"votes"}, ("global",), CONTROLS,
     ),
     "gap_gradient": (
-        "measured_path", ("zero_weights", "zero_output"), (frozenset({"density"}),), {"significance"}, ("global",),
-        ("random",),
+        "measured_path", ("zero_weights", "zero_output"), (frozenset({"density"}),), {"significance", "lost"},
+        ("global",), ("random",),
     ),
     "head_impacts": (
         "fasp", ("zero_output",), (frozenset({"alpha", "gamma"}),), {"paper_ties"}, ("global",), ("random",),
@@ -706,8 +706,9 @@ def _path_mask(
             )
     else:
         units = weights_of(paths.loaded, strategy.roles, _best_of_all([source.score for source in pool]))
+    budgets = replace(paths.budgets, lost=strategy.parameters.get("lost", paths.budgets.lost))
     found = kept_path(
-        paths.loaded, asked, units, density=strategy.parameters["density"], budgets=paths.budgets, seed=paths.seed,
+        paths.loaded, asked, units, density=strategy.parameters["density"], budgets=budgets, seed=paths.seed,
         folder=paths.folder, progress=paths.progress,
         label=f"{strategy.key} {level.replace('_', '-')} {variation}".rstrip(),
     )  # fmt: skip
