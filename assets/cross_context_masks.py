@@ -49,7 +49,7 @@ def cross_context_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         ],
         checks=[checks.spec("mask_density", NAME, catalogue)],
         uses_model=True,
-        code_version="2",
+        code_version="3",
     )
     def cross_context_masks(
         context: dg.AssetExecutionContext,

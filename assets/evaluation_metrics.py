@@ -50,7 +50,7 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             checks.spec("inlier_ratio", "evaluation_metrics", catalogue),
             checks.spec("within_budgets", "evaluation_metrics", catalogue),
         ],
-        code_version="5",
+        code_version="6",
     )
     def evaluation_metrics(
         context: dg.AssetExecutionContext,

@@ -52,7 +52,7 @@ def grid_search_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         "maps, the front of the points nothing beats, and the point an explicit rule picks.",
         deps=["completions", "attribution_scores"],
         uses_model=True,
-        code_version="2",
+        code_version="3",
     )
     def grid_search(
         context: dg.AssetExecutionContext,

@@ -33,7 +33,6 @@ class PathRows:
 
     def note(self, strategy: str, level: str, variation: str, path: Any) -> None:
         """Keep every measured place of a path, by variation it was measured on."""
-        taken = max((step.step for step in path.steps if _is_taken(path, step)), default=None)
         for step in path.steps:
             for place, now in step.measured.items():
                 self.rows.append(
@@ -41,7 +40,7 @@ class PathRows:
                     | {"strategy": strategy, "level": level, "variation": variation, "step": step.step}
                     | {"pruned": step.pruned, "measured_on": place, "closed": step.closed, "within": step.within}
                     | {name: getattr(now, name) for name in now.FIELDS}
-                    | {"taken": step.step == taken, "reason": path.reason or None}
+                    | {"distance": step.distance, "taken": step.step == path.taken, "reason": path.reason or None}
                     | {"path": self.artifacts.relative(path.file)}
                 )
 
@@ -61,10 +60,6 @@ class PathRows:
             f"{strategy}, {level.replace('_', '-')}{f', {variation}' if variation else ''}: none, as {reason}"
             for (strategy, level, variation), reason in lines.items()
         ]
-
-
-def _is_taken(path: Any, step: Any) -> bool:
-    return path.mask is not None and step.pruned == path.mask.count
 
 
 def paths_of(

@@ -46,7 +46,7 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         deps=["attribution_scores", "head_impacts"],
         checks=[checks.spec("mask_density", "pruning_masks", catalogue)],
         uses_model=True,
-        code_version="2",
+        code_version="3",
     )
     def pruning_masks(
         context: dg.AssetExecutionContext,

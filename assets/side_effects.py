@@ -38,6 +38,7 @@ def side_effects_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         "next-token distributions, perplexity) and to the answers in scenarios that they were not made for.",
         deps=["completions", "pruning_masks", "cross_context_masks", "pruned_completions"],
         uses_model=True,
+        code_version="2",
     )
     def side_effects(
         context: dg.AssetExecutionContext,

@@ -43,6 +43,7 @@ def stability_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         "reduction hangs on the half it was made from. Empty with a single split.",
         deps=[dg.AssetDep("completions", partition_mapping=catalogue.all_scenarios), "evaluation_metrics"],
         uses_model=True,
+        code_version="2",
     )
     def stability(
         context: dg.AssetExecutionContext,

@@ -274,7 +274,7 @@ SMALL_SCENARIO = {
 }
 
 
-LENIENT = "gap_gradient: {parameters: {significance: 1, density: 0.01}}\n"
+LENIENT = "gap_gradient: {parameters: {significance: 1, density: 0.01, lost: 1}}\n"
 """The user's strategies of a house: tiny random models have no gap that could be told."""
 WIDE = {"spread_floor": 0.0, "commonest_budget": 1.0, "change_budget": 100.0}
 """Settings with damage budgets that any mask keeps."""

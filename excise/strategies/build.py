@@ -492,12 +492,13 @@ def _path_mask(
             )
     else:
         units = weights_of(paths.loaded, strategy.roles, _best_of_all([source.score for source in pool]))
+    budgets = replace(paths.budgets, lost=strategy.parameters.get("lost", paths.budgets.lost))
     found = kept_path(
         paths.loaded,
         asked,
         units,
         density=strategy.parameters["density"],
-        budgets=paths.budgets,
+        budgets=budgets,
         seed=paths.seed,
         folder=paths.folder,
         progress=paths.progress,

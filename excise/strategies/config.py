@@ -61,7 +61,7 @@ _FITS = {
         "measured_path",
         ("zero_weights", "zero_output"),
         (frozenset({"density"}),),
-        {"significance"},
+        {"significance", "lost"},
         ("global",),
         (RANDOM,),
     ),

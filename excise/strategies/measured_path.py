@@ -26,8 +26,7 @@ from excise.attribution.gradients import Calls, output_gradients, recorded, weig
 from excise.files.parts import Parts
 from excise.files.tensors import load_with_metadata, save_tensors
 from excise.interventions.masks import Mask, heads_mask, pruned
-from excise.models.loading import LoadedModel
-from excise.models.topology import Linear
+from excise.models.loading import Linear, LoadedModel
 from excise.progress import Progress, silent
 
 VERSION = "2"
@@ -49,8 +48,6 @@ FISHER_ROWS = 4
 ENOUGH = 0.95
 """A path ends where so much of the gap is closed and at most `NEAR` of the divergence from the targets is left."""
 NEAR = 0.1
-LOST = 0.05
-"""Share of the listed answers that a place may lose. Beyond it, what is left does not tell what the model says."""
 MARGIN = 0.75
 """Share of a damage budget that the path's own names may use up: names it has not seen answer a little worse."""
 NO_GAP = "no gap can be told on the names that masks are made of"
@@ -61,11 +58,14 @@ NO_MASK = "no mask closes the gap within the damage budgets"
 class Budgets:
     """The damage that a mask may do to the names it is made of, in any of its variations
     (`excise.attribution.gap_free.Measured`): least spread_ratio, largest commonest_rise, largest excess_change, as of
-    the metrics of these names. least_closed: share of the gap, at least, that a mask must close to be one."""
+    the metrics of these names. lost: share of the listed answers that a place may lose, at most: beyond it, what is
+    left does not tell what the model says. least_closed: share of the gap, at least, that a mask must close to be
+    one."""
 
     spread: float
     commonest: float
     change: float
+    lost: float = 0.05
     least_closed: float = 0.25
 
     def allow(self, now: Measured) -> bool:
@@ -74,7 +74,7 @@ class Budgets:
             1 - now.spread <= MARGIN * (1 - self.spread)
             and now.commonest <= MARGIN * self.commonest
             and now.excess <= MARGIN * self.change
-            and now.outside <= LOST
+            and now.outside <= self.lost
         )
 
 
@@ -102,12 +102,13 @@ class Step:
 
 @dataclass(frozen=True)
 class MeasuredPath:
-    """The mask, or None and the reason; the places that were measured, the unedited model's first; and the file, if it
-    is kept in one."""
+    """The mask, or None and the reason; the places that were measured, the unedited model's first; the step that was
+    taken; and the file, if it is kept in one."""
 
     mask: Mask | None
     reason: str
     steps: tuple[Step, ...]
+    taken: int | None = None
     file: Path | None = None
 
 
@@ -206,7 +207,8 @@ def measured_path(
     path = (first, *walk.steps(asked, budgets))
     if chosen is None:
         return MeasuredPath(None, NO_MASK, path)
-    return MeasuredPath(units.mask(walk.noted[chosen][2]), "", path)
+    step, _, active = walk.noted[chosen]
+    return MeasuredPath(units.mask(active), "", path, step)
 
 
 def kept_path(
@@ -235,7 +237,11 @@ def kept_path(
     }
     if found.mask is not None:
         tensors |= {f"mask/{key}": np.flatnonzero(found.mask.array(key)) for key in found.mask.shapes}
-    metadata = {"reason": found.reason, "places": json.dumps([each.place for each in asked])}
+    metadata = {
+        "reason": found.reason,
+        "taken": json.dumps(found.taken),
+        "places": json.dumps([each.place for each in asked]),
+    }
     save_tensors(path, tensors, metadata)
     parts.clear()
     return replace(found, file=path)
@@ -262,7 +268,7 @@ def _read(path: Path, units: Units) -> MeasuredPath:
         array = np.zeros(math.prod(shape), dtype=bool)
         array[tensors[f"mask/{key}"]] = True
         arrays[key] = array.reshape(shape)
-    return MeasuredPath(Mask.from_arrays(arrays), "", steps)
+    return MeasuredPath(Mask.from_arrays(arrays), "", steps, json.loads(metadata["taken"]))
 
 
 def _address(

