@@ -26,7 +26,8 @@ from excise.attribution.gradients import Calls, output_gradients, recorded, weig
 from excise.files.parts import Parts
 from excise.files.tensors import load_with_metadata, save_tensors
 from excise.interventions.masks import Mask, heads_mask, pruned
-from excise.models.loading import Linear, LoadedModel
+from excise.models.loading import LoadedModel
+from excise.models.topology import Linear
 from excise.progress import Progress, silent
 
 VERSION = "2"
