@@ -305,14 +305,14 @@ def test_new_thresholds_alone_are_merged_into_the_built_in_strategy(tmp_path):
     assert strategies["set_difference"] == before["set_difference"].model_copy(
         update={"parameters": {"tau_min": 0.1, "tau_maj": 0.05}}
     )
-    assert strategies["gap_gradient"].parameters == {"density": 0.0001, "significance": 0.05}
+    assert strategies["gap_gradient"].parameters == {"density": 0.0001, "significance": 0.05, "lost": 0.05}
     assert strategies["attention_heads"].parameters == {"k_min": 40, "k_maj": 5}
     assert strategies["attention_heads"].controls == ("random",)
     assert strategies["attention_heads"].ablation == "zero_query"
     assert strategies["snip"] == before["snip"].model_copy(update={"enabled": True})
     assert strategies["attention_heads_removed"].score == "wanda"  # another score: an entry of its own
     assert strategies["attention_heads_removed"].ablation == "zero_weights"
-    assert strategies["gap_gradient_heads"].parameters == {"density": 0.1}
+    assert strategies["gap_gradient_heads"].parameters == {"density": 0.1, "lost": 0.05}
 
 
 @pytest.mark.trial(36)

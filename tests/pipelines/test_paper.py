@@ -49,7 +49,7 @@ STRATEGIES = {
     "gap_gradient": {
         "score": "gap_gradient",
         "selection": "measured_path",
-        "parameters": {"density": 0.003, "significance": 1},
+        "parameters": {"density": 0.003, "significance": 1, "lost": 1},
         "roles": ["v", "o", "down"],
         "levels": ["prompt_specific", "within_context", "cross_context", "all_contexts"],
     },
@@ -478,7 +478,13 @@ def test_every_level_is_sampled_and_evaluated(town):
     for table in ("masks", "pruned_completions", "metrics"):
         rows = town.warehouse.read(table, scenario="vase", matched_to=None)
         for strategy in ("weights", "heads", "gap_gradient"):
-            expected = usual | ({"all_contexts"} if strategy == "gap_gradient" else set())
+            expected = usual
+            if (
+                strategy == "gap_gradient"
+            ):  # a path of a tiny random model may find no mask for a whole pool, and says so
+                lacking = town.warehouse.read("mask_paths", scenario="vase").drop_nulls("reason")
+                expected = (usual | {"all_contexts"}) - set(lacking.filter(variation="")["level"])
+                assert expected & {"cross_context", "all_contexts"}
             assert set(rows.filter(pl.col("strategy") == strategy)["level"]) == expected, table
     masks = town.warehouse.read("masks", scenario="vase").select("variation", "strategy", "level", "matched_to", "draw")
     pruned = town.warehouse.read("pruned_completions", scenario="vase")
@@ -746,7 +752,7 @@ def test_the_page_of_results_is_made_of_what_the_warehouse_holds(town, monkeypat
     assert results.main(["--render", "--models", "tiny", "--heads", "", "--out", str(out)]) == 0
     page = out.read_text()
     rows = town.warehouse.read("metrics", model="tiny", scenario="purchase", variation="(all)")
-    for strategy, level in (("weights", "prompt_specific"), ("gap_gradient", "all_contexts")):
+    for strategy, level in (("weights", "prompt_specific"), ("gap_gradient", "prompt_specific")):
         place = (pl.col("strategy") == strategy) & (pl.col("level") == level) & pl.col("matched_to").is_null()
         inliers = rows.filter(place & (pl.col("metric") == "inlier_ratio"))["estimate"].item()
         (line,) = [
