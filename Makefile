@@ -27,7 +27,7 @@ export TOKENIZERS_PARALLELISM := false
 
 help:
 	@echo "make install  create .venv with everything in it (PYTHON=python3.11)"
-	@echo "make demo     audit and prune the planted model in the purchase scenario, in a few minutes"
+	@echo "make demo     audit and prune the planted model in the purchase scenario, in about ten minutes"
 	@echo "make paper    all scenarios of one model: MODEL=... [SCENARIOS=a,b] [PRESET=quick] [ARGS=...] (docs/reproduce.md)"
 	@echo "make heads    toxicity of continuations about social groups, pruned head by head: [MODEL=...] [AXES=gender,race] [PRESET=paper]"
 	@echo "make results  audit the planted models again and write docs/results.md (hours on two cores; ARGS=--render: only write)"
