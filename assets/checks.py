@@ -16,7 +16,7 @@ import polars as pl
 
 from assets.partitions import Catalogue
 from assets.stage import table_value
-from excise.conditions import ALL, NO_STRATEGY
+from excise.conditions import ALL, COLUMNS, MASK, NO_STRATEGY, PLACE
 from excise.evaluation.judged import (
     compared_groups,
     each_unjudged,
@@ -39,8 +39,6 @@ STANDARDIZED = ("smd", "abs_smd")
 MAY_LACK = ("spread_ratio", "excess_change", "closed_by_majority", "closed_by_minority")
 """Metrics that are not defined where unpruned answers do not vary, or there is nothing to reduce."""
 ALWAYS_DEFINED = ("parse_rate", "share_scored", "density", "judged_variations")
-MASK = ("variation", "strategy", "level", "matched_to", "draw")
-CONDITION = MASK[1:4]
 
 DESCRIPTIONS = {
     "completions_complete_and_balanced": "Every prompt has all its samples, once each; groups have equally many.",
@@ -254,7 +252,7 @@ def judged_under_masks(pruned: pl.DataFrame, scenario: Scenario, judged: Sequenc
     """
     unjudged, places = [], 0
     own = pruned.filter(pl.col("matched_to").is_null())
-    for (strategy, level, _), rows in own.partition_by(*CONDITION, as_dict=True, maintain_order=True).items():
+    for (strategy, level, _), rows in own.partition_by(*COLUMNS, as_dict=True, maintain_order=True).items():
         found = judgements(rows, compared_groups(scenario), unit_of(scenario.outcome))
         places += found.height
         unjudged += [
@@ -357,7 +355,7 @@ def metrics_finite(metrics: pl.DataFrame) -> Outcome:
     import great_expectations.expectations as gxe
 
     largest = 1.7e308
-    place = ["variation", "strategy", "level", "matched_to"]
+    place = list(PLACE)
     gap_known = metrics.filter((pl.col("metric") == "gap_mean") & pl.col("estimate").is_not_null()).select(place)
     told = metrics.join(gap_known.with_columns(gap_known=True), on=place, how="left", nulls_equal=True)
     may_lack = pl.col("metric").is_in([*REDUCTIONS, *MAY_LACK]) | (
@@ -385,14 +383,14 @@ def metrics_finite(metrics: pl.DataFrame) -> Outcome:
         message = "There are no metrics."
     elif worst is not None:
         message = f"{bad.height:,} of {metrics.height:,} metrics are not finite; first: {worst}."
-    table = bad.select("variation", "strategy", "level", "matched_to", "metric", "estimate").to_dicts()
+    table = bad.select(*PLACE, "metric", "estimate").to_dicts()
     return Outcome("metrics_finite", not unmet, ERROR, message, float(bad.height), 0.0, worst, table, unmet)
 
 
 def _unanswered(metrics: pl.DataFrame) -> pl.DataFrame:
     """The null estimates, by place and metric, that are so because a group has no answer with a value there, or in a
     variation of those together."""
-    place = ["variation", *CONDITION]
+    place = list(PLACE)
     silent = metrics.filter(pl.col("estimate").is_null()).filter(
         (pl.col("metric").is_in(["mean_majority", "mean_minority"]) & (pl.col("n") == 0))
         | (pl.col("metric") == "toxicity_bias")

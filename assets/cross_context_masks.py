@@ -18,7 +18,7 @@ from assets.measured_paths import PathRows, paths_of
 from assets.partitions import Catalogue
 from assets.pruning_masks import MaskFiles, definition_of, mask_rows, with_none_found
 from assets.stage import data_version, grid_asset, table_metadata, table_value
-from excise.conditions import ACROSS, ALL_CONTEXTS, OWN_SCENARIO, PROMPT_SPECIFIC
+from excise.conditions import ACROSS, ALL_CONTEXTS, MASK, OWN_SCENARIO, PROMPT_SPECIFIC
 from excise.errors import ExciseError
 from excise.strategies.build import SourceMask, build_cross_context_masks
 from excise.strategies.config import MEASURED_PATH, Strategy
@@ -118,7 +118,7 @@ def cross_context_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             .agg(variations=pl.col("variation").n_unique(), masks=pl.len())
         )
         metadata = table_metadata("masks", rows) | {
-            "masks": rows.select(*checks.MASK, "mask").unique().height,
+            "masks": rows.select(*MASK, "mask").unique().height,
             "mask_files_written": files.written,
             "mask_files_reused": len(files.seen) - files.written,
             "scenarios_used": ", ".join(used["scenario"]),
@@ -128,7 +128,7 @@ def cross_context_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             metadata["left_out"] = dg.MetadataValue.md("\n".join(f"* {line}" for line in lacking))
         return dg.MaterializeResult(
             metadata=metadata,
-            data_version=data_version(rows.select(*checks.MASK, "mask").unique()),
+            data_version=data_version(rows.select(*MASK, "mask").unique()),
             check_results=[outcome.result()],
         )
 

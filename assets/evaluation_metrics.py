@@ -22,7 +22,7 @@ from assets.stage import (
     table_metadata,
     table_value,
 )
-from excise.conditions import ALL, CROSS_CONTEXT, NO_LEVEL, NO_STRATEGY
+from excise.conditions import ALL, CROSS_CONTEXT, MASK, NO_LEVEL, NO_STRATEGY
 from excise.errors import ExciseError
 from excise.evaluation.judged import explained, judged_of
 from excise.scenarios import Scenario
@@ -246,7 +246,7 @@ def pruned_answers(
     pruned = rows_of(warehouse, "pruned_completions", model, scenario.key, made_by="pruned_completions")
     require_paired(completions, pruned, model, scenario.key)
     pruned = pruned.filter(pl.col("variation").is_in(asked["variation"].unique().implode()))
-    named = [*checks.MASK, "mask"]
+    named = [*MASK, "mask"]
     sampled, there = (frame.select(named).unique() for frame in (pruned, masks))
     changed = sampled.join(there, on=named, how="anti", nulls_equal=True)
     if not changed.is_empty():
@@ -276,7 +276,7 @@ def _explanation(completions: pl.DataFrame, scenario: Scenario) -> dict[str, str
 def _perplexity_by_condition(perplexity: pl.DataFrame, masks: pl.DataFrame) -> pl.DataFrame:
     """Perplexity per condition, variation and draw, as `excise.evaluation.toxicity` takes it."""
     columns = ["perplexity", "low", "high", "difference_low", "difference_high"]
-    place = ["variation", "strategy", "level", "matched_to", "draw"]
+    place = list(MASK)
     unpruned = perplexity.filter(pl.col("mask") == "unpruned").select(
         pl.lit(ALL).alias("variation"),
         pl.lit(NO_STRATEGY).alias("strategy"),

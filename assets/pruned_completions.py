@@ -14,6 +14,7 @@ from assets.completions import completions_of, require_same_model, require_same_
 from assets.mask_definitions import require_one_definition
 from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, table_metadata
+from excise.conditions import MASK, PLACE, RANDOM
 from excise.errors import ExciseError
 from excise.evaluation.judged import judged_of
 from excise.scenarios import Scenario
@@ -25,7 +26,7 @@ from resources.tables import TABLES
 from resources.warehouse import Warehouse
 from resources.watch import RunWatch
 
-MASK_COLUMNS = (*checks.MASK, "mask", "path")
+MASK_COLUMNS = (*MASK, "mask", "path")
 
 
 def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
@@ -101,7 +102,7 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                     ) from error
                 named = [
                     pl.lit(row[name], dtype=TABLES["pruned_completions"].schema[name]).alias(name)
-                    for name in (*checks.MASK[1:], "mask")
+                    for name in (*MASK[1:], "mask")
                 ]
                 frames.append(frame.with_columns(named))
                 work, before = work + done, before + wanted[row["variation"]]
@@ -110,7 +111,7 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         warehouse.replace_partition("pruned_completions", rows, {"model": model, "scenario": scenario.key})
         told = _perplexities(model, scenario.key, losses, windows, audit)
         warehouse.replace_partition("perplexity", told, {"model": model, "scenario": scenario.key})
-        asked = prompts.join(masks.select(checks.MASK), on="variation")
+        asked = prompts.join(masks.select(MASK), on="variation")
         outcome = checks.completions_complete_and_balanced(
             rows, asked, how.samples, masked=True, balanced=scorer is None
         )
@@ -183,3 +184,11 @@ def masks_to_ask(warehouse: Warehouse, model: str, scenario: Scenario, completio
     if own.is_empty() and looked_for.is_empty() and judged and judged_of(learned, scenario):
         raise ExciseError(f"{place} has no masks of its own; materialize pruning_masks of this partition first")
     return masks.filter(pl.col("variation").is_in(judged))
+
+
+def own_and_first_random(masks: pl.DataFrame) -> pl.DataFrame:
+    """Of rows of masks, those of strategies and of the first random control of each strategy that is there."""
+    first = pl.col("draw") == pl.col("draw").min().over(PLACE)
+    strategies = pl.col("strategy").filter(pl.col("matched_to").is_null()).unique().implode()
+    control = (pl.col("strategy") == RANDOM) & first & pl.col("matched_to").is_in(strategies)
+    return masks.filter(pl.col("matched_to").is_null() | control)

@@ -18,7 +18,7 @@ from assets.measured_paths import PathRows, paths_of
 from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, mistakes, picture, rows_of, table_metadata
 from excise.attribution import AttributionFile
-from excise.conditions import ACROSS, PROMPT_SPECIFIC
+from excise.conditions import ACROSS, MASK, PROMPT_SPECIFIC
 from excise.errors import ExciseError
 from excise.evaluation.judged import judged_of
 from excise.interventions.masks import Mask
@@ -126,7 +126,7 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             outcome = replace(outcome, message=why)
         outcome = with_none_found(outcome, found)
         checks.record(warehouse, "pruning_masks", model, scenario.key, [outcome])
-        masks = rows.select(*checks.MASK, "mask").unique().height
+        masks = rows.select(*MASK, "mask").unique().height
         metadata = (
             table_metadata("masks", rows)
             | mistakes(catalogue)
@@ -141,7 +141,7 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             metadata = picture("mask_density_by_layer", figure, artifacts, model, scenario.key) | metadata
         return dg.MaterializeResult(
             metadata=metadata,
-            data_version=data_version(rows.select(*checks.MASK, "mask").unique()),
+            data_version=data_version(rows.select(*MASK, "mask").unique()),
             check_results=[outcome.result()],
         )
 

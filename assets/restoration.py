@@ -1,8 +1,9 @@
 """The stage `restoration`: does a mask bring a model back to what it was before a bias was put in, and nothing else?
 
-The model's own answers are those of `completions` and `pruned_completions`. Its reference (`models.reference_of`) is
-asked the same prompts here, unpruned and under every strategy's own masks and their first random control. Only one
-model is in memory at a time. What is estimated is in `excise.evaluation.restoration`.
+The model's own answers are those of `completions` and `pruned_completions`. Its reference
+(`excise.models.specs.reference_of`) is asked the same prompts here, unpruned and under every strategy's own masks and
+their first random control. Only one model is in memory at a time. What is estimated is in
+`excise.evaluation.restoration`.
 """
 
 from collections.abc import Mapping
@@ -12,13 +13,13 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from assets import checks
 from assets.completions import completions_of, without
 from assets.evaluation_metrics import pruned_answers
 from assets.mask_definitions import with_definitions
 from assets.partitions import Catalogue
+from assets.pruned_completions import own_and_first_random
 from assets.stage import data_version, grid_asset, nothing_to_tell, table_metadata
-from excise.conditions import CROSS_CONTEXT, RANDOM
+from excise.conditions import CROSS_CONTEXT, MASK
 from excise.errors import ExciseError
 from excise.evaluation.judged import compared_groups, judged_of
 from excise.models.specs import ModelSpec, reference_of
@@ -116,13 +117,11 @@ def restoration_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
 def _masks_for_reference(pruned: pl.DataFrame, masks: pl.DataFrame) -> pl.DataFrame:
     """The masks that the reference is asked under, one row each: those of strategies, and the first random control of
     each, as far as the model itself was asked under them. Those that share a file follow each other."""
-    named = [*checks.MASK, "mask"]
+    named = [*MASK, "mask"]
     found = (
         pruned.select(named).unique().join(masks.select(*named, "path", "asset").unique(), on=named, nulls_equal=True)
     )
-    first = pl.col("draw") == pl.col("draw").min().over("variation", "strategy", "level", "matched_to")
-    control = (pl.col("strategy") == RANDOM) & first
-    return found.filter(pl.col("matched_to").is_null() | control).sort("path", *named)
+    return own_and_first_random(found).sort("path", *named)
 
 
 def _asked(
@@ -179,7 +178,7 @@ def _asked(
                     f"{row['level']}: {error}"
                 ) from error
             kinds = TABLES["pruned_completions"].schema
-            named = [pl.lit(row[name], dtype=kinds[name]).alias(name) for name in (*checks.MASK[1:], "mask")]
+            named = [pl.lit(row[name], dtype=kinds[name]).alias(name) for name in (*MASK[1:], "mask")]
             frames.append(frame.with_columns(named))
             work, before = work + done, before + asked.height * how.samples
         device = gpu.report(loaded)

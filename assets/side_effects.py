@@ -11,12 +11,11 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from assets import checks
 from assets.completions import completions_of, require_same_model
 from assets.partitions import Catalogue
-from assets.pruned_completions import masks_to_ask
+from assets.pruned_completions import masks_to_ask, own_and_first_random
 from assets.stage import data_version, grid_asset, nothing_to_tell, table_metadata
-from excise.conditions import CROSS_CONTEXT, RANDOM
+from excise.conditions import CROSS_CONTEXT, MASK, PLACE
 from excise.errors import ExciseError
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import ATTRIBUTION
@@ -81,7 +80,7 @@ def side_effects_of(warehouse: Warehouse, model: str, scenario: str, masks: pl.D
 
     masks: the partition's, of the table of that name. Raises ExciseError where others were tried.
     """
-    rows, named = warehouse.read("side_effects", model=model, scenario=scenario), [*checks.MASK[:4], "mask"]
+    rows, named = warehouse.read("side_effects", model=model, scenario=scenario), [*PLACE, "mask"]
     changed = rows.select(named).unique().join(masks.select(named).unique(), on=named, how="anti", nulls_equal=True)
     if not changed.is_empty():
         raise ExciseError(
@@ -95,11 +94,8 @@ def side_effects_of(warehouse: Warehouse, model: str, scenario: str, masks: pl.D
 def _masks_to_try(masks: pl.DataFrame) -> pl.DataFrame:
     """Of the masks that are asked, those of strategies and the first random control of each, one row each. Masks of
     single other scenarios are left out: they tell where a mask comes from."""
-    first = pl.col("draw") == pl.col("draw").min().over("variation", "strategy", "level", "matched_to")
-    strategies = pl.col("strategy").filter(pl.col("matched_to").is_null()).unique().implode()
-    control = (pl.col("strategy") == RANDOM) & first & pl.col("matched_to").is_in(strategies)
     pooled = ~pl.col("level").str.starts_with(f"{CROSS_CONTEXT}/")
-    return masks.filter(pooled & (pl.col("matched_to").is_null() | control)).sort("path", *checks.MASK)
+    return own_and_first_random(masks).filter(pooled).sort("path", *MASK)
 
 
 def _measured(

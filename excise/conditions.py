@@ -7,6 +7,7 @@ made in `reporting`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 ALL = "(all)"
@@ -28,6 +29,9 @@ ACROSS = (CROSS_CONTEXT, ALL_CONTEXTS)
 GRID = "grid"
 """The level of a grid search's masks."""
 COLUMNS = ("strategy", "level", "matched_to")
+PLACE = ("variation", *COLUMNS)
+MASK = (*PLACE, "draw")
+"""What names a figure in a table of one model and scenario, and what names a mask there."""
 
 
 class Condition(NamedTuple):
@@ -36,6 +40,11 @@ class Condition(NamedTuple):
     strategy: str
     level: str
     matched_to: str | None = None
+
+    @classmethod
+    def of(cls, row: Mapping[str, str | None]) -> Condition:
+        """The condition of a table's row."""
+        return cls(*(row[column] for column in COLUMNS))
 
     @property
     def is_control(self) -> bool:

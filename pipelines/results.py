@@ -3,7 +3,7 @@
 It runs `pipelines.paper` on the three planted models, `pipelines.heads` on the default model and on the one with known
 heads, and writes what the warehouse then holds; a rerun reuses what is there. The tables are the work of
 `excise.reporting.results` and `excise.reporting.head_results`, the share of the planted change under a mask
-`planted.localisation`'s.
+that of `excise.evaluation.localisation`.
 """
 
 import argparse

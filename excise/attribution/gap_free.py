@@ -386,6 +386,13 @@ def loss(loaded: LoadedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]
     return found, edges
 
 
+def distance(asked: Asked, now: Measured) -> float:
+    """The loss a name, of what is measured: divergence from the targets and, of a variation whose gap is to close,
+    what is left of it; of another, how far it has moved."""
+    away = now.gap - (0.0 if asked.closing else asked.gap)
+    return now.divergence + (GAP_WEIGHT / 8 * (away / asked.deviation) ** 2 if asked.deviation > 0 else 0.0)
+
+
 def _mean_outcome(name: Name, edges: torch.Tensor) -> torch.Tensor:
     """The mean outcome of a name's answers whose edges have these log probabilities; NaN without a number."""
     known = np.isfinite(name.outcomes)

@@ -21,8 +21,6 @@ COMPLETIONS = ("model", "scenario", "variation", "group", "subject", "value")
 
 # Streams of random numbers, so that rows do not depend on which other masks are evaluated beside them.
 _NAMES_OF_MAJORITY, _NAMES_OF_MINORITY, DRAWS, SIGNS, LABELS = range(5)
-
-
 _OF_TWO_ANSWERS = ("smd", "abs_smd", "spread_ratio", "excess_change")  # a group needs two for a deviation
 
 
@@ -274,7 +272,7 @@ def spread_ratio(after: Spread, before: Spread) -> np.ndarray:
 def _spread_left(after: tuple[Spread, Spread], before: tuple[Spread, Spread]) -> np.ndarray:
     """`spread_ratio` of two groups as `evaluate` tells it: over the spread of the group that had less, but some."""
     least = np.minimum(*(np.where(each.deviation == 0, np.inf, each.deviation) for each in before))
-    base = Spread(None, least)
-    return np.minimum(
-        *(np.where(old.deviation == 0, np.inf, spread_ratio(new, base)) for new, old in zip(after, before, strict=True))
-    )
+    ratios = [
+        np.where(old.deviation == 0, np.inf, new.deviation / least) for new, old in zip(after, before, strict=True)
+    ]
+    return np.minimum(*ratios)

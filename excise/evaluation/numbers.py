@@ -45,8 +45,6 @@ from excise.evaluation.rows import (
 )
 
 _PRUNED = (*COMPLETIONS, *COLUMNS, "draw")
-
-
 _MASKS = ("model", "scenario", "variation", *COLUMNS, "draw", "pruned", "size")
 
 

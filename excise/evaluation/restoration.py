@@ -16,19 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from excise.conditions import ALL, COLUMNS, RANDOM, UNPRUNED, Condition
+from excise.conditions import ALL, COLUMNS, PLACE, RANDOM, UNPRUNED, Condition
 from excise.errors import ExciseError
 from excise.evaluation import metrics as m
 from excise.evaluation.judged import ENOUGH
 from excise.evaluation.rows import finite_or_none, mean_over_draws
 
 RESTORATION_SCHEMA = {
-    "model": pl.String,
-    "scenario": pl.String,
-    "variation": pl.String,
-    "strategy": pl.String,
-    "level": pl.String,
-    "matched_to": pl.String,
+    **dict.fromkeys(("model", "scenario", *PLACE), pl.String),
     "metric": pl.String,
     "estimate": pl.Float64,
     "low": pl.Float64,
@@ -37,25 +32,13 @@ RESTORATION_SCHEMA = {
     "reference": pl.String,
     "reason": pl.String,
 }
-
-
 FEW_SAMPLES = 0.19
 """How much less than root 2 the halves of few samples are further apart: as measured for normal laws, 4 to 100 samples,
 and for round figures; a little too cautious for others."""
-
-
 NOTHING = "nothing to restore: the unpruned answers are no further from the reference's than noise"
-
-
 _NO_NOISE = "how far noise alone would move answers is not known: two samples of a name are needed, at least"
-
-
 _UNDEFINED = "too many resamples of the names have no value"
-
-
 _TOO_LARGE = "the answers are too large or all 0, so no distance can be told"
-
-
 _COLUMNS = ("model", "scenario", "variation", "group", "subject", "value", "sample")
 
 

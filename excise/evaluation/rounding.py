@@ -40,11 +40,13 @@ def decimals_of(values: Iterable[float | None]) -> int:
 
 
 def fixed_text(value: float, decimals: int) -> str:
+    """A figure with these decimals and commas; what is rounded to 0 has no sign."""
     text = f"{value:,.{decimals}f}"
     return text[1:] if text.startswith("-") and not text.strip("-0.,") else text
 
 
 def number_text(value: float | None, decimals: int, compact: bool = False) -> str:
+    """The same, `-` for None; compact: thousands as k, millions as M."""
     if value is None:
         return "-"
     if compact:

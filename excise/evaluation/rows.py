@@ -10,18 +10,13 @@ from collections.abc import Iterable
 import numpy as np
 import polars as pl
 
-from excise.conditions import ALL, COLUMNS, Condition
+from excise.conditions import ALL, COLUMNS, PLACE, Condition
 from excise.evaluation import metrics as m
 from excise.evaluation.cells import DRAWS, Cell
 from excise.evaluation.distributions import Bounds
 
 SCHEMA = {
-    "model": pl.String,
-    "scenario": pl.String,
-    "variation": pl.String,
-    "strategy": pl.String,
-    "level": pl.String,
-    "matched_to": pl.String,
+    **dict.fromkeys(("model", "scenario", *PLACE), pl.String),
     "metric": pl.String,
     "estimate": pl.Float64,
     "low": pl.Float64,
@@ -33,14 +28,8 @@ SCHEMA = {
     "lowest": pl.Float64,
     "highest": pl.Float64,
 }
-
-
 _OF_ALL_ANSWERS = ("inlier_ratio", "parse_rate", "leftover", "sampled")
-
-
 _SMALLEST = ("spread_ratio",)  # over draws and variations the smallest tells, not the mean
-
-
 _LARGEST = ("commonest_rise", "excess_change")  # and of these the largest
 
 

@@ -1,8 +1,8 @@
 """Side effects of masks: what a mask does to plain text, and to scenarios it was not made for.
 
 Here: how far the next-token distributions of a text move under a mask, what that does to its perplexity, which prompts
-of another scenario are asked, and what of `evaluation` is told of the answers. Not here: sampling (`exact`) and the
-choice of masks. Perplexity alone certifies nothing: it is an average over tokens, most of which any model predicts.
+of another scenario are asked, and what of `evaluation` is told of the answers. Not here: sampling (`generation`) and
+the choice of masks. Perplexity alone certifies nothing: it is an average over tokens, most of which any model predicts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
+from excise.conditions import PLACE
 from excise.errors import ExciseError
 from excise.evaluation import metrics as m
 from excise.evaluation.numbers import evaluate
@@ -42,34 +43,17 @@ if TYPE_CHECKING:
 
 TEXT = "text"
 """The target that is no scenario."""
-
-
 NO_TARGET = "(none)"
 """In place of a target: no other scenario was asked, as the settings name none or there is none."""
-
-
 TEXT_WINDOWS = 8
 """So many windows of the text are read under every mask."""
-
-
 TEXT_SIZE = 128
 """Their length in tokens where the settings leave it out: shorter than for perplexity, and without overlap, as a
 difference between two models needs less context than either's perplexity, and every mask pays for it."""
-
-
 KL, RATIO, CHANGE = "text_kl", "text_perplexity_ratio", "excess_change"
-
-
 SCENARIO_METRICS = ("inlier_ratio", "spread_ratio", "commonest_rise", CHANGE, "gap_mean", "gap_change")
-
-
 SIDE_EFFECTS_SCHEMA = {
-    "model": pl.String,
-    "scenario": pl.String,
-    "variation": pl.String,
-    "strategy": pl.String,
-    "level": pl.String,
-    "matched_to": pl.String,
+    **dict.fromkeys(("model", "scenario", *PLACE), pl.String),
     "mask": pl.String,
     "target": pl.String,
     "metric": pl.String,
@@ -78,9 +62,7 @@ SIDE_EFFECTS_SCHEMA = {
     "high": pl.Float64,
     "names": pl.Int64,
 }
-
-
-EFFECT_SCHEMA = {name: SIDE_EFFECTS_SCHEMA[name] for name in list(SIDE_EFFECTS_SCHEMA)[6:]}
+EFFECT_SCHEMA = {name: SIDE_EFFECTS_SCHEMA[name] for name in list(SIDE_EFFECTS_SCHEMA)[len(PLACE) + 2 :]}
 """Rows about a mask, whichever strategies and variations it belongs to."""
 
 
@@ -241,9 +223,9 @@ def scenario_effects(
     """What masks do to the answers to another scenario: rows of EFFECT_SCHEMA, one per mask and metric.
 
     unpruned, pruned: answers to `target_prompts`, with the columns of `completions`; the pruned ones by the mask's
-    fingerprint. The metrics are those of `evaluation.evaluate`, with its intervals over names, which are few. Under a
-    mask that leaves no answer a number, the inlier ratio is 0 and all else null; where the unpruned model gives none,
-    all is null. Raises ExciseError for answers of several scenarios or variations.
+    fingerprint. The metrics are those of `evaluation.numbers.evaluate`, with its intervals over names, which are few.
+    Under a mask that leaves no answer a number, the inlier ratio is 0 and all else null; where the unpruned model gives
+    none, all is null. Raises ExciseError for answers of several scenarios or variations.
     """
     if unpruned.select("scenario", "variation").unique().height != 1:
         raise ExciseError("side effects: the unpruned answers are not of one variation of one scenario; give one alone")
@@ -258,11 +240,10 @@ def scenario_effects(
             for mask, frame in pruned.items()
         ]
     )
-    masks = pl.DataFrame(schema=_NO_MASKS)
     rows = evaluate(
         unpruned,
         under_masks,
-        masks,
+        pl.DataFrame(),
         majority=scenario.comparison.majority,
         minority=scenario.comparison.minority,
         answer_range=scenario.outcome.scored_range,
@@ -277,19 +258,6 @@ def scenario_effects(
         .with_columns(mask="strategy", target=pl.lit(target_name(unpruned)))
         .select(*EFFECT_SCHEMA)
     )
-
-
-_NO_MASKS = {
-    "model": pl.String,
-    "scenario": pl.String,
-    "variation": pl.String,
-    "strategy": pl.String,
-    "level": pl.String,
-    "matched_to": pl.String,
-    "draw": pl.Int64,
-    "pruned": pl.Int64,
-    "size": pl.Int64,
-}
 
 
 def of_masks(effects: pl.DataFrame, masks: pl.DataFrame) -> pl.DataFrame:

@@ -1,14 +1,15 @@
 """How much of a result hangs on the names that a mask was made from: the same audit over several splits of them.
 
 Intervals over names tell how the judged names differ; that other names would have made another mask they cannot tell.
-Here are the summary over splits and its sentence; the splits themselves are the work of the stage `stability`.
+Here is the summary over splits; the splits themselves are the work of the stage `stability`, and what is said of them
+is in `reporting`.
 """
 
 from __future__ import annotations
 
 import polars as pl
 
-from excise.conditions import NO_STRATEGY
+from excise.conditions import NO_STRATEGY, PLACE
 
 METRICS = (
     "gap_reduction",
@@ -24,17 +25,12 @@ METRICS = (
     "parse_rate",
 )
 """Of `metrics`, what is kept of every split."""
-
-
-CONDITION = ("variation", "strategy", "level", "matched_to")
-
-
 STABILITY_SCHEMA = {
     "model": pl.String,
     "scenario": pl.String,
     "split": pl.Int64,
     "splits": pl.Int64,
-    **dict.fromkeys(CONDITION, pl.String),
+    **dict.fromkeys(PLACE, pl.String),
     "metric": pl.String,
     "estimate": pl.Float64,
     "low": pl.Float64,
@@ -58,7 +54,7 @@ def summary(stability: pl.DataFrame) -> pl.DataFrame:
     reach = 1.96 * (within + between).sqrt()
     middle = pl.col("estimate").median()
     told = (pl.len() > 1) & pl.col("low").is_not_null().all()
-    return known.group_by("model", "scenario", *CONDITION, "metric", maintain_order=True).agg(
+    return known.group_by("model", "scenario", *PLACE, "metric", maintain_order=True).agg(
         median=middle,
         lowest=pl.col("estimate").min(),
         highest=pl.col("estimate").max(),

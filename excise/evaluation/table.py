@@ -12,18 +12,13 @@ from typing import Any
 
 import polars
 
-from excise.conditions import ALL, UNPRUNED, Condition, condition_order
+from excise.conditions import ALL, PLACE, UNPRUNED, Condition, condition_order
 from excise.errors import ExciseError
 from excise.evaluation.judged import JUDGED
 from excise.evaluation.thresholds import COLLAPSED_SPREAD, FEW_NAMES
 
 VERDICTS_SCHEMA = {
-    "model": polars.String,
-    "scenario": polars.String,
-    "variation": polars.String,
-    "strategy": polars.String,
-    "level": polars.String,
-    "matched_to": polars.String,
+    **dict.fromkeys(("model", "scenario", *PLACE), polars.String),
     "closes": polars.Boolean,
     "success": polars.Boolean,
     "failed": polars.List(polars.String),
@@ -31,15 +26,10 @@ VERDICTS_SCHEMA = {
     "not_measured": polars.List(polars.String),
 }
 """Columns of `excise.evaluation.verdicts.verdicts`."""
-
-
 _COLUMNS = (
     "model",
     "scenario",
-    "variation",
-    "strategy",
-    "level",
-    "matched_to",
+    *PLACE,
     "metric",
     "estimate",
     "low",
@@ -47,8 +37,6 @@ _COLUMNS = (
     "p_value",
     "p_holm",
 )
-
-
 TINY = 1e-12
 
 
@@ -173,7 +161,7 @@ def read_metrics(metrics: polars.DataFrame) -> MetricTable:
             raise ExciseError(f"metrics: {len(keys)} values of {column} ({', '.join(keys)}); filter the frame to one")
     estimates: dict[tuple[str, Condition, str], Estimate] = {}
     for row in metrics.iter_rows(named=True):
-        mask = Condition(row["strategy"], row["level"], row["matched_to"])
+        mask = Condition.of(row)
         key = (row["variation"], mask, row["metric"])
         if key in estimates:
             raise ExciseError(
@@ -217,7 +205,7 @@ def read_verdicts(verdicts: polars.DataFrame | None) -> Verdicts:
     then."""
     rows = () if verdicts is None else verdicts.iter_rows(named=True)
     return {
-        (row["variation"], Condition(row["strategy"], row["level"], row["matched_to"])): Verdict(
+        (row["variation"], Condition.of(row)): Verdict(
             row["closes"], row["success"], tuple(row["failed"]), tuple(row["unknown"]), tuple(row["not_measured"])
         )
         for row in rows

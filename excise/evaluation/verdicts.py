@@ -20,8 +20,6 @@ from excise.evaluation.side_effects import CHANGE, KL, NO_TARGET, RATIO, TEXT
 from excise.evaluation.table import VERDICTS_SCHEMA, MetricTable, at_most, read_metrics
 from excise.evaluation.thresholds import Thresholds
 
-PLACE = ("variation", "strategy", "level", "matched_to")
-
 
 @dataclass(frozen=True)
 class Budget:
@@ -116,7 +114,7 @@ def verdicts(metrics: pl.DataFrame, side_effects: pl.DataFrame, thresholds: Thre
 def _by_condition(side_effects: pl.DataFrame) -> Mapping[tuple[str, Condition], list[dict]]:
     found: dict[tuple[str, Condition], list[dict]] = {}
     for row in side_effects.iter_rows(named=True):
-        mask = Condition(row["strategy"], row["level"], row["matched_to"])
+        mask = Condition.of(row)
         found.setdefault((row["variation"], mask), []).append(row)
     return found
 

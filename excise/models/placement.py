@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
 
 DeviceMap = Mapping[str, int | str]
-
-
 CARD_SHARE = 0.8
 """Share of a card's free memory that weights may fill; the rest is for keys, values and logits."""
 

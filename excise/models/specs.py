@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 
 BUILT_IN_REGISTRY = Path(__file__).with_name("models.yaml")
-
-
 KEY_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -80,8 +78,6 @@ class ModelSpec(BaseModel):
 
 ASKING = {"prompt_format", "chat_template", "chat_template_name"}
 """The fields of an entry that say how a model is asked; one with a base takes them from it unless it has its own."""
-
-
 SOURCES = ("hub", "folder", "gguf", "wheel", "base")
 
 

@@ -16,11 +16,7 @@ if TYPE_CHECKING:
 from excise.models.placement import device_of, kept_weight
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
-
-
 SITES = ("attention_input", "attention_output", "mlp_input", "mlp_output")
-
-
 SITE_OF_ROLE = {
     "q": "attention_input",
     "k": "attention_input",
@@ -154,11 +150,7 @@ _SEPARATE = {
     ),
     "gptj": ("transformer.h", "attn.", "q_proj", "k_proj", "v_proj", "out_proj", "mlp.", ("fc_in",), "fc_out"),
 }
-
-
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
-
-
 FAMILIES = (*_LIKE_LLAMA, "gpt2", "gpt_neo", "gptj", "gpt_neox")
 
 

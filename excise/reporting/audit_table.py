@@ -30,16 +30,10 @@ from excise.reporting.words import few_names_warning
 
 NO_COMPARISON = "*"
 """Behind a reduction over random: mask and control are not at comparable usefulness."""
-
-
 COLLAPSED = "collapsed"
 """In place of a reduction: a group's answers are (nearly) all the same."""
-
-
 BROKEN = "!"
 """Behind a mask: it breaks a budget."""
-
-
 NO_GAP_TEST, CHANGE_TEST = "p (no gap)", "p (gap as unpruned)"
 """Columns of p-values by the hypothesis they test: that of unpruned rows, and that of pruned rows."""
 
@@ -269,8 +263,6 @@ _AGGREGATE = [
     ("parse", "rate"),
     ("", "density"),
 ]
-
-
 _REDUCTIONS = [
     ("", "mask"),
     ("gap reduction,", "%"),

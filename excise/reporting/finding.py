@@ -38,11 +38,7 @@ from excise.evaluation.thresholds import INLIER_FLOOR, INLIER_TOLERANCE, SIGNIFI
 from excise.reporting.words import few_names_warning, listed
 
 PUBLISHED = ("set_difference",)
-
-
 _OPEN = "So is any reduction of it."
-
-
 _MOST_REASONS = 3
 
 

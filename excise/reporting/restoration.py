@@ -18,7 +18,7 @@ def restoration_markdown(rows: pl.DataFrame) -> str:
 
     found = {}
     for row in rows.iter_rows(named=True):
-        mask = Condition(row["strategy"], row["level"], row["matched_to"])
+        mask = Condition.of(row)
         found[row["variation"], mask, row["metric"]] = read_estimate(row)
     lines = [
         f"Reference: {rows['reference'][0]}. 100 % restored: as if the bias had never been put in; 0: nothing gained; "

@@ -1,9 +1,9 @@
 """The page of results: the warehouse's tables of the planted models as Markdown, beside what is known to be true.
 
 Here frames become words and tables, and a figure becomes a verdict by a stated rule; nothing is estimated here (see
-`evaluation`, `grid`, `planted.localisation`, `overlap`), and one model's audit is told in `report`, whose formats serve
-here too. The claims follow the method, part C: the reduction of the raw gap beyond the matched random control, at
-comparable inlier ratio, on models whose bias is known because it was planted.
+`evaluation`), and one model's audit is told in `audit_table` and `finding`. The claims follow the method, part C: the
+reduction of the raw gap beyond the matched random control, at comparable inlier ratio, on models whose bias is known
+because it was planted.
 """
 
 from __future__ import annotations
@@ -544,7 +544,7 @@ def _localisation_section(localisation: pl.DataFrame) -> str:
         )
         rows = []
         for row in means.iter_rows(named=True):
-            mask = Condition(row["strategy"], row["level"], row["matched_to"])
+            mask = Condition.of(row)
             density, share, chance, deviation = (Estimate(row[name]) for name in figures)
             lift = share.value / chance.value if share.value is not None and chance.value else None
             rows.append(

@@ -71,14 +71,8 @@ def _table(title: str, found: Mapping[tuple, Mapping[str, Any]], metrics: Sequen
 
 _HARM = {CHANGE: 1, "inlier_ratio": -1, KL: 1}
 """Metrics that tell how much harm is done, the first ones first, and whether it is more of them or less."""
-
-
 _SHARES = ("inlier_ratio", "spread_ratio", "commonest_rise", RATIO)
-
-
 _SIGNED = ("commonest_rise", RATIO)
-
-
 _HEADINGS = {
     "inlier_ratio": "inliers, %",
     "spread_ratio": "spread kept, %",

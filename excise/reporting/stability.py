@@ -13,8 +13,6 @@ ONE_SPLIT = (
     "The masks were made once, from one half of the names: how much hangs on which half that was is not known "
     "(splits: 5 repeats masks and judgement on other halves)."
 )
-
-
 NO_SPLIT = (
     "The masks were made from the very names they are judged by: how much hangs on these names is not known "
     "(held_out: true with splits: 5 repeats masks and judgement on other halves)."

@@ -213,10 +213,7 @@ def _overall(metrics: pl.DataFrame) -> dict[tuple[Condition, str], Estimate]:
         raise ExciseError(f"metrics: no rows over all variations ({ALL}); evaluate the scenario first")
     if (rows["model"].n_unique(), rows["scenario"].n_unique()) != (1, 1):
         raise ExciseError("metrics: rows of several models or scenarios; give those of one")
-    return {
-        (Condition(row["strategy"], row["level"], row["matched_to"]), row["metric"]): read_estimate(row)
-        for row in rows.iter_rows(named=True)
-    }
+    return {(Condition.of(row), row["metric"]): read_estimate(row) for row in rows.iter_rows(named=True)}
 
 
 def _cells(metrics: pl.DataFrame) -> tuple[list[str], list[list[str]]]:

@@ -242,7 +242,7 @@ def build_cross_context_masks(
                 pools.setdefault(f"{CROSS_CONTEXT}/{source.scenario}", []).append(source)
         for level, pool in pools.items():
             if strategy.selection == MEASURED_PATH:
-                mask = _path_mask(strategy, pool, paths, level, "")
+                mask = follow_path(strategy, pool, paths, level, "").mask
                 if mask is None:
                     continue
             else:
@@ -468,15 +468,18 @@ def _measured_path_masks(
     for level in _levels(strategy, list(sources)):
         for variation in sources:
             used = [variation] if level == PROMPT_SPECIFIC else [other for other in sources if other != variation]
-            mask = _path_mask(strategy, [lent[other] for other in used], paths, level, variation)
+            mask = follow_path(strategy, [lent[other] for other in used], paths, level, variation).mask
             if mask is not None:
                 yield NamedMask(variation, strategy.key, level, None, 0, mask)
 
 
-def _path_mask(
+def follow_path(
     strategy: Strategy, pool: Sequence[SourceMask], paths: Paths | None, level: str, variation: str
-) -> Mask | None:
-    """The mask of one path for all of a pool's variations, or None where no mask closes their gaps."""
+) -> MeasuredPath:
+    """One path for all of a pool's variations, found again or followed; it has no mask where none closes their gaps.
+
+    level, variation: what the mask is for ("" for all variations).
+    """
     from excise.strategies.measured_path import heads_of, kept_path, weights_of
 
     if paths is None:
@@ -505,7 +508,7 @@ def _path_mask(
         label=f"{strategy.key} {level.replace('_', '-')} {variation}".rstrip(),
     )
     paths.note(strategy.key, level, variation, found)
-    return found.mask
+    return found
 
 
 def _best_of_all(files: Sequence[Path]) -> dict[str, np.ndarray]:

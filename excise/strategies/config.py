@@ -32,11 +32,7 @@ if TYPE_CHECKING:
 
 
 BUILT_IN_STRATEGIES = Path(__file__).with_name("strategies.yaml")
-
-
 MEASURED_PATH = "measured_path"
-
-
 HEAD_SCORES = ("head_impacts", "head_perplexity", "head_magnitude", "head_gradient", "head_random")
 """Scores of whole heads over a whole scenario (FASP, sections 4 and 5), columns of the table `head_impacts`."""
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from excise.attribution.gap_free import GAP_WEIGHT, Asked, Batch, Measured, batch_of, loss, measure
+from excise.attribution.gap_free import GAP_WEIGHT, Asked, Batch, Measured, batch_of, distance, loss, measure
 from excise.attribution.gradients import Calls, output_gradients, recorded, weight_gradient
 from excise.files.parts import Parts
 from excise.files.tensors import load_with_metadata, save_tensors
@@ -185,7 +185,7 @@ def measured_path(
     """
     parts = parts or Parts()
     before = [measure(loaded, each) for each in asked]
-    first = _step(0, 0, asked, before, budgets)
+    first = step_of(0, 0, asked, before, budgets)
     if not any(each.closing for each in asked):
         return MeasuredPath(None, NO_GAP, (first,))
     done, state = parts.begun("path")
@@ -290,7 +290,8 @@ def _address(
     return digest.hexdigest()[:24]
 
 
-def _step(step: int, count: int, asked: Sequence[Asked], measured: Sequence[Measured], budgets: Budgets) -> Step:
+def step_of(step: int, count: int, asked: Sequence[Asked], measured: Sequence[Measured], budgets: Budgets) -> Step:
+    """What is measured at a place, with what it closes and whether it keeps the budgets."""
     shares = [_closed(each, now) for each, now in zip(asked, measured, strict=True) if each.closing]
     within = all(share >= 0 for share in shares) and all(budgets.allow(now) for now in measured)
     places = [each.place for each in asked]
@@ -299,12 +300,8 @@ def _step(step: int, count: int, asked: Sequence[Asked], measured: Sequence[Meas
 
 
 def _distance(asked: Sequence[Asked], measured: Sequence[Measured]) -> float:
-    """The loss a name, mean over the variations, of what is measured."""
-    found = []
-    for each, now in zip(asked, measured, strict=True):
-        away = (now.gap - (0.0 if each.closing else each.gap)) / each.deviation if each.deviation > 0 else 0.0
-        found.append(now.divergence + GAP_WEIGHT / 8 * away**2)
-    return float(np.mean(found))
+    """Mean over the variations."""
+    return float(np.mean([distance(each, now) for each, now in zip(asked, measured, strict=True)]))
 
 
 def _closed(asked: Asked, now: Measured) -> float:
@@ -401,7 +398,7 @@ class _Walk:
 
     def steps(self, asked: Sequence[Asked], budgets: Budgets) -> list[Step]:
         """The measured places."""
-        return [_step(step, int(active.sum()), asked, measured, budgets) for step, measured, active in self.noted]
+        return [step_of(step, int(active.sum()), asked, measured, budgets) for step, measured, active in self.noted]
 
     def ended(self, asked: Sequence[Asked], budgets: Budgets, first: Step) -> bool:
         """Whether the last measured place is as good as a path need be."""

@@ -21,10 +21,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from excise.attribution import attribute
+from excise.attribution import AttributionFile, attribute
 from excise.attribution.gap_free import Asked, ask, measure
-from excise.conditions import ALL_CONTEXTS, CROSS_CONTEXT, PROMPT_SPECIFIC, RANDOM, WITHIN_CONTEXT
+from excise.attribution.head_impacts import head_impacts
+from excise.conditions import ALL_CONTEXTS, CROSS_CONTEXT, PLACE, PROMPT_SPECIFIC, RANDOM, WITHIN_CONTEXT
 from excise.evaluation.numbers import evaluate
+from excise.evaluation.perplexity import read_text
 from excise.evaluation.restoration import restoration
 from excise.evaluation.side_effects import (
     effect_windows,
@@ -35,7 +37,8 @@ from excise.evaluation.side_effects import (
     text_rows,
     text_unpruned,
 )
-from excise.evaluation.thresholds import Thresholds
+from excise.evaluation.stability import METRICS
+from excise.evaluation.thresholds import SIGNIFICANCE, Thresholds
 from excise.evaluation.verdicts import verdicts
 from excise.generation.completions import CompletionCache
 from excise.generation.enumeration import Answering, Enumeration, as_samples
@@ -44,16 +47,17 @@ from excise.interventions.masks import Mask, heads_mask, pruned, random_like
 from excise.models.loading import load_model
 from excise.models.specs import load_registry, reference_of
 from excise.scenarios import expand, held_out_split, load_scenarios
-from excise.strategies.build import _best_of_all, grid_masks
+from excise.strategies.build import Paths, SourceMask, follow_path, grid_masks
 from excise.strategies.config import load_strategies
-from excise.strategies.measured_path import Budgets, _step, kept_path, weights_of
+from excise.strategies.measured_path import Budgets, MeasuredPath, step_of
 from excise.strategies.selection import fasp
+from pipelines.results import ALL
+from resources.settings import AuditSettings
 
 LEVELS = {"ps": PROMPT_SPECIFIC, "wc": WITHIN_CONTEXT, "cc": CROSS_CONTEXT, "all": ALL_CONTEXTS}
 PAPERS = {"heads": "attention_heads", "weights": "set_difference", "fasp": "fasp"}
-FIRST = {"purchase": ["bicycle", "television", "chair"]}
-"""Variations of a pool; of other scenarios the first three."""
-POOL = ("purchase", "activities", "services", "finance")
+POOL = ALL.split(",")
+"""Scenarios whose masks are pooled, three variations each, as on the page of results."""
 ELSEWHERE = ("purchase", "finance", "services", "hiring")
 """Scenarios that side effects are measured on."""
 SAMPLES, NAMES_ELSEWHERE, RESAMPLES = 16, 6, 1000
@@ -61,17 +65,6 @@ SHARES = tuple(count / 1024 for count in (10, 20, 40, 80, 160))
 HEADS = [(first, second / 1024) for first in SHARES for second in (0, 5, 10, 20) if second / 1024 < first]
 WEIGHTS = [(0.15, 0.10), (0.15, 0.15), (0.20, 0.15), (0.30, 0.25), (0.40, 0.35), (0.40, 0.30), (0.50, 0.45)]
 ALPHAS = (0.004, 0.008, 0.012, 0.02, 0.04, 0.06, 0.08, 0.10, 0.14, 0.20)
-KEPT = (
-    "gap_mean",
-    "gap_reduction",
-    "reduction_over_random",
-    "inlier_ratio",
-    "spread_ratio",
-    "commonest_rise",
-    "excess_change",
-    "closed_by_majority",
-    "closed_by_minority",
-)
 
 
 @dataclass(frozen=True)
@@ -105,7 +98,7 @@ class Bench:
 
     @cached_property
     def text(self):
-        return text_unpruned(self.loaded, effect_windows(self.loaded, _text()))
+        return text_unpruned(self.loaded, effect_windows(self.loaded, read_text(None)))
 
     def how(self, scenario: str) -> Answering:
         limit = self.scenarios[scenario].outcome.max_new_tokens
@@ -135,79 +128,64 @@ class Bench:
         if level == "wc":
             return [f"{key}/{other}" for other in self.scenarios[key].variations if other != variation]
         named = [each for each in POOL if level == "all" or each != key]
-        return [
-            f"{each}/{one}" for each in named for one in FIRST.get(each) or list(self.scenarios[each].variations)[:3]
-        ]
+        quick = AuditSettings()
+        return [f"{each}/{one}" for each in named for one in quick.audit_of(self.scenarios[each]).variations]
 
-    def attributed(self, place: str, scores: list[str]) -> tuple[Asked, list]:
+    def learned(self, place: str) -> tuple[pl.DataFrame, pl.DataFrame, dict]:
+        """Prompts and answers that masks are made of, and what is known of them besides."""
         key = place.split("/")[0]
         scenario, prompts = self.scenarios[key], self.half(place, "attribution")
-        rows = self.answers(self.loaded, key, prompts)
-        about = {
-            "comparison": scenario.comparison,
-            "outcome": scenario.outcome,
-            "seed": self.split,
-            "cache": self.cache,
-        }
-        asked = ask(self.loaded, prompts, rows, place=place, significance=0.05, **about)
-        files = attribute(
-            self.loaded,
-            prompts,
-            as_samples(rows, SAMPLES),
-            scores=scores,
-            permutations=0,
-            folder=self.options.folder / "attribution",
-            **about,
-        )
-        return asked, files
+        about = {"comparison": scenario.comparison, "outcome": scenario.outcome, "seed": self.split}
+        return prompts, self.answers(self.loaded, key, prompts), about | {"cache": self.cache}
+
+    def asked(self, place: str, significance: float = SIGNIFICANCE) -> Asked:
+        prompts, rows, about = self.learned(place)
+        return ask(self.loaded, prompts, rows, place=place, significance=significance, **about)
+
+    def scored(self, place: str, score: str) -> list[AttributionFile]:
+        prompts, rows, about = self.learned(place)
+        folder = self.options.folder / "attribution"
+        rows = as_samples(rows, SAMPLES)
+        return attribute(self.loaded, prompts, rows, scores=[score], permutations=0, folder=folder, **about)
 
     # Masks
 
-    def path(self, level: str, place: str):
-        asked, files = zip(
-            *(self.attributed(source, ["gap_gradient"]) for source in self.pool(level, place)), strict=True
-        )
-        strategy = self.strategies["gap_gradient"]
-        candidates = _best_of_all([file.path for found in files for file in found])
-        return kept_path(
-            self.loaded,
-            asked,
-            weights_of(self.loaded, strategy.roles, candidates),
-            density=strategy.parameters["density"],
-            budgets=self.budgets,
-            seed=self.split,
-            folder=self.options.folder / "paths",
-        )
+    def path(self, level: str, place: str) -> MeasuredPath:
+        """The path that the strategy follows for the variation; what it is told of is as in the stages."""
+        strategy, pool = self.strategies["gap_gradient"], []
+        for source in self.pool(level, place):
+            (file,) = self.scored(source, strategy.score)
+            pool.append(SourceMask(*source.split("/"), strategy.key, None, file.path))
+
+        def asked(key: str, variation: str, significance: float) -> Asked:
+            return self.asked(f"{key}/{variation}", significance)
+
+        paths = Paths(self.loaded, asked, self.budgets, self.split, self.options.folder / "paths")
+        return follow_path(strategy, pool, paths, LEVELS[level], place)
 
     def of_paper(self, level: str, place: str) -> dict:
         """The point of the grid that closes most within the budgets, measured on the names that make the mask."""
-        strategy = self.strategies.get(PAPERS[level]) if level != "fasp" else None
-        if strategy is None:
-            asked, masks = self.impacts(place)
+        if level == "fasp":
+            masks = self.of_impacts(place)
         else:
-            asked, files = self.attributed(place, [strategy.score])
-            grid = HEADS if level == "heads" else WEIGHTS
-            masks = (
-                (f"{point[0]:.3g}/{point[1]:.3g}", mask)
-                for _, point, mask in grid_masks(self.loaded, strategy, files, grid)
-            )
+            strategy, points = self.strategies[PAPERS[level]], HEADS if level == "heads" else WEIGHTS
+            grid = grid_masks(self.loaded, strategy, self.scored(place, strategy.score), points)
+            masks = ((f"{point[0]:.3g}/{point[1]:.3g}", mask) for _, point, mask in grid)
+        asked = self.asked(place)
         tried = []
         for point, mask in masks:
             if mask.count:
                 with pruned(self.loaded, mask):
                     now = measure(self.loaded, asked)
-                step = _step(0, mask.count, [asked], [now], self.budgets)
+                step = step_of(0, mask.count, [asked], [now], self.budgets)
                 tried.append({"point": point, "closed": step.closed, "within": bool(step.within), "mask": mask})
         allowed = [each for each in tried if each["within"]]
         return max(allowed, key=lambda each: each["closed"], default={"mask": None, "closed": None, "point": None})
 
-    def impacts(self, place: str):
-        """FASP's heads by their impact on the gap and on perplexity, at rising shares."""
-        from excise.attribution.head_impacts import head_impacts
-
+    def of_impacts(self, place: str) -> Iterator[tuple[str, Mask]]:
+        """FASP's heads, by their impact on the gap and on perplexity, at rising shares."""
         key = place.split("/")[0]
-        scenario, prompts = self.scenarios[key], self.half(place, "attribution")
-        rows = self.answers(self.loaded, key, prompts)
+        scenario, (prompts, rows, _) = self.scenarios[key], self.learned(place)
         groups = (scenario.comparison.majority, scenario.comparison.minority)
         found = head_impacts(
             self.loaded.asked_for(scenario.outcome),
@@ -223,12 +201,10 @@ class Bench:
         ).sort("layer", "head")
         bias = found["bias_without"].fill_null(1e9).to_numpy()
         shape = (found["layer"].max() + 1, self.loaded.topology.heads)
-        masks = []
         for alpha in ALPHAS:
             chosen = np.zeros(found.height, dtype=bool)
             chosen[fasp(found["perplexity_without"].to_numpy(), bias, alpha, 0.3)] = True
-            masks.append((f"alpha {alpha:g}", heads_mask(chosen.reshape(shape), "zero_output")))
-        return self.attributed(place, [])[0], masks
+            yield f"alpha {alpha:g}", heads_mask(chosen.reshape(shape), "zero_output")
 
     # Judgement
 
@@ -249,12 +225,10 @@ class Bench:
         control = random_like(mask, 1000 + self.split)
         after = pl.concat([under(self.loaded, strategy, None, mask), under(self.loaded, RANDOM, strategy, control)])
         groups = (scenario.comparison.majority, scenario.comparison.minority)
-        columns = ("model", "scenario", "variation", "strategy", "level", "matched_to")
-        no_masks = dict.fromkeys(columns, pl.String) | dict.fromkeys(("draw", "pruned", "size"), pl.Int64)
         metrics = evaluate(
             before,
             after,
-            pl.DataFrame(schema=no_masks),
+            pl.DataFrame(),
             majority=groups[0],
             minority=groups[1],
             answer_range=outcome.scored_range,
@@ -269,6 +243,7 @@ class Bench:
             )
             unpruned, edited = (self.answers(self.loaded, other.key, asked, each) for each in (None, mask))
             found.append(scenario_effects(unpruned, {"mask": edited}, other, **drawn))
+        columns = ("model", "scenario", *PLACE)
         place_of_mask = dict(zip(columns, (self.loaded.key, key, variation, strategy, level, None), strict=True))
         effects = of_masks(
             pl.concat(found),
@@ -277,7 +252,7 @@ class Bench:
         own = pl.col("strategy") == strategy
         verdict = verdicts(metrics, effects, Thresholds()).filter(own, variation=variation).row(0, named=True)
         figures = [
-            *metrics.filter(own, pl.col("metric").is_in(KEPT), variation=variation).iter_rows(named=True),
+            *metrics.filter(own, pl.col("metric").is_in(METRICS), variation=variation).iter_rows(named=True),
             *(row | {"metric": f"{row['target']} {row['metric']}"} for row in effects.iter_rows(named=True)),
         ]
         if self.reference is not None:
@@ -310,12 +285,6 @@ class Bench:
             strategy = PAPERS.get(level, "gap_gradient")
             judged = self.judged(strategy, LEVELS.get(level, PROMPT_SPECIFIC), place, mask) if mask is not None else {}
             yield place, told | {"pruned": None if mask is None else mask.count} | judged
-
-
-def _text() -> str:
-    from excise.evaluation.perplexity import read_text
-
-    return read_text(None)
 
 
 def work(options: Options, jobs, out: Path, lock) -> None:

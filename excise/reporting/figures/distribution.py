@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import polars
 
-from excise.conditions import NO_STRATEGY, Condition, condition_order
+from excise.conditions import NO_STRATEGY, PLACE, Condition, condition_order
 from excise.errors import ExciseError
 from excise.evaluation.rounding import level_label
 from excise.reporting.figures.canvas import (
@@ -40,7 +40,7 @@ def mask_density_by_layer(masks: polars.DataFrame) -> Figure:
     controls have the same counts by construction, so controls are not drawn. `masks` has columns strategy, level,
     matched_to, layer, role, pruned and size. Raises ExciseError on a missing column or when it holds no strategy.
     """
-    require_columns(masks, "masks", ("variation", "strategy", "level", "matched_to", "layer", "role", "pruned", "size"))
+    require_columns(masks, "masks", (*PLACE, "layer", "role", "pruned", "size"))
     own = masks.filter(polars.col("matched_to").is_null() & (polars.col("strategy") != NO_STRATEGY))
     if own.is_empty():
         raise ExciseError("masks: only controls or no rows; build the strategies' masks first")

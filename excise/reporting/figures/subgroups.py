@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import polars
 
-from excise.conditions import ALL, NO_STRATEGY
+from excise.conditions import ALL, NO_STRATEGY, PLACE
 from excise.errors import ExciseError
 from excise.evaluation.table import read_estimate
 from excise.reporting.figures.canvas import (
@@ -32,7 +32,7 @@ from excise.reporting.figures.canvas import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLUMNS = ("model", "scenario", "variation", "strategy", "level", "matched_to", "metric", "estimate", "low", "high")
+_COLUMNS = ("model", "scenario", *PLACE, "metric", "estimate", "low", "high")
 _MEAN = "mean_toxicity/"
 MOST = 4
 """Masks drawn beside the unpruned model."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import polars
 
-from excise.conditions import ALL, RANDOM
+from excise.conditions import ALL, PLACE, RANDOM
 from excise.errors import ExciseError
 from excise.evaluation.grid import pareto
 from excise.evaluation.table import at_most
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLUMNS = ("model", "scenario", "variation", "strategy", "level", "matched_to", "metric", "estimate", "low", "high")
+_COLUMNS = ("model", "scenario", *PLACE, "metric", "estimate", "low", "high")
 _BIAS, _TEXT = "bias_reduction", "perplexity_ratio"
 _CONTROL = "random: as many heads a layer"
 _MARKERS = "os^DvPX<>h"
