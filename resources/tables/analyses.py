@@ -19,9 +19,9 @@ TABLES = (
             Column("reference_variation", "VARCHAR", "variation of the mask it is laid upon"),
             Column("shared", "BIGINT", "number of weights (heads) in both masks"),
             Column("count", "BIGINT", "number of weights (heads) in the mask"),
-            Column("overlap", "DOUBLE", "shared / count; null for an empty mask"),
+            Column("overlap", "DOUBLE", "shared / count; null for an empty mask", optional=True),
             Column("chance", "DOUBLE", "overlap of a mask without any relation: density of the mask it is laid upon"),
-            Column("excess", "DOUBLE", "overlap minus chance"),
+            Column("excess", "DOUBLE", "overlap minus chance", optional=True),
             DEFINITION,
         ),
     ),
@@ -42,7 +42,9 @@ TABLES = (
             ),
             Column("size", "BIGINT", "number of weights of this matrix, or of heads of this layer"),
             Column("share_of_matrix", "DOUBLE", "pruned / size"),
-            Column("share_of_mask", "DOUBLE", "pruned / all that the mask prunes; null for an empty mask"),
+            Column(
+                "share_of_mask", "DOUBLE", "pruned / all that the mask prunes; null for an empty mask", optional=True
+            ),
             DEFINITION,
         ),
     ),
@@ -59,6 +61,7 @@ TABLES = (
                 "source",
                 "VARCHAR",
                 "scenario the masks come from; null for all scenarios but the evaluated one, pooled",
+                optional=True,
             ),
             Column("scenario", "VARCHAR", "scenario they are evaluated in"),
             Column(

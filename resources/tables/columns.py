@@ -1,5 +1,7 @@
 """Columns that stand in several tables, declared once."""
 
+from dataclasses import replace
+
 from resources.tables.declaration import Column
 
 MODEL = Column("model", "VARCHAR", "key of the model in models.yaml")
@@ -61,6 +63,7 @@ DEFINITION = Column(
     "what decides the mask, as JSON: the strategy's score, selection, parameters and so on, for a control its kind, "
     "too, and the seed of what is drawn at random; null where nothing is pruned",
 )
+DEFINITION_IF_PRUNED = replace(DEFINITION, optional=True)
 ROLE = Column(
     "role",
     "VARCHAR",
@@ -103,5 +106,5 @@ EVALUATED = (
         optional=True,
     ),
     Column("highest", "DOUBLE", "enumerated answers: the estimate lies below this", optional=True),
-    DEFINITION,
+    DEFINITION_IF_PRUNED,
 )

@@ -1,7 +1,16 @@
 """Tables of what masks do: to the scenario they are made for, to others, on other names, at other thresholds."""
 
 from excise.conditions import PLACE
-from resources.tables.columns import DEFINITION, EVALUATED, MASK_COLUMNS, METRIC, MODEL, NAMES, SCENARIO
+from resources.tables.columns import (
+    DEFINITION,
+    DEFINITION_IF_PRUNED,
+    EVALUATED,
+    MASK_COLUMNS,
+    METRIC,
+    MODEL,
+    NAMES,
+    SCENARIO,
+)
 from resources.tables.declaration import Column, Table
 
 TABLES = (
@@ -54,8 +63,8 @@ TABLES = (
                 optional=True,
             ),
             Column("reference", "VARCHAR", "key of the reference in models.yaml"),
-            Column("reason", "VARCHAR", "why the estimate is null; else null"),
-            DEFINITION,
+            Column("reason", "VARCHAR", "why the estimate is null; else null", optional=True),
+            DEFINITION_IF_PRUNED,
         ),
     ),
     Table(
