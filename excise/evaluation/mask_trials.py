@@ -52,7 +52,7 @@ def targets_of(
     completions: those of the scenario that the masks are made for. names: per group. required: whether one that cannot
     be asked is an ExciseError.
     """
-    subjects = completions.group_by("group").agg(pl.col("subject").n_unique())["subject"].max()
+    subjects = max(completions.group_by("group").agg(pl.col("subject").n_unique())["subject"].to_list())
     held_out = ATTRIBUTION in set(completions["split"])
     targets, left_out = [], []
     for other in others:

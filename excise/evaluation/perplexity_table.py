@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from excise.conditions import ALL, MASK, NO_LEVEL, NO_STRATEGY
-from excise.evaluation.perplexity import Window, perplexity_difference, perplexity_interval
+from excise.evaluation.perplexity import Mode, Window, perplexity_difference, perplexity_interval
 from excise.generation.completions import UNPRUNED
 
 _FIGURES = ("perplexity", "low", "high", "difference", "difference_low", "difference_high")
@@ -24,7 +24,7 @@ PERPLEXITY_SCHEMA = {
 
 
 def perplexity_rows(
-    losses: Mapping[str, np.ndarray], windows: Sequence[Window], mode: str, text: str, *, resamples: int, seed: int
+    losses: Mapping[str, np.ndarray], windows: Sequence[Window], mode: Mode, text: str, *, resamples: int, seed: int
 ) -> pl.DataFrame:
     """The text's perplexity under every mask, and paired with the unpruned model's: rows of PERPLEXITY_SCHEMA.
 

@@ -7,15 +7,17 @@ that cannot be judged are left out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import polars as pl
 
 from excise.conditions import ALL, CROSS_CONTEXT, NO_STRATEGY
 from excise.evaluation.comparisons import COMPARISONS_SCHEMA, comparisons
+from excise.evaluation.judged import compared_groups
 from excise.evaluation.judged_metrics import metrics_of
 from excise.evaluation.numbers import evaluate
 from excise.evaluation.toxicity import evaluate_toxicity
-from excise.scenarios.schema import Scenario
+from excise.scenarios.schema import NumberOutcome, Scenario
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,16 @@ def compared_numbers(
     unpruned: pl.DataFrame, pruned: pl.DataFrame, masks: pl.DataFrame, scenario: Scenario, draws: Draws
 ) -> pl.DataFrame:
     """The metrics of `numbers.evaluate` for the two groups that a scenario compares."""
+    majority, minority = compared_groups(scenario)
+    outcome = cast(NumberOutcome, scenario.outcome)
     return evaluate(
         unpruned,
         pruned,
         masks,
-        majority=scenario.comparison.majority,
-        minority=scenario.comparison.minority,
-        answer_range=scenario.outcome.scored_range,
-        log_scale=scenario.outcome.scale == "log",
+        majority=majority,
+        minority=minority,
+        answer_range=outcome.scored_range,
+        log_scale=outcome.scale == "log",
         **vars(draws),
     )
 

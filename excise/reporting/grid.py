@@ -20,7 +20,8 @@ def chosen_in_words(rows: pl.DataFrame, strategy: Strategy, floor: float) -> str
     overall = rows.filter(pl.col("variation") == ALL)
     chosen = overall.filter(pl.col("chosen"))
     if chosen.is_empty():
-        best = overall.filter((pl.col("metric") == "inlier_ratio") & pl.col("estimate").is_finite())["estimate"].max()
+        ratios = overall.filter((pl.col("metric") == "inlier_ratio") & pl.col("estimate").is_finite())["estimate"]
+        best = max(ratios.to_list(), default=None)
         if not reaches(best, floor):
             highest = ratio_text(best) if best is not None else "unknown"
             return f"No point is chosen: none reaches an inlier ratio of {floor_text(floor)} (highest {highest})."

@@ -14,6 +14,7 @@ from excise.attribution import AttributionFile
 from excise.conditions import GRID
 from excise.evaluation.grid import grid_points, point_label
 from excise.evaluation.grid import grid_search as judged_points
+from excise.evaluation.judged import compared_groups
 from excise.evaluation.numbers import evaluate
 from excise.evaluation.scenario_metrics import Draws
 from excise.generation.completions import Work
@@ -51,7 +52,7 @@ def points_of(strategy: Strategy, taus: Sequence[float], counts: Sequence[int], 
     if "k_min" in strategy.parameters:
         return {point: point for point in shown}
     # Just above the share that stands for the count, as a share is rounded down to whole heads.
-    return {tuple(min(1.0, (count + 0.5) / heads) for count in point): point for point in shown}
+    return {tuple(min(1.0, (count + 0.5) / heads) for count in point): point for point in shown}  # type: ignore[misc]
 
 
 def grid_answers(
@@ -90,12 +91,13 @@ def grid_rows(
 
     floor: least inlier ratio. The grid keeps no p-values, so nothing is permuted.
     """
+    majority, minority = compared_groups(scenario)
     metrics = evaluate(
         completions,
         pl.concat(made.frames),
         pl.DataFrame(made.counts, schema_overrides={"matched_to": pl.String}),
-        majority=scenario.comparison.majority,
-        minority=scenario.comparison.minority,
+        majority=majority,
+        minority=minority,
         resamples=draws.resamples,
         permutations=1,
         seed=draws.seed,

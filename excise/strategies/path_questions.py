@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import polars as pl
 
 from excise.attribution.gap_free import Asked, ask
+from excise.scenarios.schema import Comparison
 
 if TYPE_CHECKING:
     from excise.generation.completions import CompletionCache
@@ -38,7 +39,7 @@ def questions(
             prompts,
             completions.filter(pl.col("variation") == variation),
             place=f"{key}/{variation}",
-            comparison=scenarios[key].comparison,
+            comparison=cast(Comparison, scenarios[key].comparison),
             outcome=scenarios[key].outcome,
             significance=significance,
             seed=seed,

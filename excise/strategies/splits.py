@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import polars as pl
 
@@ -21,7 +22,7 @@ from excise.generation.enumeration import Answering, as_samples
 from excise.generation.under_masks import Asking, with_mask
 from excise.interventions.masks import Mask
 from excise.progress import Progress, silent
-from excise.scenarios.schema import Scenario
+from excise.scenarios.schema import Comparison, Scenario
 from excise.scenarios.subsets import ATTRIBUTION, EVALUATION, held_out_split, without
 from excise.strategies.build import NamedMask, Paths, SourceMask, build_cross_context_masks, build_masks
 from excise.strategies.config import HEAD_SCORES, MEASURED_PATH, Strategy
@@ -64,7 +65,7 @@ class Split:
             self.asking.loaded,
             prompts,
             as_samples(learned, Answering.of(learned).samples),
-            comparison=self.scenarios[key].comparison,
+            comparison=cast(Comparison, self.scenarios[key].comparison),
             outcome=self.scenarios[key].outcome,
             scores=sorted(scores),
             permutations=0,
