@@ -56,8 +56,8 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             judged_variations(rows, scenario),
             parse_rate(rows, audit.parse_floor),
         ]
-        shown = _picture(step, rows, scorer) | cost(work) | mistakes(step.catalogue)
-        metadata = shown | device | _metadata(rows, how, scorer)
+        told = cost(work) | mistakes(step.catalogue) | device | _told(rows, how, scorer)
+        metadata = _picture(step, rows, scorer) | told
         return step.result("completions", metadata, device["model_fingerprint"], rows, outcomes=outcomes)
 
     return completions
@@ -87,18 +87,18 @@ def _require_text(step: Step, loaded: "LoadedModel") -> None:
         windows_of(loaded, step.audit)
 
 
-def _metadata(rows: pl.DataFrame, how: "Answering", scorer: "Scorer | None") -> dict[str, Any]:
+def _told(rows: pl.DataFrame, how: "Answering", scorer: "Scorer | None") -> dict[str, Any]:
     """Metadata: shares of the answers, names, and the scorer."""
     from excise.generation.unpruned import names_told
 
-    metadata: dict[str, Any] = {"parse_rate": rows.select(share_with_value()).item()}
+    told: dict[str, Any] = {"parse_rate": rows.select(share_with_value()).item()}
     if how.exact is not None:
-        metadata["leftover"] = rows["leftover"].max() or 0.0
-        metadata["prompts_sampled_instead"] = rows.filter(pl.col("leftover").is_null())["prompt_id"].n_unique()
-    metadata["names"] = names_told(rows)
+        told["leftover"] = rows["leftover"].max() or 0.0
+        told["prompts_sampled_instead"] = rows.filter(pl.col("leftover").is_null())["prompt_id"].n_unique()
+    told["names"] = names_told(rows)
     if scorer is not None:
-        metadata["scorer"] = f"{scorer.key}: {scorer.measures}"
-    return metadata
+        told["scorer"] = f"{scorer.key}: {scorer.measures}"
+    return told
 
 
 def _picture(step: Step, rows: pl.DataFrame, scorer: "Scorer | None") -> dict[str, dg.MetadataValue]:
