@@ -42,7 +42,7 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
 
         completions, prompts = completions_of(step.warehouse, step.model, step.scenario.key)
         _require_comparison(step)
-        scores = sorted({each.score for each in step.strategies() if each.score not in HEAD_SCORES})
+        scores = sorted({strategy.score for strategy in step.strategies() if strategy.score not in HEAD_SCORES})
         learned, asked = without(EVALUATION, completions, prompts)
         samples = as_samples(learned, Answering.of(learned).samples)
         with step.loaded() as loaded:
@@ -51,9 +51,9 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             device = step.gpu.report(loaded)
         rows = _rows(step, files, device["model_fingerprint"], data_version(completions).value)
         step.store("attribution_files", rows)
-        told = device | _left_out(step, samples, scores) | _told(files, rows)
+        metadata = device | _left_out(step, samples, scores) | _metadata(files, rows)
         # A path says what the content is made of; the same tensors may lie in a file in another order.
-        return step.result("attribution_files", told, rows.drop("sha256"))
+        return step.result("attribution_files", metadata, rows.drop("sha256"))
 
     return attribution_scores
 
@@ -109,7 +109,7 @@ def _rows(step: Step, files: Sequence["AttributionFile"], fingerprint: str, comp
     return pl.DataFrame(rows, schema=TABLES["attribution_files"].schema)
 
 
-def _told(files: Sequence["AttributionFile"], rows: pl.DataFrame) -> dict[str, Any]:
+def _metadata(files: Sequence["AttributionFile"], rows: pl.DataFrame) -> dict[str, Any]:
     """Metadata: how many files were computed, how large they are, and where they lie."""
     return {
         "files_computed": sum(not file.reused for file in files),

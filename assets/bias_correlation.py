@@ -33,7 +33,7 @@ def bias_correlation_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         rows = impact_correlations(impacts.filter(pl.col("scenario").is_in(scenarios)))
         rows = rows.select(TABLES["bias_correlation"].names)
         drawn = analysis.picture("impact_correlation", impact_correlation(rows)) if len(scenarios) > 1 else {}
-        told = {"scenarios": ", ".join(scenarios), "correlations": table_value(rows, limit=500)}
-        return analysis.result(rows, left_out | drawn | told)
+        metadata = {"scenarios": ", ".join(scenarios), "correlations": table_value(rows, limit=500)}
+        return analysis.result(rows, left_out | drawn | metadata)
 
     return bias_correlation

@@ -49,7 +49,7 @@ def cross_context_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
     def cross_context_masks(step: Step) -> dg.MaterializeResult:
         model, key = step.model, step.scenario.key
         completions, _ = completions_of(step.warehouse, model, key)
-        strategies = [each for each in step.strategies() if set(ACROSS) & set(each.levels)]
+        strategies = [strategy for strategy in step.strategies() if set(ACROSS) & set(strategy.levels)]
         sources = source_masks(step.warehouse, model, key, step.catalogue, strategies, completions)
         unjudged = unjudged_scenarios(step.warehouse, model)
         lacking = left_out(sources, key, step.catalogue.scenarios_like(key), strategies, unjudged)
@@ -60,8 +60,8 @@ def cross_context_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             followed = _paths(step, borrowed, completions, strategies, paths) if sources.height else None
             made = _masks(step, completions, sources, strategies, followed)
             rows = mask_rows(step, made, strategies, files)
-        told = _sources_told(sources, key, lacking)
-        return masks_result(step, rows, paths, files, told, lambda outcome: _judged(outcome, strategies, lacking))
+        metadata = _sources_metadata(sources, key, lacking)
+        return masks_result(step, rows, paths, files, metadata, lambda outcome: _judged(outcome, strategies, lacking))
 
     return cross_context_masks
 
@@ -134,14 +134,14 @@ def _judged(outcome: Outcome, strategies: Sequence[Strategy], lacking: Sequence[
     return outcome
 
 
-def _sources_told(sources: pl.DataFrame, scenario: str, lacking: Sequence[str]) -> dict[str, Any]:
+def _sources_metadata(sources: pl.DataFrame, scenario: str, lacking: Sequence[str]) -> dict[str, Any]:
     """Metadata: which scenarios lent masks, how many, and what was left out."""
     used = (
         sources.filter(pl.col("scenario") != scenario)
         .group_by("scenario", maintain_order=True)
         .agg(variations=pl.col("variation").n_unique(), masks=pl.len())
     )
-    told: dict[str, Any] = {"scenarios_used": ", ".join(used["scenario"]), "sources": table_value(used)}
+    metadata: dict[str, Any] = {"scenarios_used": ", ".join(used["scenario"]), "sources": table_value(used)}
     if lacking:
-        told["left_out"] = dg.MetadataValue.md("\n".join(f"* {line}" for line in lacking))
-    return told
+        metadata["left_out"] = dg.MetadataValue.md("\n".join(f"* {line}" for line in lacking))
+    return metadata

@@ -65,9 +65,9 @@ def _of_numbers(step: Step) -> dg.MaterializeResult:
     rows, others = (
         with_definitions(frame, answers.masks) for frame in number_metrics(answers, step.scenario, draws_of(step.audit))
     )
-    told = pooled_levels(rows)
+    pooled = pooled_levels(rows)
     effects = side_effects_of(step.warehouse, step.model, step.scenario.key, answers.masks)
-    verdict = verdicts(told, effects, step.audit.thresholds)
+    verdict = verdicts(pooled, effects, step.audit.thresholds)
     outcomes = [
         metrics_finite(rows),
         judged_under_masks(answers.pruned, step.scenario, answers.judged, answers.variations),
@@ -77,8 +77,8 @@ def _of_numbers(step: Step) -> dg.MaterializeResult:
     _store(step, rows, others)
     metadata = _explanation(answers.completions, step.scenario)
     if answers.judged:
-        metadata |= _findings(step, told, verdict, pruned=not answers.pruned.is_empty())
-    metadata |= _tables(step, told, others, verdict)
+        metadata |= _findings(step, pooled, verdict, pruned=not answers.pruned.is_empty())
+    metadata |= _tables(step, pooled, others, verdict)
     return step.result("metrics", metadata, rows, others, verdict, outcomes=outcomes)
 
 
@@ -88,35 +88,35 @@ def _labels(scenario: Scenario) -> dict[str, str]:
     return {side: scenario.groups[getattr(groups, side)].label for side in ("majority", "minority")}
 
 
-def _findings(step: Step, told: pl.DataFrame, verdict: pl.DataFrame, *, pruned: bool) -> dict[str, Any]:
+def _findings(step: Step, pooled: pl.DataFrame, verdict: pl.DataFrame, *, pruned: bool) -> dict[str, Any]:
     """The finding and the figures. pruned: whether there are answers under masks."""
     from excise.reporting.figures import bias_by_level, disparity_by_level
     from excise.reporting.finding import finding
 
     floor, labels = step.audit.inlier_floor, _labels(step.scenario)
     sentence = finding(
-        told, verdicts=verdict, inlier_floor=floor, inlier_tolerance=step.audit.inlier_tolerance, **labels
+        pooled, verdicts=verdict, inlier_floor=floor, inlier_tolerance=step.audit.inlier_tolerance, **labels
     )
-    figures = {"disparity_by_level": disparity_by_level(told, verdicts=verdict, inlier_floor=floor)}
+    figures = {"disparity_by_level": disparity_by_level(pooled, verdicts=verdict, inlier_floor=floor)}
     if pruned:
-        figures["bias_by_level"] = bias_by_level(told, **labels, verdicts=verdict, inlier_floor=floor)
+        figures["bias_by_level"] = bias_by_level(pooled, **labels, verdicts=verdict, inlier_floor=floor)
     metadata: dict[str, Any] = {"finding": sentence}
     for name, figure in figures.items():
         metadata |= step.picture(name, figure)
     return metadata
 
 
-def _tables(step: Step, told: pl.DataFrame, others: pl.DataFrame, verdict: pl.DataFrame) -> dict[str, Any]:
+def _tables(step: Step, pooled: pl.DataFrame, others: pl.DataFrame, verdict: pl.DataFrame) -> dict[str, Any]:
     """Bounds of exact answers, other comparisons, and the table of the audit."""
     from excise.evaluation.scenario_metrics import bounds, unpruned_gaps
     from excise.reporting.audit_table import markdown_table
 
     metadata: dict[str, Any] = {}
-    if told["lowest"].is_not_null().any():
-        metadata["bounds_of_exact_answers"] = table_value(bounds(told))
+    if pooled["lowest"].is_not_null().any():
+        metadata["bounds_of_exact_answers"] = table_value(bounds(pooled))
     metadata["other_comparisons"] = table_value(unpruned_gaps(others))
     tolerance = step.audit.inlier_tolerance
-    table = markdown_table(told, **_labels(step.scenario), verdicts=verdict, inlier_tolerance=tolerance)
+    table = markdown_table(pooled, **_labels(step.scenario), verdicts=verdict, inlier_tolerance=tolerance)
     return metadata | {"audit": dg.MetadataValue.md(table)}
 
 

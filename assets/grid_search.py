@@ -64,8 +64,8 @@ def grid_search_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         step.store_thresholds()
         step.store("grid_search", rows)
         counted = {"points": sum(map(len, points.values())), "variations": ", ".join(variations)}
-        told = _told(step, rows, strategies) | counted | cost(answers.work) | device
-        return step.result("grid_search", told, rows)
+        metadata = _metadata(step, rows, strategies) | counted | cost(answers.work) | device
+        return step.result("grid_search", metadata, rows)
 
     return grid_search
 
@@ -122,7 +122,9 @@ def _asked(
         require_same_model(completions, loaded, step.scenario.key)
         require_same_prompts(completions, prompts, loaded, step.scenario)
         heads = loaded.topology.layers * loaded.topology.heads
-        points = {each.key: points_of(each, audit.grid_taus, audit.grid_counts, heads) for each in strategies}
+        points = {
+            strategy.key: points_of(strategy, audit.grid_taus, audit.grid_counts, heads) for strategy in strategies
+        }
         total = sum(map(len, points.values())) * completions.height
         asking = asking_of(step, loaded, Answering.of(completions))
 
@@ -139,7 +141,7 @@ def _asked(
     return answers, points, device
 
 
-def _told(step: Step, rows: pl.DataFrame, strategies: Sequence[Strategy]) -> dict[str, Any]:
+def _metadata(step: Step, rows: pl.DataFrame, strategies: Sequence[Strategy]) -> dict[str, Any]:
     """The point that is chosen for every strategy, in words and as a table, and the heat maps."""
     from excise.reporting.figures import grid_heat_maps
     from excise.reporting.grid import chosen_in_words

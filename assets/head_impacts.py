@@ -55,8 +55,8 @@ def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         ).select(TABLES["head_impacts"].names)
         step.store("head_impacts", rows)
         left_out = sorted(set(learned["variation"]) - set(judged))
-        told = device | ({"not_judged": ", ".join(left_out)} if left_out else {}) | _told(step, rows)
-        return step.result("head_impacts", told, rows)
+        metadata = device | ({"not_judged": ", ".join(left_out)} if left_out else {}) | _metadata(step, rows)
+        return step.result("head_impacts", metadata, rows)
 
     return head_impacts
 
@@ -85,7 +85,7 @@ def _measured(step: Step, loaded: "LoadedModel", learned: pl.DataFrame, prompts:
     return with_baselines(impacts, loaded, windows)
 
 
-def _told(step: Step, rows: pl.DataFrame) -> dict[str, Any]:
+def _metadata(step: Step, rows: pl.DataFrame) -> dict[str, Any]:
     """The map of the heads, how reliable impacts are, and the most harmful heads."""
     from excise.attribution.head_impacts import split_half_reliability
     from excise.reporting.figures import head_map

@@ -39,8 +39,8 @@ def mask_distribution_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         require_one_definition(masks, again="pruning_masks and cross_context_masks")
         rows = shares(masks).select(TABLES["mask_distribution"].names)
         by_role = table_value(shares_by_role(rows), limit=500)
-        told = {"scenarios": ", ".join(scenarios), "by_role": by_role}
-        return analysis.result(rows, left_out | _pictures(analysis, rows) | told)
+        metadata = {"scenarios": ", ".join(scenarios), "by_role": by_role}
+        return analysis.result(rows, left_out | _pictures(analysis, rows) | metadata)
 
     return mask_distribution
 

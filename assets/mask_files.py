@@ -76,12 +76,12 @@ def masks_result(
     step.store("masks", rows, by_asset=True)
     outcome = judge(mask_density(rows, step.audit.density_floor, step.audit.density_ceiling))
     places = rows.select(*MASK, "mask").unique()
-    told = {
+    counts = {
         "masks": places.height,
         "mask_files_written": files.written,
         "mask_files_reused": len(files.seen) - files.written,
     }
-    return step.result("masks", {**metadata, **told}, places, outcomes=[_with_none_found(outcome, paths)])
+    return step.result("masks", {**metadata, **counts}, places, outcomes=[_with_none_found(outcome, paths)])
 
 
 def _with_none_found(outcome: Outcome, paths: PathRows) -> Outcome:

@@ -44,8 +44,8 @@ def mask_overlap_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         ]
         rows = pl.concat(frames)
         by_scenario = table_value(overlap_by_scenario(rows), limit=500)
-        told = {"scenarios": ", ".join(scenarios), "by_scenario": by_scenario}
-        return analysis.result(rows, left_out | _pictures(analysis, frames) | told)
+        metadata = {"scenarios": ", ".join(scenarios), "by_scenario": by_scenario}
+        return analysis.result(rows, left_out | _pictures(analysis, frames) | metadata)
 
     return mask_overlap
 

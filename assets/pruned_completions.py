@@ -50,14 +50,14 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         completions, prompts = without(ATTRIBUTION, everything, every_prompt)
         masks = masks_to_ask(step.warehouse, step.model, step.scenario, everything)
         scorer = scorer_of(step.catalogue, step.scenario)
-        rows, perplexities, told = _asked(step, completions, prompts, masks, scorer)
+        rows, perplexities, metadata = _asked(step, completions, prompts, masks, scorer)
         step.store("perplexity", perplexities)
         step.store("pruned_completions", rows)
         wanted, samples = prompts.join(masks.select(MASK), on="variation"), _samples(completions)
         complete = completions_complete_and_balanced(rows, wanted, samples, masked=True, balanced=scorer is None)
         outcome = complete if masks.height else _none(complete)
-        told |= _left_out(completions, judged_of(completions, step.scenario)) | {"masks": masks.height}
-        return step.result("pruned_completions", told, told["model_fingerprint"], rows, outcomes=[outcome])
+        metadata |= _left_out(completions, judged_of(completions, step.scenario)) | {"masks": masks.height}
+        return step.result("pruned_completions", metadata, metadata["model_fingerprint"], rows, outcomes=[outcome])
 
     return pruned_completions
 

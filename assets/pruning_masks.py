@@ -49,8 +49,8 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         completions, _ = completions_of(step.warehouse, step.model, step.scenario.key)
         chosen = step.strategies()
         files, paths = MaskFiles(step.artifacts), PathRows(step)
-        made = [_head_masks(step, completions, [each for each in chosen if each.score in HEAD_SCORES])]
-        within = [_within_the_scenario(each) for each in chosen if each.score not in HEAD_SCORES]
+        made = [_head_masks(step, completions, [strategy for strategy in chosen if strategy.score in HEAD_SCORES])]
+        within = [_within_the_scenario(strategy) for strategy in chosen if strategy.score not in HEAD_SCORES]
         stored = _scores(step, completions, within)
         with step.loaded() as loaded:
             require_same_model(completions, loaded, step.scenario.key)
@@ -61,8 +61,8 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         learned = completions.filter(pl.col("split") != EVALUATION)
         silent = rows.is_empty() and not judged_of(learned, step.scenario)
         drawn = {} if rows.is_empty() else step.picture("mask_density_by_layer", mask_density_by_layer(rows))
-        told = drawn | mistakes(step.catalogue)
-        return masks_result(step, rows, paths, files, told, _silent if silent else lambda outcome: outcome)
+        metadata = drawn | mistakes(step.catalogue)
+        return masks_result(step, rows, paths, files, metadata, _silent if silent else lambda outcome: outcome)
 
     return pruning_masks
 

@@ -51,11 +51,11 @@ def restoration_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             return step.nothing(
                 "No variation can be judged (check judged_variations of completions).", under="restoration"
             )
-        own, edited, told = _asked(step, answers)
+        own, edited, costs = _asked(step, answers)
         rows = with_definitions(_restored(step, answers, own, edited), answers.masks)
         step.store("restoration", rows)
-        metadata = {"restoration": dg.MetadataValue.md(restoration_markdown(pooled_levels(rows))), **told}
-        return step.result("restoration", metadata, told["model_fingerprint"], rows)
+        metadata = {"restoration": dg.MetadataValue.md(restoration_markdown(pooled_levels(rows))), **costs}
+        return step.result("restoration", metadata, costs["model_fingerprint"], rows)
 
     return restoration
 

@@ -46,11 +46,11 @@ def side_effects_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         masks = _masks_to_try(masks_to_ask(step.warehouse, step.model, step.scenario, completions))
         if masks.is_empty():
             return step.nothing("There are no masks whose side effects could be measured.", under="side_effects")
-        effects, told = _measured(step, masks, completions)
+        effects, costs = _measured(step, masks, completions)
         rows = of_masks(effects, masks.with_columns(**{key: pl.lit(value) for key, value in step.place.items()}))
         step.store("side_effects", rows)
-        metadata = {"side_effects": dg.MetadataValue.md(side_effects_markdown(rows)), **told}
-        return step.result("side_effects", metadata, told["model_fingerprint"], rows)
+        metadata = {"side_effects": dg.MetadataValue.md(side_effects_markdown(rows)), **costs}
+        return step.result("side_effects", metadata, costs["model_fingerprint"], rows)
 
     return side_effects
 
@@ -78,10 +78,10 @@ def _measured(step: Step, masks: pl.DataFrame, completions: pl.DataFrame) -> tup
         device = step.gpu.report(loaded)
     if not step.audit.side_effect_scenarios:
         effects = pl.concat([effects, nothing_asked(distinct["mask"].to_list())])
-    told = {"targets": ", ".join(trial.names), "masks": distinct.height} | cost(work)
+    costs = {"targets": ", ".join(trial.names), "masks": distinct.height} | cost(work)
     if left_out:
-        told["scenarios_left_out"] = "\n".join(left_out)
-    return effects, told | device
+        costs["scenarios_left_out"] = "\n".join(left_out)
+    return effects, costs | device
 
 
 def _trial(step: Step, asking: "Asking", completions: pl.DataFrame) -> tuple["Trial", list[str]]:

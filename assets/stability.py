@@ -47,8 +47,8 @@ def stability_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         rows = pl.concat([kept(_own(step, metrics), 0, step.audit.splits), *splits])
         step.store("stability", rows)
         summed = summary(rows)
-        told = {"finding": stability_sentence(summed), "splits": dg.MetadataValue.md(stability_markdown(summed))}
-        return step.result("stability", told, rows)
+        metadata = {"finding": stability_sentence(summed), "splits": dg.MetadataValue.md(stability_markdown(summed))}
+        return step.result("stability", metadata, rows)
 
     return stability
 

@@ -186,13 +186,16 @@ class Analysis:
     def result(self, rows: pl.DataFrame, metadata: Mapping[str, Any]) -> dg.MaterializeResult:
         """Store the rows in place of those of an earlier run, and tell of them."""
         self.warehouse.replace_partition(self.asset, rows, {"model": self.model})
-        told = {**metadata, **table_metadata(self.asset, rows)}
-        return dg.MaterializeResult(metadata=told, data_version=data_version(rows))
+        return dg.MaterializeResult(
+            metadata={**metadata, **table_metadata(self.asset, rows)}, data_version=data_version(rows)
+        )
 
     def nothing_judged(self, left_out: Mapping[str, str]) -> dg.MaterializeResult:
         """The result where none of the model's scenarios can be judged: an empty table that says so."""
-        told = "No variation of any scenario can be judged, so there is nothing to analyse (check judged_variations)."
-        return self.result(pl.DataFrame(schema=TABLES[self.asset].schema), {**left_out, "finding": told})
+        finding = (
+            "No variation of any scenario can be judged, so there is nothing to analyse (check judged_variations)."
+        )
+        return self.result(pl.DataFrame(schema=TABLES[self.asset].schema), {**left_out, "finding": finding})
 
 
 def clear_failures(function: Callable) -> Callable:

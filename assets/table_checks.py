@@ -30,12 +30,14 @@ def rows_as_declared(stored: Mapping[str, pl.DataFrame]) -> Outcome:
             gxe.ExpectColumnValuesToBeBetween(column="rows", min_value=0, max_value=0),
         ],
     )
-    found = figures.filter(pl.col("rows") > 0)
+    faulty = figures.filter(pl.col("rows") > 0)
     counted = ", ".join(f"{name}: {rows.height:,} rows" for name, rows in stored.items())
-    told = [f"{table}: {rows:,} rows {fault}" for table, fault, rows in found.iter_rows()]
-    message = f"Not as declared: {'; '.join(told)}." if told else f"As declared ({counted})."
-    worst = told[0] if told else None
-    return Outcome(DECLARED, not unmet, ERROR, message, float(found["rows"].sum()), 0.0, worst, found.to_dicts(), unmet)
+    lines = [f"{table}: {rows:,} rows {fault}" for table, fault, rows in faulty.iter_rows()]
+    message = f"Not as declared: {'; '.join(lines)}." if lines else f"As declared ({counted})."
+    worst = lines[0] if lines else None
+    return Outcome(
+        DECLARED, not unmet, ERROR, message, float(faulty["rows"].sum()), 0.0, worst, faulty.to_dicts(), unmet
+    )
 
 
 def faults(table: Table, rows: pl.DataFrame) -> list[tuple[str, str, int]]:

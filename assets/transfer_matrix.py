@@ -40,13 +40,13 @@ def transfer_matrix_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         require_one_definition(metrics, again="pruning_masks and what follows")
         rows = transfers(metrics, list(analysis.catalogue.scenarios)).select(TABLES["transfer_matrix"].names)
         beyond = table_value(beyond_random(rows), limit=500)
-        told = {"scenarios": ", ".join(scenarios), "beyond_random": beyond}
-        return analysis.result(rows, left_out | _told(analysis, rows, scenarios) | told)
+        metadata = {"scenarios": ", ".join(scenarios), "beyond_random": beyond}
+        return analysis.result(rows, left_out | _metadata(analysis, rows, scenarios) | metadata)
 
     return transfer_matrix
 
 
-def _told(analysis: Analysis, rows: pl.DataFrame, scenarios: Sequence[str]) -> dict[str, Any]:
+def _metadata(analysis: Analysis, rows: pl.DataFrame, scenarios: Sequence[str]) -> dict[str, Any]:
     """The heat map, or why there is none, and whether masks of single scenarios were evaluated."""
     from excise.reporting.figures import transfer_heat_map
 

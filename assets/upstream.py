@@ -323,8 +323,8 @@ def judged_answers(warehouse: Warehouse, model: str, scenario: Scenario) -> "Jud
     pruned = rows_of(warehouse, "pruned_completions", model, scenario.key, made_by="pruned_completions")
     require_paired(completions, pruned, model, scenario.key)
     pruned = pruned.filter(pl.col("variation").is_in(asked["variation"].unique().implode()))
-    told = (f"the pruned completions of {model}|{scenario.key} were sampled", "pruned_completions")
-    _require_same_masks(pruned, masks, [*MASK, "mask"], told)
+    done = (f"the pruned completions of {model}|{scenario.key} were sampled", "pruned_completions")
+    _require_same_masks(pruned, masks, [*MASK, "mask"], done)
     return JudgedAnswers(completions, prompts, pruned, masks, judged)
 
 
@@ -334,21 +334,21 @@ def side_effects_of(warehouse: Warehouse, model: str, scenario: str, masks: pl.D
     masks: the partition's, of the table of that name. Raises ExciseError where others were tried.
     """
     rows = warehouse.read("side_effects", model=model, scenario=scenario)
-    told = (f"the side effects of {model}|{scenario} were measured", "side_effects")
-    _require_same_masks(rows, masks, [*PLACE, "mask"], told)
+    done = (f"the side effects of {model}|{scenario} were measured", "side_effects")
+    _require_same_masks(rows, masks, [*PLACE, "mask"], done)
     return rows
 
 
-def _require_same_masks(rows: pl.DataFrame, masks: pl.DataFrame, named: list[str], told: tuple[str, str]) -> None:
+def _require_same_masks(rows: pl.DataFrame, masks: pl.DataFrame, named: list[str], done: tuple[str, str]) -> None:
     """Raise ExciseError where rows are about masks that are not there any more.
 
-    named: the columns that tell masks apart. told: what was done under the masks, and what to materialize again.
+    named: the columns that tell masks apart. done: what was done under the masks, and what to materialize again.
     """
     changed = rows.select(named).unique().join(masks.select(named).unique(), on=named, how="anti", nulls_equal=True)
     if not changed.is_empty():
         raise ExciseError(
-            f"{told[0]} under masks of {', '.join(sorted(set(changed['strategy'])))} that have changed since; "
-            f"materialize {told[1]} of this partition again"
+            f"{done[0]} under masks of {', '.join(sorted(set(changed['strategy'])))} that have changed since; "
+            f"materialize {done[1]} of this partition again"
         )
 
 

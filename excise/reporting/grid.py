@@ -35,11 +35,11 @@ def chosen_in_words(rows: pl.DataFrame, strategy: Strategy, floor: float) -> str
     figures = {row["metric"]: read_estimate(row) for row in chosen.iter_rows(named=True)}
     tau_min, tau_maj = chosen.row(0, named=True)["tau_min"], chosen.row(0, named=True)["tau_maj"]
     places = "{:.0f} heads and {:.0f} heads" if strategy.of_heads else "{:.0%} and {:.0%} of the weights"
-    told = [f"the top {places.format(tau_min, tau_maj)} (minority, majority): {rule}"]
+    parts = [f"the top {places.format(tau_min, tau_maj)} (minority, majority): {rule}"]
     reduction = figures.get("gap_reduction", MISSING)
     if reduction.value is not None:
         verb = "it removes" if reduction.value > 0 else "it does not reduce the gap: it removes"
-        told.append(f"{verb} {percent_text(reduction)} of the raw gap")
+        parts.append(f"{verb} {percent_text(reduction)} of the raw gap")
     size, ratio = (figures.get(metric, MISSING) for metric in ("abs_smd", "inlier_ratio"))
-    told.append(f"mean |SMD| {interval_text(size, decimals=2)}, inlier ratio {ratio_text(ratio.value)}")
-    return "; ".join(told) + "."
+    parts.append(f"mean |SMD| {interval_text(size, decimals=2)}, inlier ratio {ratio_text(ratio.value)}")
+    return "; ".join(parts) + "."

@@ -34,5 +34,5 @@ def counted(named: NamedMask) -> list[dict[str, Any]]:
 
 def definition_of(named: NamedMask, strategies: Sequence[Strategy], seed: int) -> str:
     """The definition of a mask: that of its strategy, or for a control of the strategy it is a control of."""
-    strategy = next(each for each in strategies if each.key == (named.matched_to or named.strategy))
+    strategy = next(strategy for strategy in strategies if strategy.key == (named.matched_to or named.strategy))
     return strategy.definition(None if named.matched_to is None else named.strategy, seed)

@@ -194,6 +194,15 @@ def test_loading_imports_nothing_heavy():
     assert found.stdout.strip() == "[]"
 
 
+def test_commands_read_the_user_s_files_once_and_dagster_finds_the_definitions():
+    code = (
+        "import inspect, pipelines.demo, pipelines.paper, pipelines.definitions as module; "
+        "print('defs' in vars(module), 'defs' in dict(inspect.getmembers(module)), 'defs' in vars(module))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["False", "True", "True"]
+
+
 def test_the_data_folder_is_that_of_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("EXCISE_DATA", str(tmp_path / "elsewhere"))
     assert build_definitions().resources["warehouse"].path == tmp_path / "elsewhere" / "excise.duckdb"
