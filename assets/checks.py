@@ -25,7 +25,6 @@ from excise.evaluation.judged import (
     nothing_written,
     percent,
     share_with_value,
-    unit_of,
 )
 from excise.scenarios import Scenario
 from resources.tables import TABLES
@@ -253,7 +252,7 @@ def judged_under_masks(pruned: pl.DataFrame, scenario: Scenario, judged: Sequenc
     unjudged, places = [], 0
     own = pruned.filter(pl.col("matched_to").is_null())
     for (strategy, level, _), rows in own.partition_by(*COLUMNS, as_dict=True, maintain_order=True).items():
-        found = judgements(rows, compared_groups(scenario), unit_of(scenario.outcome))
+        found = judgements(rows, compared_groups(scenario), scenario.outcome.cluster)
         places += found.height
         unjudged += [
             {**row, "strategy": strategy, "level": level} for row in found.filter(~pl.col("judged")).to_dicts()

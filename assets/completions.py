@@ -54,7 +54,7 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         from excise.generation.enumeration import Answering, Enumeration, as_samples
         from excise.generation.sampling import SamplingParameters
         from excise.models.encoding import encode
-        from excise.outcomes.toxicity import ScoreCache
+        from excise.outcomes.scoring import ScoreCache
         from excise.reporting.figures import answers_by_group
         from excise.reporting.words import reuse_sentence
 
@@ -148,7 +148,7 @@ def scorer_of(catalogue: Catalogue, scenario: Scenario) -> Any:
     """The loaded scorer of a scenario whose outcome is toxicity, else None."""
     if scenario.outcome.kind == "number":
         return None
-    from excise.outcomes.toxicity import load_scorer
+    from excise.outcomes.scorers import load_scorer
 
     key = catalogue.scorer_of(scenario)
     if key not in catalogue.scorers:
@@ -167,7 +167,7 @@ def _prompt_values(scorer: Any, scores: Any, prompts: pl.DataFrame) -> pl.DataFr
     """prompt_id and prompt_value: the score of the prompt alone, null without a scorer."""
     values = [None] * prompts.height
     if scorer is not None:
-        from excise.outcomes.toxicity import score_texts
+        from excise.outcomes.scoring import score_texts
 
         found = score_texts(scorer, prompts["text"].to_list(), cache=scores)
         values = [None if math.isnan(score) else score for score in found]

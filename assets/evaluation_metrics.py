@@ -219,7 +219,7 @@ def _toxicity_metrics(
 
 def names_warning(catalogue: Catalogue, scenario: Scenario) -> str | None:
     """That names of an axis are negative words to the lexicon which scores its continuations; None where none is."""
-    from excise.outcomes.toxicity import load_scorer
+    from excise.outcomes.scorers import load_scorer
     from excise.reporting.toxicity import rated_names_warning
 
     key = catalogue.scorer_of(scenario)

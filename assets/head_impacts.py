@@ -11,7 +11,7 @@ from assets.completions import completions_of, require_same_model, scorer_of, wi
 from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, picture, table_metadata, table_value
 from excise.errors import ExciseError
-from excise.evaluation.judged import compared_groups, explained, judged_of, unit_of
+from excise.evaluation.judged import compared_groups, explained, judged_of
 from excise.scenarios.subsets import EVALUATION
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
@@ -47,7 +47,7 @@ def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         from excise.attribution.head_scores import head_gradient, head_magnitude
         from excise.generation.completions import CompletionCache
         from excise.generation.enumeration import Answering, as_samples
-        from excise.outcomes.toxicity import ScoreCache
+        from excise.outcomes.scoring import ScoreCache
         from excise.reporting.figures import head_map
 
         model, scenario = catalogue.partition(context)
@@ -79,7 +79,7 @@ def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                 as_samples(learned, how.samples),
                 disparity="toxicity" if toxicity else "smd",
                 groups=compared_groups(scenario),
-                cluster=unit_of(outcome),
+                cluster=outcome.cluster,
                 parameters=how.parameters,
                 windows=windows,
                 perplexity_mode=audit.perplexity_mode,

@@ -15,7 +15,7 @@ from excise.conditions import LEVELS as ALL_LEVELS
 from excise.errors import ExciseError
 from excise.files.registry import Problem, Registry
 from excise.models.specs import ModelSpec, load_registry
-from excise.outcomes.toxicity import DEFAULT_SCORER, ScorerSpec, load_scorer_registry
+from excise.outcomes.scorers import DEFAULT_SCORER, ScorerSpec, load_scorer_registry
 from excise.scenarios import Scenario, load_scenarios, prompt_count
 from excise.strategies.config import Strategy, load_strategies, value_in_name
 from resources.settings import Audit, AuditSettings

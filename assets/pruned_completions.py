@@ -54,7 +54,7 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         from excise.generation.completions import UNPRUNED, CompletionCache, Work
         from excise.generation.enumeration import Answering
         from excise.interventions.masks import Mask
-        from excise.outcomes.toxicity import ScoreCache
+        from excise.outcomes.scoring import ScoreCache
         from excise.reporting.words import reuse_sentence
 
         model, scenario = catalogue.partition(context)

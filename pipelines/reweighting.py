@@ -15,7 +15,7 @@ import polars as pl
 from assets.completions import completions_of, scorer_of, without
 from assets.partitions import Catalogue, read_catalogue
 from excise.errors import ExciseError
-from excise.evaluation.judged import compared_groups, judged_of, unit_of
+from excise.evaluation.judged import compared_groups, judged_of
 from excise.scenarios.subsets import EVALUATION
 from pipelines.definitions import MODEL_FILES, SCENARIO_FOLDERS, SCORER_FILES, STRATEGY_FILES, build_definitions
 from pipelines.terminal import DONE, INCOMPLETE, MISUSED, STATUSES, run
@@ -59,7 +59,7 @@ def measure(catalogue: Catalogue, model: str, scenario_key: str, layers: str, re
     from excise.attribution.head_impacts import head_impacts
     from excise.evaluation.thresholds import CATASTROPHIC
     from excise.generation.enumeration import Answering, as_samples
-    from excise.outcomes.toxicity import ScoreCache
+    from excise.outcomes.scoring import ScoreCache
 
     resources = build_definitions().resources
     warehouse, artifacts, gpu = (resources[name] for name in ("warehouse", "artifacts", "gpu"))
@@ -95,7 +95,7 @@ def measure(catalogue: Catalogue, model: str, scenario_key: str, layers: str, re
                 learned,
                 disparity="toxicity" if toxicity else "smd",
                 groups=groups,
-                cluster=unit_of(outcome),
+                cluster=outcome.cluster,
                 parameters=how.parameters,
                 regenerate=regenerate,
                 method=method,

@@ -50,10 +50,6 @@ def comparisons(
     if not pruned.is_empty():
         pruned = pruned.filter(pl.col("matched_to").is_null() | (pl.col("strategy") == RANDOM))
     completions, pruned = _evaluated(completions), _evaluated(pruned)
-    # Enumerated answers are numbers; other outcomes have no range to bound anything by.
-    number = scenario.outcome.kind == "number"
-    answer_range = scenario.outcome.scored_range if number else None
-    log_scale = number and scenario.outcome.scale == "log"
     parts = []
     for name, (majority, minority), groups in _groupings(completions, prompts, scenario):
         chosen = _relabelled(completions, groups)
@@ -69,8 +65,8 @@ def comparisons(
             resamples=resamples,
             permutations=permutations,
             seed=seed,
-            answer_range=answer_range,
-            log_scale=log_scale,
+            answer_range=scenario.outcome.scored_range,
+            log_scale=scenario.outcome.log_scale,
         )
         parts.append(metrics.select(pl.lit(name).alias("comparison"), pl.all()))
     return pl.concat([pl.DataFrame(schema=COMPARISONS_SCHEMA), *parts])

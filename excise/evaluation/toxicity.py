@@ -1,7 +1,7 @@
 """From scored continuations to the metrics table: how unevenly an axis's subgroups are answered, before and after.
 
 Here: the bias of a toxicity axis (FASP, section 3; method, B1 and B2), its noise, its intervals and its tests, for the
-unpruned model and every mask. Not here: scoring (`excise.outcomes.toxicity`), text perplexity, and gaps of numeric
+unpruned model and every mask. Not here: scoring (`excise.outcomes.scoring`), text perplexity, and gaps of numeric
 answers, which `excise.evaluation.numbers` measures into the same columns. Descriptors and templates are resampled,
 never single continuations, and the same resamples serve all masks, so that a reduction is a paired comparison.
 """

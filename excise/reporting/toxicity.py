@@ -171,7 +171,7 @@ def _collapsed(known: Figures, mask: Condition) -> bool:
 def rated_names_warning(rated: Iterable[str], scored: str) -> str | None:
     """That names are negative words to the lexicon; None where there are none.
 
-    rated: names that hold such a word (`excise.outcomes.toxicity.LexiconScorer.rated`). scored: `outcome.scored`.
+    rated: names that hold such a word (`excise.outcomes.lexicon.LexiconScorer.rated`). scored: `outcome.scored`.
     """
     names = sorted(set(rated))
     if not names:

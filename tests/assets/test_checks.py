@@ -9,7 +9,8 @@ from assets import checks
 from assets.partitions import Catalogue
 from assets.quality_report import judge
 from excise.evaluation.table import VERDICTS_SCHEMA
-from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, Variation
+from excise.outcomes import NumberOutcome
+from excise.scenarios import Comparison, Group, Scenario, Subject, Variation
 from resources.tables import TABLES
 
 
