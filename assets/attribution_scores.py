@@ -58,7 +58,9 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             )
         strategies = [
             each
-            for each in catalogue.chosen_strategies(audit.strategies, audit.levels, scenario.outcome.kind, audit.alphas)
+            for each in catalogue.chosen_strategies(
+                audit.strategies, audit.levels, scenario.outcome.strategies_of, audit.alphas
+            )
             if each.score not in HEAD_SCORES
         ]
         with gpu.model(model, catalogue.models, stage=watch.stage(context)) as loaded:

@@ -218,18 +218,15 @@ def judged_variations(completions: pl.DataFrame, scenario: Scenario) -> Outcome:
         message = f"All {asked} variations can be judged." if asked > 1 else "The variation can be judged."
         return Outcome("judged_variations", True, WARN, message, float(count), float(asked))
     of_them = completions.filter(pl.col("variation").is_in(unjudged["variation"].implode()))
-    what, unit, many = "hold a number", "names of every group", "answers"
-    if scenario.outcome.kind == "toxicity":
-        what, unit, many = "have a score", "prompts of every subgroup", "continuations"
+    words = scenario.outcome.words
     told = "; ".join(
-        f"{row['variation']} ({percent(row['parse_rate'])} of the {many} {what}: {row['examples']})"
+        f"{row['variation']} ({percent(row['parse_rate'])} of the {words.answers} {words.hold}: {row['examples']})"
         for row in unjudged.iter_rows(named=True)
     )
     if silence := nothing_written(of_them):
         told = f"{', '.join(unjudged['variation'])}: {silence}"
-    message = (
-        f"{unjudged.height} of {asked} variations cannot be judged, which takes answers about two {unit} that {what}:"
-    )
+    enough = f"answers about two {words.units} that {words.hold}"
+    message = f"{unjudged.height} of {asked} variations cannot be judged, which takes {enough}:"
     message += f" {told}. {mend(of_them, scenario)}"
     return Outcome(
         "judged_variations",

@@ -63,18 +63,17 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         up_to_date_prompts(context, warehouse, scenario, catalogue)
         prompts = expand(scenario, variations=audit.variations, subjects_per_group=audit.subjects_per_group)
         outcome = scenario.outcome
-        toxicity = outcome.kind == "toxicity"
         parameters = SamplingParameters(
             temperature=audit.temperature,
-            top_k=outcome.top_k if toxicity else 0,
+            top_k=outcome.draws.top_k,
             top_p=audit.top_p,
-            max_new_tokens=(toxicity and audit.max_new_tokens) or outcome.max_new_tokens,
+            max_new_tokens=outcome.answer_tokens(audit.max_new_tokens),
             seed=audit.seed,
         )
         scorer = scorer_of(catalogue, scenario)
         scores = ScoreCache(artifacts.score_cache)
         with gpu.model(model, catalogue.models, stage=watch.stage(context)) as loaded:
-            if toxicity:
+            if not outcome.pairwise:
                 windows_of(loaded, audit)  # what is wrong with the text for perplexity ends the run before any sampling
             how = Answering(
                 audit.samples,
@@ -98,7 +97,7 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         rows = rows.with_columns(name_tokens=pl.col("prompt_id").replace_strict(lengths, return_dtype=pl.Int64))
         warehouse.replace_partition("completions", rows, {"model": model, "scenario": scenario.key})
         outcomes = [
-            checks.completions_complete_and_balanced(rows, prompts, audit.samples, balanced=not toxicity),
+            checks.completions_complete_and_balanced(rows, prompts, audit.samples, balanced=outcome.pairwise),
             checks.judged_variations(rows, scenario),
             checks.parse_rate(rows, audit.parse_floor),
         ]
@@ -112,13 +111,13 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         metadata["names"] = _names_told(rows)
         if scorer is not None:
             metadata["scorer"] = f"{scorer.key}: {scorer.measures}"
-        elif judged := judged_of(rows, scenario):
+        if outcome.pairwise and (judged := judged_of(rows, scenario)):
             figure = answers_by_group(
                 as_samples(rows.filter(pl.col("variation").is_in(judged)), audit.samples),
-                unit=scenario.outcome.unit,
+                unit=outcome.counted_in,
                 majority=scenario.comparison.majority,
                 minority=scenario.comparison.minority,
-                scale=scenario.outcome.scale,
+                scale="log" if outcome.log_scale else "linear",
             )
             metadata = picture("answers_by_group", figure, artifacts, model, scenario.key) | metadata
         return dg.MaterializeResult(
@@ -145,12 +144,12 @@ def windows_of(loaded: Any, audit: Audit) -> list:
 
 
 def scorer_of(catalogue: Catalogue, scenario: Scenario) -> Any:
-    """The loaded scorer of a scenario whose outcome is toxicity, else None."""
-    if scenario.outcome.kind == "number":
+    """The loaded scorer of a scenario whose answers a scorer values, else None."""
+    key = scenario.outcome.scored_by
+    if key is None:
         return None
     from excise.outcomes.scorers import load_scorer
 
-    key = catalogue.scorer_of(scenario)
     if key not in catalogue.scorers:
         raise ExciseError(f"scenario {scenario.key}: outcome.scorer: {catalogue.scorers.why_not(key)}")
     return load_scorer(key, catalogue.scorers)

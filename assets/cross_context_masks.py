@@ -64,7 +64,9 @@ def cross_context_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         completions, _ = completions_of(warehouse, model, scenario.key)
         strategies = [
             each
-            for each in catalogue.chosen_strategies(audit.strategies, audit.levels, scenario.outcome.kind, audit.alphas)
+            for each in catalogue.chosen_strategies(
+                audit.strategies, audit.levels, scenario.outcome.strategies_of, audit.alphas
+            )
             if set(ACROSS) & set(each.levels)
         ]
         found = _source_masks(warehouse, model, scenario.key, catalogue, strategies, completions)

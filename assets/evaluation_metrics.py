@@ -69,7 +69,7 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
 
         model, scenario = catalogue.partition(context)
         audit, groups = catalogue.audit_of(settings, scenario), scenario.comparison
-        if scenario.outcome.kind == "toxicity":
+        if not scenario.outcome.pairwise:
             return _toxicity_metrics(warehouse, artifacts, model, scenario, audit, catalogue)
         everything, asked = completions_of(warehouse, model, scenario.key)
         completions, prompts = without(ATTRIBUTION, everything, asked)
@@ -85,7 +85,7 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                 majority=groups.majority,
                 minority=groups.minority,
                 answer_range=scenario.outcome.scored_range,
-                log_scale=scenario.outcome.scale == "log",
+                log_scale=scenario.outcome.log_scale,
                 **sizes,
             )
 
@@ -222,12 +222,12 @@ def names_warning(catalogue: Catalogue, scenario: Scenario) -> str | None:
     from excise.outcomes.scorers import load_scorer
     from excise.reporting.toxicity import rated_names_warning
 
-    key = catalogue.scorer_of(scenario)
-    if catalogue.scorers[key].builtin is None:
+    key = scenario.outcome.scored_by
+    if key is None or catalogue.scorers[key].builtin is None:
         return None
     scorer = load_scorer(key, catalogue.scorers)
     names = {subject.name for group in scenario.groups.values() for subject in group.subjects}
-    return rated_names_warning(filter(scorer.rated, names), scenario.outcome.scored)
+    return rated_names_warning(filter(scorer.rated, names), scenario.outcome.scores_prompts)
 
 
 def pruned_answers(

@@ -85,7 +85,7 @@ def grid_search_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         how = Answering.of(completions)
         strategies = [
             each
-            for each in catalogue.chosen_strategies(audit.strategies, audit.levels, scenario.outcome.kind)
+            for each in catalogue.chosen_strategies(audit.strategies, audit.levels, scenario.outcome.strategies_of)
             if each.selection == "set_difference"
         ]
         if not strategies:

@@ -60,7 +60,6 @@ def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         left_out = sorted(set(learned["variation"]) - set(judged))
         learned, asked = (frame.filter(pl.col("variation").is_in(judged)) for frame in (learned, asked))
         how = Answering.of(learned)
-        toxicity = outcome.kind == "toxicity"
         scorer, scores = scorer_of(catalogue, scenario), ScoreCache(artifacts.score_cache)
         cache = CompletionCache(artifacts.completion_cache)
         with gpu.model(model, catalogue.models, stage=watch.stage(context)) as loaded:
@@ -77,7 +76,7 @@ def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                 loaded.asked_for(outcome),
                 asked,
                 as_samples(learned, how.samples),
-                disparity="toxicity" if toxicity else "smd",
+                disparity=outcome.disparity,
                 groups=compared_groups(scenario),
                 cluster=outcome.cluster,
                 parameters=how.parameters,

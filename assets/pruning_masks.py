@@ -63,7 +63,9 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         audit = catalogue.audit_of(settings, scenario)
         completions, prompts = completions_of(warehouse, model, scenario.key)
         learned, _ = without(EVALUATION, completions, prompts)
-        chosen = catalogue.chosen_strategies(audit.strategies, audit.levels, scenario.outcome.kind, audit.alphas)
+        chosen = catalogue.chosen_strategies(
+            audit.strategies, audit.levels, scenario.outcome.strategies_of, audit.alphas
+        )
         of_heads = [each for each in chosen if each.score in HEAD_SCORES]
         strategies = [_within_the_scenario(each) for each in chosen if each.score not in HEAD_SCORES]
         partition = {"model": model, "scenario": scenario.key}

@@ -67,7 +67,7 @@ def restoration_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                 f"{model} has no reference to be restored to: name in models.yaml the model that it was before a bias "
                 "was put in (reference: its key), if there is one."
             )
-        if scenario.outcome.kind != "number":
+        if not scenario.outcome.pairwise:
             return nothing("Restoration is told of scenarios whose answers are numbers.")
         everything, asked = completions_of(warehouse, model, scenario.key)
         completions, prompts = without(ATTRIBUTION, everything, asked)
@@ -96,7 +96,7 @@ def restoration_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             own,
             edited,
             groups=compared_groups(scenario),
-            log=scenario.outcome.scale == "log",
+            log=scenario.outcome.log_scale,
             resamples=audit.resamples,
             seed=audit.seed,
         )

@@ -54,7 +54,7 @@ def side_effects_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         audit, place = catalogue.audit_of(settings, scenario), {"model": model, "scenario": scenario.key}
 
         nothing = partial(nothing_to_tell, warehouse, "side_effects", place, under="side_effects")
-        if scenario.outcome.kind != "number":
+        if not scenario.outcome.pairwise:
             return nothing("Side effects are told of masks made in scenarios whose answers are numbers.")
         completions, _ = completions_of(warehouse, model, scenario.key)
         masks = _masks_to_try(masks_to_ask(warehouse, model, scenario, completions))
@@ -197,7 +197,7 @@ def _prompts(
                 held_out=held_out,
                 seed=how.parameters.seed,
             )
-            encode(loaded.asked_for(other.outcome), prompts, new_tokens=other.outcome.max_new_tokens)
+            encode(loaded.asked_for(other.outcome), prompts, new_tokens=other.outcome.answer_tokens(None))
         except ExciseError as error:
             if named:
                 raise ExciseError(f"resources.settings.config.side_effect_scenarios: {other.key}: {error}") from error

@@ -60,7 +60,7 @@ def stability_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         audit, place = catalogue.audit_of(settings, scenario), {"model": model, "scenario": scenario.key}
 
         nothing = partial(nothing_to_tell, warehouse, NAME, place, under="finding")
-        if scenario.outcome.kind != "number":
+        if not scenario.outcome.pairwise:
             return nothing("Splits of the names are for scenarios whose answers are numbers.")
         if audit.splits == 1:
             return nothing(w.ONE_SPLIT if audit.held_out else w.NO_SPLIT)
@@ -144,7 +144,9 @@ class _Split:
         audit = self.audit
         return [
             each.model_copy(update={"controls": tuple(c for c in each.controls if c == RANDOM)})
-            for each in self.catalogue.chosen_strategies(audit.strategies, audit.levels, "number", audit.alphas)
+            for each in self.catalogue.chosen_strategies(
+                audit.strategies, audit.levels, self.scenario.outcome.strategies_of, audit.alphas
+            )
             if each.score not in HEAD_SCORES
         ]
 
@@ -236,7 +238,7 @@ class _Split:
             permutations=audit.permutations,
             seed=audit.seed,
             answer_range=self.scenario.outcome.scored_range,
-            log_scale=self.scenario.outcome.scale == "log",
+            log_scale=self.scenario.outcome.log_scale,
         )
         return kept(metrics, self.number, splits)
 

@@ -26,6 +26,7 @@ from excise.evaluation.rounding import FEW, floor_text, interval_text, level_lab
 from excise.evaluation.table import MetricTable, Verdicts, reaches, read_metrics, read_verdicts
 from excise.evaluation.thresholds import FEW_NAMES, Thresholds
 from excise.evaluation.verdicts import verdicts
+from excise.outcomes import NumberOutcome
 from excise.reporting.audit_table import NO_COMPARISON
 from excise.reporting.finding import standing_out, unpruned_gap
 from excise.reporting.stability import stability_finding
@@ -160,9 +161,7 @@ def _call(given: argparse.Namespace, catalogue: Catalogue) -> Call:
     lost = [key for key in catalogue.scenarios.known if key not in catalogue.scenarios]
     if lost and not asked["scenarios"]:
         raise ExciseError(f"{catalogue.scenarios.why_not(lost[0])}\nMend it, or name the others with --scenarios")
-    wanted = asked["scenarios"] or [
-        key for key, scenario in catalogue.scenarios.items() if scenario.outcome.kind == "number"
-    ]
+    wanted = asked["scenarios"] or [key for key, scenario in catalogue.scenarios.items() if scenario.outcome.pairwise]
     scenarios = tuple(key for key in catalogue.scenarios if key in wanted)  # heaviest first
     evaluated = asked["evaluate"] if given.evaluate else scenarios
     if unprepared := [key for key in evaluated if key not in scenarios]:
@@ -178,7 +177,7 @@ def _call(given: argparse.Namespace, catalogue: Catalogue) -> Call:
         failed_only=given.failed,
     )
     settings = AuditSettings(preset=Preset(call.preset), **call.settings)
-    catalogue.chosen_strategies(settings.strategies, settings.levels or LEVELS, "number")
+    catalogue.chosen_strategies(settings.strategies, settings.levels or LEVELS, NumberOutcome.strategies_of)
     _require_some_fit(settings, catalogue, [catalogue.scenarios[key] for key in call.scenarios])
     return call
 

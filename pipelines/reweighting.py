@@ -64,7 +64,7 @@ def measure(catalogue: Catalogue, model: str, scenario_key: str, layers: str, re
     resources = build_definitions().resources
     warehouse, artifacts, gpu = (resources[name] for name in ("warehouse", "artifacts", "gpu"))
     scenario = catalogue.scenario(scenario_key)
-    outcome, toxicity = scenario.outcome, scenario.outcome.kind == "toxicity"
+    outcome = scenario.outcome
     learned, asked = without(EVALUATION, *completions_of(warehouse, model, scenario.key))
     known = warehouse.read("head_impacts", model=model, scenario=scenario.key)
     if known.is_empty():
@@ -93,7 +93,7 @@ def measure(catalogue: Catalogue, model: str, scenario_key: str, layers: str, re
                 loaded.asked_for(outcome),
                 asked,
                 learned,
-                disparity="toxicity" if toxicity else "smd",
+                disparity=outcome.disparity,
                 groups=groups,
                 cluster=outcome.cluster,
                 parameters=how.parameters,

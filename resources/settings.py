@@ -184,24 +184,6 @@ TOXICITY_PRESETS: dict[Preset, Audit] = {
     ),
 }
 
-# What an audit of the other kind of outcome reads, and one of this kind never does.
-UNUSABLE: dict[str, tuple[str, ...]] = {
-    "number": ("max_new_tokens",),
-    "toxicity": (
-        "permutations",
-        "splits",
-        "inlier_floor",
-        "grid_taus",
-        "grid_counts",
-        "grid_variations",
-        "side_effect_scenarios",
-        "side_effect_names",
-        "side_effect_budget",
-        "kl_budget",
-    ),
-}
-_ASKS = {"number": "asks for numbers", "toxicity": "scores continuations"}
-
 # The variations of the quick preset by scenario: prices of different size. Elsewhere the first ones of the file.
 QUICK_VARIATIONS: dict[str, tuple[str, ...]] = {"purchase": ("bicycle", "television", "chair")}
 QUICK_VARIATION_COUNT = 3
@@ -316,16 +298,16 @@ class AuditSettings(dg.ConfigurableResource):
             for field in fields(Audit)
             if (value := getattr(self, field.name)) is not None
         }
-        toxicity = scenario.outcome.kind == "toxicity"
+        outcome = scenario.outcome
         _refuse_unusable(changes, scenario)
-        preset = (TOXICITY_PRESETS if toxicity else PRESETS)[self.preset]
-        if toxicity:
-            preset = replace(preset, temperature=scenario.outcome.temperature, top_p=scenario.outcome.top_p)
+        preset = (PRESETS if outcome.pairwise else TOXICITY_PRESETS)[self.preset]
+        draws = {"temperature": outcome.draws.temperature, "top_p": outcome.draws.top_p}
+        preset = replace(preset, **{name: value for name, value in draws.items() if value is not None})
         # Groups are compared at equal size, so a preset asks for no more names than the smallest group has.
         smallest = min(len(group.subjects) for group in scenario.groups.values())
         preset = replace(preset, subjects_per_group=min(preset.subjects_per_group or smallest, smallest))
         if self.preset is Preset.quick:
-            preset = replace(preset, variations=_quick_variations(scenario)[: 1 if toxicity else None])
+            preset = replace(preset, variations=_quick_variations(scenario)[: None if outcome.pairwise else 1])
         if changes.get("perplexity_mode") == "paper":
             preset = replace(preset, text_window=None, text_stride=None)
         if changes.get("held_out") is False:
@@ -338,7 +320,7 @@ class AuditSettings(dg.ConfigurableResource):
         others: the scenarios there are. Raises ExciseError naming a scenario that there is none of, that is this one,
         or that does not ask for numbers from the same two groups.
         """
-        if scenario.outcome.kind != "number":
+        if not scenario.outcome.pairwise:
             return ()
         able = [other.key for other in others if other.key != scenario.key and not _not_alike(scenario, other)]
         if self.side_effect_scenarios is None:
@@ -357,8 +339,8 @@ class AuditSettings(dg.ConfigurableResource):
 
 def _not_alike(scenario: Scenario, other: Scenario) -> str | None:
     """Why side effects of a scenario's masks cannot be told in another one; None where they can."""
-    if other.outcome.kind != "number":
-        return _ASKS[other.outcome.kind]
+    if not other.outcome.pairwise:
+        return other.outcome.words.asks
     if (pair := other.comparison) != scenario.comparison:
         return f"compares {pair.majority} and {pair.minority}, other groups than {scenario.key} does"
     return None
@@ -366,8 +348,8 @@ def _not_alike(scenario: Scenario, other: Scenario) -> str | None:
 
 def _refuse_unusable(changes: Mapping[str, Any], scenario: Scenario) -> None:
     """Raise ExciseError for a setting that would change nothing about the scenario's audit."""
-    kind = scenario.outcome.kind
-    unusable = dict.fromkeys(UNUSABLE[kind], f"scenario {scenario.key} {_ASKS[kind]}")
+    outcome = scenario.outcome
+    unusable = dict.fromkeys(outcome.unused_settings, f"scenario {scenario.key} {outcome.words.asks}")
     if changes.get("answers", _PAPER.answers) == "sampled":
         unusable |= dict.fromkeys(("leftover", "max_nodes"), "answers are sampled, not exact")
     for name, reason in unusable.items():
@@ -389,13 +371,13 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
         _require(getattr(audit, name) >= 1, name, getattr(audit, name), "give at least 1")
     alone = audit.splits == 1 or audit.held_out
     _require(alone, "splits", audit.splits, "give 1, or set held_out: true, as splits are halves of the names")
-    if scenario.outcome.kind == "number":
+    if scenario.outcome.pairwise:
         few = "give at least 2, or no spread within a name can be seen"
         _require(audit.samples >= 2, "samples", audit.samples, few)
     if audit.subjects_per_group is not None:
         few = "give at least 2"
         _require(audit.subjects_per_group >= 2, "subjects_per_group", audit.subjects_per_group, few)
-        if audit.held_out and audit.subjects_per_group < 4 and scenario.outcome.kind == "number":
+        if audit.held_out and audit.subjects_per_group < 4 and scenario.outcome.pairwise:
             raise ExciseError(
                 f"resources.settings.config.held_out: scenario {scenario.key} has {audit.subjects_per_group} names per "
                 "group; holding out half of them takes at least 4. Ask for more names, or set held_out: false"
@@ -453,10 +435,10 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
     _require(0 <= budget < math.inf, "perplexity_budget", budget, "give a share of at least 0, such as 0.05")
     _require(0 <= audit.ess_floor <= 1, "ess_floor", audit.ess_floor, "give a share from 0 to 1")
     _require_known("answers", (audit.answers,), ANSWERS, "there are")
-    if audit.answers == "exact" and scenario.outcome.kind != "number":
+    if audit.answers == "exact" and not scenario.outcome.enumerable:
         raise ExciseError(
-            f"resources.settings.config.answers is 'exact', but scenario {scenario.key} scores continuations, which "
-            "are too long to enumerate: leave answers out, or choose scenarios that ask for numbers"
+            f"resources.settings.config.answers is 'exact', but scenario {scenario.key} {scenario.outcome.words.asks}, "
+            "which are too long to enumerate: leave answers out, or choose scenarios that ask for numbers"
         )
     _require(0 <= audit.leftover < 1, "leftover", audit.leftover, "give a share of at least 0, below 1")
     _require(audit.max_nodes >= 1, "max_nodes", audit.max_nodes, "give at least 1")

@@ -112,6 +112,11 @@ class Outcome(BaseModel, ABC):
         return None
 
     @property
+    def scores_prompts(self) -> bool:
+        """Whether such a scorer reads the prompt before the answer, too."""
+        return False
+
+    @property
     def draws(self) -> Draws:
         """How answers are drawn."""
         return Draws()

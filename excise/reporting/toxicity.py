@@ -168,16 +168,17 @@ def _collapsed(known: Figures, mask: Condition) -> bool:
     return bias.value == bias.low == bias.high == 0.0
 
 
-def rated_names_warning(rated: Iterable[str], scored: str) -> str | None:
+def rated_names_warning(rated: Iterable[str], with_prompts: bool) -> str | None:
     """That names are negative words to the lexicon; None where there are none.
 
-    rated: names that hold such a word (`excise.outcomes.lexicon.LexiconScorer.rated`). scored: `outcome.scored`.
+    rated: names that hold such a word (`excise.outcomes.lexicon.LexiconScorer.rated`). with_prompts:
+    whether the scorer reads prompts, too (`Outcome.scores_prompts`).
     """
     names = sorted(set(rated))
     if not names:
         return None
     shown = names[:MOST_NAMES] + ([f"{len(names) - MOST_NAMES} more"] if len(names) > MOST_NAMES else [])
-    where = "every text they are asked about" if scored != "continuation" else "every continuation that repeats them"
+    where = "every text they are asked about" if with_prompts else "every continuation that repeats them"
     return (
         f"The scorer's lexicon takes {listed(shown)} for negative words, so {where} scores as more toxic by that "
         "alone. Leave these names out, or choose another scorer."

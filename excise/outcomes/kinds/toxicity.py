@@ -74,6 +74,10 @@ class ToxicityOutcome(Outcome):
         return self.scorer or DEFAULT_SCORER
 
     @property
+    def scores_prompts(self) -> bool:
+        return self.scored != "continuation"
+
+    @property
     def draws(self) -> Draws:
         return Draws(self.temperature, self.top_k, self.top_p)
 
