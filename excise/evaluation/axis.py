@@ -151,22 +151,24 @@ def scores_of(
         (value > threshold).sum().cast(pl.Float64).alias("toxic"),
         pl.len().cast(pl.Float64).alias("answers"),
     )
-    rows = [axis.subjects.get(key) for key in sums.select("group", "subject").iter_rows()]
-    columns = [axis.templates.get(template) for template in sums["template"]]
-    for found, column in ((rows, "subject"), (columns, "template")):
-        if None in found:
-            unknown = sums[column][found.index(None)]
-            raise ExciseError(f"{where}: {column} {unknown} has no unpruned completions; sample the unpruned model")
-    tables = []
-    for name in ("total", "scored", "toxic", "answers"):
+    subjects, templates = sums.select("group", "subject").rows(), sums["template"].to_list()
+    unknown = [f"subject {subject}" for group, subject in subjects if (group, subject) not in axis.subjects]
+    unknown += [f"template {template}" for template in templates if template not in axis.templates]
+    if unknown:
+        raise ExciseError(f"{where}: {unknown[0]} has no unpruned completions; sample the unpruned model")
+    rows = [axis.subjects[group, subject] for group, subject in subjects]
+    columns = [axis.templates[template] for template in templates]
+
+    def placed(name: str) -> NDArray[np.float64]:
         table = np.zeros((len(axis.subjects), len(axis.templates)))
         table[rows, columns] = sums[name].to_numpy()
-        tables.append(table)
+        return table
+
     ratio = np.inf
     if before is not None:
         after = spreads_of(frame, axis, before)
-        ratio = float(np.min([spread_ratio(*each)[0] for each in zip(after, before, strict=True)]))
-    return Scores(*tables, ratio)
+        ratio = float(np.min([spread_ratio(*pair)[0] for pair in zip(after, before, strict=True)]))
+    return Scores(placed("total"), placed("scored"), placed("toxic"), placed("answers"), ratio)
 
 
 def pooled(parts: Sequence[Scores]) -> Scores:

@@ -33,7 +33,7 @@ def perplexities(frame: pl.DataFrame | None) -> dict[tuple[Condition, str], list
         # One that is not known must not leave the mean to the others.
         known = row["perplexity"] is not None and np.isfinite(row["perplexity"])
         row["perplexity"] = row["perplexity"] if known else np.nan
-        rows.setdefault((tuple(row[key] for key in COLUMNS), row["variation"] or ALL), []).append(row)
+        rows.setdefault((Condition.of(row), row["variation"] or ALL), []).append(row)
     return rows
 
 
@@ -64,5 +64,6 @@ def perplexity_rows(table: MetricRows, texts: dict, variation: str, condition: C
 
 
 def _outermost(rows: Sequence[dict], low: str, high: str) -> tuple[float | None, float | None]:
-    lows, highs = [row.get(low) for row in rows], [row.get(high) for row in rows]
-    return (None if None in lows else min(lows)), (None if None in highs else max(highs))
+    """The lowest and the highest bound of the rows; None where one of them has none."""
+    lows, highs = ([row[name] for row in rows if row.get(name) is not None] for name in (low, high))
+    return (min(lows) if len(lows) == len(rows) else None), (max(highs) if len(highs) == len(rows) else None)

@@ -13,7 +13,7 @@ from excise.conditions import RANDOM
 from excise.errors import ExciseError
 from excise.evaluation.numbers import evaluate
 from excise.evaluation.rows import SCHEMA
-from excise.scenarios import Scenario
+from excise.scenarios import Comparison, Scenario
 from excise.scenarios.subsets import ATTRIBUTION, token_matched
 
 TOKEN_MATCHED, GENDER = "token_matched", "gender"
@@ -45,13 +45,14 @@ def comparisons(
 
     Raises ExciseError for a scenario that does not say which groups it compares, and as `evaluate`.
     """
-    if scenario.comparison is None:
+    comparison = scenario.comparison
+    if comparison is None:
         raise ExciseError(f"scenario {scenario.key}: comparison is missing; name its majority and minority group")
     if not pruned.is_empty():
         pruned = pruned.filter(pl.col("matched_to").is_null() | (pl.col("strategy") == RANDOM))
     completions, pruned = _evaluated(completions), _evaluated(pruned)
     parts = []
-    for name, (majority, minority), groups in _groupings(completions, prompts, scenario):
+    for name, (majority, minority), groups in _groupings(completions, prompts, comparison):
         chosen = _relabelled(completions, groups)
         counts = chosen.group_by("group").agg(pl.col("subject").n_unique()).rows()
         if min(dict(counts).get(group, 0) for group in (majority, minority)) < 2:
@@ -73,10 +74,10 @@ def comparisons(
 
 
 def _groupings(
-    completions: pl.DataFrame, prompts: pl.DataFrame, scenario: Scenario
+    completions: pl.DataFrame, prompts: pl.DataFrame, comparison: Comparison
 ) -> Iterator[tuple[str, tuple[str, str], pl.DataFrame]]:
     """(name, (first, second), frame: group and subject of every name that takes part, and the group it counts to)."""
-    groups = (scenario.comparison.majority, scenario.comparison.minority)
+    groups = (comparison.majority, comparison.minority)
     compared = completions.filter(pl.col("group").is_in(groups))
     if "name_tokens" in completions.columns:
         chosen = sorted(token_matched(compared))

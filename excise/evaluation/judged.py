@@ -123,12 +123,11 @@ def mend(completions: pl.DataFrame, scenario: Scenario) -> str:
     if not outcome.pairwise:
         return outcome.mend(empty.all())
     asked = completions.filter(pl.col("group").is_in(compared_groups(scenario)))
-    fewest = (
-        asked.group_by("variation", "group", *(["split"] if "split" in asked.columns else []))
-        .agg(pl.col("subject").n_unique())["subject"]
-        .min()
+    names = asked.group_by("variation", "group", *(["split"] if "split" in asked.columns else [])).agg(
+        pl.col("subject").n_unique()
     )
-    if fewest is not None and fewest < ENOUGH:
+    fewest = min(names["subject"].to_list(), default=ENOUGH)
+    if fewest < ENOUGH:
         return f"What helps: more names; a group is asked about {fewest}, and {ENOUGH} are needed."
     return outcome.mend(empty.all())
 

@@ -158,13 +158,13 @@ def evaluate(
                 *COLUMNS, "variation", "draw", as_dict=True, maintain_order=True
             )
         )
-        for (*condition, variation, draw), frame in parts.items():
-            where = f"{scenario}/{variation}, {' '.join(str(part) for part in condition if part)}, draw {draw}"
+        for (*names_of_mask, variation, draw), frame in parts.items():
+            where = f"{scenario}/{variation}, {' '.join(str(part) for part in names_of_mask if part)}, draw {draw}"
             if variation not in unpruned:
                 raise ExciseError(f"{where}: no unpruned completions to compare with; sample the unpruned model first")
             found = samples_of(frame, groups, names, where)
             cell = cell_of(found, names, bounds[variation], references[variation], unpruned[variation], *ends)
-            conditions.setdefault(tuple(condition), {}).setdefault(variation, []).append(cell)
+            conditions.setdefault(Condition(*names_of_mask), {}).setdefault(variation, []).append(cell)
         table = MetricRows(model, scenario, names.resampled)
         scale = {variation: scale_of(pair) for variation, pair in samples.items()}
         standing = _unpruned_rows(table, unpruned, samples, scale, winsorize, permutations, seed)
@@ -213,9 +213,9 @@ def _unpruned_rows(
     for metric in next(iter(cells.values())).measures:
         chosen = [variation for variation in cells if cells[variation].has(metric)]
         names = names_behind([cells[variation] for variation in chosen], metric)
-        values = over_variations(metric, [cells[variation].measures[metric] for variation in chosen])
+        mean = over_variations(metric, [cells[variation].measures[metric] for variation in chosen])
         p_value = None
-        if metric in permuted and values is not None and names >= 2:
+        if metric in permuted and mean is not None and names >= 2:
             size = scale if metric == "gap_mean" else dict.fromkeys(scale, 1.0)
             p_value = m.permutation_p_value(
                 float(np.mean([scaled_by(cells[each].measures[metric], size[each])[0] for each in chosen])),
@@ -223,7 +223,7 @@ def _unpruned_rows(
             )
         n = sum(answers_counted(cell, metric) for cell in cells.values())
         limits = mean_bounds(metric, [cells[variation] for variation in chosen])
-        table.add(ALL, UNPRUNED, metric, values, n, p_value, limits, names)
+        table.add(ALL, UNPRUNED, metric, mean, n, p_value, limits, names)
     table.add(ALL, UNPRUNED, "density", 0.0, 0)
     return {
         metric: m.rejected(dict(zip(found, m.holm(list(found.values())), strict=True)))
@@ -242,9 +242,8 @@ def _pruned_rows(
 ) -> None:
     tests = gap_tests(unpruned, conditions, names, permutations, seed)
     for condition, by_variation in conditions.items():
-        strategy, level, matched_to = condition
         # A control has as many weights per matrix as its strategy's mask, so the same random masks are matched to it.
-        controls = {} if strategy == RANDOM else conditions.get((RANDOM, level, matched_to or strategy), {})
+        controls = {} if condition.strategy == RANDOM else conditions.get(condition.control, {})
         rows: dict[str, dict[str, np.ndarray]] = {}
         total: dict[str, int] = {}
 
@@ -255,18 +254,19 @@ def _pruned_rows(
             return names_behind(cells, metric)
 
         for variation, cells in by_variation.items():
-            values = {
+            measures = {
                 metric: over_draws(metric, [cell.measures[metric] for cell in cells], seed)
                 for metric in cells[0].measures
             }
-            values |= changes_of([variation], unpruned, by_variation, controls, {variation: 1.0}, seed)
-            for metric, array in values.items():
+            changes = changes_of([variation], unpruned, by_variation, controls, {variation: 1.0}, seed)
+            for metric, array in (measures | changes).items():
                 n = sum(answers_counted(cell, metric) for cell in cells)
                 p_value = tests.get((condition, variation)) if metric == "gap_mean" else None
                 limits = mean_bounds(metric, cells)
                 table.add(variation, condition, metric, array, n, p_value, limits, behind(metric, [variation]))
-                rows.setdefault(metric, {})[variation] = array
                 total[metric] = total.get(metric, 0) + n
+            for metric, measure in measures.items():
+                rows.setdefault(metric, {})[variation] = measure
             shares = densities.get((condition, variation), [])
             table.add(variation, condition, "density", float(np.mean(shares)) if shares else None, len(shares))
         # reductions over all variations are ratios of sums, not means of ratios
@@ -281,6 +281,6 @@ def _pruned_rows(
             p_value = tests.get((condition, ALL)) if metric == "gap_mean" else None
             limits = bounds_overall(metric, [by_variation[variation] for variation in chosen])
             table.add(ALL, condition, metric, values, total.get(metric, 0), p_value, limits, behind(metric, chosen))
-        shares = [densities[condition, variation] for variation in by_variation if (condition, variation) in densities]
-        density = float(np.mean([np.mean(part) for part in shares])) if shares else None
-        table.add(ALL, condition, "density", density, sum(map(len, shares)))
+        parts = [densities[condition, variation] for variation in by_variation if (condition, variation) in densities]
+        density = float(np.mean([np.mean(part) for part in parts])) if parts else None
+        table.add(ALL, condition, "density", density, sum(map(len, parts)))

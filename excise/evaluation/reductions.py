@@ -104,7 +104,9 @@ def _closed_by(
     chosen = unpruned.answered("gap_mean", variations)
     found: dict[str, np.ndarray | None] = {}
     for side, towards in (("majority", 1.0), ("minority", -1.0)):
-        metric, went, whole = f"mean_{side}", 0.0, 0.0
+        metric = f"mean_{side}"
+        went: np.ndarray | float = 0.0
+        whole: np.ndarray | float = 0.0
         for v in chosen if reduction is not None else ():
             before = unpruned.cells[v].measures
             after = mean_over_draws([cell.measures[metric] for cell in pruned[v]], seed)
@@ -124,7 +126,8 @@ def gap_tests(
     seed: int,
 ) -> dict[tuple[Condition, str], float]:
     """p-values of "the gap is as unpruned" for every (condition, variation) and (condition, "(all)")."""
-    keys, columns = [], []
+    keys: list[tuple[Condition, str]] = []
+    columns: list[np.ndarray] = []
     undefined = np.full(sum(map(len, names.subjects)), np.nan)
     for condition, by_variation in conditions.items():
         found = {

@@ -171,11 +171,11 @@ def evaluate_toxicity(
             *COLUMNS, "variation", "draw", as_dict=True, maintain_order=True
         )
     )
-    for (*condition, variation, draw), frame in parts.items():
-        where = f"{scenario}/{variation}, {' '.join(str(part) for part in condition if part)}, draw {draw}"
+    for (*names_of_mask, variation, draw), frame in parts.items():
+        where = f"{scenario}/{variation}, {' '.join(str(part) for part in names_of_mask if part)}, draw {draw}"
         if variation not in unpruned:
             raise ExciseError(f"{where}: no unpruned completions to compare with; sample the unpruned model first")
-        drawn = conditions.setdefault(tuple(condition), {}).setdefault(variation, {})
+        drawn = conditions.setdefault(Condition(*names_of_mask), {}).setdefault(variation, {})
         drawn[draw] = scores_of(frame, axis, threshold, where, before=spreads[variation])
 
     table = MetricRows(model, scenario, axis.resampled)
@@ -187,12 +187,12 @@ def evaluate_toxicity(
             for (name,), frame in variations.items()
         }
     for variation in [*unpruned, ALL]:
-        _unpruned_rows(table, axis, variation, _of(unpruned, variation), _of(prompts, variation), texts, seed)
+        alone = _of(prompts, variation) if prompts else None
+        _unpruned_rows(table, axis, variation, _of(unpruned, variation), alone, texts, seed)
     densities = mask_densities(masks, model, scenario)
     measured = _Measured(axis, unpruned, seed)
     for condition, by_variation in conditions.items():
-        strategy, level, matched_to = condition
-        controls = {} if strategy == RANDOM else conditions.get((RANDOM, level, matched_to or strategy), {})
+        controls = {} if condition.strategy == RANDOM else conditions.get(condition.control, {})
         for variation in [*by_variation, ALL]:
             chosen = list(by_variation) if variation == ALL else [variation]
             _pruned_rows(table, measured, condition, variation, by_variation, controls, chosen)
@@ -202,9 +202,7 @@ def evaluate_toxicity(
     return table.frame()
 
 
-def _of(scores: dict[str, Scores], variation: str) -> Scores | None:
-    if not scores:
-        return None
+def _of(scores: dict[str, Scores], variation: str) -> Scores:
     return pooled(list(scores.values())) if variation == ALL else scores[variation]
 
 
@@ -218,7 +216,7 @@ def _unpruned_rows(
             p_value = m.permutation_p_value(float(values[0]), permuted)
         n, names = _counted(scores, axis, metric), _names_behind([scores], axis, metric)
         table.add(variation, UNPRUNED, metric, values, n, p_value, names=names)
-        if p_value is not None:
+        if permuted is not None and p_value is not None:
             _equal_rows(table, variation, float(values[0]), permuted, n, names)
     if prompts is not None:
         found = _bias_measures(prompts, axis)
@@ -282,18 +280,21 @@ def _pruned_rows(
         return
     found = [_bias_measures(each, measured.axis) for each in draws]
     before = measured.before(chosen)
-    values = {metric: mean_over_draws([each[metric] for each in found], measured.seed) for metric in found[0]}
+    after = {metric: mean_over_draws([each[metric] for each in found], measured.seed) for metric in found[0]}
     bias = before["toxicity_bias"]
-    values["bias_change"] = m.exact_difference(values["toxicity_bias"], bias)
-    values["mean_toxicity_change"] = m.exact_difference(values["mean_toxicity"], before["mean_toxicity"])
-    values["spread_ratio"] = min(each.spread_ratio for each in draws)
-    collapsed = any(each.collapsed for each in draws)
-    values["bias_reduction"] = None if collapsed else reduction_of(bias, values["toxicity_bias"])
+    reduction = None if any(each.collapsed for each in draws) else reduction_of(bias, after["toxicity_bias"])
+    values: dict[str, np.ndarray | float | None] = {
+        **after,
+        "bias_change": m.exact_difference(after["toxicity_bias"], bias),
+        "mean_toxicity_change": m.exact_difference(after["mean_toxicity"], before["mean_toxicity"]),
+        "spread_ratio": min(each.spread_ratio for each in draws),
+        "bias_reduction": reduction,
+    }
     matched = [name for name in chosen if name in controls]
     if matched:
         base = bias if matched == list(chosen) else measured.before(matched)["toxicity_bias"]
         random = measured.reduction(controls, matched, base)
-        mine = values["bias_reduction"] if matched == list(chosen) else measured.reduction(own, matched, base)
+        mine = reduction if matched == list(chosen) else measured.reduction(own, matched, base)
         values["reduction_over_random"] = None if mine is None or random is None else mine - random
     reference = [pooled([measured.unpruned[name] for name in chosen])]
     for metric, array in values.items():

@@ -147,9 +147,11 @@ def load_classifier(spec: ScorerSpec, device: str) -> ClassifierScorer:
         raise ExciseError(f"{where}.label: {problem}; there are {', '.join(labels)}")
     activation = _activation(where, spec.activation, model.config.problem_type, len(labels))
     max_length = _max_length(model, tokenizer)
-    content = digest(spec.hub, checkpoint.revision) if spec.folder is None else content_of(files_of(spec.folder))
+    if spec.folder is not None:
+        content, shown = content_of(files_of(spec.folder)), spec.folder.name
+    else:
+        content, shown = digest(spec.hub or "", checkpoint.revision or ""), spec.hub or ""
     fingerprint = digest("classifier", content, label, activation, str(spec.lower_case), str(max_length))
-    shown = spec.hub or spec.folder.name
     noun = "output for" if activation == "none" else "probability of"
     how = "as it is" if activation == "none" else activation
     measures = f"{noun} the label {label!r} by the classifier {shown} ({how})" + (
@@ -180,7 +182,7 @@ def _activation(where: str, named: Activation | None, problem: str | None, outpu
 
     Two labels without either exclude each other, as everywhere in `transformers`.
     """
-    found = named or ACTIVATION_OF_PROBLEM.get(problem) or ("softmax" if outputs == 2 else None)
+    found = named or ACTIVATION_OF_PROBLEM.get(problem or "") or ("softmax" if outputs == 2 else None)
     if found is None:
         raise ExciseError(
             f"{where}.activation: the classifier does not say what its {outputs} "

@@ -97,9 +97,9 @@ def _texts(scenario: Scenario, variations: Sequence[str], subjects: Mapping[str,
     if scenario.holistic_bias is not None:
         wanted = {(group, subject.name): subject for group, members in subjects.items() for subject in members}
         sentences = subgroup_sentences(scenario.holistic_bias, scenario.groups).drop("split")
-        for group, name, template, *place in sentences.iter_rows():
+        for group, name, template, *rest in sentences.iter_rows():
             if (group, name) in wanted:
-                yield variations[0], template, group, wanted[group, name], "", *place
+                yield variations[0], template, group, wanted[group, name], "", *rest
         return
     for variation in variations:
         fields = scenario.variations[variation].fields
