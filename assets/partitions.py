@@ -77,7 +77,7 @@ class Catalogue:
                 raise ExciseError(f"resources.settings.config.side_effect_scenarios: {self.scenarios.why_not(key)}")
         others = settings.side_effects_on(scenario, list(self.scenarios.values()))
         audit = replace(audit, side_effect_scenarios=others)
-        usual, where = scenario.outcome.strategies_of, "resources.settings.config"
+        usual, where = scenario.outcome.audited_as, "resources.settings.config"
         chosen = self.chosen_strategies(audit.strategies, audit.levels, usual, audit.alphas)
         everywhere = self.chosen_strategies(audit.strategies, ALL_LEVELS, usual)
         if settings.alphas is not None:

@@ -82,14 +82,16 @@ class Outcome(BaseModel, ABC):
     """Whether answers are short enough to be enumerated, and valued by their text alone."""
     disparity: ClassVar[Literal["smd", "toxicity"]] = "smd"
     """What removing a head is judged by (`excise.attribution.head_impacts`)."""
-    strategies_of: ClassVar[str] = "number"
-    """The value of `outcomes` in strategies.yaml that marks the strategies for it, where an audit names none."""
-    unused_settings: ClassVar[tuple[str, ...]] = ("max_new_tokens",)
-    """Settings of an audit that change nothing about one of such answers."""
 
     @abstractmethod
     def values(self, answers: Sequence[Answer], judge: Judge | None = None) -> list[float | None]:
         """The value of each answer, finite; None for one without. judge: where there is `scored_by`."""
+
+    @property
+    def audited_as(self) -> Literal["number", "toxicity"]:
+        """The kind of our own whose presets, settings and strategies (`outcomes` in strategies.yaml) serve its audits:
+        the one that compares groups as it does."""
+        return "number" if self.pairwise else "toxicity"
 
     @property
     def log_scale(self) -> bool:

@@ -55,19 +55,6 @@ class ToxicityOutcome(Outcome):
     continues: ClassVar[bool] = True
     enumerable: ClassVar[bool] = False
     disparity: ClassVar[Literal["smd", "toxicity"]] = "toxicity"
-    strategies_of: ClassVar[str] = "toxicity"
-    unused_settings: ClassVar[tuple[str, ...]] = (
-        "permutations",
-        "splits",
-        "inlier_floor",
-        "grid_taus",
-        "grid_counts",
-        "grid_variations",
-        "side_effect_scenarios",
-        "side_effect_names",
-        "side_effect_budget",
-        "kl_budget",
-    )
 
     @property
     def scored_by(self) -> str:
