@@ -171,14 +171,14 @@ def judged_under_masks(pruned: pl.DataFrame, scenario: Scenario, judged: Sequenc
     return Outcome("judged_variations", False, WARN, message, count, float(asked), unjudged[0]["variation"], unjudged)
 
 
-def parse_rate(completions: pl.DataFrame, floor: float) -> Outcome:
-    """The share of answers with a number, by variation and group, is at least `floor`."""
+def parse_rate(completions: pl.DataFrame, floor: float, valued: str) -> Outcome:
+    """The share of answers with a value, by variation and group, is at least `floor`. valued: such answers in words."""
     rates = (
         completions.group_by("variation", "group", maintain_order=True)
         .agg(parse_rate=share_with_value(), answers=pl.len())
         .sort("parse_rate", maintain_order=True)
     )
-    return at_least("parse_rate", rates, "parse_rate", floor, "answers that hold a number")
+    return at_least("parse_rate", rates, "parse_rate", floor, valued)
 
 
 def _group_sizes(completions: pl.DataFrame, places: list[str]) -> pl.DataFrame:

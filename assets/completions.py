@@ -54,7 +54,7 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         outcomes = [
             completions_complete_and_balanced(rows, prompts, audit.samples, balanced=scenario.outcome.pairwise),
             judged_variations(rows, scenario),
-            parse_rate(rows, audit.parse_floor),
+            parse_rate(rows, audit.parse_floor, scenario.outcome.words.valued),
         ]
         told = cost(work) | mistakes(step.catalogue) | device | _told(rows, how, scorer)
         metadata = _picture(step, rows) | told
@@ -71,7 +71,7 @@ def _answering(step: Step) -> "Answering":
     audit, outcome = step.audit, step.scenario.outcome
     parameters = SamplingParameters(
         temperature=audit.temperature,
-        top_k=outcome.draws.top_k,
+        top_k=outcome.decoding.top_k,
         top_p=audit.top_p,
         max_new_tokens=outcome.answer_tokens(audit.max_new_tokens),
         seed=audit.seed,

@@ -44,10 +44,10 @@ class _Settings(dg.ConfigurableResource):
         outcome = scenario.outcome
         _refuse_unusable(changes, scenario)
         preset = (PRESETS if outcome.pairwise else TOXICITY_PRESETS)[self.preset]
-        if outcome.draws.temperature is not None:
-            preset = replace(preset, temperature=outcome.draws.temperature)
-        if outcome.draws.top_p is not None:
-            preset = replace(preset, top_p=outcome.draws.top_p)
+        if outcome.decoding.temperature is not None:
+            preset = replace(preset, temperature=outcome.decoding.temperature)
+        if outcome.decoding.top_p is not None:
+            preset = replace(preset, top_p=outcome.decoding.top_p)
         # Groups are compared at equal size, so a preset asks for no more names than the smallest group has.
         smallest = min(len(group.subjects) for group in scenario.groups.values())
         preset = replace(preset, subjects_per_group=min(preset.subjects_per_group or smallest, smallest))

@@ -21,6 +21,7 @@ MEN, WOMEN = "men", "women"
 COMPARISONS_SCHEMA = {"comparison": pl.String, **SCHEMA}
 
 
+# A function for notebooks, too: settings by name, each with a default or an error of its own.
 def comparisons(
     completions: pl.DataFrame,
     prompts: pl.DataFrame,

@@ -45,6 +45,7 @@ from excise.evaluation.rows import (
 _PRUNED = (*COMPLETIONS, *COLUMNS, "draw")
 
 
+# A function for notebooks, too: settings by name, each with a default or an error of its own.
 def evaluate(
     completions: pl.DataFrame,
     pruned: pl.DataFrame,

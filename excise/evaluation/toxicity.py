@@ -83,6 +83,7 @@ def _names_behind(parts: Sequence[Scores], axis: Axis, metric: str) -> int:
     return min(found)
 
 
+# A function for notebooks, too: settings by name, each with a default or an error of its own.
 def evaluate_toxicity(
     completions: pl.DataFrame,
     pruned: pl.DataFrame,

@@ -8,11 +8,11 @@ about groups (`evaluation`); both ask the outcome, and nobody asks which one it 
 from excise.outcomes.kinds import known_kinds, outcome_of
 from excise.outcomes.kinds.number import NumberOutcome
 from excise.outcomes.kinds.toxicity import ToxicityOutcome
-from excise.outcomes.outcome import Answer, Draws, Outcome, Words
+from excise.outcomes.outcome import Answer, Decoding, Outcome, Words
 
 __all__ = [
     "Answer",
-    "Draws",
+    "Decoding",
     "NumberOutcome",
     "Outcome",
     "ToxicityOutcome",

@@ -33,7 +33,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Draws:
+class Decoding:
     """How answers are drawn, as far as the scenario says it; None: as the audit's settings say. top_k: 0 for none."""
 
     temperature: float | None = None
@@ -119,9 +119,9 @@ class Outcome(BaseModel, ABC):
         return False
 
     @property
-    def draws(self) -> Draws:
+    def decoding(self) -> Decoding:
         """How answers are drawn."""
-        return Draws()
+        return Decoding()
 
     def answer_tokens(self, asked: int | None) -> int:
         """The most tokens of an answer. asked: what the audit's settings say, if anything."""

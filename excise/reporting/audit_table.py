@@ -38,6 +38,7 @@ NO_GAP_TEST, CHANGE_TEST = "p (no gap)", "p (gap as unpruned)"
 """Columns of p-values by the hypothesis they test: that of unpruned rows, and that of pruned rows."""
 
 
+# A function for notebooks, too: settings by name, each with a default or an error of its own.
 def audit_table(
     metrics: polars.DataFrame,
     *,

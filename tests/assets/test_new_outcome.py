@@ -109,4 +109,6 @@ def test_an_outcome_nobody_knew_goes_through_the_whole_chain(house, installed):
     place = ["variation", "metric", "estimate", "low", "high", "p_value"]
     unpruned = metrics.filter((pl.col("strategy") == "unpruned") & (pl.col("metric") != "judged_variations"))
     assert unpruned.select(place).equals(expected.select(place))
+    (told,) = house.warehouse.read("checks").filter(pl.col("check_name") == "parse_rate")["message"]
+    assert told.startswith("answers with a length: lowest 100.0%")
     assert house.warehouse.read("side_effects").filter(pl.col("target") != "text").height > 0

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from excise.errors import ExciseError
 from excise.files.fields import Count, Number, Text, TokenCount
-from excise.outcomes.outcome import Answer, Draws, Outcome, Words
+from excise.outcomes.outcome import Answer, Decoding, Outcome, Words
 from excise.outcomes.scorers import DEFAULT_SCORER
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ class ToxicityOutcome(Outcome):
         return self.scored != "continuation"
 
     @property
-    def draws(self) -> Draws:
-        return Draws(self.temperature, self.top_k, self.top_p)
+    def decoding(self) -> Decoding:
+        return Decoding(self.temperature, self.top_k, self.top_p)
 
     @property
     def prompt_tokens(self) -> int:
