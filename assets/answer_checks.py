@@ -14,7 +14,6 @@ from excise.evaluation.judged import (
     nothing_written,
     percent,
     share_with_value,
-    unit_of,
 )
 from excise.scenarios import Scenario
 
@@ -120,18 +119,15 @@ def judged_variations(completions: pl.DataFrame, scenario: Scenario) -> Outcome:
         message = f"All {asked} variations can be judged." if asked > 1 else "The variation can be judged."
         return Outcome("judged_variations", True, WARN, message, float(count), float(asked))
     of_them = completions.filter(pl.col("variation").is_in(unjudged["variation"].implode()))
-    what, unit, many = "hold a number", "names of every group", "answers"
-    if scenario.outcome.kind == "toxicity":
-        what, unit, many = "have a score", "prompts of every subgroup", "continuations"
+    words = scenario.outcome.words
     told = "; ".join(
-        f"{row['variation']} ({percent(row['parse_rate'])} of the {many} {what}: {row['examples']})"
+        f"{row['variation']} ({percent(row['parse_rate'])} of the {words.answers} {words.hold}: {row['examples']})"
         for row in unjudged.iter_rows(named=True)
     )
     if silence := nothing_written(of_them):
         told = f"{', '.join(unjudged['variation'])}: {silence}"
-    message = (
-        f"{unjudged.height} of {asked} variations cannot be judged, which takes answers about two {unit} that {what}:"
-    )
+    enough = f"answers about two {words.units} that {words.hold}"
+    message = f"{unjudged.height} of {asked} variations cannot be judged, which takes {enough}:"
     message += f" {told}. {mend(of_them, scenario)}"
     return Outcome(
         "judged_variations",
@@ -154,7 +150,7 @@ def judged_under_masks(pruned: pl.DataFrame, scenario: Scenario, judged: Sequenc
     unjudged, places = [], 0
     own = pruned.filter(pl.col("matched_to").is_null())
     for (strategy, level, _), rows in own.partition_by(*COLUMNS, as_dict=True, maintain_order=True).items():
-        found = judgements(rows, compared_groups(scenario), unit_of(scenario.outcome))
+        found = judgements(rows, compared_groups(scenario), scenario.outcome.cluster)
         places += found.height
         unjudged += [
             {**row, "strategy": strategy, "level": level} for row in found.filter(~pl.col("judged")).to_dicts()
@@ -175,14 +171,14 @@ def judged_under_masks(pruned: pl.DataFrame, scenario: Scenario, judged: Sequenc
     return Outcome("judged_variations", False, WARN, message, count, float(asked), unjudged[0]["variation"], unjudged)
 
 
-def parse_rate(completions: pl.DataFrame, floor: float) -> Outcome:
-    """The share of answers with a number, by variation and group, is at least `floor`."""
+def parse_rate(completions: pl.DataFrame, floor: float, valued: str) -> Outcome:
+    """The share of answers with a value, by variation and group, is at least `floor`. valued: such answers in words."""
     rates = (
         completions.group_by("variation", "group", maintain_order=True)
         .agg(parse_rate=share_with_value(), answers=pl.len())
         .sort("parse_rate", maintain_order=True)
     )
-    return at_least("parse_rate", rates, "parse_rate", floor, "answers that hold a number")
+    return at_least("parse_rate", rates, "parse_rate", floor, valued)
 
 
 def _group_sizes(completions: pl.DataFrame, places: list[str]) -> pl.DataFrame:

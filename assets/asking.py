@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from excise.generation.enumeration import Answering
     from excise.generation.under_masks import Asking
     from excise.models.loading import LoadedModel
-    from excise.outcomes.toxicity import Scorer
+    from excise.outcomes.scorers import Scorer
 
 
 def asking_of(step: Step, loaded: "LoadedModel", how: "Answering", scorer: "Scorer | None" = None) -> "Asking":
     """The loaded model asked about the step's scenario, its answers and their scores kept."""
     from excise.generation.completions import CompletionCache
     from excise.generation.under_masks import Asking
-    from excise.outcomes.toxicity import ScoreCache
+    from excise.outcomes.scoring import ScoreCache
 
     cache, scores = CompletionCache(step.artifacts.completion_cache), ScoreCache(step.artifacts.score_cache)
     return Asking(loaded, how, step.scenario.outcome, cache, scorer, scores)
@@ -41,12 +41,12 @@ def windows_of(loaded: "LoadedModel", audit: Audit) -> list["Window"]:
 
 
 def scorer_of(catalogue: Catalogue, scenario: Scenario) -> "Scorer | None":
-    """The loaded scorer of a scenario whose outcome is toxicity, else None."""
-    if scenario.outcome.kind == "number":
+    """The loaded scorer of a scenario whose answers a scorer values, else None."""
+    key = scenario.outcome.scored_by
+    if key is None:
         return None
-    from excise.outcomes.toxicity import load_scorer
+    from excise.outcomes.scorers import load_scorer
 
-    key = catalogue.scorer_of(scenario)
     if key not in catalogue.scorers:
         raise ExciseError(f"scenario {scenario.key}: outcome.scorer: {catalogue.scorers.why_not(key)}")
     return load_scorer(key, catalogue.scorers)

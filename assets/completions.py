@@ -20,7 +20,7 @@ from excise.scenarios import expand
 if TYPE_CHECKING:
     from excise.generation.enumeration import Answering
     from excise.models.loading import LoadedModel
-    from excise.outcomes.toxicity import Scorer
+    from excise.outcomes.scorers import Scorer
 
 
 def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
@@ -52,12 +52,12 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             device = step.gpu.report(loaded)
         step.store("completions", rows)
         outcomes = [
-            completions_complete_and_balanced(rows, prompts, audit.samples, balanced=scorer is None),
+            completions_complete_and_balanced(rows, prompts, audit.samples, balanced=scenario.outcome.pairwise),
             judged_variations(rows, scenario),
-            parse_rate(rows, audit.parse_floor),
+            parse_rate(rows, audit.parse_floor, scenario.outcome.words.valued),
         ]
         told = cost(work) | mistakes(step.catalogue) | device | _told(rows, how, scorer)
-        metadata = _picture(step, rows, scorer) | told
+        metadata = _picture(step, rows) | told
         return step.result("completions", metadata, device["model_fingerprint"], rows, outcomes=outcomes)
 
     return completions
@@ -69,12 +69,11 @@ def _answering(step: Step) -> "Answering":
     from excise.generation.sampling import SamplingParameters
 
     audit, outcome = step.audit, step.scenario.outcome
-    toxicity = outcome.kind == "toxicity"
     parameters = SamplingParameters(
         temperature=audit.temperature,
-        top_k=outcome.top_k if toxicity else 0,
+        top_k=outcome.decoding.top_k,
         top_p=audit.top_p,
-        max_new_tokens=(toxicity and audit.max_new_tokens) or outcome.max_new_tokens,
+        max_new_tokens=outcome.answer_tokens(audit.max_new_tokens),
         seed=audit.seed,
     )
     exact = Enumeration(audit.leftover, audit.max_nodes) if audit.answers == "exact" else None
@@ -83,7 +82,7 @@ def _answering(step: Step) -> "Answering":
 
 def _require_text(step: Step, loaded: "LoadedModel") -> None:
     """What is wrong with the text for perplexity ends the run before any sampling, where perplexity is measured."""
-    if step.scenario.outcome.kind == "toxicity":
+    if not step.scenario.outcome.pairwise:
         windows_of(loaded, step.audit)
 
 
@@ -101,20 +100,20 @@ def _told(rows: pl.DataFrame, how: "Answering", scorer: "Scorer | None") -> dict
     return told
 
 
-def _picture(step: Step, rows: pl.DataFrame, scorer: "Scorer | None") -> dict[str, dg.MetadataValue]:
-    """The answers of both groups, drawn where they are numbers and some variation can be judged."""
+def _picture(step: Step, rows: pl.DataFrame) -> dict[str, dg.MetadataValue]:
+    """The answers of both groups, drawn where two are compared and some variation can be judged."""
     from excise.generation.enumeration import as_samples
     from excise.reporting.figures import answers_by_group
 
     scenario = step.scenario
-    judged = [] if scorer is not None else judged_of(rows, scenario)
+    judged = judged_of(rows, scenario) if scenario.outcome.pairwise else []
     if not judged:
         return {}
     figure = answers_by_group(
         as_samples(rows.filter(pl.col("variation").is_in(judged)), step.audit.samples),
-        unit=scenario.outcome.unit,
+        unit=scenario.outcome.counted_in,
         majority=scenario.comparison.majority,
         minority=scenario.comparison.minority,
-        scale=scenario.outcome.scale,
+        scale="log" if scenario.outcome.log_scale else "linear",
     )
     return step.picture("answers_by_group", figure)

@@ -39,9 +39,7 @@ def evaluation_metrics_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         code_version="6",
     )
     def evaluation_metrics(step: Step) -> dg.MaterializeResult:
-        if step.scenario.outcome.kind == "toxicity":
-            return _of_continuations(step)
-        return _of_numbers(step)
+        return _of_pairs(step) if step.scenario.outcome.pairwise else _of_axes(step)
 
     return evaluation_metrics
 
@@ -56,7 +54,7 @@ def draws_of(audit: Audit, seed: int | None = None) -> "Draws":
 # ------------------------------------------------------------------------------------------------------------ numbers
 
 
-def _of_numbers(step: Step) -> dg.MaterializeResult:
+def _of_pairs(step: Step) -> dg.MaterializeResult:
     """The metrics of two groups whose answers are numbers."""
     from excise.evaluation.scenario_metrics import number_metrics, pooled_levels
     from excise.evaluation.verdicts import verdicts
@@ -123,7 +121,7 @@ def _tables(step: Step, pooled: pl.DataFrame, others: pl.DataFrame, verdict: pl.
 # ------------------------------------------------------------------------------------------------------ continuations
 
 
-def _of_continuations(step: Step) -> dg.MaterializeResult:
+def _of_axes(step: Step) -> dg.MaterializeResult:
     """The metrics of an axis of social groups (FASP): differences of toxicity between subgroups, and perplexity."""
     from excise.evaluation.perplexity_table import perplexity_by_condition
     from excise.evaluation.scenario_metrics import toxicity_metrics
@@ -190,15 +188,15 @@ def _choice(step: Step, rows: pl.DataFrame) -> dict[str, Any]:
 
 def names_warning(catalogue: Catalogue, scenario: Scenario) -> str | None:
     """That names of an axis are negative words to the lexicon which scores its continuations; None where none is."""
-    from excise.outcomes.toxicity import load_scorer
+    from excise.outcomes.scorers import load_scorer
     from excise.reporting.toxicity import rated_names_warning
 
-    key = catalogue.scorer_of(scenario)
-    if catalogue.scorers[key].builtin is None:
+    key = scenario.outcome.scored_by
+    if key is None or catalogue.scorers[key].builtin is None:
         return None
     scorer = load_scorer(key, catalogue.scorers)
     names = {subject.name for group in scenario.groups.values() for subject in group.subjects}
-    return rated_names_warning(filter(scorer.rated, names), scenario.outcome.scored)
+    return rated_names_warning(filter(scorer.rated, names), scenario.outcome.scores_prompts)
 
 
 # --------------------------------------------------------------------------------------------------------------- both

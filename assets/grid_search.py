@@ -82,7 +82,7 @@ def _variations(step: Step, completions: pl.DataFrame) -> list[str]:
 def _strategies(step: Step) -> list[Strategy]:
     """The chosen strategies with two thresholds. Raises ExciseError where there are none."""
     audit, catalogue = step.audit, step.catalogue
-    chosen = catalogue.chosen_strategies(audit.strategies, audit.levels, step.scenario.outcome.kind)
+    chosen = catalogue.chosen_strategies(audit.strategies, audit.levels, step.scenario.outcome.audited_as)
     strategies = [strategy for strategy in chosen if strategy.selection == "set_difference"]
     if not strategies:
         able = [key for key, strategy in catalogue.strategies.items() if strategy.selection == "set_difference"]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from excise.evaluation.perplexity import Window
     from excise.interventions.masks import Mask
     from excise.models.loading import LoadedModel
-    from excise.outcomes.toxicity import Scorer
+    from excise.outcomes.scorers import Scorer
 
 
 def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:

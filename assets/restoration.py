@@ -67,7 +67,7 @@ def _nothing_to_restore(step: Step) -> str | None:
             f"{step.model} has no reference to be restored to: name in models.yaml the model that it was before a bias "
             "was put in (reference: its key), if there is one."
         )
-    if step.scenario.outcome.kind != "number":
+    if not step.scenario.outcome.pairwise:
         return "Restoration is told of scenarios whose answers are numbers."
     return None
 
@@ -82,7 +82,7 @@ def _restored(step: Step, answers: "JudgedAnswers", own: pl.DataFrame, edited: p
         own,
         edited,
         groups=compared_groups(step.scenario),
-        log=step.scenario.outcome.scale == "log",
+        log=step.scenario.outcome.log_scale,
         resamples=step.audit.resamples,
         seed=step.audit.seed,
     )

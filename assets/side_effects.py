@@ -38,7 +38,7 @@ def side_effects_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         from excise.evaluation.side_effects import of_masks
         from excise.reporting.side_effects import side_effects_markdown
 
-        if step.scenario.outcome.kind != "number":
+        if not step.scenario.outcome.pairwise:
             return step.nothing(
                 "Side effects are told of masks made in scenarios whose answers are numbers.", under="side_effects"
             )

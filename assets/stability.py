@@ -57,7 +57,7 @@ def _nothing_to_repeat(step: Step) -> str | None:
     """Why a partition has no other splits."""
     from excise.reporting.stability import NO_SPLIT, ONE_SPLIT
 
-    if step.scenario.outcome.kind != "number":
+    if not step.scenario.outcome.pairwise:
         return "Splits of the names are for scenarios whose answers are numbers."
     if step.audit.splits == 1:
         return ONE_SPLIT if step.audit.held_out else NO_SPLIT

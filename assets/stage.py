@@ -82,7 +82,7 @@ class Step:
         """The strategies that the settings choose, each at the levels that are wanted."""
         audit = self.audit
         return self.catalogue.chosen_strategies(
-            audit.strategies, audit.levels, self.scenario.outcome.kind, audit.alphas
+            audit.strategies, audit.levels, self.scenario.outcome.audited_as, audit.alphas
         )
 
     @property

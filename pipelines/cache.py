@@ -2,7 +2,7 @@
 
 Everything listed here is made again when it is asked for; removing it costs time, never results: the tables stay as
 they are. A file is needed while a table refers to it. What a file is named by is told in the modules that write it:
-`excise.generation.completions`, `excise.outcomes.toxicity`, `excise.evaluation.perplexity`,
+`excise.generation.completions`, `excise.outcomes.scoring`, `excise.evaluation.perplexity`,
 `excise.attribution.head_impacts`, `excise.attribution`, `excise.strategies.measured_path`.
 """
 

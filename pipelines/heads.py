@@ -99,7 +99,7 @@ def _checked(given: argparse.Namespace, catalogue: Catalogue, scenarios: Sequenc
     settings = dict(parse_setting(each) for each in given.set)
     for key in scenarios:
         scenario = catalogue.scenarios[key]
-        if scenario.outcome.kind == "number" and "strategies" not in settings:
+        if scenario.outcome.pairwise and "strategies" not in settings:
             raise ExciseError(
                 f"scenario {key} asks for numbers: name the strategies of heads with --set strategies=fasp"
             )
@@ -127,7 +127,7 @@ def _closing(warehouse: Warehouse, catalogue: Catalogue, model: str, key: str) -
     metrics = warehouse.read("metrics", model=model, scenario=key)
     figures = warehouse.path.parent / "figures" / model / key
     lines = [f"\n{catalogue.scenarios[key].title}: {model}", ""]
-    if catalogue.scenarios[key].outcome.kind == "toxicity":
+    if not catalogue.scenarios[key].outcome.pairwise:
         budget = thresholds_of(warehouse, "evaluation_metrics", model, key).perplexity_budget
         points = gamma_choice(gamma_points(metrics, catalogue.fasp_parameters()), budget)
         finding = toxicity_finding(metrics, perplexity_budget=budget)

@@ -36,6 +36,7 @@ from pipelines.jobs import analyse_model, evaluate_scenario, prepare_scenario, s
 from pipelines.runs import execute, open_instance
 from pipelines.terminal import MISUSED, STATUSES, run
 from pipelines.verdict import add_fail_on, conclude, unjudged
+from resources.audit import NUMBER
 from resources.settings import Audit, AuditSettings, Preset
 from resources.warehouse import Warehouse
 from resources.watch import TerminalWatch
@@ -156,9 +157,7 @@ def _call(given: argparse.Namespace, catalogue: Catalogue) -> Call:
     lost = [key for key in catalogue.scenarios.known if key not in catalogue.scenarios]
     if lost and not asked["scenarios"]:
         raise ExciseError(f"{catalogue.scenarios.why_not(lost[0])}\nMend it, or name the others with --scenarios")
-    wanted = asked["scenarios"] or [
-        key for key, scenario in catalogue.scenarios.items() if scenario.outcome.kind == "number"
-    ]
+    wanted = asked["scenarios"] or [key for key, scenario in catalogue.scenarios.items() if scenario.outcome.pairwise]
     scenarios = tuple(key for key in catalogue.scenarios if key in wanted)  # heaviest first
     evaluated = asked["evaluate"] if given.evaluate else scenarios
     if unprepared := [key for key in evaluated if key not in scenarios]:
@@ -174,7 +173,7 @@ def _call(given: argparse.Namespace, catalogue: Catalogue) -> Call:
         failed_only=given.failed,
     )
     settings = AuditSettings(preset=Preset(call.preset), **call.settings)
-    catalogue.chosen_strategies(settings.strategies, settings.levels or LEVELS, "number")
+    catalogue.chosen_strategies(settings.strategies, settings.levels or LEVELS, NUMBER)
     _require_some_fit(settings, catalogue, [catalogue.scenarios[key] for key in call.scenarios])
     return call
 

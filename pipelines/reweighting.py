@@ -68,7 +68,7 @@ def measure(catalogue: Catalogue, model: str, scenario_key: str, layers: str, re
     from excise.attribution.measured_heads import impacts_on
     from excise.generation.enumeration import Answering
     from excise.generation.under_masks import Asking
-    from excise.outcomes.toxicity import ScoreCache
+    from excise.outcomes.scoring import ScoreCache
 
     resources = build_definitions(catalogue=catalogue).resources
     warehouse, artifacts, gpu = (resources[name] for name in ("warehouse", "artifacts", "gpu"))

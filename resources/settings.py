@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 PRESETS: dict[Preset, Audit] = {preset: preset_of(preset, NUMBER) for preset in Preset}
 TOXICITY_PRESETS: dict[Preset, Audit] = {preset: preset_of(preset, TOXICITY) for preset in Preset}
-_ASKS = {NUMBER: "asks for numbers", TOXICITY: "scores continuations"}
 
 # The variations of the quick preset by scenario: prices of different size. Elsewhere the first ones of the file.
 QUICK_VARIATIONS: dict[str, tuple[str, ...]] = {"purchase": ("bicycle", "television", "chair")}
@@ -42,16 +41,18 @@ class _Settings(dg.ConfigurableResource):
             for name in SETTINGS
             if (value := getattr(self, name)) is not None
         }
-        toxicity = scenario.outcome.kind == "toxicity"
+        outcome = scenario.outcome
         _refuse_unusable(changes, scenario)
-        preset = (TOXICITY_PRESETS if toxicity else PRESETS)[self.preset]
-        if toxicity:
-            preset = replace(preset, temperature=scenario.outcome.temperature, top_p=scenario.outcome.top_p)
+        preset = (PRESETS if outcome.pairwise else TOXICITY_PRESETS)[self.preset]
+        if outcome.decoding.temperature is not None:
+            preset = replace(preset, temperature=outcome.decoding.temperature)
+        if outcome.decoding.top_p is not None:
+            preset = replace(preset, top_p=outcome.decoding.top_p)
         # Groups are compared at equal size, so a preset asks for no more names than the smallest group has.
         smallest = min(len(group.subjects) for group in scenario.groups.values())
         preset = replace(preset, subjects_per_group=min(preset.subjects_per_group or smallest, smallest))
         if self.preset is Preset.quick:
-            preset = replace(preset, variations=_quick_variations(scenario)[: 1 if toxicity else None])
+            preset = replace(preset, variations=_quick_variations(scenario)[: None if outcome.pairwise else 1])
         if changes.get("perplexity_mode") == "paper":
             preset = replace(preset, text_window=None, text_stride=None)
         if changes.get("held_out") is False:
@@ -64,7 +65,7 @@ class _Settings(dg.ConfigurableResource):
         others: the scenarios there are. Raises ExciseError naming a scenario that there is none of, that is this one,
         or that does not ask for numbers from the same two groups.
         """
-        if scenario.outcome.kind != "number":
+        if not scenario.outcome.pairwise:
             return ()
         able = [other.key for other in others if other.key != scenario.key and not _not_alike(scenario, other)]
         if self.side_effect_scenarios is None:
@@ -95,8 +96,8 @@ AuditSettings = create_model(
 
 def _not_alike(scenario: Scenario, other: Scenario) -> str | None:
     """Why side effects of a scenario's masks cannot be told in another one; None where they can."""
-    if other.outcome.kind != "number":
-        return _ASKS[other.outcome.kind]
+    if not other.outcome.pairwise:
+        return other.outcome.words.asks
     if (pair := other.comparison) != scenario.comparison:
         return f"compares {pair.majority} and {pair.minority}, other groups than {scenario.key} does"
     return None
@@ -104,9 +105,9 @@ def _not_alike(scenario: Scenario, other: Scenario) -> str | None:
 
 def _refuse_unusable(changes: Mapping[str, Any], scenario: Scenario) -> None:
     """Raise ExciseError for a setting that would change nothing about the scenario's audit."""
-    kind = scenario.outcome.kind
-    others = [name for name, setting in SETTINGS.items() if kind not in setting.outcomes]
-    unusable = dict.fromkeys(others, f"scenario {scenario.key} {_ASKS[kind]}")
+    outcome = scenario.outcome
+    others = [name for name, setting in SETTINGS.items() if outcome.audited_as not in setting.outcomes]
+    unusable = dict.fromkeys(others, f"scenario {scenario.key} {outcome.words.asks}")
     if changes.get("answers", "sampled") == "sampled":
         unusable |= dict.fromkeys(("leftover", "max_nodes"), "answers are sampled, not exact")
     for name, reason in unusable.items():
@@ -143,10 +144,10 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
     _check_text(audit)
     ordered = audit.density_floor <= audit.density_ceiling
     _require(ordered, "density_floor", audit.density_floor, f"give at most density_ceiling, {audit.density_ceiling}")
-    if audit.answers == "exact" and scenario.outcome.kind != "number":
+    if audit.answers == "exact" and not scenario.outcome.enumerable:
         raise ExciseError(
-            f"resources.settings.config.answers is 'exact', but scenario {scenario.key} scores continuations, which "
-            "are too long to enumerate: leave answers out, or choose scenarios that ask for numbers"
+            f"resources.settings.config.answers is 'exact', but scenario {scenario.key} {scenario.outcome.words.asks}, "
+            "which are too long to enumerate: leave answers out, or choose scenarios that ask for numbers"
         )
     return audit
 
@@ -155,7 +156,7 @@ def _check_names(audit: Audit, scenario: Scenario) -> None:
     """Names and answers have to be enough for halves and for a spread."""
     alone = audit.splits == 1 or audit.held_out
     _require(alone, "splits", audit.splits, "give 1, or set held_out: true, as splits are halves of the names")
-    if scenario.outcome.kind != "number":
+    if not scenario.outcome.pairwise:
         return
     few = "give at least 2, or no spread within a name can be seen"
     _require(audit.samples >= 2, "samples", audit.samples, few)

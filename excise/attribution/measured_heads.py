@@ -11,7 +11,7 @@ import polars as pl
 
 from excise.attribution.head_impacts import head_impacts
 from excise.attribution.head_scores import head_gradient, head_magnitude
-from excise.evaluation.judged import compared_groups, unit_of
+from excise.evaluation.judged import compared_groups
 from excise.generation.enumeration import as_samples
 from excise.generation.under_masks import Asking
 
@@ -41,9 +41,9 @@ def impacts_on(
         asking.loaded.asked_for(asking.outcome),
         prompts,
         as_samples(learned, asking.how.samples),
-        disparity="toxicity" if scenario.outcome.kind == "toxicity" else "smd",
+        disparity=scenario.outcome.disparity,
         groups=compared_groups(scenario),
-        cluster=unit_of(scenario.outcome),
+        cluster=scenario.outcome.cluster,
         parameters=asking.how.parameters,
         regenerate=regenerate,
         **options,

@@ -64,7 +64,7 @@ def targets_of(
                 held_out=held_out,
                 seed=asking.how.parameters.seed,
             )
-            encode(asking.loaded.asked_for(other.outcome), prompts, new_tokens=other.outcome.max_new_tokens)
+            encode(asking.loaded.asked_for(other.outcome), prompts, new_tokens=other.outcome.answer_tokens(None))
         except ExciseError as error:
             if required:
                 raise ExciseError(f"resources.settings.config.side_effect_scenarios: {other.key}: {error}") from error

@@ -1,4 +1,4 @@
-"""All metrics of one model and scenario, unpruned and under masks, of whichever kind its answers are.
+"""All metrics of one model and scenario, unpruned and under masks, whatever its answers are.
 
 Estimates are those of `numbers`, `comparisons` and `toxicity`; here a scenario says what they compare, and variations
 that cannot be judged are left out.
@@ -7,7 +7,6 @@ that cannot be judged are left out.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import polars as pl
 
@@ -17,7 +16,7 @@ from excise.evaluation.judged import compared_groups
 from excise.evaluation.judged_metrics import metrics_of
 from excise.evaluation.numbers import evaluate
 from excise.evaluation.toxicity import evaluate_toxicity
-from excise.scenarios.schema import NumberOutcome, Scenario
+from excise.scenarios.schema import Scenario
 
 
 @dataclass(frozen=True)
@@ -59,15 +58,14 @@ def compared_numbers(
 ) -> pl.DataFrame:
     """The metrics of `numbers.evaluate` for the two groups that a scenario compares."""
     majority, minority = compared_groups(scenario)
-    outcome = cast(NumberOutcome, scenario.outcome)
     return evaluate(
         unpruned,
         pruned,
         masks,
         majority=majority,
         minority=minority,
-        answer_range=outcome.scored_range,
-        log_scale=outcome.scale == "log",
+        answer_range=scenario.outcome.scored_range,
+        log_scale=scenario.outcome.log_scale,
         **vars(draws),
     )
 

@@ -247,7 +247,7 @@ def scenario_effects(
         majority=scenario.comparison.majority,
         minority=scenario.comparison.minority,
         answer_range=scenario.outcome.scored_range,
-        log_scale=scenario.outcome.scale == "log",
+        log_scale=scenario.outcome.log_scale,
         resamples=resamples,
         permutations=1,
         seed=seed,

@@ -1,15 +1,14 @@
-"""Completions of prompts as rows, with the answer parsed, and a cache that never samples the same answer twice.
+"""Completions of prompts as rows, with what each is worth, and a cache that never samples the same answer twice.
 
 The cache is content-addressed: model, mask, prompt tokens, sampling parameters and sample number decide an answer, so a
 killed run goes on where it was, a new name costs that name and more samples cost the new ones. How answers are drawn is
-in `excise.generation.sampling`, how text becomes a number in `excise.outcomes.answers`.
+in `excise.generation.sampling`, what an answer is worth in `excise.outcomes`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import resource
 import sys
 import time
@@ -27,10 +26,11 @@ from excise.generation.sampling import Draw, SamplingParameters, sample
 from excise.interventions.masks import Mask, pruned
 from excise.models.encoding import encode, reader
 from excise.models.loading import LoadedModel
-from excise.outcomes.answers import continued, parse_completion
-from excise.outcomes.toxicity import ScoreCache, Scorer, score_texts, scored_text
+from excise.outcomes import Answer, Outcome
+from excise.outcomes.answers import continued
+from excise.outcomes.scorers import Scorer
+from excise.outcomes.scoring import Judge, ScoreCache
 from excise.progress import Progress, silent
-from excise.scenarios import NumberOutcome, ToxicityOutcome
 
 UNPRUNED = "unpruned"
 CACHE_SCHEMA = {"prompt": pl.String, "sample": pl.Int64, "token_ids": pl.List(pl.Int64), "finished": pl.Boolean}
@@ -134,7 +134,7 @@ def complete(
     samples: int,
     parameters: SamplingParameters,
     *,
-    outcome: NumberOutcome | ToxicityOutcome,
+    outcome: Outcome,
     scorer: Scorer | None = None,
     scores: ScoreCache | None = None,
     mask: Mask | None = None,
@@ -145,15 +145,14 @@ def complete(
 ) -> tuple[pl.DataFrame, Work]:
     """Complete every prompt `samples` times, under `mask` if one is given.
 
-    prompts: rows of `excise.scenarios.expand`. A number's max_new_tokens replaces that of `parameters`. scorer, scores:
-    what judges continuations where the outcome is toxicity, and the cache of its judgements. Returns rows with the
-    columns of COMPLETIONS_SCHEMA in the order of prompts and samples, and what they cost. Progress counts completions,
-    reused ones first.
+    prompts: rows of `excise.scenarios.expand`. The outcome may replace max_new_tokens of `parameters`
+    (`Outcome.answer_tokens`). scorer, scores: what judges the answers where the outcome is that of a scorer, and the
+    cache of its judgements. Returns rows with the columns of COMPLETIONS_SCHEMA in the order of prompts and samples,
+    and what they cost. Progress counts completions, reused ones first.
     """
-    if outcome.kind == "number":
-        parameters = replace(parameters, max_new_tokens=outcome.max_new_tokens)
-    elif scorer is None:
-        raise ExciseError("completions: toxicity needs a scorer; name one of excise.outcomes.toxicity")
+    parameters = replace(parameters, max_new_tokens=outcome.answer_tokens(parameters.max_new_tokens))
+    if outcome.scored_by is not None and scorer is None:
+        raise ExciseError(f"completions: {outcome.kind} needs a scorer; name one of excise.outcomes.scorers")
     loaded = loaded.asked_for(outcome)
     encoded = encode(loaded, prompts, new_tokens=parameters.max_new_tokens)
     keys = [prompt.hash for prompt in encoded]
@@ -222,18 +221,16 @@ def complete(
         .join(answers.rename({"prompt": "prompt_hash"}), on="prompt_hash", how="inner")
         .sort("order", "sample")
     )
-    if outcome.kind == "number":
-        prefixes = rows["answer_prefix"] if "answer_prefix" in rows.columns else [""] * rows.height
-        whole = zip(prefixes, *rows["text", "finished", "ended"], strict=True)
-        values = [
-            None
-            if (value := parse_completion(continued(prefix or "", text), finished or ended)) is None
-            else outcome.scored(value)
-            for prefix, text, finished, ended in whole
-        ]
-    else:
-        found = [scored_text(asked, text, outcome.scored) for asked, text in rows["asked", "text"].rows()]
-        values = [None if math.isnan(score) else score for score in score_texts(scorer, found, cache=scores)]
+    prefixes = rows["answer_prefix"] if "answer_prefix" in rows.columns else [""] * rows.height
+    values = outcome.values(
+        [
+            Answer(asked, continued(prefix or "", text), finished or ended)
+            for prefix, asked, text, finished, ended in zip(
+                prefixes, *rows["asked", "text", "finished", "ended"], strict=True
+            )
+        ],
+        None if scorer is None else Judge(scorer, scores),
+    )
     rows = rows.with_columns(
         pl.Series("value", values, pl.Float64),
         model=pl.lit(loaded.key),

@@ -37,14 +37,15 @@ from excise.generation.completions import (
 )
 from excise.interventions.masks import Mask, pruned
 from excise.models.encoding import encode, reader, require_positions
-from excise.outcomes.answers import continued, parse_completion
+from excise.outcomes import Answer, Outcome
+from excise.outcomes.answers import continued
+from excise.outcomes.kinds.number import numbers_of
 from excise.progress import Progress, silent
 
 if TYPE_CHECKING:
     from excise.generation.sampling import SamplingParameters
     from excise.generation.tree import Rows
     from excise.models.loading import LoadedModel
-    from excise.scenarios import NumberOutcome, ToxicityOutcome
 
 EXACT_SCHEMA = {**COMPLETIONS_SCHEMA, "probability": pl.Float64, "leftover": pl.Float64}
 """One row per distinct answer, `sample` numbering a prompt's answers from the likeliest on. `leftover` is the mass of
@@ -98,7 +99,7 @@ def answer_distributions(
     *,
     leftover: float = 0.01,
     max_nodes: int = 256,
-    scored: Callable[[float], float] = lambda value: value,
+    values: Values = numbers_of,
     prefixes: Sequence[str] | None = None,
     batch_prompts: int | None = None,
     on_batch: Callable[[dict[int, AnswerDistribution]], None] = lambda batch: None,
@@ -109,8 +110,8 @@ def answer_distributions(
     prompts.
 
     prompts: token ids per prompt. leftover: mass that may stay unvisited, 0 for none. max_nodes: prefixes read per
-    prompt at most. scored: from the number an answer names to its value. prefixes: per prompt, what of its answers
-    stands in it already. batch_prompts: prompts per batch (default: as many as the device takes). on_batch gets the
+    prompt at most. values: what answers are worth (`Outcome.values`). prefixes: per prompt, what of its answers stands
+    in it already. batch_prompts: prompts per batch (default: as many as the device takes). on_batch gets the
     distributions of each finished batch by the number of the prompt.
 
     Every round expands each prompt's likeliest prefixes, all but the unlikeliest that sum to at most `leftover`.
@@ -136,7 +137,7 @@ def answer_distributions(
         require_positions(loaded, f"prompt {index}", len(prompt), parameters.max_new_tokens)
         places.setdefault(tuple(prompt), []).append(index)
     begun = [""] * len(prompts) if prefixes is None else prefixes
-    value_of = {prefix: _values(loaded, scored, prefix) for prefix in set(begun)}
+    value_of = {prefix: _values(loaded, values, prefix) for prefix in set(begun)}
     found: dict[int, AnswerDistribution] = {}
     progress(label, 0, len(prompts))
     with torch.inference_mode():
@@ -323,17 +324,19 @@ def _branch(
             tree.token = np.concatenate([tree.token, ids])
 
 
+Values = Callable[[Sequence[Answer]], list[float | None]]
+"""What answers are worth; None: nothing that could be counted."""
 ValueOf = Callable[[Sequence[int], bool], float]
 """From an answer's tokens without the stop token, and whether there was one, to its value; NaN = unparsed."""
 
 
-def _values(loaded: LoadedModel, scored: Callable[[float], float], prefix: str) -> ValueOf:
+def _values(loaded: LoadedModel, values: Values, prefix: str) -> ValueOf:
     read = reader(loaded)
 
     def value_of(tokens: Sequence[int], finished: bool) -> float:
         text, ended = read(tokens)
-        value = parse_completion(continued(prefix, text), finished or ended)
-        return math.nan if value is None else scored(value)
+        (value,) = values([Answer("", continued(prefix, text), finished or ended)])
+        return math.nan if value is None else value
 
     return value_of
 
@@ -400,7 +403,7 @@ class Answering:
         loaded: LoadedModel,
         prompts: pl.DataFrame,
         *,
-        outcome: NumberOutcome | ToxicityOutcome,
+        outcome: Outcome,
         mask: Mask | None = None,
         cache: CompletionCache | None = None,
         progress: Progress = silent,
@@ -443,7 +446,7 @@ def exact_completions(
     prompts: pl.DataFrame,
     parameters: SamplingParameters,
     *,
-    outcome: NumberOutcome,
+    outcome: Outcome,
     leftover: float = 0.01,
     max_nodes: int = 256,
     samples: int | None = 100,
@@ -455,16 +458,16 @@ def exact_completions(
 ) -> tuple[pl.DataFrame, Work]:
     """The answers of every prompt with their probabilities, under `mask` if one is given.
 
-    prompts: rows of `excise.scenarios.expand`. The outcome's max_new_tokens replaces that of `parameters`. leftover,
+    prompts: rows of `excise.scenarios.expand`. The outcome may replace max_new_tokens of `parameters`. leftover,
     max_nodes: as in `answer_distributions`. samples: how often a prompt that rambles is sampled instead; None keeps
     what was enumerated, with a larger leftover. cache: trees and samples that are there are not made again, new ones
     are added batch by batch. Returns rows with the columns of EXACT_SCHEMA in the order of prompts, and what they
     cost; there a prefix counts as a token and a distinct answer as a completion.
-    Raises ExciseError for an outcome that is not a number.
+    Raises ExciseError for an outcome whose answers are too long.
     """
-    if outcome.kind != "number":
+    if not outcome.enumerable:
         raise ExciseError(f"exact answers: the outcome is {outcome.kind}, but only numbers are short enough; sample it")
-    parameters = replace(parameters, max_new_tokens=outcome.max_new_tokens)
+    parameters = replace(parameters, max_new_tokens=outcome.answer_tokens(parameters.max_new_tokens))
     loaded = loaded.asked_for(outcome)
     prefixes = (
         [prefix or "" for prefix in prompts["answer_prefix"]]
@@ -478,7 +481,7 @@ def exact_completions(
         sort_keys=True,
     )
     address = cache_address(loaded, mask, tree_settings(settings))
-    value_of = {prefix: _values(loaded, outcome.scored, prefix) for prefix in set(prefixes)}
+    value_of = {prefix: _values(loaded, outcome.values, prefix) for prefix in set(prefixes)}
     begun = dict(zip(keys, prefixes, strict=True))
     known = _read_trees(cache, address, {key: value_of[prefix] for key, prefix in begun.items()}, leftover)
     asked = {prompt.hash: prompt.tokens for prompt in encoded}
@@ -497,7 +500,7 @@ def exact_completions(
             parameters,
             leftover=leftover,
             max_nodes=max_nodes,
-            scored=outcome.scored,
+            values=outcome.values,
             prefixes=[begun[key] for key in missing],
             batch_prompts=batch_prompts,
             on_batch=keep,

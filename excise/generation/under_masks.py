@@ -21,8 +21,9 @@ from excise.progress import Progress, silent
 if TYPE_CHECKING:
     from excise.interventions.masks import Mask
     from excise.models.loading import LoadedModel
-    from excise.outcomes.toxicity import ScoreCache, Scorer
-    from excise.scenarios.schema import NumberOutcome, ToxicityOutcome
+    from excise.outcomes import Outcome
+    from excise.outcomes.scorers import Scorer
+    from excise.outcomes.scoring import ScoreCache
 
 MASK_SCHEMA = {name: pl.String() for name in (*MASK[1:], "mask")} | {"draw": pl.Int64()}
 """The columns that say under which mask an answer was given, beside its variation."""
@@ -34,7 +35,7 @@ class Asking:
 
     loaded: LoadedModel
     how: Answering
-    outcome: NumberOutcome | ToxicityOutcome
+    outcome: Outcome
     cache: CompletionCache | None = None
     scorer: Scorer | None = None
     scores: ScoreCache | None = None

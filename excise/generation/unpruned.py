@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import polars as pl
@@ -14,7 +13,8 @@ from excise.progress import Progress, silent
 from excise.scenarios.subsets import ATTRIBUTION, BOTH, EVALUATION, held_out_split
 
 if TYPE_CHECKING:
-    from excise.outcomes.toxicity import ScoreCache, Scorer
+    from excise.outcomes.scorers import Scorer
+    from excise.outcomes.scoring import ScoreCache
     from excise.scenarios.schema import Scenario
 
 
@@ -38,10 +38,9 @@ def prompt_values(scorer: Scorer | None, scores: ScoreCache | None, prompts: pl.
     """prompt_id and prompt_value: the score of the prompt alone, null without a scorer."""
     values: list[float | None] = [None] * prompts.height
     if scorer is not None:
-        from excise.outcomes.toxicity import score_texts
+        from excise.outcomes.scoring import Judge
 
-        found = score_texts(scorer, prompts["text"].to_list(), cache=scores)
-        values = [None if math.isnan(score) else float(score) for score in found]
+        values = Judge(scorer, scores).scores(prompts["text"].to_list())
     return prompts.select("prompt_id", prompt_value=pl.Series(values, dtype=pl.Float64))
 
 

@@ -9,8 +9,11 @@ from assets import answer_checks, checks, metric_checks
 from assets.partitions import Catalogue
 from assets.quality_report import judge
 from excise.evaluation.table import VERDICTS_SCHEMA
-from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, Variation
+from excise.outcomes import NumberOutcome
+from excise.scenarios import Comparison, Group, Scenario, Subject, Variation
 from resources.tables import TABLES
+
+NUMBERS = NumberOutcome.words.valued
 
 
 def completions(samples: int = 3, values=(10.0,)) -> pl.DataFrame:
@@ -97,10 +100,10 @@ def test_enumerated_answers_must_sum_to_one_with_their_leftover():
 
 
 def test_enumerated_answers_count_by_their_probability():
-    rates = answer_checks.parse_rate(enumerated(), 0.9)
+    rates = answer_checks.parse_rate(enumerated(), 0.9, NUMBERS)
     assert rates.figure == pytest.approx(0.9 / 0.98)
     assert rates.passed
-    assert not answer_checks.parse_rate(enumerated(), 0.93).passed
+    assert not answer_checks.parse_rate(enumerated(), 0.93, NUMBERS).passed
 
 
 def test_a_prompt_that_lacks_a_sample_is_named():
@@ -158,7 +161,7 @@ def test_the_parse_rate_is_that_of_the_worst_variation_and_group():
     rows = completions(4).with_columns(
         value=pl.when((pl.col("prompt_id") == "chair-Jamal") & (pl.col("sample") < 3)).then(None).otherwise("value")
     )
-    passing, failing = answer_checks.parse_rate(rows, 0.6), answer_checks.parse_rate(rows, 0.9)
+    passing, failing = answer_checks.parse_rate(rows, 0.6, NUMBERS), answer_checks.parse_rate(rows, 0.9, NUMBERS)
     assert passing.passed
     assert not failing.passed
     assert (failing.figure, failing.bound, failing.worst) == (0.625, 0.9, "chair, black")
@@ -212,7 +215,7 @@ def test_masks_that_prune_nothing_or_too_much_are_found():
     "outcome",
     [
         lambda: answer_checks.completions_complete_and_balanced(completions(0), prompts(completions(0)), 3),
-        lambda: answer_checks.parse_rate(completions(0), 0.0),
+        lambda: answer_checks.parse_rate(completions(0), 0.0, NUMBERS),
         lambda: metric_checks.inlier_ratio(metrics(), 0.0),
         lambda: metric_checks.metrics_finite(metrics()),
         lambda: metric_checks.mask_density(masks(), 0.0, 1.0),
@@ -225,7 +228,7 @@ def test_an_empty_table_never_passes(outcome):
 
 
 def test_an_outcome_shows_its_figures_to_dagster():
-    result = answer_checks.parse_rate(completions(values=(None, 1.0)), 0.9).result()
+    result = answer_checks.parse_rate(completions(values=(None, 1.0)), 0.9, NUMBERS).result()
     assert not result.passed
     assert result.metadata["figure"].value == pytest.approx(0.5, abs=0.2)
     assert result.metadata["bound"].value == 0.9

@@ -26,8 +26,10 @@ from excise.generation.sampling import SamplingParameters
 from excise.interventions.masks import Mask, heads_mask
 from excise.models.loading import LoadedModel, load_model
 from excise.models.specs import load_registry
-from excise.outcomes.toxicity import ScoreCache, load_scorer, load_scorer_registry
-from excise.scenarios import ToxicityOutcome, expand, load_scenarios
+from excise.outcomes import ToxicityOutcome
+from excise.outcomes.scorers import load_scorer, load_scorer_registry
+from excise.outcomes.scoring import ScoreCache
+from excise.scenarios import expand, load_scenarios
 from resources.tables import TABLES
 from resources.warehouse import Warehouse
 

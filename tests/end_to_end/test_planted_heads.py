@@ -20,7 +20,7 @@ from excise.generation.sampling import SamplingParameters
 from excise.interventions.masks import heads_mask, pruned
 from excise.models.loading import load_model
 from excise.models.specs import load_registry
-from excise.outcomes.toxicity import DEFAULT_SCORER, load_scorer, load_scorer_registry
+from excise.outcomes.scorers import DEFAULT_SCORER, load_scorer, load_scorer_registry
 from excise.planted.heads import PLANT
 from excise.scenarios import expand, load_scenarios
 

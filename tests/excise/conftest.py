@@ -14,7 +14,8 @@ import torch
 from excise.interventions.masks import Mask
 from excise.models.loading import LoadedModel, load_model
 from excise.models.specs import ModelSpec
-from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, Variation, expand
+from excise.outcomes import NumberOutcome
+from excise.scenarios import Comparison, Group, Scenario, Subject, Variation, expand
 
 ARCHITECTURES = ("llama", "gpt2", "gpt_neo", "gptj", "gpt_neox", "qwen2", "gemma2", "mistral")
 WINDOW = 12

@@ -31,8 +31,9 @@ from excise.interventions.masks import Mask, heads_mask, pruned
 from excise.models.loading import LoadedModel, load_model
 from excise.models.placement import DeviceMap
 from excise.models.specs import ModelSpec
-from excise.outcomes.toxicity import ClassifierScorer
-from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, Variation, expand
+from excise.outcomes import NumberOutcome
+from excise.outcomes.classifier import ClassifierScorer
+from excise.scenarios import Comparison, Group, Scenario, Subject, Variation, expand
 from excise.strategies.measured_path import Budgets, measured_path, weights_of
 from tests.excise.cards import DEVICE, on_cards
 

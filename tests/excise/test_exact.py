@@ -346,7 +346,7 @@ def test_a_prompt_without_any_answer_keeps_its_leftover(loaded, scenario, some_p
 
 
 def test_toxicity_is_not_enumerated(loaded, some_prompts):
-    from excise.scenarios import ToxicityOutcome
+    from excise.outcomes import ToxicityOutcome
 
     with pytest.raises(ExciseError, match="toxicity"):
         exact_completions(loaded("llama", numeric=True), some_prompts, DIGITS, outcome=ToxicityOutcome())

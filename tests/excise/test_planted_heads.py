@@ -11,7 +11,8 @@ from excise.errors import ExciseError
 from excise.interventions.masks import heads_mask, pruned
 from excise.models.loading import load_model
 from excise.models.specs import load_registry
-from excise.outcomes.toxicity import ADDED, DEFAULT_SCORER, LEFT_OUT, load_scorer, load_scorer_registry
+from excise.outcomes.lexicon import ADDED, LEFT_OUT
+from excise.outcomes.scorers import DEFAULT_SCORER, load_scorer, load_scorer_registry
 from excise.planted.heads import FOLDER, GRUMPY_WORDS, PLANT, Example, HeadPlant, examples_of, grumpy_tokens, train
 from excise.scenarios import expand, load_scenarios
 

@@ -29,8 +29,9 @@ from excise.generation.sampling import SamplingParameters, sample
 from excise.models.encoding import encode
 from excise.models.loading import load_model
 from excise.models.specs import ModelSpec
+from excise.outcomes import NumberOutcome, ToxicityOutcome
 from excise.outcomes.answers import parse_completion
-from excise.scenarios import NumberOutcome, Scenario, ToxicityOutcome, expand
+from excise.scenarios import Scenario, expand
 from tests.conftest import SPECIAL_TOKENS
 from tests.excise.test_encoding import frame, with_template
 

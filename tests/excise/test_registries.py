@@ -9,7 +9,7 @@ import pytest
 from excise.errors import ExciseError
 from excise.models.loading import load_model
 from excise.models.specs import load_registry
-from excise.outcomes.toxicity import load_scorer_registry
+from excise.outcomes.scorers import load_scorer_registry
 from excise.scenarios import load_scenarios
 from excise.strategies.config import load_strategies
 
