@@ -132,7 +132,8 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
 
 def windows_of(loaded: Any, audit: Audit) -> list:
     """The windows of the text that perplexity is measured on."""
-    from excise.evaluation.perplexity import read_text, text_windows
+    from excise.evaluation.perplexity import text_windows
+    from excise.evaluation.texts import read_text
 
     return text_windows(
         loaded,

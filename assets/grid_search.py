@@ -113,7 +113,7 @@ def grid_search_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                         loaded,
                         prompts.filter(pl.col("variation") == variation),
                         outcome=scenario.outcome,
-                        mask=mask,
+                        intervention=mask,
                         cache=cache,
                         progress=lambda _, done, __, before=before: progress("grid search", before + done, total),
                     )

@@ -69,7 +69,7 @@ def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
 
             def regenerate(mask):
                 rows, _ = how.answers(
-                    loaded, asked, outcome=outcome, scorer=scorer, scores=scores, mask=mask, cache=cache
+                    loaded, asked, outcome=outcome, scorer=scorer, scores=scores, intervention=mask, cache=cache
                 )
                 return as_samples(rows, how.samples)
 

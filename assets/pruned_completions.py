@@ -50,10 +50,11 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         settings: AuditSettings,
         watch: RunWatch,
     ) -> dg.MaterializeResult:
+        from excise.interventions.masks import Mask
+
         from excise.evaluation.perplexity import LossCache
         from excise.generation.completions import UNPRUNED, CompletionCache, Work
         from excise.generation.enumeration import Answering
-        from excise.interventions.masks import Mask
         from excise.outcomes.toxicity import ScoreCache
         from excise.reporting.words import reuse_sentence
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import dagster as dg
 import polars as pl
+from excise.interventions.masks import Mask
 
 from assets import checks
 from assets.completions import completions_of, require_same_model, without
@@ -21,7 +22,6 @@ from excise.attribution import AttributionFile
 from excise.conditions import ACROSS, MASK, PROMPT_SPECIFIC
 from excise.errors import ExciseError
 from excise.evaluation.judged import judged_of
-from excise.interventions.masks import Mask
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import EVALUATION
 from excise.strategies.build import NamedMask

@@ -141,8 +141,9 @@ def _asked(
 
     Raises ExciseError, before any answer is drawn, where the reference reads the prompts otherwise than the model did.
     """
-    from excise.generation.completions import CompletionCache
     from excise.interventions.masks import Mask
+
+    from excise.generation.completions import CompletionCache
     from excise.models.encoding import encode
     from excise.reporting.words import reuse_sentence
 

@@ -115,11 +115,12 @@ def _measured(
     named: whether the settings name the other scenarios. Otherwise one that the model cannot be asked is left out, and
     the metadata say why.
     """
+    from excise.interventions.masks import Mask
+
     from excise.evaluation import side_effects as s
-    from excise.evaluation.perplexity import read_text
+    from excise.evaluation.texts import read_text
     from excise.generation.completions import CompletionCache, Work
     from excise.generation.enumeration import Answering
-    from excise.interventions.masks import Mask
     from excise.reporting.words import reuse_sentence
 
     how, model, progress = Answering.of(completions), completions["model"][0], watch.progress(context)

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
+from excise.interventions.masks import HEAD_ROLES, Mask
 
 from assets.partitions import read_catalogue
 from excise.errors import ExciseError
 from excise.files.registry import unknown
-from excise.interventions.masks import HEAD_ROLES, Mask
 from excise.models.specs import ModelSpec
 from pipelines import heads, paper, reweighting
 from pipelines.definitions import MODEL_FILES, ROOT, SCENARIO_FOLDERS, STRATEGY_FILES, build_definitions

@@ -83,7 +83,7 @@ def measure(catalogue: Catalogue, model: str, scenario_key: str, layers: str, re
         heads = [(layer, head) for layer in chosen for head in range(loaded.topology.heads)]
 
         def regenerate(mask):
-            rows, _ = how.answers(loaded, asked, outcome=outcome, scorer=scorer, scores=scores, mask=mask)
+            rows, _ = how.answers(loaded, asked, outcome=outcome, scorer=scorer, scores=scores, intervention=mask)
             return as_samples(rows, how.samples)
 
         found, seconds = {}, {}

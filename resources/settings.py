@@ -471,7 +471,8 @@ def _checked(audit: Audit, scenario: Scenario) -> Audit:
 
 
 def _check_text(audit: Audit) -> None:
-    from excise.evaluation.perplexity import HUB, SIZE, read_text
+    from excise.evaluation.perplexity import SIZE
+    from excise.evaluation.texts import HUB, read_text
 
     window = audit.text_window or SIZE
     less = audit.text_stride is None or audit.text_stride < window
