@@ -26,7 +26,7 @@ from resources.tables import TABLES
 from resources.warehouse import Warehouse
 from resources.watch import RunWatch
 
-MASK_COLUMNS = (*MASK, "mask", "path")
+MASK_COLUMNS = (*MASK, "mask", "path", "control_seed")
 
 
 def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
@@ -50,11 +50,10 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         settings: AuditSettings,
         watch: RunWatch,
     ) -> dg.MaterializeResult:
-        from excise.interventions.masks import Mask
-
         from excise.evaluation.perplexity import LossCache
         from excise.generation.completions import UNPRUNED, CompletionCache, Work
         from excise.generation.enumeration import Answering
+        from excise.interventions.kinds import recalled
         from excise.outcomes.toxicity import ScoreCache
         from excise.reporting.words import reuse_sentence
 
@@ -80,8 +79,9 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             if windows:
                 losses[UNPRUNED] = known.window_losses(loaded, windows)
             for row in masks.iter_rows(named=True):
-                if opened[0] != row["path"]:
-                    opened = row["path"], Mask.load(artifacts.locate(row["path"], made_by=row["asset"]))
+                if opened[0] != row["mask"]:
+                    file = artifacts.locate(row["path"], made_by=row["asset"])
+                    opened = row["mask"], recalled(file, row["control_seed"], row["mask"])
                 try:
                     frame, done = how.answers(
                         loaded,
@@ -89,7 +89,7 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                         outcome=scenario.outcome,
                         scorer=scorer,
                         scores=scores,
-                        mask=opened[1],
+                        intervention=opened[1],
                         cache=cache,
                         progress=lambda _, done, __, before=before: progress(
                             "pruned completions", before + done, total
@@ -162,8 +162,8 @@ def _perplexities(model: str, scenario: str, losses: dict, windows: list, audit:
 
 
 def masks_to_ask(warehouse: Warehouse, model: str, scenario: Scenario, completions: pl.DataFrame) -> pl.DataFrame:
-    """The masks of a partition under which its variations are asked, one row each; those that share a file (as
-    cross-context ones do) follow each other.
+    """The masks of a partition under which its variations are asked, one row each; those that are one mask (as
+    cross-context ones are) follow each other.
 
     completions: all of the partition. Masks of variations that are not asked any more, or cannot be judged, are left
     aside; there may be none at all. Raises ExciseError when there are no masks of the scenario itself though there
@@ -174,7 +174,7 @@ def masks_to_ask(warehouse: Warehouse, model: str, scenario: Scenario, completio
     judged = judged_of(completions.filter(pl.col("split") != ATTRIBUTION), scenario)
     rows = warehouse.read("masks", model=model, scenario=scenario.key)
     require_one_definition(rows, again="pruning_masks and cross_context_masks")
-    masks = rows.select(*MASK_COLUMNS, "asset").unique().sort("path", *MASK_COLUMNS)
+    masks = rows.select(*MASK_COLUMNS, "asset").unique().sort("mask", *MASK_COLUMNS)
     own = masks.filter(pl.col("asset") == "pruning_masks")
     if unasked := set(own["variation"]) - set(completions["variation"]):
         raise ExciseError(

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import dagster as dg
 import polars as pl
-from excise.interventions.masks import Mask
 
 from assets import checks
 from assets.completions import completions_of, require_same_model, without
@@ -22,6 +21,8 @@ from excise.attribution import AttributionFile
 from excise.conditions import ACROSS, MASK, PROMPT_SPECIFIC
 from excise.errors import ExciseError
 from excise.evaluation.judged import judged_of
+from excise.interventions.controls import RandomControl
+from excise.interventions.packed import Mask
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import EVALUATION
 from excise.strategies.build import NamedMask
@@ -163,8 +164,10 @@ class MaskFiles:
         self.seen: set[str] = set()
         self.written = 0
 
-    def store(self, mask: Mask) -> Path:
-        """Keep a mask and return its path."""
+    def store(self, mask: Mask | RandomControl) -> Path:
+        """Keep a mask and return its path; of a random control, which is no file, that of the mask of its size."""
+        if isinstance(mask, RandomControl):
+            return self.folder / f"{mask.parent}.safetensors"
         path = self.folder / f"{mask.fingerprint}.safetensors"
         self.seen.add(mask.fingerprint)
         if not path.exists():
@@ -253,6 +256,7 @@ def mask_rows(named: NamedMask, asset: str, model: str, scenario: str, *, path: 
                 "pruned": pruned,
                 "size": out_features * in_features,
                 "path": path,
+                "control_seed": named.mask.seed if isinstance(named.mask, RandomControl) else None,
                 "definition": definition,
             }
         )

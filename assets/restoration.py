@@ -116,12 +116,11 @@ def restoration_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
 
 def _masks_for_reference(pruned: pl.DataFrame, masks: pl.DataFrame) -> pl.DataFrame:
     """The masks that the reference is asked under, one row each: those of strategies, and the first random control of
-    each, as far as the model itself was asked under them. Those that share a file follow each other."""
+    each, as far as the model itself was asked under them. Those that are one mask follow each other."""
     named = [*MASK, "mask"]
-    found = (
-        pruned.select(named).unique().join(masks.select(*named, "path", "asset").unique(), on=named, nulls_equal=True)
-    )
-    return own_and_first_random(found).sort("path", *named)
+    files = masks.select(*named, "path", "control_seed", "asset").unique()
+    found = pruned.select(named).unique().join(files, on=named, nulls_equal=True)
+    return own_and_first_random(found).sort("mask", *named)
 
 
 def _asked(
@@ -141,9 +140,8 @@ def _asked(
 
     Raises ExciseError, before any answer is drawn, where the reference reads the prompts otherwise than the model did.
     """
-    from excise.interventions.masks import Mask
-
     from excise.generation.completions import CompletionCache
+    from excise.interventions.kinds import recalled
     from excise.models.encoding import encode
     from excise.reporting.words import reuse_sentence
 
@@ -168,11 +166,12 @@ def _asked(
         own, work = how.answers(loaded, prompts, progress=so_far, **answers)
         before += prompts.height * how.samples
         for row in masks.iter_rows(named=True):
-            if opened[0] != row["path"]:
-                opened = row["path"], Mask.load(artifacts.locate(row["path"], made_by=row["asset"]))
+            if opened[0] != row["mask"]:
+                file = artifacts.locate(row["path"], made_by=row["asset"])
+                opened = row["mask"], recalled(file, row["control_seed"], row["mask"])
             try:
                 asked = prompts.filter(pl.col("variation") == row["variation"])
-                frame, done = how.answers(loaded, asked, mask=opened[1], progress=so_far, **answers)
+                frame, done = how.answers(loaded, asked, intervention=opened[1], progress=so_far, **answers)
             except ExciseError as error:
                 raise ExciseError(
                     f"reference {reference.key}, variation {row['variation']}, {row['strategy']} at level "

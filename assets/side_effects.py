@@ -95,7 +95,7 @@ def _masks_to_try(masks: pl.DataFrame) -> pl.DataFrame:
     """Of the masks that are asked, those of strategies and the first random control of each, one row each. Masks of
     single other scenarios are left out: they tell where a mask comes from."""
     pooled = ~pl.col("level").str.starts_with(f"{CROSS_CONTEXT}/")
-    return own_and_first_random(masks).filter(pooled).sort("path", *MASK)
+    return own_and_first_random(masks).filter(pooled).sort("mask", *MASK)
 
 
 def _measured(
@@ -115,12 +115,12 @@ def _measured(
     named: whether the settings name the other scenarios. Otherwise one that the model cannot be asked is left out, and
     the metadata say why.
     """
-    from excise.interventions.masks import Mask
-
     from excise.evaluation import side_effects as s
     from excise.evaluation.texts import read_text
     from excise.generation.completions import CompletionCache, Work
     from excise.generation.enumeration import Answering
+    from excise.interventions.kinds import recalled
+    from excise.interventions.protocol import Intervention
     from excise.reporting.words import reuse_sentence
 
     how, model, progress = Answering.of(completions), completions["model"][0], watch.progress(context)
@@ -146,16 +146,19 @@ def _measured(
         total = sum(prompts.height for _, prompts in asked) * how.samples * (1 + distinct.height)
         cache = CompletionCache(artifacts.completion_cache)
 
-        def answers(other: Scenario, prompts: pl.DataFrame, mask: Mask | None) -> pl.DataFrame:
+        def answers(other: Scenario, prompts: pl.DataFrame, mask: Intervention | None) -> pl.DataFrame:
             nonlocal before, work
-            found, cost = how.answers(loaded, prompts, outcome=other.outcome, mask=mask, cache=cache, progress=so_far)
+            found, cost = how.answers(
+                loaded, prompts, outcome=other.outcome, intervention=mask, cache=cache, progress=so_far
+            )
             before, work = before + prompts.height * how.samples, work + cost
             return found
 
         unpruned = {other.key: answers(other, prompts, None) for other, prompts in asked}
         pruned: dict[str, dict[str, pl.DataFrame]] = {other.key: {} for other, _ in asked}
         for row in distinct.iter_rows(named=True):
-            mask = Mask.load(artifacts.locate(row["path"], made_by=row["asset"]))
+            file = artifacts.locate(row["path"], made_by=row["asset"])
+            mask = recalled(file, row["control_seed"], row["mask"])
             try:
                 found = s.text_effect(loaded, text, mask, mode=audit.perplexity_mode, **drawn)
                 for other, prompts in asked:

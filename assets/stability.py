@@ -216,7 +216,7 @@ class _Split:
                 self.loaded,
                 prompts.filter(pl.col("variation") == named.variation),
                 outcome=self.scenario.outcome,
-                mask=named.mask,
+                intervention=named.mask,
                 cache=cache,
             )
             told = {"strategy": named.strategy, "level": named.level, "matched_to": named.matched_to}

@@ -290,7 +290,7 @@ _ALL = (
     Table(
         "masks",
         "What each mask prunes: one row per mask and matrix, or of a mask of heads per layer. The bits lie in the file "
-        "named by path.",
+        "named by path; those of a random control follow from its counts and its control_seed.",
         ("asset", "model", "scenario"),
         _columns(
             ("asset", "VARCHAR", "asset that made the mask: pruning_masks or cross_context_masks"),
@@ -302,7 +302,13 @@ _ALL = (
             _ROLE,
             ("pruned", "BIGINT", "number of weights the mask sets to zero in this matrix, or of heads in this layer"),
             ("size", "BIGINT", "number of weights of this matrix, or of heads of this layer"),
-            ("path", "VARCHAR", "path of the mask's safetensors file, relative to the data folder"),
+            (
+                "path",
+                "VARCHAR",
+                "path of a safetensors file, relative to the data folder: the mask's; of a random control with a "
+                "control_seed, that of the mask it has the size of",
+            ),
+            ("control_seed", "BIGINT", "random control: what it is drawn by; null for a mask with a file of its own"),
             _DEFINITION,
         ),
     ),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from excise.models.loading import LoadedModel
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class RandomControl:
     """A random mask with exactly as many weights in every matrix as another: the control for its mere damage.
 
@@ -88,9 +88,9 @@ class RandomControl:
     def fold(self, loaded: LoadedModel) -> None:
         self.mask.fold(loaded)
 
-    def control(self, seed: int) -> RandomControl:
+    def control(self, seed: int, known: str | None = None) -> RandomControl:
         """Another draw of the same size."""
-        return replace(self, seed=seed, known=None)
+        return replace(self, seed=seed, known=known)
 
 
 def _random_subset(size: int, count: int, label: str) -> NDArray[np.bool_]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import excise.interventions
 from excise.errors import ExciseError
+from excise.interventions.controls import RandomControl
 from excise.interventions.heads import head_keys
 from excise.interventions.packed import Mask, file_metadata
 from excise.interventions.protocol import StoredIntervention
@@ -50,3 +51,12 @@ def load_mask(path: Path | str) -> Mask:
     if not isinstance(mask, Mask):
         raise ExciseError(f"{path}: holds an intervention of kind {mask.kind!r}, not a mask; name the file of a mask")
     return mask
+
+
+def recalled(path: Path | str, control_seed: int | None, fingerprint: str) -> Mask | RandomControl:
+    """A mask that is known by its fingerprint: what lies in the file or, with a seed, the random control of its size.
+
+    Raises ExciseError as `load_mask` does; a control that is not what it was says so where it is made.
+    """
+    mask = load_mask(path)
+    return mask if control_seed is None else mask.control(control_seed, fingerprint)

@@ -66,9 +66,9 @@ class Mask(ABC):
     def fold(self, loaded: LoadedModel) -> None:
         """Write the mask into the model's weights for good."""
 
-    def control(self, seed: int) -> RandomControl:
-        """The recipe of a random mask with exactly as many weights in every matrix."""
-        return RandomControl(self.fingerprint, type(self), self.shapes, self.counts(), int(seed))
+    def control(self, seed: int, known: str | None = None) -> RandomControl:
+        """The recipe of a random mask with exactly as many weights in every matrix. known: its fingerprint, if any."""
+        return RandomControl(self.fingerprint, type(self), self.shapes, self.counts(), int(seed), known)
 
     def __post_init__(self) -> None:
         if set(self.bits) != set(self.shapes):

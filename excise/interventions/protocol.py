@@ -45,8 +45,11 @@ class Intervention(Protocol):
         """Write it into the model's own weights for good. Raises ExciseError as `applied` does, and where no ordinary
         checkpoint can hold it."""
 
-    def control(self, seed: int) -> Intervention:
-        """Its matched control: the same size without the knowledge. A recipe, which is made where it is applied."""
+    def control(self, seed: int, known: str | None = None) -> Intervention:
+        """Its matched control: the same size without the knowledge. A recipe, which is made where it is applied.
+
+        known: the control's fingerprint, where it has been made before.
+        """
 
 
 class StoredIntervention(Intervention, Protocol):

@@ -422,7 +422,7 @@ def test_a_layer_without_a_chosen_head_is_not_touched(loaded):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
 def test_masks_of_heads_and_of_weights_nest(loaded, tokens, some_mask, architecture):
-    """In any order, and as one mask that holds both."""
+    """In any order, and as one mask of heads that holds both of their roles."""
     model, asked = loaded(architecture), tokens(loaded(architecture))
     heads, weights = heads_mask(some_heads(model), "zero_query"), some_mask(model, density=0.05)
     others = heads_mask(some_heads(model, seed=1), "zero_output")
@@ -434,8 +434,8 @@ def test_masks_of_heads_and_of_weights_nest(loaded, tokens, some_mask, architect
         with others.applied(model), heads.applied(model):
             another = logits(model.model, asked)
         assert torch.equal(logits(model.model, asked), only_weights)
-    every = {key: mask.array(key) for mask in (heads, weights, others) for key in mask.shapes}
-    with WeightMask.from_arrays(every).applied(model):
+    every = HeadMask.from_arrays({key: mask.array(key) for mask in (heads, others) for key in mask.shapes})
+    with every.applied(model), weights.applied(model):
         together = logits(model.model, asked)
     assert torch.equal(one, another)
     assert torch.equal(one, together)
