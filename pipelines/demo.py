@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import dagster as dg
 
 from assets.partitions import Catalogue, read_catalogue
-from assets.stage import thresholds_of
+from assets.upstream import thresholds_of
 from excise.conditions import LEVELS
 from excise.errors import ExciseError
 from excise.evaluation.verdicts import verdicts
@@ -74,12 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return MISUSED
 
-    definitions = build_definitions(
-        scenario_folders=SCENARIO_FOLDERS,
-        model_files=MODEL_FILES,
-        strategy_files=STRATEGY_FILES,
-        resource_overrides={"watch": TerminalWatch()},
-    )
+    definitions = build_definitions(catalogue=catalogue, resource_overrides={"watch": TerminalWatch()})
     warehouse = definitions.resources["warehouse"]
     try:
         settings = settings_of(catalogue, catalogue.scenarios[chosen.scenario], chosen)

@@ -19,7 +19,7 @@ import dagster as dg
 from pydantic import TypeAdapter, ValidationError
 
 from assets.partitions import Catalogue, read_catalogue
-from assets.stage import thresholds_of
+from assets.upstream import thresholds_of
 from excise.conditions import ALL, LEVELS, OWN_SCENARIO, UNPRUNED, Condition
 from excise.errors import ExciseError
 from excise.evaluation.rounding import FEW, floor_text, interval_text, level_label, per_cent, ratio_text
@@ -75,10 +75,11 @@ class Call:
         return " ".join([*parts, f"ARGS={shlex.quote(' '.join(options))}"] if options else parts)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, catalogue: Catalogue | None = None) -> int:
     """Run the paper; the status is one of `pipelines.terminal.STATUSES`, with a message on standard error.
 
-    Raises ExciseError where nothing can be kept: neither results nor the history of runs.
+    catalogue: where the user's files were read before. Raises ExciseError where nothing can be kept: neither results
+    nor the history of runs.
     """
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.paper",
@@ -97,18 +98,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_fail_on(parser)
     given = parser.parse_args(arguments)
 
-    catalogue = read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES, SCORER_FILES)
+    catalogue = catalogue or read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES, SCORER_FILES)
     try:
         call = _call(given, catalogue)
     except ExciseError as error:
         print(error, *catalogue.problems, sep="\n", file=sys.stderr)
         return MISUSED
-    definitions = build_definitions(
-        scenario_folders=SCENARIO_FOLDERS,
-        model_files=MODEL_FILES,
-        strategy_files=STRATEGY_FILES,
-        resource_overrides={"watch": TerminalWatch()},
-    )
+    definitions = build_definitions(catalogue=catalogue, resource_overrides={"watch": TerminalWatch()})
     warehouse = definitions.resources["warehouse"]
     with open_instance(warehouse) as instance:
         failures = _rounds(call, definitions, instance)

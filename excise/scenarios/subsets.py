@@ -56,6 +56,15 @@ def held_out_split(scenario: Scenario, prompts: pl.DataFrame, seed: int) -> pl.D
     return split.select("prompt_id", "split")
 
 
+def without(split: str, completions: pl.DataFrame, prompts: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The completions, and their prompts, of all names but those of one half.
+
+    Without `EVALUATION` they are what masks are made from, without `ATTRIBUTION` what masks are judged on.
+    """
+    rows = completions.filter(pl.col("split") != split)
+    return rows, prompts.filter(pl.col("prompt_id").is_in(rows["prompt_id"].unique().implode()))
+
+
 def template_halves(prompts: pl.DataFrame, seed: int) -> pl.DataFrame:
     """The templates in two halves: frame with template and split ("attribution" or "evaluation"), by template.
 

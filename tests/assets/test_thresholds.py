@@ -100,7 +100,7 @@ def test_the_terminal_prefers_masks_at_an_inlier_ratio_comparable_with_random(co
 
 
 def test_results_of_an_earlier_version_are_not_judged_by_guesswork(copied):
-    from assets.stage import thresholds_of
+    from assets.upstream import thresholds_of
     from pipelines.paper import summary
 
     nothing = copied.warehouse.read("thresholds").clear()

@@ -657,11 +657,12 @@ def profiles(bench: Bench, settings: dict[str, Any], rounds: int) -> list[dict[s
     """Seconds by part of audits through Dagster, each in a data folder of its own, after a small one that imports."""
     import dagster as dg
 
-    import assets.checks
-    import assets.pruning_masks
+    import assets.answer_checks
+    import assets.mask_files
+    import assets.metric_checks
+    import assets.table_checks
     import excise.attribution
-    import excise.evaluation.comparisons
-    import excise.evaluation.numbers
+    import excise.evaluation.scenario_metrics
     import excise.generation.completions
     import excise.interventions.weights
     import excise.reporting.figures
@@ -675,13 +676,16 @@ def profiles(bench: Bench, settings: dict[str, Any], rounds: int) -> list[dict[s
     parts = {
         "sampling": [(excise.generation.completions, "sample")],
         "attribution": [(excise.attribution, "attribute")],
-        "masks": [(excise.strategies.build, "build_masks"), (assets.pruning_masks.MaskFiles, "store")],
+        "masks": [(excise.strategies.build, "build_masks"), (assets.mask_files.MaskFiles, "store")],
         "applying masks": [(excise.interventions.weights, "_cut_out"), (excise.interventions.weights, "_put_back")],
         "loading the model": [(GPUResource, "_load")],
         "DuckDB": [(Warehouse, "read"), (Warehouse, "replace_partition")],
-        "Great Expectations": [(assets.checks, "unmet_expectations")],
+        "Great Expectations": [
+            (module, "unmet_expectations")
+            for module in (assets.answer_checks, assets.metric_checks, assets.table_checks)
+        ],
         "figures": [(excise.reporting.figures, name) for name in excise.reporting.figures.__all__ if name.islower()],
-        "statistics": [(excise.evaluation.numbers, "evaluate"), (excise.evaluation.comparisons, "comparisons")],
+        "statistics": [(excise.evaluation.scenario_metrics, name) for name in ("evaluate", "comparisons")],
     }
     small = {
         "variations": [VARIATION],

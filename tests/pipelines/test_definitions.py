@@ -65,6 +65,7 @@ CHECKS = {
     ("evaluation_metrics", "inlier_ratio", False),
     ("evaluation_metrics", "within_budgets", False),
     ("quality_report", "all_checks_pass", False),
+    *((asset, "rows_as_declared", False) for asset, place in LINEAGE.items() if place[3] == "grid"),
 }
 
 
