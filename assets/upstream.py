@@ -191,7 +191,7 @@ def mask_opener(artifacts: Artifacts) -> "Callable[[Mapping[str, Any]], Mask | R
 
     last: dict[str, Mask | RandomControl] = {}
 
-    def opened(row: Mapping[str, Any]) -> Mask | RandomControl:
+    def opened(row: Mapping[str, Any]) -> "Mask | RandomControl":
         if row["mask"] not in last:
             mask = recalled(artifacts.locate(row["path"], made_by=row["asset"]), row["control_seed"], row["mask"])
             last.clear()
