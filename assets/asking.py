@@ -28,7 +28,8 @@ def asking_of(step: Step, loaded: "LoadedModel", how: "Answering", scorer: "Scor
 
 def windows_of(loaded: "LoadedModel", audit: Audit) -> list["Window"]:
     """The windows of the text that perplexity is measured on."""
-    from excise.evaluation.perplexity import read_text, text_windows
+    from excise.evaluation.perplexity import text_windows
+    from excise.evaluation.texts import read_text
 
     return text_windows(
         loaded,

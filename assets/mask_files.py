@@ -18,7 +18,8 @@ from resources.artifacts import Artifacts
 from resources.tables import TABLES
 
 if TYPE_CHECKING:
-    from excise.interventions.masks import Mask
+    from excise.interventions.controls import RandomControl
+    from excise.interventions.packed import Mask
     from excise.strategies.build import NamedMask
 
 
@@ -39,6 +40,12 @@ class MaskFiles:
             self.written += 1
         return path
 
+    def path_of(self, mask: "Mask | RandomControl") -> Path:
+        """The path of a mask, which is kept; of a random control, which is no file, that of the mask of its size."""
+        from excise.interventions.packed import Mask
+
+        return self.store(mask) if isinstance(mask, Mask) else self.folder / f"{mask.parent}.safetensors"
+
 
 def mask_rows(
     step: Step, made: Iterable["NamedMask"], strategies: Sequence[Strategy], files: MaskFiles
@@ -51,7 +58,7 @@ def mask_rows(
             "asset": step.asset,
             **step.place,
             **row,
-            "path": step.artifacts.relative(files.store(named.mask)),
+            "path": step.artifacts.relative(files.path_of(named.mask)),
             "definition": definition_of(named, strategies, step.audit.seed),
         }
         for named in made

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from excise.evaluation.perplexity import Window
-    from excise.interventions.masks import Mask
+    from excise.interventions.protocol import Intervention
     from excise.models.loading import LoadedModel
     from excise.outcomes.scorers import Scorer
 
@@ -99,7 +99,7 @@ def _watched(step: Step, masks: pl.DataFrame, prompts: pl.DataFrame, samples: in
 
 def _losses(
     step: Step, loaded: "LoadedModel", windows: list["Window"]
-) -> tuple[dict[str, "np.ndarray"], Callable[[Mapping[str, Any], "Mask"], None]]:
+) -> tuple[dict[str, "np.ndarray"], Callable[[Mapping[str, Any], "Intervention"], None]]:
     """Losses of the text's windows by mask, those of the unpruned model so far, and what adds those under a mask.
 
     Without windows there are none.
@@ -110,9 +110,9 @@ def _losses(
     known = LossCache(step.artifacts.tensors("perplexity"))
     losses = {UNPRUNED: known.window_losses(loaded, windows)} if windows else {}
 
-    def measure(row: Mapping[str, Any], mask: "Mask") -> None:
+    def measure(row: Mapping[str, Any], intervention: "Intervention") -> None:
         if windows and row["mask"] not in losses:
-            losses[row["mask"]] = known.window_losses(loaded, windows, mask)
+            losses[row["mask"]] = known.window_losses(loaded, windows, intervention)
 
     return losses, measure
 

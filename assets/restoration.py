@@ -92,9 +92,9 @@ def _masks_for_reference(answers: "JudgedAnswers") -> pl.DataFrame:
     """The masks that the reference is asked under, one row each: those of strategies, and the first random control of
     each, as far as the model itself was asked under them. Those that share a file follow each other."""
     named = [*MASK, "mask"]
-    files = answers.masks.select(*named, "path", "asset").unique()
+    files = answers.masks.select(*named, "path", "control_seed", "asset").unique()
     asked = answers.pruned.select(named).unique().join(files, on=named, nulls_equal=True)
-    return own_and_first_random(asked).sort("path", *named)
+    return own_and_first_random(asked).sort("mask", *named)
 
 
 def _asked(step: Step, answers: "JudgedAnswers") -> tuple[pl.DataFrame, pl.DataFrame, dict[str, Any]]:

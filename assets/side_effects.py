@@ -60,7 +60,7 @@ def _masks_to_try(masks: pl.DataFrame) -> pl.DataFrame:
     single other scenarios are left out: they tell where a mask comes from."""
     from excise.evaluation.scenario_metrics import pooled_levels
 
-    return pooled_levels(own_and_first_random(masks)).sort("path", *MASK)
+    return pooled_levels(own_and_first_random(masks)).sort("mask", *MASK)
 
 
 def _measured(step: Step, masks: pl.DataFrame, completions: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, Any]]:
@@ -88,8 +88,8 @@ def _trial(step: Step, asking: "Asking", completions: pl.DataFrame) -> tuple["Tr
     """What the masks are tried on, and a line for each scenario that is left out as the model cannot be asked it; one
     that the settings name is never left out."""
     from excise.evaluation.mask_trials import Trial, targets_of
-    from excise.evaluation.perplexity import read_text
     from excise.evaluation.side_effects import effect_windows
+    from excise.evaluation.texts import read_text
 
     audit = step.audit
     windows = effect_windows(

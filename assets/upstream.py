@@ -25,11 +25,12 @@ from resources.warehouse import Warehouse
 if TYPE_CHECKING:
     from excise.attribution import AttributionFile
     from excise.evaluation.scenario_metrics import JudgedAnswers
-    from excise.interventions.masks import Mask
+    from excise.interventions.controls import RandomControl
+    from excise.interventions.packed import Mask
     from excise.models.loading import LoadedModel
     from excise.strategies.build import SourceMask
 
-MASK_COLUMNS = (*MASK, "mask", "path")
+MASK_COLUMNS = (*MASK, "mask", "path", "control_seed")
 
 
 def rows_of(warehouse: Warehouse, table: str, model: str, scenario: str, *, made_by: str) -> pl.DataFrame:
@@ -158,8 +159,8 @@ def head_impacts_of(warehouse: Warehouse, model: str, scenario: str, completions
 
 
 def masks_to_ask(warehouse: Warehouse, model: str, scenario: Scenario, completions: pl.DataFrame) -> pl.DataFrame:
-    """The masks of a partition under which its variations are asked, one row each; those that share a file (as
-    cross-context ones do) follow each other.
+    """The masks of a partition under which its variations are asked, one row each; those that are one mask (as
+    cross-context ones are) follow each other.
 
     completions: all of the partition. Masks of variations that are not asked any more, or cannot be judged, are left
     aside; there may be none at all. Raises ExciseError when there are no masks of the scenario itself though there
@@ -170,7 +171,7 @@ def masks_to_ask(warehouse: Warehouse, model: str, scenario: Scenario, completio
     judged = judged_of(completions.filter(pl.col("split") != ATTRIBUTION), scenario)
     rows = warehouse.read("masks", model=model, scenario=scenario.key)
     require_one_definition(rows, again="pruning_masks and cross_context_masks")
-    masks = rows.select(*MASK_COLUMNS, "asset").unique().sort("path", *MASK_COLUMNS)
+    masks = rows.select(*MASK_COLUMNS, "asset").unique().sort("mask", *MASK_COLUMNS)
     own = masks.filter(pl.col("asset") == "pruning_masks")
     if unasked := set(own["variation"]) - set(completions["variation"]):
         raise ExciseError(
@@ -183,19 +184,19 @@ def masks_to_ask(warehouse: Warehouse, model: str, scenario: Scenario, completio
     return masks.filter(pl.col("variation").is_in(judged))
 
 
-def mask_opener(artifacts: Artifacts) -> Callable[[Mapping[str, Any]], "Mask"]:
-    """A function from a row of masks (path, asset) to the mask; of rows that share a file one after another, read
-    once."""
-    from excise.interventions.masks import Mask
+def mask_opener(artifacts: Artifacts) -> "Callable[[Mapping[str, Any]], Mask | RandomControl]":
+    """A function from a row of masks (mask, path, control_seed, asset) to the mask, or to the recipe of a random
+    control; of rows that are one mask one after another, read or made once."""
+    from excise.interventions.kinds import recalled
 
-    last: dict[str, Mask] = {}
+    last: dict[str, Mask | RandomControl] = {}
 
-    def opened(row: Mapping[str, Any]) -> Mask:
-        if row["path"] not in last:
-            mask = Mask.load(artifacts.locate(row["path"], made_by=row["asset"]))
+    def opened(row: Mapping[str, Any]) -> "Mask | RandomControl":
+        if row["mask"] not in last:
+            mask = recalled(artifacts.locate(row["path"], made_by=row["asset"]), row["control_seed"], row["mask"])
             last.clear()
-            last[row["path"]] = mask
-        return last[row["path"]]
+            last[row["mask"]] = mask
+        return last[row["mask"]]
 
     return opened
 

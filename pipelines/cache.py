@@ -21,7 +21,7 @@ from excise.attribution import PARTS
 from excise.errors import ExciseError
 from excise.generation.completions import UNPRUNED, settings_key
 from excise.generation.enumeration import enumeration_settings, sampling_settings, tree_settings
-from excise.interventions.masks import heads_mask
+from excise.interventions.heads import heads_mask
 from pipelines.terminal import DONE, INCOMPLETE, run
 from resources.artifacts import Artifacts, data_folder
 from resources.warehouse import Warehouse

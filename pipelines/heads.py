@@ -16,7 +16,7 @@ from assets.upstream import thresholds_of
 from excise.conditions import CROSS_CONTEXT, OWN_SCENARIO
 from excise.errors import ExciseError
 from excise.evaluation.bias_correlation import gamma_choice, gamma_points
-from excise.evaluation.perplexity import read_text
+from excise.evaluation.texts import read_text
 from excise.reporting.toxicity import choice_sentence, toxicity_finding, toxicity_table
 from pipelines.definitions import (
     MODEL_FILES,

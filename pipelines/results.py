@@ -17,7 +17,9 @@ import polars as pl
 from assets.partitions import Catalogue, read_catalogue
 from excise.errors import ExciseError
 from excise.files.registry import unknown
-from excise.interventions.masks import HEAD_ROLES, Mask
+from excise.interventions.controls import RandomControl
+from excise.interventions.heads import HEAD_ROLES
+from excise.interventions.kinds import recalled
 from excise.models.specs import ModelSpec
 from pipelines import heads, paper, reweighting
 from pipelines.definitions import MODEL_FILES, ROOT, SCENARIO_FOLDERS, SCORER_FILES, STRATEGY_FILES, build_definitions
@@ -155,7 +157,7 @@ def localisation(masks: pl.DataFrame, artifacts: Artifacts, spec: ModelSpec) -> 
     """One row per mask of a planted model's purchase scenario: how much of the planted gap lies under it."""
     from excise.evaluation.localisation import EnergyShare, energy_shares
 
-    columns = ["strategy", "level", "matched_to", "draw", "variation", "mask", "path"]
+    columns = ["strategy", "level", "matched_to", "draw", "variation", "mask"]
     told = ["strategy", "level", "matched_to"]
     names = [field.name for field in dataclasses.fields(EnergyShare)]
     schema = dict.fromkeys(("model", *told), pl.String) | dict.fromkeys(names, pl.Float64)
@@ -167,14 +169,15 @@ def localisation(masks: pl.DataFrame, artifacts: Artifacts, spec: ModelSpec) -> 
         return pl.DataFrame(schema=schema)
     heads = own.filter(pl.col("role").is_in(list(HEAD_ROLES.values())))
     shape = _heads_of(heads["size"].max(), spec) if heads.height else {}
-    paths = dict(own.select("mask", "path").unique().sort("mask").iter_rows())
+    distinct = own.select("mask", "path", "control_seed").unique("mask").sort("mask").rows()
     shares: dict[str, dict[str, float]] = {}
-    keys = list(paths)
-    for start in range(0, len(keys), MASKS_AT_ONCE):
-        some = keys[start : start + MASKS_AT_ONCE]
-        loaded = [Mask.load(artifacts.locate(paths[key], made_by="pruning_masks")) for key in some]
-        found = energy_shares(spec.low_rank, loaded, **shape)
-        shares |= {key: dataclasses.asdict(share) for key, share in zip(some, found, strict=True)}
+    for start in range(0, len(distinct), MASKS_AT_ONCE):
+        together = []
+        for mask, path, seed in distinct[start : start + MASKS_AT_ONCE]:
+            known = recalled(artifacts.locate(path, made_by="pruning_masks"), seed, mask)
+            together.append(known.mask if isinstance(known, RandomControl) else known)
+        found = energy_shares(spec.low_rank, together, **shape)
+        shares |= {mask.fingerprint: dataclasses.asdict(share) for mask, share in zip(together, found, strict=True)}
     rows = [
         {"model": spec.key, **{name: row[name] for name in told}, **shares[row["mask"]]}
         for row in own.select(columns).unique().sort(columns, nulls_last=True).iter_rows(named=True)

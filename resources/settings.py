@@ -168,7 +168,8 @@ def _check_names(audit: Audit, scenario: Scenario) -> None:
 
 
 def _check_text(audit: Audit) -> None:
-    from excise.evaluation.perplexity import HUB, SIZE, read_text
+    from excise.evaluation.perplexity import SIZE
+    from excise.evaluation.texts import HUB, read_text
 
     for name in ("text_window", "text_stride") if audit.perplexity_mode == "paper" else ():
         value = getattr(audit, name)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from excise.evaluation.perplexity import Window
-    from excise.interventions.masks import Mask
+    from excise.interventions.protocol import Intervention
     from excise.models.loading import LoadedModel
     from excise.scenarios.schema import Scenario
 
@@ -33,8 +33,8 @@ def impacts_on(
     `head_impacts` takes them.
     """
 
-    def regenerate(mask: Mask) -> pl.DataFrame:
-        rows, _ = asking.answers(prompts, mask)
+    def regenerate(intervention: Intervention) -> pl.DataFrame:
+        rows, _ = asking.answers(prompts, intervention)
         return as_samples(rows, asking.how.samples)
 
     return head_impacts(

@@ -22,7 +22,7 @@ from excise.scenarios.schema import Scenario
 from excise.scenarios.subsets import ATTRIBUTION
 
 if TYPE_CHECKING:
-    from excise.interventions.masks import Mask
+    from excise.interventions.protocol import Intervention
 
 LABEL = "side effects"
 
@@ -77,7 +77,7 @@ def targets_of(
 def tried(
     asking: Asking,
     masks: pl.DataFrame,
-    opened: Callable[[Mapping[str, Any]], Mask],
+    opened: Callable[[Mapping[str, Any]], Intervention],
     trial: Trial,
     progress: Progress,
 ) -> tuple[pl.DataFrame, Work]:
@@ -89,7 +89,7 @@ def tried(
     total = sum(prompts.height for _, prompts in trial.targets) * samples * (1 + masks.height)
     text, drawn = s.text_unpruned(asking.loaded, trial.windows), {"resamples": trial.resamples, "seed": trial.seed}
 
-    def answers(other: Scenario, prompts: pl.DataFrame, mask: Mask | None) -> pl.DataFrame:
+    def answers(other: Scenario, prompts: pl.DataFrame, mask: Intervention | None) -> pl.DataFrame:
         nonlocal before, work
         rows, cost = replace(asking, outcome=other.outcome).answers(
             prompts, mask, lambda _, done, __: progress(LABEL, before + done, total)

@@ -1,8 +1,8 @@
 """Completions of prompts as rows, with what each is worth, and a cache that never samples the same answer twice.
 
-The cache is content-addressed: model, mask, prompt tokens, sampling parameters and sample number decide an answer, so a
-killed run goes on where it was, a new name costs that name and more samples cost the new ones. How answers are drawn is
-in `excise.generation.sampling`, what an answer is worth in `excise.outcomes`.
+The cache is content-addressed: model, intervention, prompt tokens, sampling parameters and sample number decide an
+answer, so a killed run goes on where it was, a new name costs that name and more samples cost the new ones. How answers
+are drawn is in `excise.generation.sampling`, what an answer is worth in `excise.outcomes`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import polars as pl
 from excise.errors import ExciseError
 from excise.files.tables import read_table, save_table
 from excise.generation.sampling import Draw, SamplingParameters, sample
-from excise.interventions.masks import Mask, pruned
+from excise.interventions.protocol import Intervention, edited
 from excise.models.encoding import encode, reader
 from excise.models.loading import LoadedModel
 from excise.outcomes import Answer, Outcome
@@ -93,7 +92,7 @@ class Work:
 
 
 class CompletionCache:
-    """Drawn answers as Parquet files, one folder per (model, mask, sampling parameters), one file per batch.
+    """Drawn answers as Parquet files, one folder per (model, intervention, sampling parameters), one file per batch.
 
     A file appears under its name only when it is whole, so a reader never meets a half-written one.
     """
@@ -123,9 +122,10 @@ def settings_key(settings: str) -> str:
     return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
 
-def cache_address(loaded: LoadedModel, mask: Mask | None, settings: str) -> str:
-    """The folder of answers in the cache: model, mask and sampling parameters (`settings`, JSON)."""
-    return "/".join([loaded.fingerprint, UNPRUNED if mask is None else mask.fingerprint, settings_key(settings)])
+def cache_address(loaded: LoadedModel, intervention: Intervention | None, settings: str) -> str:
+    """The folder of answers in the cache: model, intervention and sampling parameters (`settings`, JSON)."""
+    done = UNPRUNED if intervention is None else intervention.fingerprint
+    return "/".join([loaded.fingerprint, done, settings_key(settings)])
 
 
 def complete(
@@ -137,13 +137,13 @@ def complete(
     outcome: Outcome,
     scorer: Scorer | None = None,
     scores: ScoreCache | None = None,
-    mask: Mask | None = None,
+    intervention: Intervention | None = None,
     cache: CompletionCache | None = None,
     progress: Progress = silent,
     label: str = "sampling",
     batch_prompts: int | None = None,
 ) -> tuple[pl.DataFrame, Work]:
-    """Complete every prompt `samples` times, under `mask` if one is given.
+    """Complete every prompt `samples` times, under an intervention if one is given.
 
     prompts: rows of `excise.scenarios.expand`. The outcome may replace max_new_tokens of `parameters`
     (`Outcome.answer_tokens`). scorer, scores: what judges the answers where the outcome is that of a scorer, and the
@@ -157,7 +157,7 @@ def complete(
     encoded = encode(loaded, prompts, new_tokens=parameters.max_new_tokens)
     keys = [prompt.hash for prompt in encoded]
     settings = json.dumps(asdict(parameters), sort_keys=True)
-    address = cache_address(loaded, mask, settings)
+    address = cache_address(loaded, intervention, settings)
     known = (cache.read(address) if cache else pl.DataFrame(schema=CACHE_SCHEMA)).filter(
         pl.col("prompt").is_in(keys) & (pl.col("sample") < samples)
     )
@@ -195,7 +195,7 @@ def complete(
 
     started = time.perf_counter()
     if any(missing):
-        with pruned(loaded, mask) if mask is not None else nullcontext():
+        with edited(loaded, intervention):
             sample(
                 loaded,
                 [prompt.tokens for prompt in encoded],

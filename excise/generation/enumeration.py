@@ -18,7 +18,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -35,7 +34,7 @@ from excise.generation.completions import (
     complete,
     peak_memory,
 )
-from excise.interventions.masks import Mask, pruned
+from excise.interventions.protocol import Intervention, edited
 from excise.models.encoding import encode, reader, require_positions
 from excise.outcomes import Answer, Outcome
 from excise.outcomes.answers import continued
@@ -404,7 +403,7 @@ class Answering:
         prompts: pl.DataFrame,
         *,
         outcome: Outcome,
-        mask: Mask | None = None,
+        intervention: Intervention | None = None,
         cache: CompletionCache | None = None,
         progress: Progress = silent,
         **scoring,
@@ -420,7 +419,7 @@ class Answering:
                 self.samples,
                 self.parameters,
                 outcome=outcome,
-                mask=mask,
+                intervention=intervention,
                 cache=cache,
                 progress=progress,
                 **scoring,
@@ -435,7 +434,7 @@ class Answering:
             leftover=self.exact.leftover,
             max_nodes=self.exact.max_nodes,
             samples=self.samples,
-            mask=mask,
+            intervention=intervention,
             cache=cache,
             progress=lambda label, done, total: progress(label, done * self.samples, total * self.samples),
         )
@@ -450,13 +449,13 @@ def exact_completions(
     leftover: float = 0.01,
     max_nodes: int = 256,
     samples: int | None = 100,
-    mask: Mask | None = None,
+    intervention: Intervention | None = None,
     cache: CompletionCache | None = None,
     progress: Progress = silent,
     label: str = "enumerating",
     batch_prompts: int | None = None,
 ) -> tuple[pl.DataFrame, Work]:
-    """The answers of every prompt with their probabilities, under `mask` if one is given.
+    """The answers of every prompt with their probabilities, under an intervention if one is given.
 
     prompts: rows of `excise.scenarios.expand`. The outcome may replace max_new_tokens of `parameters`. leftover,
     max_nodes: as in `answer_distributions`. samples: how often a prompt that rambles is sampled instead; None keeps
@@ -480,7 +479,7 @@ def exact_completions(
         asdict(parameters) | dict(zip(EXACT_SETTINGS, ("exact", leftover, max_nodes, samples), strict=True)),
         sort_keys=True,
     )
-    address = cache_address(loaded, mask, tree_settings(settings))
+    address = cache_address(loaded, intervention, tree_settings(settings))
     value_of = {prefix: _values(loaded, outcome.values, prefix) for prefix in set(prefixes)}
     begun = dict(zip(keys, prefixes, strict=True))
     known = _read_trees(cache, address, {key: value_of[prefix] for key, prefix in begun.items()}, leftover)
@@ -493,7 +492,7 @@ def exact_completions(
 
     progress(label, len(asked) - len(missing), len(asked))
     started = time.perf_counter()
-    with pruned(loaded, mask) if mask is not None else nullcontext():
+    with edited(loaded, intervention if missing else None):
         fresh = answer_distributions(
             loaded,
             [asked[key] for key in missing],
@@ -551,7 +550,7 @@ def exact_completions(
             samples,
             parameters,
             outcome=outcome,
-            mask=mask,
+            intervention=intervention,
             cache=cache,
             batch_prompts=batch_prompts,
         )

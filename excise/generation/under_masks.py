@@ -1,6 +1,7 @@
 """A model asked the same prompts under one mask after another, and how it is asked, which no mask changes.
 
-Here belongs the loop over masks of a table; what a mask is, is `interventions`, and how answers are had `enumeration`.
+Here belongs the loop over masks of a table, which are only applied; what they are, is `interventions`, and how answers
+are had `enumeration`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from excise.generation.enumeration import Answering
 from excise.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from excise.interventions.masks import Mask
+    from excise.interventions.protocol import Intervention
     from excise.models.loading import LoadedModel
     from excise.outcomes import Outcome
     from excise.outcomes.scorers import Scorer
@@ -41,12 +42,18 @@ class Asking:
     scores: ScoreCache | None = None
 
     def answers(
-        self, prompts: pl.DataFrame, mask: Mask | None = None, progress: Progress = silent
+        self, prompts: pl.DataFrame, intervention: Intervention | None = None, progress: Progress = silent
     ) -> tuple[pl.DataFrame, Work]:
         """The answers to the prompts, with the columns of EXACT_SCHEMA, and what they cost."""
         scoring = {} if self.scorer is None else {"scorer": self.scorer, "scores": self.scores}
         return self.how.answers(
-            self.loaded, prompts, outcome=self.outcome, mask=mask, cache=self.cache, progress=progress, **scoring
+            self.loaded,
+            prompts,
+            outcome=self.outcome,
+            intervention=intervention,
+            cache=self.cache,
+            progress=progress,
+            **scoring,
         )
 
 
@@ -69,11 +76,11 @@ def answers_under_masks(
     asking: Asking,
     prompts: pl.DataFrame,
     masks: pl.DataFrame,
-    opened: Callable[[Mapping[str, Any]], Mask],
+    opened: Callable[[Mapping[str, Any]], Intervention],
     *,
     so_far: Callable[[int], None],
     whose: str = "",
-    afterwards: Callable[[Mapping[str, Any], Mask], None] | None = None,
+    afterwards: Callable[[Mapping[str, Any], Intervention], None] | None = None,
 ) -> tuple[list[pl.DataFrame], Work]:
     """The answers to the prompts of every mask's variation under that mask, a frame a mask, and what they cost.
 

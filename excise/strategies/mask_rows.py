@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from excise.interventions.controls import RandomControl
 from excise.strategies.build import NamedMask
 from excise.strategies.config import Strategy
 
 
 def counted(named: NamedMask) -> list[dict[str, Any]]:
     """One row per matrix (for heads: per layer) of a mask: which mask, layer, role, and how much of it is pruned."""
+    control_seed = named.mask.seed if isinstance(named.mask, RandomControl) else None
     rows = []
     for key, pruned in named.mask.counts().items():
         layer, role = key.split(".")
@@ -27,6 +29,7 @@ def counted(named: NamedMask) -> list[dict[str, Any]]:
                 "role": role,
                 "pruned": pruned,
                 "size": out_features * in_features,
+                "control_seed": control_seed,
             }
         )
     return rows

@@ -20,7 +20,7 @@ from excise.evaluation.scenario_metrics import Draws, compared_numbers
 from excise.evaluation.stability import STABILITY_SCHEMA, kept
 from excise.generation.enumeration import Answering, as_samples
 from excise.generation.under_masks import Asking, with_mask
-from excise.interventions.masks import Mask
+from excise.interventions.packed import Mask
 from excise.progress import Progress, silent
 from excise.scenarios.schema import Comparison, Scenario
 from excise.scenarios.subsets import ATTRIBUTION, EVALUATION, held_out_split, without

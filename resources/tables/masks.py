@@ -33,7 +33,7 @@ TABLES = (
     Table(
         "masks",
         "What each mask prunes: one row per mask and matrix, or of a mask of heads per layer. The bits lie in the file "
-        "named by path.",
+        "named by path; those of a random control follow from its counts and its control_seed.",
         keys=("asset", "model", "scenario"),
         rows=(*MASK, "layer", "role"),
         columns=(
@@ -48,7 +48,18 @@ TABLES = (
                 "pruned", "BIGINT", "number of weights the mask sets to zero in this matrix, or of heads in this layer"
             ),
             Column("size", "BIGINT", "number of weights of this matrix, or of heads of this layer"),
-            Column("path", "VARCHAR", "path of the mask's safetensors file, relative to the data folder"),
+            Column(
+                "path",
+                "VARCHAR",
+                "path of a safetensors file, relative to the data folder: the mask's; of a random control with a "
+                "control_seed, that of the mask it has the size of",
+            ),
+            Column(
+                "control_seed",
+                "BIGINT",
+                "random control: what it is drawn by; null for a mask with a file of its own",
+                optional=True,
+            ),
             DEFINITION,
         ),
     ),

@@ -455,7 +455,7 @@ def attribution(bench: Bench) -> None:
 def masks(bench: Bench) -> None:
     """Overlap and selection."""
     from excise.evaluation.overlap import overlap_table
-    from excise.interventions.masks import Mask
+    from excise.interventions.weights import WeightMask
     from excise.strategies.selection import set_difference
 
     size, topology = bench.size, bench.loaded.topology
@@ -464,10 +464,10 @@ def masks(bench: Bench) -> None:
     shapes = {linear.key: linear.shape for linear in topology.linears}
     some = {key: shape for key, shape in shapes.items() if int(key.split(".")[0]) < size.indexed_layers}
     made = [
-        Mask({key: _random_bits(rng, math.prod(shape)) for key, shape in shapes.items()}, shapes)
+        WeightMask({key: _random_bits(rng, math.prod(shape)) for key, shape in shapes.items()}, shapes)
         for _ in range(rows + columns)
     ]
-    parts = [Mask({key: mask.bits[key] for key in some}, some) for mask in made]
+    parts = [WeightMask({key: mask.bits[key] for key in some}, some) for mask in made]
     indices = [[_flat_indices(mask, key) for key in some] for mask in parts]
     paths = []
     for number, mask in enumerate(made):
@@ -664,7 +664,7 @@ def profiles(bench: Bench, settings: dict[str, Any], rounds: int) -> list[dict[s
     import excise.attribution
     import excise.evaluation.scenario_metrics
     import excise.generation.completions
-    import excise.interventions.masks
+    import excise.interventions.weights
     import excise.reporting.figures
     import excise.strategies.build
     from pipelines.definitions import build_definitions
@@ -677,7 +677,7 @@ def profiles(bench: Bench, settings: dict[str, Any], rounds: int) -> list[dict[s
         "sampling": [(excise.generation.completions, "sample")],
         "attribution": [(excise.attribution, "attribute")],
         "masks": [(excise.strategies.build, "build_masks"), (assets.mask_files.MaskFiles, "store")],
-        "applying masks": [(excise.interventions.masks, "_cut_out"), (excise.interventions.masks, "_put_back")],
+        "applying masks": [(excise.interventions.weights, "_cut_out"), (excise.interventions.weights, "_put_back")],
         "loading the model": [(GPUResource, "_load")],
         "DuckDB": [(Warehouse, "read"), (Warehouse, "replace_partition")],
         "Great Expectations": [
@@ -936,17 +936,18 @@ def memory(bench: Bench) -> None:
 
 def _pruned(bench: Bench) -> None:
     """A sixteenth of the weights, a little more than set differences take out, made zero and put back."""
-    from excise.interventions.masks import Mask, pruned
+    from excise.interventions.weights import WeightMask
 
     shapes = {linear.key: linear.shape for linear in bench.loaded.topology.linears}
     rng = np.random.default_rng(0)
-    mask = Mask({key: _random_bits(rng, math.prod(shape)) for key, shape in shapes.items()}, shapes)
-    with pruned(bench.loaded, mask):
+    mask = WeightMask({key: _random_bits(rng, math.prod(shape)) for key, shape in shapes.items()}, shapes)
+    with mask.applied(bench.loaded):
         pass
 
 
 def _read(bench: Bench) -> None:
-    from excise.evaluation.perplexity import read_text, text_windows, window_losses
+    from excise.evaluation.perplexity import text_windows, window_losses
+    from excise.evaluation.texts import read_text
 
     window_losses(bench.loaded, text_windows(bench.loaded, read_text(), limit_tokens=20 * bench.size.samples))
 
@@ -1006,7 +1007,7 @@ def head_impacts(bench: Bench) -> None:
     """Weighing answers anew against drawing them anew."""
     from excise.attribution.head_impacts import head_impacts as impacts_of
     from excise.generation.completions import complete
-    from excise.interventions.masks import heads_mask, pruned
+    from excise.interventions.heads import heads_mask
 
     size, loaded = bench.size, bench.loaded
     prompts = bench.prompts(size.impact_names)
@@ -1016,7 +1017,7 @@ def head_impacts(bench: Bench) -> None:
 
     def drawn_anew(mask: Any) -> pl.DataFrame:
         return complete(
-            loaded, prompts, size.impact_samples, bench.parameters(), outcome=bench.scenario.outcome, mask=mask
+            loaded, prompts, size.impact_samples, bench.parameters(), outcome=bench.scenario.outcome, intervention=mask
         )[0]
 
     def impacts(method: str) -> Callable[[], None]:
@@ -1043,7 +1044,7 @@ def head_impacts(bench: Bench) -> None:
         mask = heads_mask(chosen, "zero_output")
 
         def work() -> None:
-            with pruned(loaded, mask):
+            with mask.applied(loaded):
                 reference.generated(
                     loaded, bench.tokens(prompts), size.impact_samples, bench.parameters(), size.impact_samples
                 )

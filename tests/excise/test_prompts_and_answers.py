@@ -460,7 +460,7 @@ def test_the_mask_is_named_under_which_logits_are_not_finite(loaded, prompts, sc
         complete(model, prompts, 1, PARAMETERS, outcome=scenario.outcome)
         cache = CompletionCache(tmp_path)
         with pytest.raises(ExciseError, match=f"under the mask {mask.fingerprint}: models.yaml: tiny-llama: .*finite"):
-            complete(model, prompts, 1, PARAMETERS, outcome=scenario.outcome, mask=mask, cache=cache)
+            complete(model, prompts, 1, PARAMETERS, outcome=scenario.outcome, intervention=mask, cache=cache)
     finally:
         hook.remove()
     assert not list(tmp_path.rglob("*.parquet"))

@@ -154,7 +154,7 @@ def test_a_tilde_is_the_home_folder_and_the_rest_is_the_file_s(tmp_path, monkeyp
 
 @pytest.mark.trial(23)
 def test_the_data_folder_and_the_text_may_lie_in_the_home_folder(tmp_path, monkeypatch):
-    from excise.evaluation.perplexity import read_text
+    from excise.evaluation.texts import read_text
     from pipelines.definitions import build_definitions
 
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -25,7 +25,8 @@ from assets.upstream import source_masks
 from excise.attribution import attribute
 from excise.errors import ExciseError
 from excise.evaluation.mask_tables import overlap_rows
-from excise.interventions.masks import Mask
+from excise.interventions.kinds import load_mask
+from excise.interventions.packed import Mask
 from pipelines import paper, results
 from pipelines.definitions import build_definitions
 from resources.gpu import GPUResource
@@ -169,7 +170,7 @@ class Town:
         """Masks of strategies by (scenario, variation, strategy), opened from their files."""
         rows = self.warehouse.read("masks", model="tiny", matched_to=None, **where)
         chosen = rows.select("scenario", "variation", "strategy", "path").unique().rows()
-        return {tuple(place): Mask.load(self.folder / "data" / path) for *place, path in chosen}
+        return {tuple(place): load_mask(self.folder / "data" / path) for *place, path in chosen}
 
     def latest(self, asset: str, partition: str) -> dict[str, Any]:
         """Metadata of a partition's latest materialization."""
