@@ -30,7 +30,6 @@ FOREST_COLUMNS = {"cpu": 512, "cuda": 2048, "mps": 512}
 """Distinct prefixes in one row: attention grows with their square, shared prompts are read once per row."""
 RESIDENT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31, "mps": 1 << 28}
 """Hidden states held at once, per kind: the ones entering a layer, its heads' outputs, the ones leaving it."""
-LAYERS_RETURN_TUPLES = ("gpt_neo", "gptj")
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def through(
     projection, [B, Q, heads * head size].
     """
     topology = loaded.topology
-    layers = layers_of(loaded)
+    layers = loaded.topology.layer_modules(loaded.model)
     seen: dict[str, torch.Tensor] = {}
 
     def keep_heads(module: torch.nn.Module, given: tuple) -> None:
@@ -109,7 +108,7 @@ def onward(
         return projection(by_head.masked_fill(gone, 0).flatten(0, 1).flatten(-2)), None
 
     entering = None if hidden is None else hidden.repeat(len(heads), 1, 1)
-    replaced = {each: skipping(loaded, entering) for each in layers_of(loaded)[:layer]}
+    replaced = {each: skipping(loaded, entering) for each in loaded.topology.layer_modules(loaded.model)[:layer]}
     replaced[topology.attention_module(loaded.model, layer)] = attend
     with forwards_replaced(replaced):
         return _forward(loaded, inputs, len(heads)).unflatten(0, (len(heads), -1))
@@ -117,7 +116,7 @@ def onward(
 
 def finished(loaded: LoadedModel, inputs: Inputs, hidden: torch.Tensor) -> torch.Tensor:
     """The last hidden states, [B, Q, hidden], of the states that leave the last layer: nothing is removed."""
-    with forwards_replaced({each: skipping(loaded, hidden) for each in layers_of(loaded)}):
+    with forwards_replaced({each: skipping(loaded, hidden) for each in loaded.topology.layer_modules(loaded.model)}):
         return _forward(loaded, inputs, 1)
 
 
@@ -135,16 +134,12 @@ def _forward(loaded: LoadedModel, inputs: Inputs, times: int) -> torch.Tensor:
         return loaded.last_hidden(tokens, position_ids=positions, attention_mask=mask, use_cache=False)
 
 
-def layers_of(loaded: LoadedModel) -> list[torch.nn.Module]:
-    return list(loaded.model.get_submodule(loaded.topology.layer_path))
-
-
 def skipping(loaded: LoadedModel, hidden: torch.Tensor | None) -> Callable:
     """A layer's forward that returns these states instead, or, without any, the ones it is given."""
 
     def forward(given: torch.Tensor, *others, **named):
         output = given if hidden is None else hidden
-        return (output, None) if loaded.topology.architecture in LAYERS_RETURN_TUPLES else output
+        return (output, None) if loaded.topology.family.layers_return_tuples else output
 
     return forward
 

@@ -511,7 +511,7 @@ def _ablate(loaded: Any, key: str, chosen: NDArray[np.bool_]) -> Any:
         return torch.from_numpy(where).to(linear.device(loaded.model))
 
     if query:
-        rows = hidden_by(linear.output_features(), linear.parts * linear.out_features)
+        rows = hidden_by(linear.output_features(), linear.module_outputs)
         return module.register_forward_hook(lambda module, given, output: output.masked_fill(rows, 0))
     columns = hidden_by(np.arange(linear.in_features), linear.in_features)
     return module.register_forward_pre_hook(lambda module, given: (given[0].masked_fill(columns, 0), *given[1:]))

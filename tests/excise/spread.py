@@ -70,7 +70,7 @@ def spread(loaded: LoadedModel) -> DeviceMap:
     found: dict[str, str] = {}
     for name, module in loaded.model.named_children():
         for part in [f"{base}.{inner}" for inner, _ in module.named_children()] if name == base else [name]:
-            if part == topology.layer_path:
+            if part == topology.family.layers:
                 half = topology.layers // 2
                 found |= {
                     f"{part}.{layer}": f"{DEVICE}:0" if layer < half else f"{DEVICE}:1"
