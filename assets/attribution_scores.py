@@ -13,7 +13,7 @@ from assets.partitions import Catalogue
 from assets.stage import data_version, grid_asset, table_metadata, table_value
 from excise.errors import ExciseError
 from excise.scenarios.subsets import EVALUATION
-from excise.strategies.config import HEAD_SCORES, Strategy
+from excise.strategies.config import Strategy
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import AuditSettings
@@ -44,7 +44,7 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         settings: AuditSettings,
         watch: RunWatch,
     ) -> dg.MaterializeResult:
-        from excise.attribution import attribute, scored_places
+        from excise.attribution import Answered, attribute, scored_places
         from excise.generation.completions import CompletionCache
         from excise.generation.enumeration import Answering, as_samples
 
@@ -59,25 +59,24 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         strategies = [
             each
             for each in catalogue.chosen_strategies(audit.strategies, audit.levels, scenario.outcome.kind, audit.alphas)
-            if each.score not in HEAD_SCORES
+            if not each.of_scenario
         ]
         with gpu.model(model, catalogue.models, stage=watch.stage(context)) as loaded:
             require_same_model(completions, loaded.fingerprint, model, scenario.key)
             learned, asked = without(EVALUATION, completions, prompts)
             samples, scores = as_samples(learned, Answering.of(learned).samples), _scores_of(strategies)
             groups = {"comparison": scenario.comparison, "outcome": scenario.outcome}
-            files = attribute(
+            answered = Answered(
                 loaded,
                 asked,
                 samples,
                 **groups,
-                scores=scores,
                 permutations=audit.relabellings,
                 seed=audit.seed,
-                folder=artifacts.tensors("attribution"),
                 cache=CompletionCache(artifacts.completion_cache),
-                progress=watch.progress(context),
             )
+            folder, progress = artifacts.tensors("attribution"), watch.progress(context)
+            files = attribute(answered, scores, folder=folder, progress=progress)
             device = gpu.report(loaded)
         stored = [artifacts.describe(file.path) for file in files]
         version = data_version(completions).value

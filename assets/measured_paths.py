@@ -76,6 +76,7 @@ def paths_of(
 
     relabelled: completions, their prompts and their scenario -> the completions with another split of the names.
     """
+    from excise.attribution import Answered
     from excise.attribution.gap_free import ask
     from excise.generation.completions import CompletionCache
     from excise.strategies.build import Paths
@@ -95,17 +96,9 @@ def paths_of(
     def asked(key: str, variation: str, significance: float):
         completions, prompts = learned(key)
         scenario = catalogue.scenarios[key]
-        return ask(
-            loaded,
-            prompts,
-            completions.filter(pl.col("variation") == variation),
-            place=f"{key}/{variation}",
-            comparison=scenario.comparison,
-            outcome=scenario.outcome,
-            significance=significance,
-            seed=audit.seed,
-            cache=answers,
-        )
+        rows, compared = completions.filter(variation=variation), (scenario.comparison, scenario.outcome)
+        answered = Answered(loaded, prompts, rows, *compared, seed=audit.seed, cache=answers)
+        return ask(answered, place=f"{key}/{variation}", significance=significance)
 
     budgets = Budgets(spread=audit.spread_floor, commonest=audit.commonest_budget, change=audit.change_budget)
     folder = artifacts.tensors("paths")

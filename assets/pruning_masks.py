@@ -25,7 +25,7 @@ from excise.interventions.masks import Mask
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import EVALUATION
 from excise.strategies.build import NamedMask
-from excise.strategies.config import HEAD_SCORES, Strategy
+from excise.strategies.config import Strategy
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import AuditSettings
@@ -64,8 +64,8 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         completions, prompts = completions_of(warehouse, model, scenario.key)
         learned, _ = without(EVALUATION, completions, prompts)
         chosen = catalogue.chosen_strategies(audit.strategies, audit.levels, scenario.outcome.kind, audit.alphas)
-        of_heads = [each for each in chosen if each.score in HEAD_SCORES]
-        strategies = [_within_the_scenario(each) for each in chosen if each.score not in HEAD_SCORES]
+        of_heads = [each for each in chosen if each.of_scenario]
+        strategies = [_within_the_scenario(each) for each in chosen if not each.of_scenario]
         partition = {"model": model, "scenario": scenario.key}
         relabellings, stored = 0, None
         if strategies:

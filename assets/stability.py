@@ -21,7 +21,7 @@ from excise.evaluation.judged import judged_of
 from excise.scenarios import Scenario
 from excise.scenarios.subsets import ATTRIBUTION, EVALUATION, held_out_split
 from excise.strategies.build import NamedMask, SourceMask
-from excise.strategies.config import HEAD_SCORES, MEASURED_PATH, Strategy
+from excise.strategies.config import MEASURED_PATH, Strategy
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.settings import Audit, AuditSettings
@@ -121,31 +121,29 @@ class _Split:
         return without(EVALUATION, labelled, prompts), without(ATTRIBUTION, labelled, prompts)
 
     def _attributed(self, scenario: Scenario, scores: set[str]):
-        from excise.attribution import attribute
+        from excise.attribution import Answered, attribute
         from excise.generation.completions import CompletionCache
         from excise.generation.enumeration import Answering, as_samples
 
         (learned, prompts), _ = self._halves(scenario)
-        return attribute(
+        answered = Answered(
             self.loaded,
             prompts,
             as_samples(learned, Answering.of(learned).samples),
-            comparison=scenario.comparison,
-            outcome=scenario.outcome,
-            scores=sorted(scores),
-            permutations=0,
+            scenario.comparison,
+            scenario.outcome,
             seed=self.audit.seed,
-            folder=self.artifacts.tensors("attribution"),
             cache=CompletionCache(self.artifacts.completion_cache),
-            progress=self.progress,
         )
+        folder = self.artifacts.tensors("attribution")
+        return attribute(answered, sorted(scores), folder=folder, progress=self.progress)
 
     def _strategies(self) -> list[Strategy]:
         audit = self.audit
         return [
             each.model_copy(update={"controls": tuple(c for c in each.controls if c == RANDOM)})
             for each in self.catalogue.chosen_strategies(audit.strategies, audit.levels, "number", audit.alphas)
-            if each.score not in HEAD_SCORES
+            if not each.of_scenario
         ]
 
     @property

@@ -10,16 +10,20 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from excise.files.tensors import load_tensors, save_tensors
+from excise.progress import Progress, silent
 
 if TYPE_CHECKING:
     import torch
 
+PARTS = ".parts"
+"""Suffix of the folder that holds what there is of a file while it is made, beside it."""
 SHARE = 0.05
 """Of the time, what writing states may take."""
 BYTES_PER_SECOND = 5e8
@@ -81,3 +85,23 @@ class Parts:
             return load_tensors(self._path(name))
         except FileNotFoundError:
             return None
+
+
+@dataclass(frozen=True)
+class Work:
+    """A long computation as its caller sees it: what it is called, who is told how far it is, where unfinished work is
+    kept to go on from, and how it is cut into passes.
+
+    batch: prompts or answers of a pass; layers_at_once: layers whose gradients are held together. Neither changes a
+    result but by rounding; None takes what the computation finds best.
+    """
+
+    label: str = ""
+    progress: Progress = silent
+    parts: Parts = field(default_factory=Parts)
+    batch: int | None = None
+    layers_at_once: int | None = None
+
+    def report(self, done: int, total: int) -> None:
+        """Tell the watcher that `done` of `total` units are finished."""
+        self.progress(self.label, done, total)

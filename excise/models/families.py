@@ -77,7 +77,7 @@ class Family:
     """The field by which it caps attention scores, which only the eager attention computes."""
 
     def modules(self) -> dict[str, str]:
-        """Paths within a layer, by role, in the order of `topology.ROLES`; a fused module stands for all it computes."""
+        """Paths within a layer by role, in the order of `topology.ROLES`; a fused module stands for all it computes."""
         attention = {"q": self.q or self.qkv, "k": self.k or self.qkv, "v": self.v or self.qkv, "o": self.o}
         mlp = {"gate": self.gate or self.gate_up, "up": self.up or self.gate_up, "down": self.down}
         paths = {role: f"{self.attention}.{name}" for role, name in attention.items()}

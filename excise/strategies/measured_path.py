@@ -2,9 +2,9 @@
 
 Predictions of what zeroing a weight does add up badly: divergences of single weights miss what they do together, and
 the best of a hundred million noisy scores are the luckiest. So the gradient of the loss of
-`excise.attribution.gap_free` is taken anew after every few weights, at the model as pruned so far; a weight that has
-come to harm is put back. Every few steps the pruned model is measured on the names that the path is made of, never on
-those it is judged by: the gap, spread, commonest answer and excess change of every variation. A path that has moved
+`excise.attribution.gap_distance` is taken anew after every few weights, at the model as pruned so far; a weight that
+has come to harm is put back. Every few steps the pruned model is measured on the names that the path is made of, never
+on those it is judged by: the gap, spread, commonest answer and excess change of every variation. A path that has moved
 away from the gap-free answers goes back and takes smaller steps. The mask is the place within the damage budgets whose
 answers are nearest to the gap-free ones; where none closes enough of the gap, there is none, and that is a result.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from excise.attribution.gap_free import GAP_WEIGHT, Asked, Batch, Measured, batch_of, distance, loss, measure
+from excise.attribution.gap_distance import GAP_WEIGHT, Asked, Batch, Measured, batch_of, distance, loss, measure
 from excise.attribution.gradients import Calls, output_gradients, recorded, weight_gradient
 from excise.files.parts import Parts
 from excise.files.tensors import load_with_metadata, save_tensors
@@ -58,8 +58,8 @@ NO_MASK = "no mask closes the gap within the damage budgets"
 @dataclass(frozen=True)
 class Budgets:
     """The damage that a mask may do to the names it is made of, in any of its variations
-    (`excise.attribution.gap_free.Measured`): least spread_ratio, largest commonest_rise, largest excess_change, as of
-    the metrics of these names. lost: share of the listed answers that a place may lose, at most: beyond it, what is
+    (`excise.attribution.gap_distance.Measured`): least spread_ratio, largest commonest_rise, largest excess_change, as
+    of the metrics of these names. lost: share of the listed answers that a place may lose, at most: beyond it, what is
     left does not tell what the model says. least_closed: share of the gap, at least, that a mask must close to be
     one."""
 
@@ -85,7 +85,7 @@ class Step:
 
     step, pruned: steps so far, weights or heads pruned. closed: share of the gap that is closed, mean over the
     variations that have one. within: whether all damage budgets are kept and no gap grew. measured: by variation.
-    distance: from the gap-free answers, as `excise.attribution.gap_free.loss` a name, mean over the variations.
+    distance: from the gap-free answers, as `excise.attribution.gap_distance.loss` a name, mean over the variations.
     """
 
     step: int

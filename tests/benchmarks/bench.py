@@ -199,17 +199,11 @@ class Bench:
 
     def scored(self, score: str, prompts: pl.DataFrame, answers: pl.DataFrame, folder: Path) -> list[Any]:
         """The files of a score, one per variation."""
-        from excise.attribution import attribute
+        from excise.attribution import Answered, attribute
 
         return attribute(
-            self.loaded,
-            prompts,
-            answers,
-            comparison=self.scenario.comparison,
-            outcome=self.scenario.outcome,
-            scores=[score],
-            permutations=0,
-            seed=0,
+            Answered(self.loaded, prompts, answers, self.scenario.comparison, self.scenario.outcome),
+            [score],
             folder=folder,
         )
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from excise.attribution import SCORES, attribute
+from excise.attribution import Answered, attribute, file_scores
 from excise.attribution.head_impacts import head_impacts
 from excise.evaluation.perplexity import LossCache, text_windows
 from excise.generation.completions import CompletionCache, complete
@@ -101,14 +101,10 @@ def attribution(work: Work) -> dict[str, pl.DataFrame]:
 
     loaded = work.model()
     files = attribute(
-        loaded,
-        work.prompts,
-        _parsed(work, loaded),
-        comparison=work.scenario.comparison,
-        outcome=work.scenario.outcome,
-        scores=SCORES,
-        permutations=2,
-        seed=0,
+        Answered(
+            loaded, work.prompts, _parsed(work, loaded), work.scenario.comparison, work.scenario.outcome, permutations=2
+        ),
+        file_scores(),
         folder=work.folder / "attribution",
     )
     rows = [

@@ -116,8 +116,8 @@ def next_distribution() -> Callable[..., torch.Tensor]:
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch) -> Callable[..., None]:
-    """`installed("phi", source, "excise.families", "phi3 = phi:PHI3")`: a package of one module with entry points, as pip
-    would leave it, for the length of a test."""
+    """`installed("phi", source, "excise.families", "phi3 = phi:PHI3")`: a package of one module with entry points, as
+    pip would leave it, for the length of a test."""
 
     def install(module: str, source: str, group: str, *points: str) -> None:
         folder = tmp_path / f"site-{module}"

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from excise.attribution import SCORES, attribute, continuation
+from excise.attribution import Answered, attribute, continuation, file_scores
 from excise.attribution.gap_free import ask
 from excise.attribution.head_impacts import head_impacts
 from excise.attribution.head_scores import head_gradient, head_magnitude
@@ -127,30 +127,15 @@ def work(loaded: LoadedModel, plain: LoadedModel) -> Iterator[tuple[str, np.ndar
         yield "classifier", scored(loaded)
     from safetensors.numpy import load_file
 
-    for score in SCORES:
+    for score in file_scores():
         with tempfile.TemporaryDirectory() as folder:
             (file,) = attribute(
-                loaded,
-                prompts,
-                answers,
-                comparison=SCENARIO.comparison,
-                outcome=SCENARIO.outcome,
-                scores=[score],
-                permutations=0,
-                seed=0,
-                folder=Path(folder),
+                Answered(loaded, prompts, answers, SCENARIO.comparison, SCENARIO.outcome), [score], folder=Path(folder)
             )
             tensors = load_file(file.path)
         yield score, np.concatenate([tensors[key].ravel().astype(float) for key in sorted(tensors)])
     asked = ask(
-        loaded,
-        prompts,
-        answers,
-        place="here",
-        comparison=SCENARIO.comparison,
-        outcome=SCENARIO.outcome,
-        significance=1.0,
-        seed=0,
+        Answered(loaded, prompts, answers, SCENARIO.comparison, SCENARIO.outcome), place="here", significance=1.0
     )
     units = weights_of(loaded, ("q", "down"), {each.key: np.arange(300) for each in loaded.topology.linears})
     wide = Budgets(0.0, 1.0, 10.0, lost=1.0)

@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 
-from excise.attribution import attribute, read_norms
+from excise.attribution import Answered, attribute
 from excise.attribution.continuation import every_head, window_parts
+from excise.attribution.wanda import read_norms
 from excise.errors import ExciseError
 from excise.evaluation.perplexity import Window, window_losses
 from excise.generation.completions import complete
@@ -129,15 +130,7 @@ def test_the_parts_are_the_rows_of_the_fused_matrices(phi):
 def test_wanda_norms_are_those_of_plain_passes(phi, prompts, scenario, tmp_path):
     rows, _ = complete(phi, prompts, 3, SamplingParameters(temperature=0.9, seed=1), outcome=scenario.outcome)
     files = attribute(
-        phi,
-        prompts,
-        rows,
-        comparison=scenario.comparison,
-        outcome=scenario.outcome,
-        scores=["wanda"],
-        permutations=0,
-        seed=0,
-        folder=tmp_path / "scores",
+        Answered(phi, prompts, rows, scenario.comparison, scenario.outcome), ["wanda"], folder=tmp_path / "scores"
     )
     tokens = {prompt.prompt_id: prompt.tokens for prompt in encode(phi, prompts)}
     for file in files:

@@ -8,7 +8,9 @@ import polars as pl
 import pytest
 import torch
 
-from excise.attribution.gap_free import Measured, ask, batch_of, loss, measure
+from excise.attribution import Answered
+from excise.attribution.gap_distance import Measured, batch_of, loss, measure
+from excise.attribution.gap_free import ask
 from excise.files import parts
 from excise.files.parts import Parts
 from excise.generation.completions import complete
@@ -41,14 +43,11 @@ def asked_of(loaded, prompts, scenario):
             rows = rows.with_columns(value=1 + pl.col("token_ids").list.first().cast(pl.Float64))
         return model, [
             ask(
-                model,
-                prompts,
-                rows.filter(pl.col("variation") == item),
+                Answered(
+                    model, prompts, rows.filter(pl.col("variation") == item), scenario.comparison, scenario.outcome
+                ),
                 place=f"purchase/{item}",
-                comparison=scenario.comparison,
-                outcome=scenario.outcome,
                 significance=significance,
-                seed=0,
             )
             for item in ("car", "oven")
         ]
