@@ -43,7 +43,14 @@ def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         settings: AuditSettings,
         watch: RunWatch,
     ) -> dg.MaterializeResult:
-        from excise.attribution.head_impacts import head_impacts, split_half_reliability
+        from excise.attribution.head_impacts import (
+            Compared,
+            Removal,
+            Sampled,
+            Text,
+            head_impacts,
+            split_half_reliability,
+        )
         from excise.attribution.head_scores import head_gradient, head_magnitude
         from excise.generation.completions import CompletionCache
         from excise.generation.enumeration import Answering, as_samples
@@ -73,21 +80,13 @@ def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
                 )
                 return as_samples(rows, how.samples)
 
+            samples, disparity = as_samples(learned, how.samples), "toxicity" if toxicity else "smd"
+            groups, cluster = compared_groups(scenario), unit_of(outcome)
             impacts = head_impacts(
-                loaded.asked_for(outcome),
-                asked,
-                as_samples(learned, how.samples),
-                disparity="toxicity" if toxicity else "smd",
-                groups=compared_groups(scenario),
-                cluster=unit_of(outcome),
-                parameters=how.parameters,
-                windows=windows,
-                perplexity_mode=audit.perplexity_mode,
-                regenerate=regenerate,
-                method=audit.impact_method,
-                ess_floor=audit.ess_floor,
-                resamples=audit.resamples,
-                seed=audit.seed,
+                Sampled(loaded.asked_for(outcome), asked, samples, how.parameters),
+                Compared(disparity, groups, cluster, resamples=audit.resamples, seed=audit.seed),
+                text=Text(windows, audit.perplexity_mode),
+                removal=Removal(audit.impact_method, regenerate, audit.ess_floor),
                 folder=artifacts.tensors("head_impacts"),
                 progress=watch.progress(context),
             )

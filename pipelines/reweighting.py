@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(catalogue: Catalogue, model: str, scenario_key: str, layers: str, resamples: int) -> pl.DataFrame:
     """Rows of the table `reweighting`, which they replace."""
-    from excise.attribution.head_impacts import head_impacts
+    from excise.attribution.head_impacts import Compared, Removal, Sampled, head_impacts
     from excise.evaluation.thresholds import CATASTROPHIC
     from excise.generation.enumeration import Answering, as_samples
     from excise.outcomes.toxicity import ScoreCache
@@ -90,16 +90,9 @@ def measure(catalogue: Catalogue, model: str, scenario_key: str, layers: str, re
         for method in ("reweight", "regenerate"):
             began = time.perf_counter()
             found[method] = head_impacts(
-                loaded.asked_for(outcome),
-                asked,
-                learned,
-                disparity="toxicity" if toxicity else "smd",
-                groups=groups,
-                cluster=unit_of(outcome),
-                parameters=how.parameters,
-                regenerate=regenerate,
-                method=method,
-                resamples=resamples,
+                Sampled(loaded.asked_for(outcome), asked, learned, how.parameters),
+                Compared("toxicity" if toxicity else "smd", groups, unit_of(outcome), resamples=resamples),
+                removal=Removal(method, regenerate),
                 heads=heads,
             )
             seconds[method] = (time.perf_counter() - began) / len(heads)

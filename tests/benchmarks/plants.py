@@ -24,7 +24,7 @@ import polars as pl
 from excise.attribution import Answered, AttributionFile, attribute
 from excise.attribution.gap_distance import Asked, measure
 from excise.attribution.gap_free import ask
-from excise.attribution.head_impacts import head_impacts
+from excise.attribution.head_impacts import Compared, Sampled, Text, head_impacts
 from excise.conditions import ALL_CONTEXTS, CROSS_CONTEXT, PLACE, PROMPT_SPECIFIC, RANDOM, WITHIN_CONTEXT
 from excise.evaluation.numbers import evaluate
 from excise.evaluation.perplexity import read_text
@@ -188,15 +188,14 @@ class Bench:
         scenario, learned = self.scenarios[key], self.learned(place)
         groups = (scenario.comparison.majority, scenario.comparison.minority)
         found = head_impacts(
-            self.loaded.asked_for(scenario.outcome),
-            learned.prompts,
-            as_samples(learned.completions, 64),
-            disparity="gap",
-            groups=groups,
-            parameters=self.how(key).parameters,
-            windows=self.text.windows,
-            resamples=2,
-            seed=self.split,
+            Sampled(
+                self.loaded.asked_for(scenario.outcome),
+                learned.prompts,
+                as_samples(learned.completions, 64),
+                self.how(key).parameters,
+            ),
+            Compared("gap", groups, resamples=2, seed=self.split),
+            text=Text(self.text.windows),
             folder=self.options.folder / "heads",
         ).sort("layer", "head")
         bias = found["bias_without"].fill_null(1e9).to_numpy()

@@ -5,7 +5,6 @@ Attention windows are cut far below the length of every prompt here, so that a m
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -112,21 +111,3 @@ def next_distribution() -> Callable[..., torch.Tensor]:
         return scores.softmax(dim=-1)[0]
 
     return distribution
-
-
-@pytest.fixture
-def installed(tmp_path, monkeypatch) -> Callable[..., None]:
-    """`installed("phi", source, "excise.families", "phi3 = phi:PHI3")`: a package of one module with entry points, as
-    pip would leave it, for the length of a test."""
-
-    def install(module: str, source: str, group: str, *points: str) -> None:
-        folder = tmp_path / f"site-{module}"
-        about = folder / f"{module}-1.0.dist-info"
-        about.mkdir(parents=True)
-        (folder / f"{module}.py").write_text(source)
-        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
-        (about / "entry_points.txt").write_text("\n".join([f"[{group}]", *points, ""]))
-        monkeypatch.syspath_prepend(folder)
-        monkeypatch.delitem(sys.modules, module, raising=False)
-
-    return install

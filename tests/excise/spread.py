@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from excise.attribution import Answered, attribute, continuation, file_scores
+from excise.attribution import Answered, attribute, continuation, file_scores, readers
 from excise.attribution.gap_free import ask
-from excise.attribution.head_impacts import head_impacts
+from excise.attribution.head_impacts import Compared, Removal, Sampled, Text, head_impacts
 from excise.attribution.head_scores import head_gradient, head_magnitude
 from excise.evaluation.perplexity import text_windows, window_losses
 from excise.generation import enumeration as exact
@@ -56,8 +56,8 @@ BUDGETS = (
     sampling.PREFILL_TOKENS,
     exact.CACHE_COLUMNS,
     continuation.PASS_TOKENS,
-    continuation.FOREST_COLUMNS,
-    continuation.RESIDENT_BYTES,
+    readers.FOREST_COLUMNS,
+    readers.RESIDENT_BYTES,
 )
 GRADIENTS = ("head gradient", "snip", "gap_gradient", "measured path")
 """Work that goes backwards, which torch does on no card that is none: there gradients are zeros in the right places."""
@@ -112,15 +112,10 @@ def work(loaded: LoadedModel, plain: LoadedModel) -> Iterator[tuple[str, np.ndar
     lead = 3.0 * (answers["group"] == "white").cast(float)
     answers = answers.with_columns(value=answers["tokens"].cast(float) + answers["sample"] + 1.0 + lead)
     impacts = head_impacts(
-        loaded,
-        prompts,
-        answers,
-        disparity="gap",
-        groups=["white", "black"],
-        parameters=PARAMETERS,
-        windows=windows,
-        method="reweight",
-        resamples=2,
+        Sampled(loaded, prompts, answers, PARAMETERS),
+        Compared("gap", ["white", "black"], resamples=2),
+        text=Text(windows),
+        removal=Removal("reweight"),
     )
     yield "head impacts", impacts.select("z_ppl", "bias_without", "ess").to_numpy()
     if loaded.topology.architecture == "llama" and not any(each.is_meta for each in loaded.model.parameters()):

@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from excise.attribution import Answered, attribute
-from excise.attribution.continuation import every_head, window_parts
+from excise.attribution.continuation import every_head
+from excise.attribution.readers import window_parts
 from excise.attribution.wanda import read_norms
 from excise.errors import ExciseError
 from excise.evaluation.perplexity import Window, window_losses

@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from excise.attribution import Answered, attribute, file_scores
-from excise.attribution.head_impacts import head_impacts
+from excise.attribution.head_impacts import Compared, Sampled, Text, head_impacts
 from excise.attribution.head_scores import head_gradient, head_magnitude
 from excise.errors import ExciseError
 from excise.evaluation.perplexity import Window, text_windows, window_losses
@@ -141,7 +141,7 @@ def test_answers_carry_the_hash_of_their_prompts_and_are_used_for_no_others(load
         with pytest.raises(ExciseError, match=message):
             attribute(Answered(other, prompts, rows, **options), [score], folder=tmp_path)
     with pytest.raises(ExciseError, match=message):
-        head_impacts(other, prompts, rows, disparity="gap", groups=["white", "black"], parameters=PARAMETERS)
+        head_impacts(Sampled(other, prompts, rows, PARAMETERS), Compared("gap", ["white", "black"]))
     (one,) = attribute(Answered(model, prompts, rows, **options), ["wanda"], folder=tmp_path)[:1]
     hashed = rows.with_columns(prompt_hash=pl.col("prompt_hash").str.to_uppercase())
     with pytest.raises(ExciseError, match=message):
@@ -486,16 +486,11 @@ def test_head_impacts_of_a_broken_model_are_refused(loaded, broken, prompts, sce
     rows, _ = complete(model, prompts, 2, PARAMETERS, outcome=scenario.outcome)
     with pytest.raises(ExciseError, match="not finite in float32"):
         head_impacts(
-            broken("llama", math.nan, numeric=True),
-            prompts,
-            rows,
-            disparity="gap",
-            groups=["white", "black"],
-            parameters=PARAMETERS,
-            resamples=2,
+            Sampled(broken("llama", math.nan, numeric=True), prompts, rows, PARAMETERS),
+            Compared("gap", ["white", "black"], resamples=2),
+            text=Text(WINDOWS),
             folder=tmp_path,
             heads=[(0, 1)],
-            windows=WINDOWS,
         )
     weight = model.topology.linear("1.q").weight(model.model)
     before = weight[0, 0].clone()
@@ -589,14 +584,9 @@ def test_head_impacts_of_windows_beyond_the_positions_are_refused(tiny_model, tm
     rows, _ = complete(model, prompts, 2, PARAMETERS, outcome=scenario.outcome)
     with pytest.raises(ExciseError, match="window 0 has 201 tokens, more than the 200 positions"):
         head_impacts(
-            model,
-            prompts,
-            rows,
-            disparity="gap",
-            groups=["white", "black"],
-            parameters=PARAMETERS,
-            resamples=2,
-            windows=[Window(tuple([25] * 201), 5)],
+            Sampled(model, prompts, rows, PARAMETERS),
+            Compared("gap", ["white", "black"], resamples=2),
+            text=Text([Window(tuple([25] * 201), 5)]),
         )
 
 
