@@ -335,7 +335,8 @@ def follow_path(
 
     level, variation: what the mask is for ("" for all variations).
     """
-    from excise.strategies.measured_path import heads_of, kept_path, weights_of
+    from excise.strategies.measured_path import Course, kept_path
+    from excise.strategies.units import heads_of, weights_of
 
     if paths is None:
         raise ExciseError(f"strategies: {strategy.key} makes masks by measuring: give build_masks its paths")
@@ -359,9 +360,7 @@ def follow_path(
         paths.loaded,
         asked,
         units,
-        density=strategy.parameters["density"],
-        budgets=budgets,
-        seed=paths.seed,
+        Course(strategy.parameters["density"], budgets, paths.seed),
         folder=paths.folder,
         progress=paths.progress,
         label=f"{strategy.key} {level.replace('_', '-')} {variation}".rstrip(),

@@ -33,7 +33,8 @@ from excise.models.placement import DeviceMap
 from excise.models.specs import ModelSpec
 from excise.outcomes.toxicity import ClassifierScorer
 from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, Variation, expand
-from excise.strategies.measured_path import Budgets, measured_path, weights_of
+from excise.strategies.measured_path import Budgets, Course, measured_path
+from excise.strategies.units import weights_of
 from tests.excise.cards import DEVICE, on_cards
 
 PARAMETERS = SamplingParameters(temperature=1.0, top_p=0.9, seed=1, max_new_tokens=3)
@@ -134,7 +135,7 @@ def work(loaded: LoadedModel, plain: LoadedModel) -> Iterator[tuple[str, np.ndar
     )
     units = weights_of(loaded, ("q", "down"), {each.key: np.arange(300) for each in loaded.topology.linears})
     wide = Budgets(0.0, 1.0, 10.0, lost=1.0)
-    path = measured_path(loaded, [asked], units, density=0.01, budgets=wide, seed=0, steps=4)
+    path = measured_path(loaded, [asked], units, Course(0.01, wide, seed=0, steps=4))
     yield "measured path", np.array([each.closed for each in path.steps])
 
 
