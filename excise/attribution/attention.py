@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -28,7 +28,6 @@ from excise.models.hooks import hooked
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
     from excise.generation.tree import AnswerTree
     from excise.models.loading import LoadedModel
@@ -129,7 +128,7 @@ def _steps(trees: Sequence[AnswerTree], names: Sequence[tuple[int, int]]) -> np.
 @contextmanager
 def _eager(loaded: LoadedModel) -> Iterator[None]:
     """The model computes its attention openly: the faster ways do not give the probabilities."""
-    model = cast("PreTrainedModel", loaded.model)
+    model = loaded.model
     before = model.config._attn_implementation
     if before == "eager":
         yield

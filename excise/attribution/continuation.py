@@ -8,7 +8,7 @@ samples"). Here are the passes; what is read from them is in `excise.attribution
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -114,13 +114,12 @@ def _forward(loaded: LoadedModel, inputs: Inputs, times: int) -> torch.Tensor:
     """An ordinary pass over the inputs, repeated `times`, as far as layers have not been replaced."""
     device = loaded.device
     tokens = inputs.tokens.to(device).repeat(times, 1)
-    masking, positions = nullcontext(), None
-    if inputs.ancestors is not None:
-        sees = np.unpackbits(inputs.ancestors, axis=1, count=tokens.shape[1]).view(bool)
-        positions = inputs.positions.to(device)
-        masking = attention_masks(loaded, torch.from_numpy(sees)[None].to(device), positions, positions)
+    if inputs.ancestors is None or inputs.positions is None:
+        return loaded.last_hidden(tokens, position_ids=None, attention_mask=None, use_cache=False)
+    sees = np.unpackbits(inputs.ancestors, axis=1, count=tokens.shape[1]).view(bool)
+    positions = inputs.positions.to(device)
+    with attention_masks(loaded, torch.from_numpy(sees)[None].to(device), positions, positions) as mask:
         positions = positions.expand(times, -1)  # while one mask serves all rows
-    with masking as mask:
         return loaded.last_hidden(tokens, position_ids=positions, attention_mask=mask, use_cache=False)
 
 

@@ -159,7 +159,7 @@ class Layout:
                 size = count.sum(axis=-1)
                 return np.abs(total.sum(axis=0) / size.sum(axis=0) - total / size).sum(axis=0)
             # A variation to which the unpruned model gave a group no two answers says nothing about any head.
-            known = (unpruned[0, :, 0] >= 2).all(axis=0)
+            known = np.asarray((unpruned[0, :, 0] >= 2).all(axis=0))
             variance, before = _variance(sums), _variance(unpruned)
             # Answers that all became the same have no gap, and are no sign of a harmful head.
             if self.kind == "gap":

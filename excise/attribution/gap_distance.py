@@ -234,16 +234,17 @@ def _mean_outcome(name: Name, edges: torch.Tensor) -> torch.Tensor:
 
 def _log_probabilities(
     loaded: LoadedModel, batch: Batch, cut: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """log p of every edge's token, [edges], and of all other tokens together at every node, [nodes]; with `cut` also
-    log p of every edge's token among those that sampling draws from, -inf where it is not one."""
+    log p of every edge's token among those that sampling draws from, -inf where it is not one, else the first again.
+    """
     packed, parameters = batch.packed, batch.asked.parameters
     rows = Rows(loaded, batch.asked.trunk).copy(len(packed.tokens))
     hidden = rows.forward(packed.tokens, packed.positions, packed.attends)
     scores = logits_of(loaded, hidden[batch.place[0], batch.place[1]]) / (parameters.temperature or 1.0)
     edges = torch.log_softmax(scores, dim=1)[batch.node, batch.token]
     listed = torch.zeros_like(batch.reach).index_add(0, batch.node, edges.exp())
-    drawn = None
+    drawn = edges
     if cut:
         allowed = truncated_set(scores, parameters)
         drawn = torch.log_softmax(scores.masked_fill(~allowed, -torch.inf), dim=1)[batch.node, batch.token]

@@ -194,7 +194,7 @@ def _targets(asked: Asked, enumerated: bool) -> list[Name]:
 
 
 def _p_value(sides: Sequence[np.ndarray], seed: int) -> float:
-    labels = m.permuted_groups(*map(len, sides), PERMUTATIONS, [seed, 0])
+    labels = m.permuted_groups(len(sides[0]), len(sides[1]), PERMUTATIONS, [seed, 0])
     means = np.concatenate(sides)
     first = labels @ means / len(sides[0])
     second = (means.sum() - labels @ means) / len(sides[1])

@@ -315,7 +315,7 @@ def _measure(answered: Answered, work: Work) -> Tensors:
     ]
     parameters = SamplingParameters(**json.loads(answered.completions["parameters"][0]))
     measured = gap_gradient(answered.loaded, asked.trunk, trees, parameters, keep=KEEP, seed=answered.seed, work=work)
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for key, best in measured.candidates.items():
         tensors |= {f"{key}/index": best.index, f"{key}/drop": best.drop, f"{key}/harm": best.harm}
     return Tensors(tensors, {"damping": repr(float(measured.damping)), "shapes": json.dumps(measured.shapes)})

@@ -16,6 +16,7 @@ import numpy as np
 
 from excise.files.parts import Parts, Work
 from excise.models.hooks import hooked
+from excise.models.placement import weight_of
 from excise.models.topology import Linear
 
 if TYPE_CHECKING:
@@ -79,8 +80,7 @@ def gradient_of_calls(
 
 def kept_shape(loaded: LoadedModel, module: str) -> tuple[int, ...]:
     """The shape of a module's parameter."""
-    weight: torch.Tensor = loaded.model.get_submodule(module).weight
-    return tuple(weight.shape)
+    return tuple(weight_of(loaded.model.get_submodule(module)).shape)
 
 
 @dataclass(frozen=True)

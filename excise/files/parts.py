@@ -56,7 +56,7 @@ class Parts:
         if self._clock() - self._kept_at < size / BYTES_PER_SECOND / SHARE:
             return
         tensors = {name: tensor.cpu().numpy() for name, tensor in state.items()}
-        save_tensors(self._path(f"{part}.begun"), tensors | {"done": np.array(done)})
+        save_tensors(_file(self.folder, f"{part}.begun"), tensors | {"done": np.array(done)})
         self._kept_at = self._clock()
 
     def finished(self, part: str) -> dict[str, np.ndarray] | None:
@@ -67,24 +67,25 @@ class Parts:
         """Keep what a part has come to; its state goes."""
         if self.folder is None:
             return
-        save_tensors(self._path(part), tensors)
-        self._path(f"{part}.begun").unlink(missing_ok=True)
+        save_tensors(_file(self.folder, part), tensors)
+        _file(self.folder, f"{part}.begun").unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Forget all parts: the file they were for is there."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)  # another process may be at the same, and is done as well
 
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
-
     def _read(self, name: str) -> dict[str, np.ndarray] | None:
         if self.folder is None:
             return None
         try:
-            return load_tensors(self._path(name))
+            return load_tensors(_file(self.folder, name))
         except FileNotFoundError:
             return None
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from excise.models.families import Family, Windows, family_of
-from excise.models.placement import device_of, kept_weight
+from excise.models.placement import device_of, kept_weight, weight_of
 
 if TYPE_CHECKING:
     import torch
@@ -174,8 +174,9 @@ def _linears(model: torch.nn.Module, family: Family, layer: int, rows: dict[str,
     modules = family.modules()
     for role, path in modules.items():
         module = f"{family.layers}.{layer}.{path}"
-        kept: tuple[int, int] = model.get_submodule(module).weight.shape
-        outputs, inputs = kept[::-1] if family.transposed else kept
+        outputs, inputs = weight_of(model.get_submodule(module)).shape
+        if family.transposed:
+            outputs, inputs = inputs, outputs
         sharing = sum(other == path for other in modules.values())
         own = outputs if sharing == 1 else rows.get(role, outputs // sharing)
         interleaved = sharing > 1 and role in rows and family.fused_heads == "interleaved"

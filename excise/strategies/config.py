@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -32,6 +32,7 @@ MEASURED_PATH = "measured_path"
 _FIELDS_OF_A_MASK = ("score", "selection", "scope", "ablation", "reduce", "combine", "parameters", "roles")
 
 Level = Literal["prompt_specific", "within_context", "cross_context", "all_contexts", "own_scenario"]
+_USUAL_LEVELS: tuple[Level, ...] = tuple(get_args(Level)[: len(PUBLISHED_LEVELS)])
 
 
 def _no_truth_value(value: Any) -> Any:
@@ -63,7 +64,7 @@ class Strategy(BaseModel):
     combine: Literal["intersection", "union", "votes"] = "intersection"
     parameters: dict[str, Annotated[float, BeforeValidator(_no_truth_value)]] = {}
     roles: tuple[str, ...] = ()
-    levels: tuple[Level, ...] = Field(default=PUBLISHED_LEVELS)
+    levels: tuple[Level, ...] = _USUAL_LEVELS
     controls: tuple[Literal["random", "pooled_band", "reversed", "permuted"], ...] = ("random",)
 
     @model_validator(mode="before")
