@@ -1,4 +1,4 @@
-"""The outcomes there are, one module each, outcome by their kind.
+"""The outcomes there are, one module each, found by their kind.
 
 A module here, or an entry point of the group `excise.outcomes` in an installed package (`kind = "package:Class"`), is
 all that an outcome takes. Not here: what outcomes have in common (`excise.outcomes.outcome`).
@@ -27,7 +27,7 @@ def outcome_of(kind: str) -> type[Outcome]:
     point = _installed()[kind]
     try:
         outcome = point.load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a package may fail in any way
         raise ExciseError(f"the package that brings the outcome {kind} ({point.value}) fails: {error}") from error
     if not (isinstance(outcome, type) and issubclass(outcome, Outcome) and _kind_of(outcome) == kind):
         raise ExciseError(f"{point.value}, which should be the outcome {kind}, is no Outcome of that kind")
@@ -38,12 +38,12 @@ def outcome_of(kind: str) -> type[Outcome]:
 def _built_in() -> dict[str, type[Outcome]]:
     modules = [import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
     classes = [
-        each
+        member
         for module in modules
-        for each in vars(module).values()
-        if isinstance(each, type) and issubclass(each, Outcome) and each.__module__ == module.__name__
+        for member in vars(module).values()
+        if isinstance(member, type) and issubclass(member, Outcome) and member.__module__ == module.__name__
     ]
-    return {_kind_of(each): each for each in classes}
+    return {_kind_of(outcome): outcome for outcome in classes}
 
 
 def _installed() -> dict[str, EntryPoint]:
