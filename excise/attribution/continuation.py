@@ -19,7 +19,7 @@ import torch
 from excise.errors import ExciseError
 from excise.generation.tree import attention_masks
 from excise.models.loading import LoadedModel
-from excise.models.memory import FittingBatches
+from excise.models.memory import shrinking_batches
 
 PASS_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 8192}
 """Columns of one pass, all heads together; halved whenever memory runs out."""
@@ -178,7 +178,7 @@ def every_head(
     """
     last = max((layer for layer, some in heads.items() if some), default=-1)
     widest = max(chunk.tokens.numel() for chunk in chunks)
-    batches = FittingBatches(max(1, PASS_TOKENS[loaded.device.type] // widest), loaded.device)
+    at_once = max(1, PASS_TOKENS[loaded.device.type] // widest)
     hidden: list[torch.Tensor | None] = [None] * len(chunks)
     with torch.inference_mode():
         for layer in range(loaded.topology.layers if unpruned else last + 1):
@@ -187,12 +187,18 @@ def every_head(
                 _Standing(chunk, reader, states, written)
                 for chunk, reader, states, (_, written) in zip(chunks, read, hidden, passed, strict=True)
             ]
+            todo = heads.get(layer, ())
             # Batches of equal size: a last one of a single head would use the processor badly.
-            work = batches.over(heads.get(layer, ()), partial(_without, loaded, standing, layer), evenly=True)
-            for out, rows in work:
+            size = -(-len(todo) // max(1, -(-len(todo) // at_once)))
+            batches = shrinking_batches(todo, size, loaded.device, partial(_without, loaded, standing, layer))
+            largest = 0
+            for out, rows in batches:
                 for head, numbers in zip(out, rows, strict=True):
                     keep(layer, head, numbers)
                 on_heads(len(out))
+                largest = max(largest, len(out))
+            if largest < size:  # as memory ran out, and would again in the next layer
+                at_once = largest
             hidden = [leaving for leaving, _ in passed]
         if unpruned:
             numbers = [

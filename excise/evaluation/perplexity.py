@@ -178,7 +178,7 @@ def window_losses(
     running out of memory). Logits are computed for scored tokens only and in chunks, so a large vocabulary costs no
     memory. Raises ExciseError for a window longer than the model's positions or without a scored token.
     """
-    from excise.models.memory import FittingBatches
+    from excise.models.memory import shrinking_batches
 
     require_windows(loaded, windows)
     if batch is not None and batch < 1:
@@ -195,7 +195,7 @@ def window_losses(
         def of_batch(chosen: Sequence[int]) -> np.ndarray:
             return _batch_losses(loaded, [windows[number] for number in chosen])
 
-        for chosen, each in FittingBatches(most, loaded.device).over(numbers, of_batch):
+        for chosen, each in shrinking_batches(numbers, most, loaded.device, of_batch):
             losses[list(chosen)] = each
             done += len(chosen)
             progress(label, done, len(windows))

@@ -1,15 +1,17 @@
-"""Running out of memory: how each kind of device says it, and batches that shrink until they fit."""
+"""Running out of memory: how each kind of device says it, and batches that shrink until they fit.
+
+How large a first batch is, and what is computed of it, is decided by whoever runs it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
-Unit = TypeVar("Unit")
-Made = TypeVar("Made")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 SAID_WHEN_FULL = (
     "MPS backend out of memory",
@@ -37,34 +39,26 @@ def give_back(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
-@dataclass
-class FittingBatches:
-    """Batches of at most `size` units for a device; half as many whenever memory runs out, from then on."""
+def shrinking_batches(
+    queue: Sequence[Item], size: int, device: torch.device, run: Callable[[Sequence[Item]], Result]
+) -> Iterator[tuple[Sequence[Item], Result]]:
+    """Run a queue in batches of at most `size`, which is halved whenever memory runs out; yields each with its result.
 
-    size: int
-    device: torch.device
-
-    def over(
-        self, queue: Sequence[Unit], compute: Callable[[Sequence[Unit]], Made], *, evenly: bool = False
-    ) -> Iterator[tuple[Sequence[Unit], Made]]:
-        """(batch, what `compute` makes of it) until the queue is done. evenly: batches of equal size.
-
-        Raises what `compute` raises, out of memory for a batch of one, too.
-        """
-        start = 0
-        while start < len(queue):
-            left = len(queue) - start
-            size = -(-left // -(-left // self.size)) if evenly else self.size
-            batch = queue[start : start + size]
-            try:
-                made = compute(batch)
-            except (MemoryError, RuntimeError) as error:
-                if len(batch) == 1 or not is_out_of_memory(error):
-                    raise
-                self.size = len(batch) // 2
-            else:
-                start += len(batch)
-                yield batch, made
-                continue
-            # Only now, as the error is gone and with it the tensors of the pass that failed.
-            give_back(self.device)
+    Raises what `run` raises, a lack of memory only where a batch holds a single item.
+    """
+    start = 0
+    while start < len(queue):
+        batch = queue[start : start + size]
+        full = False
+        try:
+            result = run(batch)
+        except (MemoryError, RuntimeError) as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+            full = True
+        if full:  # the error is gone here, and with it the frames that hold the failed batch's tensors
+            size = max(1, size // 2)
+            give_back(device)
+            continue
+        start += len(batch)
+        yield batch, result
