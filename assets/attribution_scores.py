@@ -15,7 +15,6 @@ from assets.stage import Step, grid_asset
 from assets.upstream import completions_of, require_same_model
 from excise.errors import ExciseError
 from excise.scenarios.subsets import EVALUATION, without
-from excise.strategies.config import HEAD_SCORES
 from resources.tables import TABLES
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
 
         completions, prompts = completions_of(step.warehouse, step.model, step.scenario.key)
         _require_comparison(step)
-        scores = sorted({strategy.score for strategy in step.strategies() if strategy.score not in HEAD_SCORES})
+        scores = sorted({strategy.score for strategy in step.strategies() if not strategy.of_scenario})
         learned, asked = without(EVALUATION, completions, prompts)
         samples = as_samples(learned, Answering.of(learned).samples)
         with step.loaded() as loaded:
@@ -70,22 +69,20 @@ def _attributed(
     step: Step, loaded: "LoadedModel", prompts: pl.DataFrame, samples: pl.DataFrame, scores: Sequence[str]
 ) -> list["AttributionFile"]:
     """Files of the scores of all variations."""
-    from excise.attribution import attribute
+    from excise.attribution import Answered, attribute
     from excise.generation.completions import CompletionCache
 
-    return attribute(
+    answered = Answered(
         loaded,
         prompts,
         samples,
-        comparison=step.scenario.comparison,
-        outcome=step.scenario.outcome,
-        scores=scores,
+        step.scenario.comparison,
+        step.scenario.outcome,
         permutations=step.audit.relabellings,
         seed=step.audit.seed,
-        folder=step.artifacts.tensors("attribution"),
         cache=CompletionCache(step.artifacts.completion_cache),
-        progress=step.progress,
     )
+    return attribute(answered, scores, folder=step.artifacts.tensors("attribution"), progress=step.progress)
 
 
 def _rows(step: Step, files: Sequence["AttributionFile"], fingerprint: str, completions_version: str) -> pl.DataFrame:

@@ -63,6 +63,7 @@ def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
 
 def _measured(step: Step, loaded: "LoadedModel", learned: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
     """The impacts of all heads, and the baselines' scores of them."""
+    from excise.attribution.head_impacts import Removal, Text
     from excise.attribution.measured_heads import impacts_on, with_baselines
     from excise.generation.enumeration import Answering
 
@@ -70,15 +71,12 @@ def _measured(step: Step, loaded: "LoadedModel", learned: pl.DataFrame, prompts:
     asking = asking_of(step, loaded, Answering.of(learned), scorer_of(step.catalogue, step.scenario))
     impacts = impacts_on(
         asking,
-        learned,
-        prompts,
+        (learned, prompts),
         step.scenario,
-        windows=windows,
-        perplexity_mode=audit.perplexity_mode,
-        method=audit.impact_method,
-        ess_floor=audit.ess_floor,
+        Removal(audit.impact_method, ess_floor=audit.ess_floor),
         resamples=audit.resamples,
         seed=audit.seed,
+        text=Text(windows, audit.perplexity_mode),
         folder=step.artifacts.tensors("head_impacts"),
         progress=step.progress,
     )

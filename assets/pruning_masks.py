@@ -22,7 +22,7 @@ from assets.upstream import completions_of, head_impacts_of, require_same_model,
 from excise.conditions import ACROSS, PROMPT_SPECIFIC
 from excise.evaluation.judged import judged_of
 from excise.scenarios.subsets import EVALUATION
-from excise.strategies.config import HEAD_SCORES, Strategy
+from excise.strategies.config import Strategy
 
 if TYPE_CHECKING:
     from excise.models.loading import LoadedModel
@@ -49,8 +49,8 @@ def pruning_masks_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         completions, _ = completions_of(step.warehouse, step.model, step.scenario.key)
         chosen = step.strategies()
         files, paths = MaskFiles(step.artifacts), PathRows(step)
-        made = [_head_masks(step, completions, [strategy for strategy in chosen if strategy.score in HEAD_SCORES])]
-        within = [_within_the_scenario(strategy) for strategy in chosen if strategy.score not in HEAD_SCORES]
+        made = [_head_masks(step, completions, [strategy for strategy in chosen if strategy.of_scenario])]
+        within = [_within_the_scenario(strategy) for strategy in chosen if not strategy.of_scenario]
         stored = _scores(step, completions, within)
         with step.loaded() as loaded:
             require_same_model(completions, loaded, step.scenario.key)

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from excise.attribution import PARTS
 from excise.errors import ExciseError
+from excise.files.parts import PARTS
 from excise.generation.completions import UNPRUNED, settings_key
 from excise.generation.enumeration import enumeration_settings, sampling_settings, tree_settings
 from excise.interventions.heads import heads_mask

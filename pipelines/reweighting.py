@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None, catalogue: Catalogue | None = N
 
 def measure(catalogue: Catalogue, model: str, scenario_key: str, layers: str, resamples: int) -> pl.DataFrame:
     """Rows of the table `reweighting`, which they replace."""
+    from excise.attribution.head_impacts import Removal
     from excise.attribution.measured_heads import impacts_on
     from excise.generation.enumeration import Answering
     from excise.generation.under_masks import Asking
@@ -89,7 +90,7 @@ def measure(catalogue: Catalogue, model: str, scenario_key: str, layers: str, re
         for method in ("reweight", "regenerate"):
             began = time.perf_counter()
             found[method] = impacts_on(
-                asking, learned, asked, scenario, method=method, resamples=resamples, heads=heads
+                asking, (learned, asked), scenario, Removal(method), resamples=resamples, heads=heads
             )
             seconds[method] = (time.perf_counter() - began) / len(heads)
     rows = _rows(found["reweight"], found["regenerate"], known, seconds)

@@ -7,6 +7,7 @@ milliseconds. Nothing here imitates the project's own code; tests of one stage k
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,6 +229,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch) -> Callable[..., None]:
+    """`installed("phi", source, "excise.families", "phi3 = phi:PHI3")`: a package of one module with entry points, as
+    pip would leave it, for the length of a test."""
+
+    def install(module: str, source: str, group: str, *points: str) -> None:
+        folder = tmp_path / f"site-{module}"
+        about = folder / f"{module}-1.0.dist-info"
+        about.mkdir(parents=True)
+        (folder / f"{module}.py").write_text(source)
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+        (about / "entry_points.txt").write_text("\n".join([f"[{group}]", *points, ""]))
+        monkeypatch.syspath_prepend(folder)
+        monkeypatch.delitem(sys.modules, module, raising=False)
+
+    return install
 
 
 BROKEN_FILES = {

@@ -1,4 +1,4 @@
-"""Attention to the name: how much each head looks at the subject while the model writes its answer.
+"""`attention`: how much each head looks at the subject's name while the model writes its answer.
 
 The score of a head is the attention probability from the generated tokens to the tokens of the name (BDB, section 4;
 method, A7). It is read from the answer trees, one layer at a time, and reduced at once, so that no more than one
@@ -8,19 +8,33 @@ to `excise.strategies.selection`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+import polars as pl
 
+from excise.attribution import files
+from excise.attribution.answered import Answered
+from excise.attribution.score import COUNTS, FRACTIONS, Decisive, Score, Streams, Tensors, Wanted, by_group
+from excise.conditions import CONTROLS
 from excise.errors import ExciseError
-from excise.files.parts import Parts
-from excise.generation.tree import AnswerTree, Rows, pack
-from excise.models.loading import LoadedModel
-from excise.progress import Progress, silent
+from excise.files.parts import Work
+from excise.models.hooks import hooked
+
+if TYPE_CHECKING:
+    import torch
+
+    from excise.generation.tree import AnswerTree
+    from excise.models.loading import LoadedModel
 
 REDUCTIONS = ("mean", "max")
+BATCH = 8
+"""Prompts of a pass."""
 
 
 def attention_to_name(
@@ -29,10 +43,7 @@ def attention_to_name(
     trees: Sequence[AnswerTree],
     names: Sequence[tuple[int, int]],
     *,
-    batch: int = 8,
-    progress: Progress = silent,
-    label: str = "attention",
-    parts: Parts | None = None,
+    work: Work | None = None,
 ) -> dict[str, np.ndarray]:
     """Attention from the generated tokens to the subject's name, per head, under W weightings of the same answers.
 
@@ -41,21 +52,25 @@ def attention_to_name(
     [W, layers, heads], the mean over all generated tokens of all answers (columns from `prompt_length` on, weighed by
     their visits) of the mean, or the largest, attention probability among the name's tokens. The last token of the
     prompt, which draws the answer's first, does not count, nor does a token that ends an answer. A token that several
-    answers share is computed once and counted as often as it is shared.
+    answers share is computed once and counted as often as it is shared. Sums are kept batch by batch.
 
-    parts: where sums are kept batch by batch, to go on from.
     Raises ExciseError for a weighting without a generated token, and for a name that is empty or not in its prompt.
     """
+    import torch
+
+    from excise.generation.tree import Rows, pack
+
+    work = work or Work("attention")
+    batch = work.batch or BATCH
     steps = _steps(trees, names)
     topology = loaded.topology
     sums = torch.zeros((len(REDUCTIONS), len(steps), topology.layers, topology.heads), dtype=torch.float64)
-    parts = parts or Parts()
-    done, state = parts.begun("attention")
+    done, state = work.parts.begun("attention")
     if done:
         sums.copy_(torch.from_numpy(state["sums"]))
     rows: list[tuple[slice, slice, torch.Tensor]] = []
 
-    def record(layer: int):
+    def record(layer: int) -> Callable[..., None]:
         def hook(module: torch.nn.Module, given: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
             for row, (generated, name, visits) in enumerate(rows):
                 to_name = output[1][row, :, generated, name].float()
@@ -64,13 +79,14 @@ def attention_to_name(
 
         return hook
 
-    hooks = []
-    try:
-        with torch.inference_mode(), _eager(loaded):
-            shared = Rows(loaded, trunk)
-            for layer in range(topology.layers):
-                hooks.append(topology.attention_module(loaded.model, layer).register_forward_hook(record(layer)))
-            progress(label, done, len(trees))
+    with torch.inference_mode(), _eager(loaded):
+        shared = Rows(loaded, trunk)
+        hooks = (
+            topology.attention_module(loaded.model, layer).register_forward_hook(record(layer))
+            for layer in range(topology.layers)
+        )
+        with hooked(hooks):
+            work.report(done, len(trees))
             for first in range(done, len(trees), batch):
                 some = trees[first : first + batch]
                 rows[:] = [
@@ -84,11 +100,8 @@ def attention_to_name(
                 packed = pack(some, len(trunk))
                 shared.copy(len(some)).forward(packed.tokens, packed.positions, packed.attends)
                 done = min(first + batch, len(trees))
-                parts.keep("attention", done, {"sums": sums})
-                progress(label, done, len(trees))
-    finally:
-        for hook in hooks:
-            hook.remove()
+                work.parts.keep("attention", done, {"sums": sums})
+                work.report(done, len(trees))
     scores = (sums.numpy() / steps[:, None, None]).astype(np.float32)
     return dict(zip(REDUCTIONS, scores, strict=True))
 
@@ -115,7 +128,8 @@ def _steps(trees: Sequence[AnswerTree], names: Sequence[tuple[int, int]]) -> np.
 @contextmanager
 def _eager(loaded: LoadedModel) -> Iterator[None]:
     """The model computes its attention openly: the faster ways do not give the probabilities."""
-    model, before = loaded.model, loaded.model.config._attn_implementation
+    model = loaded.model
+    before = model.config._attn_implementation
     if before == "eager":
         yield
         return
@@ -124,3 +138,53 @@ def _eager(loaded: LoadedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def read_attention(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Scores of an `attention` file: {"mean" or "max": {weighting: float32 [layers, heads]}}; weightings as norms."""
+    tensors, metadata = files.load(path)
+    names = json.loads(metadata["weightings"])
+    return {how: dict(zip(names, tensors[how], strict=True)) for how in REDUCTIONS}
+
+
+def _decided_by(answered: Answered) -> Decisive:
+    return replace(by_group(answered), prompts=[list(prompt.name) for prompt in answered.encoded])
+
+
+def _measure(answered: Answered, work: Work) -> Tensors:
+    weightings = answered.weightings()
+    weights = np.stack([rows.astype(np.float64) for rows in weightings.values()], axis=1)
+    trees, names = answered.trees(weights)
+    trunk = answered.encoded[0].tokens[: answered.trunk()]
+    scores = attention_to_name(answered.loaded, trunk, trees, names, work=work)
+    return Tensors(scores, {"weightings": json.dumps(list(weightings))})
+
+
+def _read(path: Path, wanted: Wanted) -> Streams:
+    heads = read_attention(path)[wanted.reduce]
+    return Streams(("heads",), lambda key, weighting: heads[weighting])
+
+
+def _enough_written(rows: pl.DataFrame, groups: Sequence[str]) -> bool:
+    """Whether each group, and each half of any relabelling of the names, has an answer with a token to attend from."""
+    wrote = pl.col("token_ids").list.len() - pl.col("finished").cast(pl.Int64) > 0
+    names = rows.group_by("group", "subject").agg(wrote=wrote.any())
+    sizes = dict(names.group_by("group").len().iter_rows())
+    writing = dict(names.group_by("group").agg(pl.col("wrote").sum()).iter_rows())
+    silent = names.height - sum(writing.values())
+    return min(writing.get(group, 0) for group in groups) > 0 and silent < min(sizes.values())
+
+
+SCORE = Score(
+    "attention",
+    selection="set_difference",
+    ablations=("zero_query", "zero_output"),
+    parameters=(FRACTIONS, COUNTS),
+    optional=("votes",),
+    controls=CONTROLS,
+    version="5",
+    able=_enough_written,
+    decided_by=_decided_by,
+    measure=_measure,
+    read=_read,
+)

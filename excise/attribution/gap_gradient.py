@@ -10,28 +10,42 @@ information. Here each matrix' best weights are kept as candidates; which of the
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
+from excise.attribution import files
+from excise.attribution.answered import Answered
 from excise.attribution.gradients import (
+    Block,
     Calls,
     block_by_block,
     blocks,
+    gradient_of_calls,
+    kept_shape,
     output_gradients,
     recorded,
-    weight_gradient,
 )
-from excise.files.parts import Parts
-from excise.generation.sampling import SamplingParameters
-from excise.generation.tree import AnswerTree, PackedTrees, Rows, logits_of, pack
-from excise.models.loading import LoadedModel
-from excise.models.topology import Linear
-from excise.progress import Progress, silent
+from excise.attribution.score import Decisive, Score, Tensors
+from excise.files.parts import Work
+from excise.models.topology import ROLES, Linear
 
+if TYPE_CHECKING:
+    import torch
+
+    from excise.generation.sampling import SamplingParameters
+    from excise.generation.tree import AnswerTree, PackedTrees
+    from excise.models.loading import LoadedModel
+
+BATCH = 4
+"""Prompts of a pass."""
+KEEP = 0.01
+"""Share of each matrix kept as candidates: far above the densities at which a model survives."""
 MEDIAN_SAMPLE = 1 << 20
 """Weights whose divergence is looked at to tell the median of all."""
 
@@ -61,92 +75,97 @@ def gap_gradient(
     trees: Sequence[AnswerTree],
     parameters: SamplingParameters,
     *,
-    roles: Sequence[str],
     keep: float,
     seed: int,
-    batch: int = 4,
-    layers_at_once: int | None = None,
-    progress: Progress = silent,
-    label: str = "gap gradient",
-    parts: Parts | None = None,
+    work: Work | None = None,
 ) -> GapGradient:
-    """Score every weight of the given roles.
+    """Score every weight.
 
     trees: one per prompt; their weightings are (a_n, share of the prompt's answers), so edges carry sums of a_n and the
     probability with which an answer takes them. keep: share of each matrix to keep as candidates, best first.
     Fisher: each batch of prompts gets a random sign per edge of its answer trees; the square of the signed gradient,
     summed over batches, estimates the mean squared gradient of log p per answer. Smaller batches estimate it better.
-    layers_at_once: the gradients of so many layers are held, and the trees pass through the model once per so many;
-    None takes as many as there is room for (`gradients.blocks`). parts: where unfinished work is kept, to go on from.
+    The trees pass through the model once per block of layers.
     """
-    parts = parts or Parts()
-    some = blocks(loaded, roles, 2, layers_at_once)
+    work = work or Work("gap gradient")
+    passes = _Passes(loaded, tuple(trunk), trees, parameters, seed, work.batch or BATCH)
+    some = blocks(loaded, ROLES, 2, work.layers_at_once)
     linears = [linear for block in some for linear in block]
     sampled = _sampled_places(linears, seed)
     damping = math.nan
 
-    def best_of(block: list[Linear], part: str, report: Callable[[int], None]) -> dict[str, np.ndarray]:
+    def best_of(block: Block) -> dict[str, np.ndarray]:
         # The first block's passes go back through all layers, so they tell the median of all.
-        first = block is some[0]
-        looked_at = sampled if first else {}
-        sums = _sums(loaded, trunk, trees, parameters, block, looked_at, seed, batch, report, parts, part)
+        first = block.linears is some[0]
+        sums = _sums(passes, block, sampled if first else {})
         median = _median_harm(loaded, linears, sampled, sums, len(trees)) if first else damping
-        found = {"damping": np.array(median)}
-        for linear in block:
-            found |= _best(loaded, linear, sums, len(trees), keep, median)
-        return found
+        arrays = {"damping": np.array(median)}
+        for linear in block.linears:
+            arrays |= _best(loaded, linear, sums, len(trees), keep, median)
+        return arrays
 
     candidates: dict[str, Candidates] = {}
-    for block, found in block_by_block(some, len(trees), best_of, parts, progress, label):
-        damping = found["damping"].item()
+    for block, arrays in block_by_block(some, len(trees), best_of, work):
+        damping = arrays["damping"].item()
         for linear in block:
-            candidates[linear.key] = Candidates(*(found[f"{linear.key}/{name}"] for name in ("index", "drop", "harm")))
+            candidates[linear.key] = Candidates(*(arrays[f"{linear.key}/{name}"] for name in ("index", "drop", "harm")))
     return GapGradient(damping, candidates, {linear.key: linear.shape for linear in linears})
 
 
-def _sums(
-    loaded: LoadedModel,
-    trunk: Sequence[int],
-    trees: Sequence[AnswerTree],
-    parameters: SamplingParameters,
-    block: Sequence[Linear],
-    looked_at: Mapping[str, torch.Tensor],
-    seed: int,
-    batch: int,
-    report: Callable[[int], None],
-    parts: Parts,
-    part: str,
-) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class _Passes:
+    """Answer trees that pass through a model, `batch` at a time, with random signs on their edges."""
+
+    loaded: LoadedModel
+    trunk: tuple[int, ...]
+    trees: Sequence[AnswerTree]
+    parameters: SamplingParameters
+    seed: int
+    batch: int
+
+    def after(self, done: int) -> Iterator[tuple[int, PackedTrees, torch.Tensor]]:
+        """(trees done with it, the batch, its signs) of each batch behind the first `done` trees."""
+        import torch
+
+        from excise.generation.tree import pack
+
+        signs = np.random.default_rng(self.seed)
+        for start in range(0, len(self.trees), self.batch):
+            packed = pack(self.trees[start : start + self.batch], len(self.trunk))
+            sign = torch.from_numpy(signs.choice((-1.0, 1.0), size=len(packed.edge_visits)))
+            if start >= done:
+                yield min(start + self.batch, len(self.trees)), packed, sign
+
+
+def _sums(passes: _Passes, block: Block, looked_at: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Sums over batches, float32, by name: "gradient/M" and "fisher/M" of every module M of a block in its parameter's
     layout; and "sampled/K" [n], the Fisher information of the weights of any matrix K at the places `looked_at`, flat
     indices of its logical shape.
     """
-    own = {linear.key for linear in block}
+    import torch
+
+    loaded = passes.loaded
+    own = {linear.key for linear in block.linears}
     by_module: dict[str, list[Linear]] = {}
     for linear in loaded.topology.linears:
         if linear.key in own or linear.key in looked_at:
             by_module.setdefault(linear.module, []).append(linear)
-    done, state = parts.begun(part)
-    sums = {name: torch.from_numpy(each) for name, each in state.items()}
-    for linear in block:
+    done, state = block.parts.begun(block.name)
+    sums = {name: torch.from_numpy(array) for name, array in state.items()}
+    for linear in block.linears:
         for kind in ("gradient", "fisher"):
             name = f"{kind}/{linear.module}"
             if name not in sums:
-                sums[name] = torch.zeros(loaded.model.get_submodule(linear.module).weight.shape)
+                sums[name] = torch.zeros(kept_shape(loaded, linear.module))
             sums[name] = sums[name].to(linear.device(loaded.model))
     for key, places in looked_at.items():
         sums.setdefault(f"sampled/{key}", torch.zeros(len(places)))
-    signs = np.random.default_rng(seed)
-    report(done)
+    block.report(done)
     with recorded(loaded, by_module) as calls:
-        of_block = {linear.module: calls[linear.module] for linear in block}
-        for start in range(0, len(trees), batch):
-            packed = pack(trees[start : start + batch], len(trunk))
-            sign = torch.from_numpy(signs.choice((-1.0, 1.0), size=len(packed.edge_visits)))
-            if start < done:
-                continue
+        of_block = {linear.module: calls[linear.module] for linear in block.linears}
+        for stop, packed, sign in passes.after(done):
             with torch.inference_mode(False), torch.enable_grad():
-                score = _edge_scores(loaded, trunk, packed, parameters)
+                score = _edge_scores(loaded, passes.trunk, packed, passes.parameters)
                 visits = packed.edge_visits.float().to(score.device)
                 # Score vectors of different draws are uncorrelated at an edge, so signs per edge with the square root
                 # of its frequency have the same expected square as signs per answer.
@@ -156,13 +175,11 @@ def _sums(
                 _add("gradient", by_module, looked_at, calls, deltas, sums)
             for each in calls.values():
                 each.clear()
-            done = min(start + batch, len(trees))
-            parts.keep(part, done, sums)
-            report(done)
+            block.parts.keep(block.name, stop, sums)
+            block.report(stop)
     return sums
 
 
-@torch.no_grad()
 def _add(
     kind: str,
     by_module: Mapping[str, Sequence[Linear]],
@@ -172,29 +189,33 @@ def _add(
     sums: dict[str, torch.Tensor],
 ) -> None:
     """Add a batch to `_sums`: its gradient, or the square of that as Fisher information."""
-    for module in list(deltas):
-        pairs = zip((given for given, _ in calls[module]), deltas.pop(module), strict=True)
-        linears = by_module[module]
-        piece = sum(weight_gradient(linears[0], *pair) for pair in pairs)
-        if kind == "fisher":
-            piece.square_()
-            for linear in linears:
-                if linear.key in looked_at:
-                    places = looked_at[linear.key].to(piece.device)
-                    sums[f"sampled/{linear.key}"] += linear.of(piece).reshape(-1)[places].cpu()
-        if f"{kind}/{module}" in sums:
-            sums[f"{kind}/{module}"] += piece
+    import torch
+
+    with torch.no_grad():
+        for module in list(deltas):
+            linears = by_module[module]
+            piece = gradient_of_calls(linears[0], calls[module], deltas.pop(module))
+            if kind == "fisher":
+                piece.square_()
+                for linear in linears:
+                    if linear.key in looked_at:
+                        places = looked_at[linear.key].to(piece.device)
+                        sums[f"sampled/{linear.key}"] += linear.of(piece).reshape(-1)[places].cpu()
+            if f"{kind}/{module}" in sums:
+                sums[f"{kind}/{module}"] += piece
 
 
 def _sampled_places(linears: Sequence[Linear], seed: int) -> dict[str, torch.Tensor]:
     """Flat indices of random weights, about `MEDIAN_SAMPLE` in all, of each matrix as many as its size deserves."""
+    import torch
+
     draw = np.random.default_rng(seed)
-    size = sum(math.prod(linear.shape) for linear in linears)
-    found = {}
+    total = sum(math.prod(linear.shape) for linear in linears)
+    places = {}
     for linear in linears:
-        own = math.prod(linear.shape)
-        found[linear.key] = torch.from_numpy(draw.integers(own, size=max(1, round(MEDIAN_SAMPLE * own / size))))
-    return found
+        size = math.prod(linear.shape)
+        places[linear.key] = torch.from_numpy(draw.integers(size, size=max(1, round(MEDIAN_SAMPLE * size / total))))
+    return places
 
 
 def _median_harm(
@@ -216,6 +237,10 @@ def _edge_scores(
     loaded: LoadedModel, trunk: Sequence[int], packed: PackedTrees, parameters: SamplingParameters
 ) -> torch.Tensor:
     """log p of each edge's token under the sampling distribution, whose truncated set is held fixed, [E]."""
+    import torch
+
+    from excise.generation.tree import Rows, logits_of
+
     hidden = Rows(loaded, trunk).copy(len(packed.tokens)).forward(packed.tokens, packed.positions, packed.attends)
     position, edge = torch.unique(packed.edges[:, :2].T, dim=1, return_inverse=True)
     position, edge, token = (each.to(loaded.device) for each in (position, edge, packed.edges[:, 2]))
@@ -227,6 +252,8 @@ def _edge_scores(
 
 def truncated_set(scores: torch.Tensor, parameters: SamplingParameters) -> torch.Tensor:
     """Which tokens top-k and top-p leave, bool like scores [rows, vocabulary]; at temperature 0 the likeliest one."""
+    import torch
+
     if not parameters.temperature:
         return torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.argmax(dim=1, keepdim=True), True)
     allowed = torch.ones_like(scores, dtype=torch.bool)
@@ -254,5 +281,56 @@ def _best(
     score = np.divide(drop, harm + damping, out=free, where=harm + damping > 0)
     count = min(max(1, int(keep * score.size)), int((score > 0).sum()))
     index = np.sort(np.argpartition(score, -count)[-count:]) if count else np.zeros(0, dtype=np.int64)
-    found = {"index": index.astype(np.int64), "drop": drop[index], "harm": harm[index]}
-    return {f"{linear.key}/{name}": each for name, each in found.items()}
+    best = {"index": index.astype(np.int64), "drop": drop[index], "harm": harm[index]}
+    return {f"{linear.key}/{name}": array for name, array in best.items()}
+
+
+def read_candidates(path: Path) -> GapGradient:
+    """The candidates of a `gap_gradient` file."""
+    tensors, metadata = files.load(path)
+    shapes = {key: (int(out), int(into)) for key, (out, into) in json.loads(metadata["shapes"]).items()}
+    candidates = {key: Candidates(*(tensors[f"{key}/{part}"] for part in ("index", "drop", "harm"))) for key in shapes}
+    return GapGradient(float(metadata["damping"]), candidates, shapes)
+
+
+def _decided_by(answered: Answered) -> Decisive:
+    outcome, parameters = answered.outcome, json.loads(answered.completions["parameters"][0])
+    settings = [
+        outcome.log_scale,
+        answered.seed,
+        KEEP,
+        *(parameters[name] for name in ("temperature", "top_k", "top_p")),
+    ]
+    return Decisive(answered.completions, ["token_ids", "finished", "value"], settings)
+
+
+def _measure(answered: Answered, work: Work) -> Tensors:
+    from excise.attribution.gap_free import ask
+    from excise.generation.sampling import SamplingParameters
+
+    asked = ask(answered, place=answered.completions["variation"][0], significance=1.0)
+    trees = [
+        replace(name.tree, edge_visits=np.stack([each @ name.paths for each in (name.own - name.target, name.own)], 1))
+        for name in asked.names
+    ]
+    parameters = SamplingParameters(**json.loads(answered.completions["parameters"][0]))
+    measured = gap_gradient(answered.loaded, asked.trunk, trees, parameters, keep=KEEP, seed=answered.seed, work=work)
+    tensors: dict[str, np.ndarray] = {}
+    for key, best in measured.candidates.items():
+        tensors |= {f"{key}/index": best.index, f"{key}/drop": best.drop, f"{key}/harm": best.harm}
+    return Tensors(tensors, {"damping": repr(float(measured.damping)), "shapes": json.dumps(measured.shapes)})
+
+
+SCORE = Score(
+    "gap_gradient",
+    selection="measured_path",
+    ablations=("zero_weights", "zero_output"),
+    parameters=(frozenset({"density"}),),
+    optional=("significance", "lost"),
+    densest=KEEP,
+    of_values=True,
+    version="5",
+    decided_by=_decided_by,
+    measure=_measure,
+    candidates=read_candidates,
+)

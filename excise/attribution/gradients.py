@@ -9,19 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from excise.files.parts import Parts
-from excise.models.loading import LoadedModel
+from excise.files.parts import Parts, Work
+from excise.models.hooks import hooked
+from excise.models.placement import weight_of
 from excise.models.topology import Linear
-from excise.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from excise.models.loading import LoadedModel
 
 ACCUMULATOR_BYTES = 2 << 30
 """What the sums kept of layers at once may fill, where a card has no more room to spare."""
 
-Calls = dict[str, list[tuple[torch.Tensor, torch.Tensor]]]
+Calls = dict[str, list[tuple["torch.Tensor", "torch.Tensor"]]]
 """By module, input and output of each of its calls."""
 
 
@@ -33,26 +39,24 @@ def recorded(loaded: LoadedModel, modules: Iterable[str]) -> Iterator[Calls]:
     """
     calls: Calls = {module: [] for module in modules}
 
-    def record(module: str):
+    def record(module: str) -> Callable[..., None]:
         def hook(_: torch.nn.Module, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             calls[module].append((given[0].detach(), output if output.requires_grad else output.requires_grad_()))
 
         return hook
 
-    hooks = [loaded.model.get_submodule(module).register_forward_hook(record(module)) for module in calls]
-    try:
+    with hooked(loaded.model.get_submodule(module).register_forward_hook(record(module)) for module in calls):
         yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def output_gradients(objective: torch.Tensor, calls: Calls, *, again: bool = False) -> dict[str, list[torch.Tensor]]:
     """d objective / d output of every recorded call; of one the objective does not hang on, zeros. again: the graph
     stays for another objective."""
+    import torch
+
     outputs = [output for each in calls.values() for _, output in each]
-    found = iter(torch.autograd.grad(objective, outputs, retain_graph=again, materialize_grads=True))
-    return {module: [next(found) for _ in each] for module, each in calls.items()}
+    gradients = iter(torch.autograd.grad(objective, outputs, retain_graph=again, materialize_grads=True))
+    return {module: [next(gradients) for _ in each] for module, each in calls.items()}
 
 
 def weight_gradient(linear: Linear, given: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -62,6 +66,34 @@ def weight_gradient(linear: Linear, given: torch.Tensor, delta: torch.Tensor) ->
     """
     x, d = (each.flatten(0, -2).float() for each in (given, delta))
     return x.T @ d if linear.layout == "conv1d" else d.T @ x
+
+
+def gradient_of_calls(
+    linear: Linear, calls: Sequence[tuple[torch.Tensor, torch.Tensor]], deltas: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """`weight_gradient`, summed over all calls of the module."""
+    first, *others = (weight_gradient(linear, given, delta) for (given, _), delta in zip(calls, deltas, strict=True))
+    for other in others:
+        first = first + other
+    return first
+
+
+def kept_shape(loaded: LoadedModel, module: str) -> tuple[int, ...]:
+    """The shape of a module's parameter."""
+    return tuple(weight_of(loaded.model.get_submodule(module)).shape)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Matrices of consecutive layers whose gradients are held together, and where work on them is kept.
+
+    name: of the block among the parts. report: is told how many units of the block are done.
+    """
+
+    linears: list[Linear]
+    name: str
+    parts: Parts
+    report: Callable[[int], None]
 
 
 def blocks(
@@ -77,7 +109,7 @@ def blocks(
         return []
     if layers_at_once is None:
         largest = max(
-            sum(loaded.model.get_submodule(module).weight.numel() for module in {each.module for each in some})
+            sum(int(np.prod(kept_shape(loaded, module))) for module in {each.module for each in some})
             for some in by_layer.values()
         )
         layers_at_once = max(1, _room(loaded.device) // max(1, 4 * copies * largest))
@@ -89,32 +121,28 @@ def blocks(
 
 
 def block_by_block(
-    some: Sequence[list[Linear]],
-    units: int,
-    compute: Callable[[list[Linear], str, Callable[[int], None]], dict[str, np.ndarray]],
-    parts: Parts,
-    progress: Progress,
-    label: str,
+    some: Sequence[list[Linear]], units: int, compute: Callable[[Block], dict[str, np.ndarray]], work: Work
 ) -> Iterator[tuple[list[Linear], dict[str, np.ndarray]]]:
     """Each block with what `compute` makes of it, or has made of it before a run was killed.
 
-    compute: of a block, its name among the parts, and a function that is told how many of `units` are done. A single
-    block is not kept when it is finished: the file it is for follows at once.
+    units: passes of a block. A single block is not kept when it is finished: the file it is for follows at once.
     """
     for number, linears in enumerate(some):
-        part = f"{linears[0].key}-{linears[-1].key}"
-        found = parts.finished(part)
-        if found is None:
+        name = f"{linears[0].key}-{linears[-1].key}"
+        arrays = work.parts.finished(name)
+        if arrays is None:
 
             def report(done: int, before: int = number * units) -> None:
-                progress(label, before + done, len(some) * units)
+                work.report(before + done, len(some) * units)
 
-            found = compute(linears, part, report)
+            arrays = compute(Block(linears, name, work.parts, report))
             if len(some) > 1:
-                parts.finish(part, found)
-        yield linears, found
+                work.parts.finish(name, arrays)
+        yield linears, arrays
 
 
 def _room(device: torch.device) -> int:
+    import torch
+
     spare = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0
     return max(ACCUMULATOR_BYTES, spare)

@@ -1,31 +1,31 @@
-"""Scores of attention heads that know nothing of bias: the baselines FASP is compared with (method, B5).
+"""Scores of whole attention heads over a scenario, columns of the table `head_impacts` (FASP, sections 4 and 5).
 
-Here: how large a head's weights are, and how much the language-model loss hangs on it. Not here: what removing a head
-does (`excise.attribution.head_impacts`), attention to a name (`excise.attribution.attention`), and the selection, which
-prunes the heads with the lowest scores. Both follow FASP, section 5, after Michel, Levy & Neubig 2019.
+`head_impacts` and `head_perplexity` read what removing a head does, which `excise.attribution.head_impacts` measures.
+The baselines know nothing of bias (method, B5) and are computed here: how large a head's weights are, and how much the
+language-model loss hangs on it (after Michel, Levy & Neubig 2019). Which heads are pruned is
+`excise.strategies.selection`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+import polars as pl
 
+from excise.attribution.score import HeadRanking, head_score
 from excise.errors import ExciseError
-from excise.evaluation.perplexity import require_windows
-from excise.generation.tree import logits_of, not_finite
-from excise.models.loading import LoadedModel
+from excise.models.hooks import hooked
 from excise.progress import Progress, silent
 
+if TYPE_CHECKING:
+    import torch
 
-class ScoredTokens(Protocol):
-    """A stretch of text: all `tokens` are read, the last `scored` of them are predicted."""
-
-    tokens: tuple[int, ...]
-    scored: int
+    from excise.evaluation.perplexity import Window
+    from excise.models.loading import LoadedModel
 
 
 def head_magnitude(loaded: LoadedModel) -> np.ndarray:
@@ -34,6 +34,8 @@ def head_magnitude(loaded: LoadedModel) -> np.ndarray:
     The L2 norm of the head's rows of q, k and v and of its columns of o together, biases left out. Where query heads
     share keys and values, the shared rows count for each of them.
     """
+    from excise.generation.tree import not_finite
+
     topology = loaded.topology
     size, shared = topology.head_dim, topology.heads // topology.kv_heads
     squares = np.zeros((topology.layers, topology.heads))
@@ -51,7 +53,7 @@ def head_magnitude(loaded: LoadedModel) -> np.ndarray:
 
 
 def head_gradient(
-    loaded: LoadedModel, windows: Sequence[ScoredTokens], *, batch: int = 4, progress: Progress = silent
+    loaded: LoadedModel, windows: Sequence[Window], *, batch: int = 4, progress: Progress = silent
 ) -> np.ndarray:
     """How much the loss hangs on each head: sum over windows of |dL / d mask|, float64 [layers, heads].
 
@@ -62,6 +64,11 @@ def head_gradient(
 
     Raises ExciseError without windows, and for a window whose scored tokens have nothing before them.
     """
+    import torch
+
+    from excise.evaluation.perplexity import require_windows
+    from excise.generation.tree import not_finite
+
     if not windows:
         raise ExciseError("head_gradient: no windows; give at least one stretch of text")
     require_windows(loaded, windows)
@@ -89,9 +96,9 @@ def head_gradient(
     return np.divide(scores, norms, out=np.zeros_like(scores), where=norms > 0)
 
 
-def _batches(windows: Sequence[ScoredTokens], batch: int) -> Iterator[list[ScoredTokens]]:
+def _batches(windows: Sequence[Window], batch: int) -> Iterator[list[Window]]:
     """Neighbours of equal length, `batch` at most."""
-    some: list[ScoredTokens] = []
+    some: list[Window] = []
     for window in windows:
         if some and (len(some) == batch or len(some[0].tokens) != len(window.tokens)):
             yield some
@@ -105,26 +112,26 @@ def _masked(loaded: LoadedModel, mask: torch.Tensor) -> Iterator[None]:
     """Multiply each head's part of the output projections' inputs by mask [layers, rows, heads]."""
     topology = loaded.topology
 
-    def multiply(layer: int):
+    def multiply(layer: int) -> Callable[..., tuple[torch.Tensor, ...]]:
         def hook(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             of_features = mask[layer].repeat_interleave(topology.head_dim, dim=1)[:, None]
             return (given[0] * of_features.to(given[0]), *given[1:])
 
         return hook
 
-    hooks = []
-    try:
-        for layer in range(topology.layers):
-            module = topology.site_module(loaded.model, layer, "attention_output")
-            hooks.append(module.register_forward_pre_hook(multiply(layer)))
+    with hooked(
+        topology.site_module(loaded.model, layer, "attention_output").register_forward_pre_hook(multiply(layer))
+        for layer in range(topology.layers)
+    ):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def _losses(loaded: LoadedModel, windows: Sequence[ScoredTokens]) -> torch.Tensor:
+def _losses(loaded: LoadedModel, windows: Sequence[Window]) -> torch.Tensor:
     """The mean cross-entropy of each window's scored tokens, [windows]; all windows have one length."""
+    import torch
+
+    from excise.generation.tree import logits_of
+
     tokens = torch.tensor([list(window.tokens) for window in windows], device=loaded.device)
     hidden = loaded.last_hidden(tokens, use_cache=False)
     losses = []
@@ -132,3 +139,28 @@ def _losses(loaded: LoadedModel, windows: Sequence[ScoredTokens]) -> torch.Tenso
         logits = logits_of(loaded, hidden[row, -window.scored - 1 : -1])
         losses.append(torch.nn.functional.cross_entropy(logits, tokens[row, -window.scored :]))
     return torch.stack(losses)
+
+
+def _by_impact(impacts: pl.DataFrame, seed: int) -> HeadRanking:
+    if "bias_with" in impacts.columns:
+        # Measured, and there is no disparity without the head, as all answers are the same, say: not one to prune.
+        undefined = pl.col("bias_without").is_null() & pl.col("bias_with").is_not_null()
+        impacts = impacts.with_columns(bias_without=pl.when(undefined).then(math.inf).otherwise("bias_without"))
+    return HeadRanking(impacts["bias_without"], impacts["perplexity_without"])
+
+
+def _by_column(name: str) -> Callable[[pl.DataFrame, int], HeadRanking]:
+    return lambda impacts, seed: HeadRanking(impacts[name])
+
+
+def _by_chance(impacts: pl.DataFrame, seed: int) -> HeadRanking:
+    return HeadRanking(pl.Series("random", np.random.default_rng(seed).random(impacts.height)))
+
+
+SCORES = (
+    head_score("head_impacts", _by_impact, selection="fasp", parameters=(frozenset({"alpha", "gamma"}),)),
+    head_score("head_perplexity", _by_column("perplexity_without")),
+    head_score("head_magnitude", _by_column("magnitude")),
+    head_score("head_gradient", _by_column("gradient")),
+    head_score("head_random", _by_chance, drawn=True),
+)

@@ -5,11 +5,12 @@ What an impact is, and how it is estimated, is `head_impacts`; scores of the wei
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from excise.attribution.head_impacts import head_impacts
+from excise.attribution.head_impacts import Compared, Removal, Sampled, head_impacts
 from excise.attribution.head_scores import head_gradient, head_magnitude
 from excise.evaluation.judged import compared_groups
 from excise.generation.enumeration import as_samples
@@ -25,29 +26,32 @@ if TYPE_CHECKING:
 
 
 def impacts_on(
-    asking: Asking, learned: pl.DataFrame, prompts: pl.DataFrame, scenario: Scenario, **options: Any
+    asking: Asking,
+    learned: tuple[pl.DataFrame, pl.DataFrame],
+    scenario: Scenario,
+    removal: Removal,
+    *,
+    resamples: int,
+    seed: int = 0,
+    **options: Any,
 ) -> pl.DataFrame:
     """The heads' impacts on a scenario's disparity, rows of `head_impacts.SCHEMA`.
 
-    learned: the completions that masks may be made from, enumerated or sampled; prompts: theirs. options: as
+    learned: the completions that masks may be made from, enumerated or sampled, and their prompts. removal: its
+    `regenerate` is that of `asking`. resamples, seed: as in `Compared`. options: text, heads, folder and progress, as
     `head_impacts` takes them.
     """
+    completions, prompts = learned
 
     def regenerate(intervention: Intervention) -> pl.DataFrame:
         rows, _ = asking.answers(prompts, intervention)
         return as_samples(rows, asking.how.samples)
 
-    return head_impacts(
-        asking.loaded.asked_for(asking.outcome),
-        prompts,
-        as_samples(learned, asking.how.samples),
-        disparity=scenario.outcome.disparity,
-        groups=compared_groups(scenario),
-        cluster=scenario.outcome.cluster,
-        parameters=asking.how.parameters,
-        regenerate=regenerate,
-        **options,
-    )
+    samples = as_samples(completions, asking.how.samples)
+    sampled = Sampled(asking.loaded.asked_for(asking.outcome), prompts, samples, asking.how.parameters)
+    outcome, groups = scenario.outcome, compared_groups(scenario)
+    compared = Compared(outcome.disparity, groups, outcome.cluster, resamples=resamples, seed=seed)
+    return head_impacts(sampled, compared, removal=replace(removal, regenerate=regenerate), **options)
 
 
 def with_baselines(impacts: pl.DataFrame, loaded: LoadedModel, windows: Sequence[Window]) -> pl.DataFrame:

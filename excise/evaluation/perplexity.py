@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -178,7 +178,7 @@ def window_losses(
     running out of memory). Logits are computed for scored tokens only and in chunks, so a large vocabulary costs no
     memory. Raises ExciseError for a window longer than the model's positions or without a scored token.
     """
-    from excise.models.memory import give_back, is_out_of_memory
+    from excise.models.memory import FittingBatches
 
     require_windows(loaded, windows)
     if batch is not None and batch < 1:
@@ -191,18 +191,12 @@ def window_losses(
     progress(label, done, len(windows))
     for length, numbers in by_length.items():
         most = batch or max(1, TOKENS_AT_ONCE.get(loaded.device.type, 1 << 11) // length)
-        start = 0
-        while start < len(numbers):
-            chosen = numbers[start : start + most]
-            try:
-                losses[chosen] = _batch_losses(loaded, [windows[number] for number in chosen])
-            except (MemoryError, RuntimeError) as error:
-                if most == 1 or not is_out_of_memory(error):
-                    raise
-                most //= 2
-                give_back(loaded.device)
-                continue
-            start += len(chosen)
+
+        def of_batch(chosen: Sequence[int]) -> np.ndarray:
+            return _batch_losses(loaded, [windows[number] for number in chosen])
+
+        for chosen, each in FittingBatches(most, loaded.device).over(numbers, of_batch):
+            losses[list(chosen)] = each
             done += len(chosen)
             progress(label, done, len(windows))
     return losses
@@ -211,20 +205,26 @@ def window_losses(
 def _batch_losses(loaded: LoadedModel, windows: Sequence[Window]) -> np.ndarray:
     import torch
 
-    from excise.generation.tree import logits_of
-
     with torch.inference_mode():
         states, targets = scored_states(loaded, windows)
-        rows = logits_at_once(loaded)
-        losses = torch.cat(
-            [
-                torch.nn.functional.cross_entropy(
-                    logits_of(loaded, states[start : start + rows]), targets[start : start + rows], reduction="none"
-                )
-                for start in range(0, len(targets), rows)
-            ]
-        )
+        losses = torch.cat(list(token_losses(loaded, states, targets, logits_at_once(loaded))))
     return sums_by_window(losses.cpu().numpy(), windows)
+
+
+def token_losses(
+    loaded: LoadedModel, states: torch.Tensor, targets: torch.Tensor, at_once: int
+) -> Iterator[torch.Tensor]:
+    """Negative log likelihood of tokens, in nats, float32, `at_once` of them after the other.
+
+    states: last hidden states before them, [tokens, hidden]. targets: the tokens, [tokens].
+    """
+    import torch
+
+    from excise.generation.tree import logits_of
+
+    for start in range(0, len(targets), at_once):
+        logits = logits_of(loaded, states[start : start + at_once])
+        yield torch.nn.functional.cross_entropy(logits, targets[start : start + at_once], reduction="none")
 
 
 def scored_states(loaded: LoadedModel, windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -241,7 +241,7 @@ def scored_states(loaded: LoadedModel, windows: Sequence[Window]) -> tuple[torch
 
 def logits_at_once(loaded: LoadedModel) -> int:
     """For how many tokens logits are made together."""
-    vocabulary = loaded.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = loaded.model.get_output_embeddings().weight.shape[0]
     return max(1, LOGITS_AT_ONCE.get(loaded.device.type, 1 << 24) // vocabulary)
 
 

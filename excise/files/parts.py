@@ -10,16 +10,20 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from excise.files.tensors import load_tensors, save_tensors
+from excise.progress import Progress, silent
 
 if TYPE_CHECKING:
     import torch
 
+PARTS = ".parts"
+"""Suffix of the folder that holds what there is of a file while it is made, beside it."""
 SHARE = 0.05
 """Of the time, what writing states may take."""
 BYTES_PER_SECOND = 5e8
@@ -52,7 +56,7 @@ class Parts:
         if self._clock() - self._kept_at < size / BYTES_PER_SECOND / SHARE:
             return
         tensors = {name: tensor.cpu().numpy() for name, tensor in state.items()}
-        save_tensors(self._path(f"{part}.begun"), tensors | {"done": np.array(done)})
+        save_tensors(_file(self.folder, f"{part}.begun"), tensors | {"done": np.array(done)})
         self._kept_at = self._clock()
 
     def finished(self, part: str) -> dict[str, np.ndarray] | None:
@@ -63,21 +67,42 @@ class Parts:
         """Keep what a part has come to; its state goes."""
         if self.folder is None:
             return
-        save_tensors(self._path(part), tensors)
-        self._path(f"{part}.begun").unlink(missing_ok=True)
+        save_tensors(_file(self.folder, part), tensors)
+        _file(self.folder, f"{part}.begun").unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Forget all parts: the file they were for is there."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)  # another process may be at the same, and is done as well
 
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
-
     def _read(self, name: str) -> dict[str, np.ndarray] | None:
         if self.folder is None:
             return None
         try:
-            return load_tensors(self._path(name))
+            return load_tensors(_file(self.folder, name))
         except FileNotFoundError:
             return None
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A long computation as its caller sees it: what it is called, who is told how far it is, where unfinished work is
+    kept to go on from, and how it is cut into passes.
+
+    batch: prompts or answers of a pass; layers_at_once: layers whose gradients are held together. Neither changes a
+    result but by rounding; None takes what the computation finds best.
+    """
+
+    label: str = ""
+    progress: Progress = silent
+    parts: Parts = field(default_factory=Parts)
+    batch: int | None = None
+    layers_at_once: int | None = None
+
+    def report(self, done: int, total: int) -> None:
+        """Tell the watcher that `done` of `total` units are finished."""
+        self.progress(self.label, done, total)

@@ -123,7 +123,7 @@ def answer_distributions(
 
     from excise.generation.sampling import PREFILL_TOKENS
     from excise.generation.tree import Rows, common_prefix
-    from excise.models.memory import give_back, is_out_of_memory
+    from excise.models.memory import FittingBatches
 
     if not 0 <= leftover < 1:
         raise ExciseError(f"exact answers: leftover is {leftover!r}, but must be at least 0 and below 1, such as 0.01")
@@ -147,18 +147,11 @@ def answer_distributions(
         size = batch_prompts or max(
             1, min(PREFILL_TOKENS[kind] // longest, CACHE_COLUMNS[kind] // (longest + max_nodes))
         )
-        start = 0
-        while start < len(queue):
-            batch = queue[start : start + size]
-            try:
-                trees = _enumerate_batch(loaded, trunk, trunk_length, batch, parameters, leftover, max_nodes)
-            except (MemoryError, RuntimeError) as error:
-                if size == 1 or not is_out_of_memory(error):
-                    raise
-                size = max(1, size // 2)
-                give_back(loaded.device)
-                continue
-            start += len(batch)
+
+        def enumerated(batch: Sequence[tuple[int, ...]]) -> list[_Tree]:
+            return _enumerate_batch(loaded, trunk, trunk_length, batch, parameters, leftover, max_nodes)
+
+        for batch, trees in FittingBatches(size, loaded.device).over(queue, enumerated):
             finished = {}
             for prompt, tree in zip(batch, trees, strict=True):
                 found_by_prefix = {

@@ -20,7 +20,7 @@ from excise.errors import ExciseError
 from excise.generation.tree import Rows, common_prefix, logits_of
 from excise.models.encoding import require_positions
 from excise.models.loading import LoadedModel
-from excise.models.memory import give_back, is_out_of_memory
+from excise.models.memory import FittingBatches
 
 PREFILL_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 8192}
 """Tokens of a first batch, by device; halved whenever memory runs out."""
@@ -90,28 +90,14 @@ def sample(
         queue = sorted(wanted, key=lambda index: (len(prompts[index]), index))
         longest = len(prompts[queue[-1]]) - trunk_length
         size = batch_prompts or max(1, PREFILL_TOKENS[loaded.device.type] // longest)
-        start = 0
-        while start < len(queue):
-            batch = queue[start : start + size]
-            try:
-                drawn = _sample_batch(
-                    loaded,
-                    trunk,
-                    trunk_length,
-                    batch,
-                    [prompts[i] for i in batch],
-                    [samples[i] for i in batch],
-                    parameters,
-                )
-            except (MemoryError, RuntimeError) as error:
-                if size == 1 or not is_out_of_memory(error):
-                    raise
-                size = max(1, size // 2)
-                give_back(loaded.device)
-                continue
+
+        def draw(batch: Sequence[int]) -> list[Draw]:
+            asked, numbers = [prompts[index] for index in batch], [samples[index] for index in batch]
+            return _sample_batch(loaded, trunk, trunk_length, batch, asked, numbers, parameters)
+
+        for _, drawn in FittingBatches(size, loaded.device).over(queue, draw):
             on_batch(drawn)
             draws += drawn
-            start += len(batch)
     return sorted(draws, key=lambda draw: (draw.prompt, draw.sample))
 
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from excise.errors import ExciseError
+from excise.models.hooks import hooked
 from excise.models.loading import LoadedModel
 
 
@@ -87,7 +89,7 @@ def logits_of(loaded: LoadedModel, hidden: torch.Tensor) -> torch.Tensor:
     logits = loaded.model.get_output_embeddings()(hidden).to(hidden.device).float()
     if not logits.detach().amax(dim=-1).isfinite().all():  # before they are capped, which would hide it
         raise not_finite(loaded, "logits")
-    cap = getattr(loaded.model.config, "final_logit_softcapping", None)
+    cap = loaded.topology.logit_cap
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
@@ -110,15 +112,16 @@ def attention_masks(
     full = _additive(attends, loaded.dtype)
     sizes = {window for window in windows if window is not None}
     reach = int(positions.max()) - int(key_positions.min()) if sizes else 0
-    if not any(reach >= size for size in sizes) and loaded.topology.architecture != "gpt_neo":
+    buffer = loaded.topology.family.order_mask
+    if not any(reach >= size for size in sizes) and buffer is None:
         yield full
         return
     local = full
     if sizes:
         (window,) = sizes
         local = _additive(attends & (positions[:, :, None] - key_positions[:, None, :] < window), loaded.dtype)
-    if loaded.topology.architecture == "gpt_neo":
-        with _gpt_neo_masks(loaded, local):
+    if buffer is not None:
+        with _order_mask_lifted(loaded, buffer, local):
             yield full
     else:
         yield local if None not in windows else {"full_attention": full, "sliding_attention": local}
@@ -131,27 +134,32 @@ def _additive(attends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @contextmanager
-def _gpt_neo_masks(loaded: LoadedModel, local: torch.Tensor) -> Iterator[None]:
-    """GPT-Neo masks by column order in a buffer of its own: lift that for the pass, hand local layers their window."""
-    kept, hooks = [], []
-    for layer, window in enumerate(loaded.topology.windows):
-        attention = loaded.model.get_submodule(f"{loaded.topology.layer_path}.{layer}.attn.attention")
-        kept.append((attention, attention.bias))
-        everything = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=attention.bias.device)
-        attention.bias = everything.expand(1, 1, 1 << 20, 1 << 20)
-        if window is not None:
-            hooks.append(
-                attention.register_forward_pre_hook(
-                    lambda module, args, kwargs: (args, {**kwargs, "attention_mask": local}), with_kwargs=True
-                )
-            )
-    try:
-        yield
-    finally:
-        for attention, bias in kept:
-            attention.bias = bias
-        for hook in hooks:
-            hook.remove()
+def _order_mask_lifted(loaded: LoadedModel, buffer: str, local: torch.Tensor) -> Iterator[None]:
+    """A model that masks by column order in a buffer of its own (GPT-Neo) does not, for the length of a pass; its local
+    layers are handed their window instead."""
+    topology = loaded.topology
+
+    def windowed(
+        module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], named: dict[str, Any]
+    ) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+        return arguments, {**named, "attention_mask": local}
+
+    attentions = [topology.attention_module(loaded.model, layer) for layer in range(topology.layers)]
+    kept = [attention.get_buffer(buffer) for attention in attentions]
+    hooks = (
+        attention.register_forward_pre_hook(windowed, with_kwargs=True)
+        for attention, window in zip(attentions, topology.windows, strict=True)
+        if window is not None
+    )
+    with hooked(hooks):
+        try:
+            for attention, mask in zip(attentions, kept, strict=True):
+                everything = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=mask.device)
+                setattr(attention, buffer, everything.expand(1, 1, 1 << 20, 1 << 20))
+            yield
+        finally:
+            for attention, mask in zip(attentions, kept, strict=True):
+                setattr(attention, buffer, mask)
 
 
 @dataclass(frozen=True)

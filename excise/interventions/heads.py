@@ -138,7 +138,7 @@ def _ablate(loaded: LoadedModel, key: str, chosen: NDArray[np.bool_]) -> Removab
         return torch.from_numpy(where).to(linear.device(loaded.model))
 
     if linear.role == "q":
-        rows = hidden_by(linear.output_features(), linear.parts * linear.out_features)
+        rows = hidden_by(linear.output_features(), linear.module_outputs)
         return module.register_forward_hook(lambda module, inputs, output: output.masked_fill(rows, 0))
     columns = hidden_by(np.arange(linear.in_features), linear.in_features)
     return module.register_forward_pre_hook(lambda module, inputs: (inputs[0].masked_fill(columns, 0), *inputs[1:]))

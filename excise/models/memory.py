@@ -1,11 +1,15 @@
-"""Running out of memory: how each kind of device says it, and how what it keeps aside is given back.
-
-Who catches it makes its batch smaller; how small a batch may become is decided there.
-"""
+"""Running out of memory: how each kind of device says it, and batches that shrink until they fit."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
 import torch
+
+Unit = TypeVar("Unit")
+Made = TypeVar("Made")
 
 SAID_WHEN_FULL = (
     "MPS backend out of memory",
@@ -31,3 +35,36 @@ def give_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+
+
+@dataclass
+class FittingBatches:
+    """Batches of at most `size` units for a device; half as many whenever memory runs out, from then on."""
+
+    size: int
+    device: torch.device
+
+    def over(
+        self, queue: Sequence[Unit], compute: Callable[[Sequence[Unit]], Made], *, evenly: bool = False
+    ) -> Iterator[tuple[Sequence[Unit], Made]]:
+        """(batch, what `compute` makes of it) until the queue is done. evenly: batches of equal size.
+
+        Raises what `compute` raises, out of memory for a batch of one, too.
+        """
+        start = 0
+        while start < len(queue):
+            left = len(queue) - start
+            size = -(-left // -(-left // self.size)) if evenly else self.size
+            batch = queue[start : start + size]
+            try:
+                made = compute(batch)
+            except (MemoryError, RuntimeError) as error:
+                if len(batch) == 1 or not is_out_of_memory(error):
+                    raise
+                self.size = len(batch) // 2
+            else:
+                start += len(batch)
+                yield batch, made
+                continue
+            # Only now, as the error is gone and with it the tensors of the pass that failed.
+            give_back(self.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from excise.errors import ExciseError
 
@@ -70,16 +70,23 @@ def _offloading(module: torch.nn.Module) -> Any:
 
 
 def kept_weight(module: torch.nn.Module, name: str = "weight") -> torch.Tensor:
+    """A module's weight, or its parameter of that name, in the memory it is kept in."""
     hook = _offloading(module)
-    return getattr(module, name) if hook is None else hook.weights_map[name]
+    return cast("torch.Tensor", getattr(module, name)) if hook is None else hook.weights_map[name]
+
+
+def weight_of(module: torch.nn.Module) -> torch.Tensor:
+    """A module's weight as it stands: without numbers where accelerate fetches them for each pass."""
+    return cast("torch.Tensor", module.weight)
 
 
 def device_of(module: torch.nn.Module) -> torch.device:
+    """Where a module computes."""
     import torch
 
     hook = _offloading(module)
     if hook is None:
-        return module.weight.device
+        return weight_of(module).device
     place = hook.execution_device
     return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
 

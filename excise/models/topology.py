@@ -1,19 +1,22 @@
-"""The parts of a model: its matrices by layer and role, and where its heads are. One table tells the families apart."""
+"""The parts of a model: its matrices by layer and role, where its heads are, and what its attention reaches.
+
+What tells architectures apart is an entry of `excise.models.families`; everything above speaks of layers, roles and
+sites.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from excise.errors import ExciseError
+from excise.models.families import Family, Windows, family_of
+from excise.models.placement import device_of, kept_weight, weight_of
 
 if TYPE_CHECKING:
     import torch
-
-from excise.models.placement import device_of, kept_weight
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 SITES = ("attention_input", "attention_output", "mlp_input", "mlp_output")
@@ -27,6 +30,7 @@ SITE_OF_ROLE = {
     "down": "mlp_output",
 }
 """The site whose activation is a role's input. q, k and v share one, gate and up share one."""
+_ROLE_OF_SITE = {"attention_input": "q", "attention_output": "o", "mlp_input": "up", "mlp_output": "down"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,9 @@ class Linear:
     """One weight matrix of a decoder layer in its logical orientation: `out_features` x `in_features`.
 
     Several linears may live in one parameter (GPT-2's fused q, k, v); `weight` returns a view of the right part.
+    layout: how the parameter is kept, as [out, in], as [in, out] (conv1d) or with the rows of all parts head by head
+    (interleaved). start: the first row among those of the whole module, or among those of a head where heads
+    interleave. module_outputs: rows of the whole module. heads: those that interleave.
     """
 
     layer: int
@@ -41,9 +48,9 @@ class Linear:
     out_features: int
     in_features: int
     module: str
+    module_outputs: int
     layout: Literal["linear", "conv1d", "interleaved"] = "linear"
-    part: int = 0
-    parts: int = 1
+    start: int = 0
     heads: int = 1
 
     @property
@@ -58,6 +65,11 @@ class Linear:
     def shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
+    @property
+    def fused(self) -> bool:
+        """Whether its module computes other matrices' outputs, too."""
+        return self.out_features < self.module_outputs
+
     def weight(self, model: torch.nn.Module) -> torch.Tensor:
         """A view of the parameter, [out, in], or [heads, out / heads, in] where heads interleave (GPT-NeoX).
 
@@ -71,49 +83,54 @@ class Linear:
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
         """The same view of any tensor shaped like the parameter, for example its gradient."""
-        if self.layout == "conv1d":
-            start = self.part * self.out_features
-            return parameter[:, start : start + self.out_features].T
         if self.layout == "interleaved":
-            size = self.out_features // self.heads
-            return parameter.view(self.heads, self.parts, size, self.in_features)[:, self.part]
-        return parameter
+            return parameter.view(self.heads, -1, self.in_features)[:, self._rows]
+        if self.layout == "conv1d":
+            return parameter[:, self._rows].T
+        return parameter[self._rows] if self.fused else parameter
 
     def output_features(self) -> np.ndarray:
         """Where the module's output holds what this matrix's rows compute, int [out] in the order of the rows."""
-        if self.layout == "interleaved":
-            size = self.out_features // self.heads
-            return np.arange(self.parts * self.out_features).reshape(self.heads, self.parts, size)[:, self.part].ravel()
-        return self.part * self.out_features + np.arange(self.out_features)
+        return np.arange(self.module_outputs).reshape(self.heads, -1)[:, self._rows].ravel()
+
+    @property
+    def _rows(self) -> slice:
+        return slice(self.start, self.start + self.out_features // self.heads)
 
 
 @dataclass(frozen=True)
 class Topology:
     """The parts of a decoder that scores, masks and hooks speak of."""
 
-    architecture: str
+    family: Family
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
     hidden: int
     linears: tuple[Linear, ...]
-    windows: tuple[int | None, ...]
-    """Per layer, how many positions back attention reaches (None: all)."""
-    layer_path: str
-    site_paths: Mapping[str, str] = field(default_factory=dict)
+    windows: Windows
+    logit_cap: float | None = None
+    """The model's logits lie between minus this and this (None: anywhere)."""
+
+    @property
+    def architecture(self) -> str:
+        return self.family.model_type
+
+    def layer_modules(self, model: torch.nn.Module) -> list[torch.nn.Module]:
+        """The decoder layers, from the first."""
+        return [model.get_submodule(f"{self.family.layers}.{layer}") for layer in range(self.layers)]
 
     def site_module(self, model: torch.nn.Module, layer: int, site: str) -> torch.nn.Module:
         """The module whose first positional input is the activation at `site`, [batch, time, features]."""
-        return model.get_submodule(f"{self.layer_path}.{layer}.{self.site_paths[site]}")
+        return model.get_submodule(f"{self.family.layers}.{layer}.{self.family.modules()[_ROLE_OF_SITE[site]]}")
 
     def attention_module(self, model: torch.nn.Module, layer: int) -> torch.nn.Module:
         """The module whose second output is the attention, [batch, heads, queries, keys], where it is computed eagerly.
 
         It holds the output projection.
         """
-        path = self.site_paths["attention_output"].rpartition(".")[0]
-        return model.get_submodule(f"{self.layer_path}.{layer}.{path}")
+        return model.get_submodule(f"{self.family.layers}.{layer}.{self.family.attention}")
 
     def site_width(self, layer: int, site: str) -> int:
         return next(each.in_features for each in self.linears if each.layer == layer and each.site == site)
@@ -125,116 +142,54 @@ class Topology:
         raise KeyError(key)
 
 
-_SEPARATE = {
-    "llama": (
-        "model.layers",
-        "self_attn.",
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "mlp.",
-        ("gate_proj", "up_proj"),
-        "down_proj",
-    ),
-    "gpt_neo": (
-        "transformer.h",
-        "attn.attention.",
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "out_proj",
-        "mlp.",
-        ("c_fc",),
-        "c_proj",
-    ),
-    "gptj": ("transformer.h", "attn.", "q_proj", "k_proj", "v_proj", "out_proj", "mlp.", ("fc_in",), "fc_out"),
-}
-_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
-FAMILIES = (*_LIKE_LLAMA, "gpt2", "gpt_neo", "gptj", "gpt_neox")
-
-
-def require_known(kind: str | None, where: str = "") -> None:
-    """Raise ExciseError unless the architecture is one of `FAMILIES`. where: what the message begins with."""
-    if kind not in FAMILIES:
-        raise ExciseError(
-            f"{where}architecture {kind!r} is not known; Excise knows {', '.join(FAMILIES)}. "
-            "A new one is a table in excise/models/loading.py"
-        )
-
-
 def topology_of(model: torch.nn.Module) -> Topology:
     """Describe a loaded `transformers` causal language model. Raises ExciseError for an unknown architecture."""
-    config = model.config
-    kind = config.model_type
-    require_known(kind)
-    layers = config.num_hidden_layers
+    config: Any = model.config
+    family = family_of(config.model_type)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     hidden = config.hidden_size
     head_dim = getattr(config, "head_dim", None) or hidden // heads
-    linears: list[Linear] = []
-    if kind == "gpt2":
-        path, inner = "transformer.h", config.n_inner or 4 * hidden
-        sites = dict(zip(SITES, ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"), strict=True))
-        for layer in range(layers):
-            at = f"{path}.{layer}."
-            linears += [
-                Linear(layer, role, hidden, hidden, at + "attn.c_attn", "conv1d", part, 3)
-                for part, role in enumerate("qkv")
-            ]
-            linears += [
-                Linear(layer, "o", hidden, hidden, at + "attn.c_proj", "conv1d"),
-                Linear(layer, "up", inner, hidden, at + "mlp.c_fc", "conv1d"),
-                Linear(layer, "down", hidden, inner, at + "mlp.c_proj", "conv1d"),
-            ]
-    elif kind == "gpt_neox":
-        path, inner = "gpt_neox.layers", config.intermediate_size
-        own = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-        sites = dict(zip(SITES, own, strict=True))
-        for layer in range(layers):
-            at = f"{path}.{layer}."
-            linears += [
-                Linear(layer, role, hidden, hidden, at + "attention.query_key_value", "interleaved", part, 3, heads)
-                for part, role in enumerate("qkv")
-            ]
-            linears += [
-                Linear(layer, "o", hidden, hidden, at + "attention.dense"),
-                Linear(layer, "up", inner, hidden, at + "mlp.dense_h_to_4h"),
-                Linear(layer, "down", hidden, inner, at + "mlp.dense_4h_to_h"),
-            ]
-    else:
-        path, attention, q, k, v, o, mlp, ups, down = _SEPARATE.get(kind, _SEPARATE["llama"])
-        sites = dict(zip(SITES, (attention + q, attention + o, mlp + ups[-1], mlp + down), strict=True))
-        names = {"q": attention + q, "k": attention + k, "v": attention + v, "o": attention + o}
-        names |= {"gate": mlp + ups[0], "up": mlp + ups[1]} if len(ups) == 2 else {"up": mlp + ups[0]}
-        names |= {"down": mlp + down}
-        for layer in range(layers):
-            for role, name in names.items():
-                module = f"{path}.{layer}.{name}"
-                out_features, in_features = model.get_submodule(module).weight.shape
-                linears.append(Linear(layer, role, out_features, in_features, module))
+    rows = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
     return Topology(
-        architecture=kind,
-        layers=layers,
+        family=family,
+        layers=config.num_hidden_layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         hidden=hidden,
-        linears=tuple(linears),
-        windows=_windows(config, layers),
-        layer_path=path,
-        site_paths=sites,
+        linears=tuple(
+            linear
+            for layer in range(config.num_hidden_layers)
+            for linear in _linears(model, family, layer, rows, heads)
+        ),
+        windows=family.windows(config),
+        logit_cap=getattr(config, family.logit_cap, None) if family.logit_cap else None,
     )
 
 
-def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
-    if config.model_type == "gpt_neo":
-        return tuple(config.window_size if kind == "local" else None for kind in config.attention_layers)
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if window is None or (kinds is None and config.model_type != "mistral"):
-        return (None,) * layers
-    if kinds is None or config.model_type == "mistral":
-        return (window,) * layers
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+def _linears(model: torch.nn.Module, family: Family, layer: int, rows: dict[str, int], heads: int) -> Iterator[Linear]:
+    """The matrices of a layer. rows: outputs of q, k and v; those of a fused gate and up are as many each."""
+    starts: dict[str, int] = {}
+    modules = family.modules()
+    for role, path in modules.items():
+        module = f"{family.layers}.{layer}.{path}"
+        outputs, inputs = weight_of(model.get_submodule(module)).shape
+        if family.transposed:
+            outputs, inputs = inputs, outputs
+        sharing = sum(other == path for other in modules.values())
+        own = outputs if sharing == 1 else rows.get(role, outputs // sharing)
+        interleaved = sharing > 1 and role in rows and family.fused_heads == "interleaved"
+        start = starts.get(path, 0)
+        starts[path] = start + (own // heads if interleaved else own)
+        yield Linear(
+            layer,
+            role,
+            own,
+            inputs,
+            module,
+            outputs,
+            "interleaved" if interleaved else "conv1d" if family.transposed else "linear",
+            start,
+            heads if interleaved else 1,
+        )

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from excise.attribution.continuation import forwards_replaced, layers_of, skipping
+from excise.attribution.continuation import forwards_replaced, skipping
 from excise.errors import ExciseError
 from excise.evaluation.texts import read_text
 from excise.files.registry import home_expanded
@@ -296,7 +296,7 @@ def _check_heads(loaded: LoadedModel, plant: HeadPlant) -> None:
                 f"layers of {topology.heads} heads, numbered from 0"
             )
         linears = [topology.linear(f"{layer}.{role}") for role in ("q", "o")]
-        if any(linear.layout != "linear" or linear.parts > 1 for linear in linears):
+        if any(linear.layout != "linear" or linear.fused for linear in linears):
             raise ExciseError(f"planted heads: {loaded.key} has no query projection of its own; plant in another base")
     if len({layer for layer, _ in plant.heads}) < len(plant.heads):
         raise ExciseError("planted heads: two are in one layer; choose one head a layer")
@@ -325,7 +325,9 @@ def _base_states(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Of each example the states entering a layer, [all tokens, hidden], and the last ones, as `_states` has them."""
     kept = []
-    hook = layers_of(loaded)[layer].register_forward_pre_hook(lambda module, given: kept.append(given[0]))
+    hook = loaded.topology.layer_modules(loaded.model)[layer].register_forward_pre_hook(
+        lambda module, given: kept.append(given[0])
+    )
     try:
         last = _states(loaded, examples)
     finally:
@@ -345,7 +347,9 @@ def _states(
     # What follows a text cannot change what precedes it, so anything will do to fill the row.
     rows = torch.tensor([[*each.tokens, *[0] * (longest - len(each.tokens))] for each in examples])
     padded = torch.nn.utils.rnn.pad_sequence(list(entering), batch_first=True) if entering else None
-    with forwards_replaced({each: skipping(loaded, padded) for each in layers_of(loaded)[:layer]}):
+    with forwards_replaced(
+        {each: skipping(loaded, padded) for each in loaded.topology.layer_modules(loaded.model)[:layer]}
+    ):
         hidden = loaded.model.base_model(input_ids=rows.to(loaded.device), use_cache=False).last_hidden_state
     return [row[each.start - 1 : len(each.tokens) - 1] for row, each in zip(hidden, examples, strict=True)]
 

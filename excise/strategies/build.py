@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,13 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from excise.attribution import (
-    AttributionFile,
-    read_attention,
-    read_candidates,
-    read_norms,
-    read_snip,
-)
+from excise.attribution import AttributionFile
 from excise.conditions import (
     ACROSS,
     ALL_CONTEXTS,
@@ -39,29 +30,22 @@ from excise.conditions import (
 )
 from excise.errors import ExciseError
 from excise.evaluation.thresholds import SIGNIFICANCE
-from excise.interventions.combining import intersection, leave_one_out, union, votes
+from excise.interventions.combining import leave_one_out
 from excise.interventions.controls import RandomControl
 from excise.interventions.heads import heads_mask
 from excise.interventions.kinds import load_mask
 from excise.interventions.packed import Mask
-from excise.interventions.weights import WeightMask
 from excise.models.loading import LoadedModel
 from excise.models.topology import Linear
 from excise.progress import Progress, silent
-from excise.strategies.selection import (
-    fasp,
-    pooled_band,
-    set_difference,
-    set_difference_by_count,
-    set_difference_of_count,
-    top_of_stream,
-)
+from excise.strategies.config import MEASURED_PATH, Strategy
+from excise.strategies.differences import MASK, combined, difference_masks, streams_of, top_mask
+from excise.strategies.selection import fasp
 
 if TYPE_CHECKING:
-    from excise.attribution.gap_free import Asked
+    from excise.attribution.gap_distance import Asked
+    from excise.attribution.gap_gradient import GapGradient
     from excise.strategies.measured_path import Budgets, MeasuredPath
-
-from excise.strategies.config import MEASURED_PATH, Strategy
 
 
 @dataclass(frozen=True)
@@ -163,7 +147,7 @@ def build_head_masks(
     impacts: one row per head with layer, head, perplexity_without, bias_without, magnitude and gradient. All variations
     get the same mask. Raises ExciseError where heads are missing, or a head has no score.
     """
-    layers, heads = impacts["layer"].max() + 1, impacts["head"].max() + 1
+    layers, heads = (1 + max(impacts[column].to_list()) for column in ("layer", "head"))
     ordered = impacts.sort("layer", "head")
     if ordered.height != layers * heads:
         raise ExciseError(
@@ -171,8 +155,7 @@ def build_head_masks(
             "of this partition again"
         )
     for strategy in strategies:
-        chosen = np.zeros(layers * heads, dtype=bool)
-        chosen[_ranked_heads(strategy, ordered, seed)] = True
+        chosen = np.isin(np.arange(layers * heads), _ranked_heads(strategy, ordered, seed))
         mask = heads_mask(chosen.reshape(layers, heads), "zero_output")
         named = NamedMask("", strategy.key, OWN_SCENARIO, None, 0, mask)
         made = [named, *_random_controls(named, strategy, random_draws, seed)]
@@ -182,36 +165,32 @@ def build_head_masks(
 def _ranked_heads(strategy: Strategy, impacts: pl.DataFrame, seed: int) -> np.ndarray:
     """Flat indices of the heads a strategy prunes."""
 
-    def column(name: str) -> np.ndarray:
-        values = impacts[name].cast(pl.Float64).fill_null(math.nan).to_numpy()
+    def known(column: pl.Series) -> np.ndarray:
+        values = column.cast(pl.Float64).fill_null(math.nan).to_numpy()
         if np.isnan(values).any():
             mend = "materialize head_impacts of this partition again"
-            if name == "bias_without":
+            if column.name == "bias_without":
                 mend = "without them too few answers have a value to tell a disparity by, so ask for more samples"
             count = int(np.isnan(values).sum())
-            raise ExciseError(f"head impacts: {name} of {count} heads is not known, which {strategy.key} needs; {mend}")
+            raise ExciseError(
+                f"head impacts: {column.name} of {count} heads is not known, which {strategy.key} needs; {mend}"
+            )
         return values
 
+    rank = strategy.record.rank
+    if rank is None:
+        raise ExciseError(f"strategies: score {strategy.score} is of no heads of a whole scenario")
+    ranking = rank(impacts, _seed(seed, strategy.key.partition("-")[0]))
+    harm = known(ranking.harm)
+    need = np.zeros(len(harm)) if ranking.need is None else known(ranking.need)
     alpha, gamma = strategy.parameters["alpha"], strategy.parameters.get("gamma", 0.0)
-    ties = bool(strategy.parameters.get("paper_ties", 0))
-    if strategy.score == "head_impacts":
-        if "bias_with" in impacts.columns:
-            # Measured, and there is no disparity without the head, as all answers are the same, say: not one to prune.
-            undefined = pl.col("bias_without").is_null() & pl.col("bias_with").is_not_null()
-            impacts = impacts.with_columns(bias_without=pl.when(undefined).then(math.inf).otherwise("bias_without"))
-        bias = column("bias_without")
-        found = fasp(column("perplexity_without"), bias, alpha, gamma, ties)
-        if not np.isfinite(bias[found]).all():
-            raise ExciseError(
-                f"head impacts: {strategy.key} asks for {len(found)} heads, but only {np.isfinite(bias).sum()} have a "
-                "defined disparity without them; lower alpha or gamma"
-            )
-        return found
-    if strategy.score == "head_random":
-        scores = np.random.default_rng(_seed(seed, strategy.key.partition("-")[0])).random(impacts.height)
-    else:
-        scores = column({"head_perplexity": "perplexity_without"}.get(strategy.score, strategy.score[len("head_") :]))
-    return fasp(np.zeros(impacts.height), scores, alpha, 0.0, ties)
+    chosen = fasp(need, harm, alpha, gamma, bool(strategy.parameters.get("paper_ties", 0)))
+    if not np.isfinite(harm[chosen]).all():
+        raise ExciseError(
+            f"head impacts: {strategy.key} asks for {len(chosen)} heads, but only {np.isfinite(harm).sum()} have a "
+            "defined disparity without them; lower alpha or gamma"
+        )
+    return chosen
 
 
 def build_cross_context_masks(
@@ -238,7 +217,7 @@ def build_cross_context_masks(
     for number, strategy in enumerate(chosen):
         every = [source for source in sources if source.strategy == strategy.key]
         others = [source for source in every if source.scenario != scenario]
-        pools = {}
+        pools: dict[str, list[SourceMask]] = {}
         if others and CROSS_CONTEXT in strategy.levels:
             pools[CROSS_CONTEXT] = others
         if others and len(every) > len(others) and ALL_CONTEXTS in strategy.levels:
@@ -252,7 +231,7 @@ def build_cross_context_masks(
                 if mask is None:
                     continue
             else:
-                mask = _combined(strategy, [Path(source.mask) for source in pool])
+                mask = combined(strategy, [source.mask for source in pool if source.mask is not None])
             # A draw serves all variations, as the mask itself does. Single sources are many, so one draw each.
             draws = random_draws if level in ACROSS else min(1, random_draws)
             named = NamedMask("", strategy.key, level, None, 0, mask)
@@ -279,14 +258,14 @@ def grid_masks(
     for file in files:
         if file.score != strategy.score:
             continue
-        scores = _scores_of(loaded, strategy, file.path)
+        scores = streams_of(loaded, strategy, file.path)
         with tempfile.TemporaryDirectory(prefix="excise-grid-") as folder:
             tops: dict[tuple[int, float], Path] = {}
             wanted = sorted({(0, point[0]) for point in points} | {(1, point[1]) for point in points})
             for number, (side, threshold) in enumerate(wanted):
                 tops[side, threshold] = Path(folder) / f"{number}.safetensors"
                 weighting = ("minority", "majority")[side]
-                _top(strategy, scores, weighting, threshold).save(tops[side, threshold])
+                top_mask(strategy, scores, weighting, threshold).save(tops[side, threshold])
                 progress(f"thresholds {strategy.key} {file.variation}", number + 1, len(wanted))
             for point in points:
                 minority, majority = load_mask(tops[0, point[0]]), load_mask(tops[1, point[1]])
@@ -314,67 +293,20 @@ def _linears(loaded: LoadedModel, strategy: Strategy) -> list[Linear]:
     return [linear for linear in loaded.topology.linears if linear.role in strategy.roles]
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """Scores of one variation, array by array: the matrices of the roles, or one array of all heads."""
-
-    keys: tuple[str, ...]
-    of: Callable[[str, str], np.ndarray]
-    """(key, weighting) -> scores [out, in], or [layers, heads]."""
-
-    def stream(self, weighting: str) -> Iterator[tuple[str, np.ndarray]]:
-        return ((key, self.of(key, weighting)) for key in self.keys)
-
-
-def _scores_of(loaded: LoadedModel, strategy: Strategy, path: Path) -> _Scores:
-    if strategy.score == "attention":
-        heads = read_attention(path)[strategy.reduce]
-        return _Scores(("heads",), lambda key, weighting: heads[weighting])
-    linears = {linear.key: linear for linear in _linears(loaded, strategy)}
-    if strategy.score == "snip":
-        return _Scores(tuple(linears), lambda key, weighting: read_snip(path, key, weighting))
-    norms = read_norms(path)
-    last: dict[int, tuple[str, np.ndarray]] = {}  # by thread: a matrix is asked for under several weightings in turn
-
-    def wanda(key: str, weighting: str) -> np.ndarray:
-        linear, thread = linears[key], threading.get_ident()
-        if last.get(thread, ("",))[0] != key:
-            weight = linear.weight(loaded.model).detach().float().cpu().reshape(linear.shape)
-            last[thread] = key, np.abs(weight.numpy())
-        return last[thread][1] * norms[weighting][f"{linear.layer}.{linear.site}"]
-
-    return _Scores(tuple(linears), wanda)
-
-
-def _as_mask(strategy: Strategy, bits: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, int]]) -> Mask:
-    """A mask of packed bits by key: of matrices, or of the one array of all heads."""
-    if strategy.of_heads:
-        chosen = np.unpackbits(bits["heads"], count=math.prod(shapes["heads"])).astype(bool)
-        return heads_mask(chosen.reshape(shapes["heads"]), strategy.ablation)
-    return WeightMask(bits, {key: shapes[key] for key in bits})
-
-
 def _set_difference_masks(
-    loaded: LoadedModel, strategy: Strategy, sources: Mapping[str, Path], permutations: int, store
+    loaded: LoadedModel,
+    strategy: Strategy,
+    sources: Mapping[str, Path],
+    permutations: int,
+    store: Callable[[Mask], Path],
 ) -> Iterator[NamedMask]:
-    kinds = ["mask", *(control for control in strategy.controls if control not in (RANDOM, "permuted"))]
+    kinds = [MASK, *(control for control in strategy.controls if control not in (RANDOM, "permuted"))]
     if "permuted" in strategy.controls:
         kinds += [f"permuted_{draw}" for draw in range(permutations)]
     kept: list[Path] = []
     for variation, path in sources.items():
-        scores = _scores_of(loaded, strategy, path)
-        bits: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in kinds}
-        shapes: dict[str, tuple[int, int]] = {}
-        # Ranking releases the interpreter lock, so threads share the work; each holds one matrix.
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
-            jobs = [threads.submit(_chosen, strategy, scores, *each, kinds) for each in _differences(strategy, scores)]
-            for job in jobs:
-                key, shapes[key], packed = job.result()
-                for kind in kinds:
-                    bits[kind][key] = packed[kind]
-        for kind in kinds:
-            mask = _as_mask(strategy, bits.pop(kind), shapes)
-            if kind == "mask":
+        for kind, mask in difference_masks(strategy, streams_of(loaded, strategy, path), kinds):
+            if kind == MASK:
                 kept.append(store(mask))
                 if PROMPT_SPECIFIC in strategy.levels:
                     yield NamedMask(variation, strategy.key, PROMPT_SPECIFIC, None, 0, mask)
@@ -383,86 +315,11 @@ def _set_difference_masks(
                 yield NamedMask(variation, name, PROMPT_SPECIFIC, strategy.key, int(draw), mask)
     if WITHIN_CONTEXT in _levels(strategy, list(sources)):
         if strategy.combine == "intersection":
-            masks = leave_one_out(lambda: map(load_mask, kept))
+            masks = iter(leave_one_out(lambda: map(load_mask, kept)))
         else:
-            masks = (_combined(strategy, kept[:index] + kept[index + 1 :]) for index in range(len(kept)))
+            masks = (combined(strategy, kept[:index] + kept[index + 1 :]) for index in range(len(kept)))
         for variation, mask in zip(sources, masks, strict=True):
             yield NamedMask(variation, strategy.key, WITHIN_CONTEXT, None, 0, mask)
-
-
-def _thresholds(strategy: Strategy) -> tuple[float, float]:
-    names = ("k_min", "k_maj") if "k_min" in strategy.parameters else ("tau_min", "tau_maj")
-    return strategy.parameters[names[0]], strategy.parameters[names[1]]
-
-
-def _difference(
-    strategy: Strategy, minority: np.ndarray, majority: np.ndarray, thresholds: tuple[float, float]
-) -> np.ndarray:
-    """The set difference of one array; thresholds are counts where the strategy counts."""
-    if "k_min" in strategy.parameters:
-        return set_difference_by_count(minority, majority, *map(int, thresholds))
-    return set_difference(minority, majority, *thresholds, scope="row" if strategy.scope == "row" else "matrix")
-
-
-def _differences(strategy: Strategy, scores: _Scores) -> Iterator[tuple[str, np.ndarray | None]]:
-    """(key, set difference): of one ranking over all matrices here, else None, as each matrix has its own."""
-    if strategy.of_heads or strategy.scope != "global":
-        yield from ((key, None) for key in scores.keys)
-        return
-    size = sum(array.size for _, array in scores.stream("minority"))
-    tops = [
-        top_of_stream(lambda weighting=weighting: scores.stream(weighting), int(tau * size))
-        for weighting, tau in zip(("minority", "majority"), _thresholds(strategy), strict=True)
-    ]
-    for (key, minority), (_, majority) in zip(*tops, strict=True):
-        yield key, minority & ~majority
-
-
-def _chosen(
-    strategy: Strategy, scores: _Scores, key: str, mask: np.ndarray | None, kinds: Sequence[str]
-) -> tuple[str, tuple[int, int], dict[str, np.ndarray]]:
-    """One array of the set difference and of its controls of the same count: (key, shape, packed bits by kind)."""
-    if mask is None:
-        mask = _difference(strategy, scores.of(key, "minority"), scores.of(key, "majority"), _thresholds(strategy))
-    count, tau_maj = int(np.count_nonzero(mask)), _thresholds(strategy)[1]
-    if "k_maj" in strategy.parameters:
-        tau_maj = min(1.0, (tau_maj + 0.5) / mask.size)  # the fraction that stands for just this count
-    packed = {}
-    for kind in kinds:
-        if kind == "mask":
-            chosen = mask
-        elif kind == "pooled_band":
-            chosen = pooled_band(scores.of(key, "pooled"), int(tau_maj * mask.size), count)
-        else:
-            # What reversed and permuted exchange: (scores in the minority's place, scores in the majority's place).
-            places = ("majority", "minority")
-            if kind != "reversed":
-                draw = kind.removeprefix("permuted_")
-                places = (f"permuted_minority_{draw}", f"permuted_majority_{draw}")
-            chosen = set_difference_of_count(*(scores.of(key, place) for place in places), tau_maj, count)
-        packed[kind] = np.packbits(chosen, axis=None)
-    return key, mask.shape, packed
-
-
-def _top(strategy: Strategy, scores: _Scores, weighting: str, threshold: float) -> Mask:
-    """The highest scores of one weighting, down to the threshold."""
-    if not strategy.of_heads and strategy.scope == "global":
-        size = sum(array.size for _, array in scores.stream(weighting))
-        chosen = top_of_stream(lambda: scores.stream(weighting), int(threshold * size))
-    else:
-        chosen = ((key, _difference(strategy, array, array, (threshold, 0))) for key, array in scores.stream(weighting))
-    bits, shapes = {}, {}
-    for key, array in chosen:
-        bits[key], shapes[key] = np.packbits(array, axis=None), array.shape
-    return _as_mask(strategy, bits, shapes)
-
-
-def _combined(strategy: Strategy, paths: Sequence[Path]) -> Mask:
-    """One mask of several, as the strategy combines them; the intersection and union hold two at a time."""
-    if strategy.combine == "votes":
-        needed = max(1, math.ceil(strategy.parameters["votes"] * len(paths) - 1e-9))
-        return votes(map(load_mask, paths), needed)
-    return (intersection if strategy.combine == "intersection" else union)(map(load_mask, paths))
 
 
 def _measured_path_masks(
@@ -484,7 +341,8 @@ def follow_path(
 
     level, variation: what the mask is for ("" for all variations).
     """
-    from excise.strategies.measured_path import heads_of, kept_path, weights_of
+    from excise.strategies.measured_path import Course, kept_path
+    from excise.strategies.units import heads_of, weights_of
 
     if paths is None:
         raise ExciseError(f"strategies: {strategy.key} makes masks by measuring: give build_masks its paths")
@@ -498,15 +356,17 @@ def follow_path(
                 "none; name a strategy of weights"
             )
     else:
-        units = weights_of(paths.loaded, strategy.roles, _best_of_all([source.score for source in pool]))
+        read = strategy.record.candidates
+        if read is None:
+            raise ExciseError(f"strategies: score {strategy.score} has no candidates that {strategy.selection} takes")
+        candidates = [read(source.score) for source in pool if source.score is not None]
+        units = weights_of(paths.loaded, strategy.roles, _best_of_all(candidates))
     budgets = replace(paths.budgets, lost=strategy.parameters.get("lost", paths.budgets.lost))
     found = kept_path(
         paths.loaded,
         asked,
         units,
-        density=strategy.parameters["density"],
-        budgets=budgets,
-        seed=paths.seed,
+        Course(strategy.parameters["density"], budgets, paths.seed),
         folder=paths.folder,
         progress=paths.progress,
         label=f"{strategy.key} {level.replace('_', '-')} {variation}".rstrip(),
@@ -515,13 +375,12 @@ def follow_path(
     return found
 
 
-def _best_of_all(files: Sequence[Path]) -> dict[str, np.ndarray]:
+def _best_of_all(files: Sequence[GapGradient]) -> dict[str, np.ndarray]:
     """Candidates of several variations: as many as of one, from each its own best ones; flat indices by key."""
-    found: dict[str, list[np.ndarray]] = {}
-    for file in files:
-        scores = read_candidates(file)
+    best: dict[str, list[np.ndarray]] = {}
+    for scores in files:
         for key, each in scores.candidates.items():
             worth = each.drop / (each.harm + scores.damping)
             count = math.ceil(len(worth) / len(files))
-            found.setdefault(key, []).append(each.index[np.argsort(-worth, kind="stable")[:count]])
-    return {key: np.concatenate(parts) for key, parts in found.items()}
+            best.setdefault(key, []).append(each.index[np.argsort(-worth, kind="stable")[:count]])
+    return {key: np.concatenate(parts) for key, parts in best.items()}

@@ -7,14 +7,14 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from excise.attribution import (
-    GAP_GRADIENT_KEEP,
-)
+from excise.attribution import Score, scores
+from excise.attribution.score import COUNTS
 from excise.conditions import (
     ACROSS,
     ALL_CONTEXTS,
@@ -27,58 +27,24 @@ from excise.conditions import (
 from excise.files.registry import Faults, Registry, load_entries, merged
 from excise.models.topology import ROLES
 
-if TYPE_CHECKING:
-    pass
-
-
 BUILT_IN_STRATEGIES = Path(__file__).with_name("strategies.yaml")
 MEASURED_PATH = "measured_path"
-HEAD_SCORES = ("head_impacts", "head_perplexity", "head_magnitude", "head_gradient", "head_random")
-"""Scores of whole heads over a whole scenario (FASP, sections 4 and 5), columns of the table `head_impacts`."""
+_FIELDS_OF_A_MASK = ("score", "selection", "scope", "ablation", "reduce", "combine", "parameters", "roles")
 
-
-# What a selection takes: parameters that are needed (one of several sets) and those that may be given.
-_FRACTIONS, _COUNTS = frozenset({"tau_min", "tau_maj"}), frozenset({"k_min", "k_maj"})
-
-
-# score: (selections, ablations, parameter sets, optional parameters, scopes, controls)
-_FITS = {
-    "wanda": ("set_difference", ("zero_weights",), (_FRACTIONS,), {"votes"}, ("matrix", "row", "global"), CONTROLS),
-    "snip": ("set_difference", ("zero_weights",), (_FRACTIONS,), {"votes"}, ("matrix", "row", "global"), (RANDOM,)),
-    "attention": (
-        "set_difference",
-        ("zero_query", "zero_output"),
-        (_FRACTIONS, _COUNTS),
-        {"votes"},
-        ("global",),
-        CONTROLS,
-    ),
-    "gap_gradient": (
-        "measured_path",
-        ("zero_weights", "zero_output"),
-        (frozenset({"density"}),),
-        {"significance", "lost"},
-        ("global",),
-        (RANDOM,),
-    ),
-    "head_impacts": (
-        "fasp",
-        ("zero_output",),
-        (frozenset({"alpha", "gamma"}),),
-        {"paper_ties"},
-        ("global",),
-        (RANDOM,),
-    ),
-    **{
-        score: ("lowest", ("zero_output",), (frozenset({"alpha"}),), {"paper_ties"}, ("global",), (RANDOM,))
-        for score in HEAD_SCORES[1:]
-    },
-}
+Level = Literal["prompt_specific", "within_context", "cross_context", "all_contexts", "own_scenario"]
+_USUAL_LEVELS: tuple[Level, ...] = tuple(get_args(Level)[: len(PUBLISHED_LEVELS)])
 
 
 def _no_truth_value(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError(f"is {str(value).lower()}, not a number")
+    return value
+
+
+def _known_score(value: Any) -> Any:
+    if isinstance(value, str) and value not in (known := list(scores())):
+        *others, last = (repr(name) for name in known)
+        raise PydanticCustomError("score", f"Input should be {', '.join(others)} or {last}")
     return value
 
 
@@ -90,17 +56,7 @@ class Strategy(BaseModel):
     description: str = ""
     enabled: bool = True
     outcomes: tuple[Literal["number", "toxicity"], ...] = ("number", "toxicity")
-    score: Literal[
-        "wanda",
-        "snip",
-        "attention",
-        "gap_gradient",
-        "head_impacts",
-        "head_perplexity",
-        "head_magnitude",
-        "head_gradient",
-        "head_random",
-    ]
+    score: Annotated[str, AfterValidator(_known_score)]
     selection: Literal["set_difference", "measured_path", "fasp", "lowest"]
     scope: Literal["matrix", "row", "global"] | None = None
     ablation: Literal["zero_weights", "zero_query", "zero_output"] | None = None
@@ -108,22 +64,30 @@ class Strategy(BaseModel):
     combine: Literal["intersection", "union", "votes"] = "intersection"
     parameters: dict[str, Annotated[float, BeforeValidator(_no_truth_value)]] = {}
     roles: tuple[str, ...] = ()
-    levels: tuple[
-        Literal["prompt_specific", "within_context", "cross_context", "all_contexts", "own_scenario"], ...
-    ] = PUBLISHED_LEVELS
+    levels: tuple[Level, ...] = _USUAL_LEVELS
     controls: tuple[Literal["random", "pooled_band", "reversed", "permuted"], ...] = ("random",)
 
     @model_validator(mode="before")
     @classmethod
     def _usual_choices(cls, data: Any) -> Any:
         """Scope and ablation, where not given, are those that the score comes with first."""
-        if not isinstance(data, dict) or not isinstance(data.get("score"), str) or data["score"] not in _FITS:
+        record = scores().get(data["score"]) if isinstance(data, dict) and isinstance(data.get("score"), str) else None
+        if record is None:
             return data
-        _, ablations, _, _, scopes, _ = _FITS[data["score"]]
-        usual = {"scope": scopes[0], "ablation": ablations[0]}
-        if data["score"] in HEAD_SCORES:
+        usual: dict[str, Any] = {"scope": record.scopes[0], "ablation": record.ablations[0]}
+        if record.of_scenario:
             usual["levels"] = (OWN_SCENARIO,)
         return usual | data
+
+    @property
+    def record(self) -> Score:
+        """The score's record."""
+        return scores()[self.score]
+
+    @property
+    def of_scenario(self) -> bool:
+        """Whether it ranks whole heads over a scenario, by the table `head_impacts`."""
+        return self.record.of_scenario
 
     @property
     def of_heads(self) -> bool:
@@ -135,39 +99,22 @@ class Strategy(BaseModel):
 
         seed: of what is drawn at random. Levels and names are columns of their own.
         """
-        fields = ("score", "selection", "scope", "ablation", "reduce", "combine", "parameters", "roles")
-        told = self.model_dump(mode="json", include=set(fields))
+        fields = self.model_dump(mode="json", include=set(_FIELDS_OF_A_MASK))
         if control is not None:
-            told["control"] = control
-        if seed is not None and (control == RANDOM or self.score == "head_random"):
-            told["seed"] = seed
-        return json.dumps(told, sort_keys=True)
+            fields["control"] = control
+        if seed is not None and (control == RANDOM or self.record.drawn):
+            fields["seed"] = seed
+        return json.dumps(fields, sort_keys=True)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Strategy:
-        selection, ablations, sets, optional, scopes, controls = _FITS[self.score]
-        if self.selection != selection:
-            raise ValueError(f"selection {self.selection} does not work on score {self.score}; {selection} does")
-        for field, allowed in (("ablation", ablations), ("scope", scopes)):
+        score = self.record
+        if self.selection != score.selection:
+            raise ValueError(f"selection {self.selection} does not work on score {self.score}; {score.selection} does")
+        for field, allowed in (("ablation", score.ablations), ("scope", score.scopes)):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} of score {self.score} is {' or '.join(allowed)}, not {getattr(self, field)}")
-        given = set(self.parameters)
-        needed = next((names for names in sets if names <= given), sets[0])
-        if needed - given or given - needed - optional:
-            wanted = " or ".join(", ".join(sorted(names)) for names in sets) + f" (and {', '.join(optional)})"
-            raise ValueError(f"parameters of {self.selection} are {wanted}; found {', '.join(sorted(given)) or 'none'}")
-        # Denser masks of gap_gradient would end where its candidates do, not where they were asked to.
-        highest = {"density": 1.0 if self.of_heads else GAP_GRADIENT_KEEP}
-        for name, value in self.parameters.items():
-            limit = highest.get(name, math.inf if name in _COUNTS else 1.0)
-            least = 0 if name in ("k_maj", "tau_maj", "gamma", "paper_ties") else math.ulp(0)
-            if not least <= value <= limit:
-                bound = "above" if least else "at least"
-                raise ValueError(f"parameters.{name} is {value:g}; it must be {bound} 0 and at most {limit:g}")
-            if name in _COUNTS and value != int(value):
-                raise ValueError(f"parameters.{name} is {value:g}; it must be a whole number of heads")
-        if (self.combine == "votes") != ("votes" in given):
-            raise ValueError("combine: votes and parameters.votes (a share of the masks) belong together")
+        self._check_parameters(score)
         if unknown := set(self.roles) - set(ROLES):
             raise ValueError(f"roles {', '.join(sorted(unknown))} are not known; known are {', '.join(ROLES)}")
         for field in ("outcomes", "roles", "levels", "controls"):
@@ -179,16 +126,36 @@ class Strategy(BaseModel):
                 raise ValueError(f"{field} is empty, so nothing would use the strategy; for that write enabled: false")
         if self.of_heads == bool(self.roles):
             raise ValueError("roles: name the matrices whose weights may be pruned; for heads leave roles out")
-        of_the_whole = (OWN_SCENARIO, *ACROSS) if self.score in HEAD_SCORES else (*PUBLISHED_LEVELS, ALL_CONTEXTS)
-        if lacking := [level for level in self.levels if level not in of_the_whole]:
+        levels = (OWN_SCENARIO, *ACROSS) if score.of_scenario else (*PUBLISHED_LEVELS, ALL_CONTEXTS)
+        if lacking := [level for level in self.levels if level not in levels]:
             raise ValueError(f"levels {', '.join(lacking)} do not exist for score {self.score}")
         if self.parameters.get("alpha", 0) + self.parameters.get("gamma", 0) > 1 + 1e-9:
             raise ValueError("parameters alpha (pruned) and gamma (protected) are shares of heads: at most 1 together")
-        if lacking := [control for control in self.controls if control not in controls]:
-            raise ValueError(f"controls {', '.join(lacking)} do not exist for score {self.score}")
+        if missing := [control for control in self.controls if control not in score.controls]:
+            raise ValueError(f"controls {', '.join(missing)} do not exist for score {self.score}")
         if self.key.partition("-")[0] in (*CONTROLS, NO_STRATEGY):
             raise ValueError(f"{self.key} is the name of a control; choose another")
         return self
+
+    def _check_parameters(self, score: Score) -> None:
+        given = set(self.parameters)
+        needed = next((names for names in score.parameters if names <= given), score.parameters[0])
+        if needed - given or given - needed - set(score.optional):
+            wanted = " or ".join(", ".join(sorted(names)) for names in score.parameters)
+            wanted += f" (and {', '.join(score.optional)})"
+            raise ValueError(f"parameters of {self.selection} are {wanted}; found {', '.join(sorted(given)) or 'none'}")
+        # Denser masks would end where the candidates do, not where they were asked to.
+        highest = {"density": 1.0 if self.of_heads else score.densest}
+        for name, value in self.parameters.items():
+            limit = highest.get(name, math.inf if name in COUNTS else 1.0)
+            least = 0 if name in ("k_maj", "tau_maj", "gamma", "paper_ties") else math.ulp(0)
+            if not least <= value <= limit:
+                bound = "above" if least else "at least"
+                raise ValueError(f"parameters.{name} is {value:g}; it must be {bound} 0 and at most {limit:g}")
+            if name in COUNTS and value != int(value):
+                raise ValueError(f"parameters.{name} is {value:g}; it must be a whole number of heads")
+        if (self.combine == "votes") != ("votes" in given):
+            raise ValueError("combine: votes and parameters.votes (a share of the masks) belong together")
 
 
 def load_strategies(paths: Iterable[Path] = ()) -> Registry[Strategy]:
@@ -212,9 +179,9 @@ def _changed(base: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     """An entry with another's fields changed. A whole set of other parameters (k for tau) replaces its own."""
     given = fields.get("parameters")
     if isinstance(given, dict) and isinstance(base.get("parameters"), dict):
-        sets = _FITS[base["score"]][2]
-        named = next((names for names in sets if names <= set(given)), frozenset())
-        others = frozenset().union(*sets) - named if named else frozenset()
+        sets = scores()[base["score"]].parameters
+        named: frozenset[str] = next((names for names in sets if names <= set(given)), frozenset())
+        others = frozenset[str]().union(*sets) - named if named else frozenset()
         kept = {name: value for name, value in base["parameters"].items() if name not in others}
         base = base | {"parameters": kept}
     return merged(base, fields)
@@ -227,7 +194,7 @@ def _single_values(key: str, fields: dict[str, Any]) -> Iterator[tuple[str, dict
     a value twice.
     """
     parameters = fields["parameters"] if isinstance(fields.get("parameters"), dict) else {}
-    many = {name: value for name, value in parameters.items() if isinstance(value, list)}
+    many: dict[str, list[Any]] = {name: value for name, value in parameters.items() if isinstance(value, list)}
     if not many:
         yield key, fields
         return
@@ -238,9 +205,9 @@ def _single_values(key: str, fields: dict[str, Any]) -> Iterator[tuple[str, dict
         if len(set(numbers)) < len(numbers):
             raise Faults(f".parameters.{name}: a value stands twice in the list; remove one")
         many[name] = numbers
-    for values in itertools.product(*many.values()):
-        name = "-".join([key, *map(value_in_name, values)])
-        yield name, fields | {"parameters": parameters | dict(zip(many, values, strict=True))}
+    for chosen in itertools.product(*many.values()):
+        name = "-".join([key, *map(value_in_name, chosen)])
+        yield name, fields | {"parameters": parameters | dict(zip(many, chosen, strict=True))}
 
 
 def _as_number(value: Any) -> float | None:

@@ -2,9 +2,9 @@
 
 Predictions of what zeroing a weight does add up badly: divergences of single weights miss what they do together, and
 the best of a hundred million noisy scores are the luckiest. So the gradient of the loss of
-`excise.attribution.gap_free` is taken anew after every few weights, at the model as pruned so far; a weight that has
-come to harm is put back. Every few steps the pruned model is measured on the names that the path is made of, never on
-those it is judged by: the gap, spread, commonest answer and excess change of every variation. A path that has moved
+`excise.attribution.gap_distance` is taken anew after every few weights, at the model as pruned so far; a weight that
+has come to harm is put back. Every few steps the pruned model is measured on the names that the path is made of, never
+on those it is judged by: the gap, spread, commonest answer and excess change of every variation. A path that has moved
 away from the gap-free answers goes back and takes smaller steps. The mask is the place within the damage budgets whose
 answers are nearest to the gap-free ones; where none closes enough of the gap, there is none, and that is a result.
 """
@@ -21,21 +21,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from excise.attribution.gap_free import GAP_WEIGHT, Asked, Batch, Measured, batch_of, distance, loss, measure
-from excise.attribution.gradients import Calls, output_gradients, recorded, weight_gradient
-from excise.files.parts import Parts
+from excise.attribution.gap_distance import GAP_WEIGHT, Asked, Batch, Measured, batch_of, distance, measure
+from excise.files.parts import PARTS, Parts, Work
 from excise.files.tensors import load_with_metadata, save_tensors
-from excise.interventions.heads import HeadMask, heads_mask
+from excise.interventions.heads import HeadMask
 from excise.interventions.packed import Mask
 from excise.interventions.weights import WeightMask
 from excise.models.loading import LoadedModel
-from excise.models.topology import Linear
 from excise.progress import Progress, silent
+from excise.strategies.units import Units, gradient, gradient_and_squares, sizes
 
 VERSION = "2"
 """Part of every path's address; to be raised when its computation changes."""
-PARTS = ".parts"
-"""Suffix of the folder beside a path's file that holds what there is of it while it is made."""
 STEPS = 24
 MEASURED_EVERY = 4
 """Steps of a path, and after how many of them the pruned model is measured."""
@@ -60,8 +57,8 @@ NO_MASK = "no mask closes the gap within the damage budgets"
 @dataclass(frozen=True)
 class Budgets:
     """The damage that a mask may do to the names it is made of, in any of its variations
-    (`excise.attribution.gap_free.Measured`): least spread_ratio, largest commonest_rise, largest excess_change, as of
-    the metrics of these names. lost: share of the listed answers that a place may lose, at most: beyond it, what is
+    (`excise.attribution.gap_distance.Measured`): least spread_ratio, largest commonest_rise, largest excess_change, as
+    of the metrics of these names. lost: share of the listed answers that a place may lose, at most: beyond it, what is
     left does not tell what the model says. least_closed: share of the gap, at least, that a mask must close to be
     one."""
 
@@ -87,7 +84,7 @@ class Step:
 
     step, pruned: steps so far, weights or heads pruned. closed: share of the gap that is closed, mean over the
     variations that have one. within: whether all damage budgets are kept and no gap grew. measured: by variation.
-    distance: from the gap-free answers, as `excise.attribution.gap_free.loss` a name, mean over the variations.
+    distance: from the gap-free answers, as `excise.attribution.gap_distance.loss` a name, mean over the variations.
     """
 
     step: int
@@ -116,99 +113,47 @@ class MeasuredPath:
 
 
 @dataclass(frozen=True)
-class Units:
-    """What may be pruned: the given weights of matrices, or whole heads.
+class Course:
+    """What a path is followed with: the share of all weights, or heads, that may be pruned at most, what that may cost,
+    and how many steps are taken at most (None: `STEPS`)."""
 
-    linears: matrices by key. places: flat indices of the weights by key, int64 rising; None for heads, of which all may
-    be. shapes: of all matrices that the strategy may prune, looked at or not, in the order of their keys.
-    """
-
-    linears: Mapping[str, Linear]
-    places: Mapping[str, torch.Tensor] | None
-    shapes: Mapping[str, tuple[int, int]]
-    heads: int = 0
-
-    @property
-    def total(self) -> int:
-        """Weights, or heads, of which `density` is a share."""
-        return len(self.linears) * self.heads if self.places is None else sum(map(math.prod, self.shapes.values()))
-
-    @property
-    def mask_shapes(self) -> Mapping[str, tuple[int, int]]:
-        """Keys and shapes of the masks."""
-        if self.places is not None:
-            return self.shapes
-        return heads_mask(np.zeros((len(self.linears), self.heads), dtype=bool), "zero_output").shapes
-
-    def mask(self, active: torch.Tensor) -> Mask:
-        """The mask of the active units, bool [units]."""
-        if self.places is None:
-            return heads_mask(active.reshape(-1, self.heads).numpy(), "zero_output")
-        bits = {key: np.zeros((math.prod(shape) + 7) // 8, dtype=np.uint8) for key, shape in self.shapes.items()}
-        start = 0
-        for key, places in self.places.items():
-            own = places[active[start : start + len(places)]].numpy()
-            np.bitwise_or.at(bits[key], own >> 3, (128 >> (own & 7)).astype(np.uint8))
-            start += len(places)
-        return WeightMask(bits, self.shapes)
-
-
-def weights_of(loaded: LoadedModel, roles: Sequence[str], candidates: Mapping[str, np.ndarray]) -> Units:
-    """Weights of the matrices of these roles. candidates: flat indices by key, of which other roles' are left aside."""
-    linears = {linear.key: linear for linear in loaded.topology.linears if linear.role in roles}
-    places = {key: torch.from_numpy(np.unique(candidates[key])) for key in linears if len(candidates.get(key, ()))}
-    shapes = {key: linear.shape for key, linear in linears.items()}
-    return Units({key: linears[key] for key in places}, places, shapes)
-
-
-def heads_of(loaded: LoadedModel) -> Units:
-    """All heads, removed at the input of the output projections."""
-    linears = {linear.key: linear for linear in loaded.topology.linears if linear.role == "o"}
-    return Units(linears, None, {}, loaded.topology.heads)
+    density: float
+    budgets: Budgets
+    seed: int
+    steps: int | None = None
 
 
 def measured_path(
-    loaded: LoadedModel,
-    asked: Sequence[Asked],
-    units: Units,
-    *,
-    density: float,
-    budgets: Budgets,
-    seed: int,
-    steps: int = STEPS,
-    progress: Progress = silent,
-    label: str = "measured path",
-    parts: Parts | None = None,
+    loaded: LoadedModel, asked: Sequence[Asked], units: Units, course: Course, *, work: Work | None = None
 ) -> MeasuredPath:
     """Follow one path, for all the variations `asked` together, and choose its mask.
 
-    units: what may be pruned. density: the share of all weights, or heads, that may be at most. A variation whose
-    targets do not close a gap is kept as it is. parts: where unfinished work is kept, to go on from.
+    units: what may be pruned. A variation whose targets do not close a gap is kept as it is.
     """
-    parts = parts or Parts()
-    before = [measure(loaded, each) for each in asked]
-    first = step_of(0, 0, asked, before, budgets)
-    if not any(each.closing for each in asked):
+    work, budgets, steps = work or Work("measured path"), course.budgets, course.steps or STEPS
+    first = step_of(0, 0, asked, [measure(loaded, variation) for variation in asked], budgets)
+    if not any(variation.closing for variation in asked):
         return MeasuredPath(None, NO_GAP, (first,))
-    done, state = parts.begun("path")
-    walk = _Walk(units, max(1, int(density * units.total)), state) if done else None
+    most = max(1, int(course.density * units.total))
+    done, state = work.parts.begun("path")
+    walk = _Walk(units, most, state) if done else None
     for step in range(done + 1, steps + 1):
-        progress(label, step - 1, steps)
+        work.report(step - 1, steps)
         if walk is None:
-            walk = _first_look(loaded, asked, units, max(1, int(density * units.total)), first.distance, seed)
+            walk = _first_look(loaded, asked, units, most, first.distance, course.seed)
         else:
-            walk.look(loaded, _batches(loaded, asked, seed, step))
+            walk.look(loaded, _batches(loaded, asked, course.seed, step))
         walk.go()
         if step % MEASURED_EVERY == 0 or step == steps:
             with units.mask(walk.active).applied(loaded):
-                walk.note(step, asked, [measure(loaded, each) for each in asked])
+                walk.note(step, asked, [measure(loaded, variation) for variation in asked])
             if walk.ended(asked, budgets, first):
                 break
-        parts.keep("path", step, walk.state())
-    progress(label, steps, steps)
-    chosen = walk.chosen(asked, budgets)
-    path = (first, *walk.steps(asked, budgets))
-    if chosen is None:
+        work.parts.keep("path", step, walk.state())
+    work.report(steps, steps)
+    chosen = None if walk is None else walk.chosen(asked, budgets)
+    path = (first,) if walk is None else (first, *walk.steps(asked, budgets))
+    if walk is None or chosen is None:
         return MeasuredPath(None, NO_MASK, path)
     step, _, active = walk.noted[chosen]
     return MeasuredPath(units.mask(active), "", path, step)
@@ -218,36 +163,34 @@ def kept_path(
     loaded: LoadedModel,
     asked: Sequence[Asked],
     units: Units,
+    course: Course,
     *,
-    density: float,
-    budgets: Budgets,
-    seed: int,
     folder: Path,
     progress: Progress = silent,
     label: str = "measured path",
 ) -> MeasuredPath:
     """`measured_path` kept in a file that is named by what decides it: found again, or gone on with after a kill."""
-    path = folder / f"{_address(loaded, asked, units, density, budgets, seed)}.safetensors"
+    path = folder / f"{_address(loaded, asked, units, course)}.safetensors"
     if path.is_file():
         return replace(_read(path, units), file=path)
-    parts = Parts(path.with_suffix(PARTS))
-    found = measured_path(
-        loaded, asked, units, density=density, budgets=budgets, seed=seed, progress=progress, label=label, parts=parts
-    )
+    work = Work(label, progress, Parts(path.with_suffix(PARTS)))
+    followed = measured_path(loaded, asked, units, course, work=work)
     tensors = {
-        "numbers": np.array([[astuple(each) for each in step.measured.values()] for step in found.steps]),
-        "steps": np.array([(step.step, step.pruned, step.closed, step.within, step.distance) for step in found.steps]),
+        "numbers": np.array([[astuple(each) for each in step.measured.values()] for step in followed.steps]),
+        "steps": np.array(
+            [(step.step, step.pruned, step.closed, step.within, step.distance) for step in followed.steps]
+        ),
     }
-    if found.mask is not None:
-        tensors |= {f"mask/{key}": np.flatnonzero(found.mask.array(key)) for key in found.mask.shapes}
+    if followed.mask is not None:
+        tensors |= {f"mask/{key}": np.flatnonzero(followed.mask.array(key)) for key in followed.mask.shapes}
     metadata = {
-        "reason": found.reason,
-        "taken": json.dumps(found.taken),
-        "places": json.dumps([each.place for each in asked]),
+        "reason": followed.reason,
+        "taken": json.dumps(followed.taken),
+        "places": json.dumps([variation.place for variation in asked]),
     }
     save_tensors(path, tensors, metadata)
-    parts.clear()
-    return replace(found, file=path)
+    work.parts.clear()
+    return replace(followed, file=path)
 
 
 def _read(path: Path, units: Units) -> MeasuredPath:
@@ -275,11 +218,10 @@ def _read(path: Path, units: Units) -> MeasuredPath:
     return MeasuredPath(kind.from_arrays(arrays), "", steps, json.loads(metadata["taken"]))
 
 
-def _address(
-    loaded: LoadedModel, asked: Sequence[Asked], units: Units, density: float, budgets: Budgets, seed: int
-) -> str:
+def _address(loaded: LoadedModel, asked: Sequence[Asked], units: Units, course: Course) -> str:
     """What decides a path, and nothing else."""
-    settings = [VERSION, loaded.fingerprint, density, astuple(budgets), seed, STEPS, GAP_WEIGHT, sorted(units.shapes)]
+    decided = [course.density, astuple(course.budgets), course.seed, course.steps or STEPS]
+    settings = [VERSION, loaded.fingerprint, *decided, GAP_WEIGHT, sorted(units.shapes)]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for each in asked:
         told = [each.place, each.trunk, asdict(each.parameters), each.closing, each.majority.tolist()]
@@ -367,8 +309,8 @@ class _Walk:
     def look(self, loaded: LoadedModel, batches: Sequence[Batch]) -> None:
         """Take the gradient anew, at the model as pruned so far."""
         with self.units.mask(self.active).applied(loaded):
-            gradient, self.height = _gradient(loaded, batches, self.units)
-        self.drop = MOMENTUM * self.drop + (1 - MOMENTUM) * self.weight * gradient
+            slope, self.height = gradient(loaded, batches, self.units)
+        self.drop = MOMENTUM * self.drop + (1 - MOMENTUM) * self.weight * slope
 
     def go(self) -> None:
         """Prune, or put back, the units that are predicted to lower the loss most for the divergence they cost."""
@@ -419,15 +361,15 @@ def _first_look(loaded: LoadedModel, asked: Sequence[Asked], units: Units, most:
     """The start of a path: drop and divergence of every unit, over all names."""
     batches = [batch_of(each, numbers, loaded.device) for each in asked for numbers in each.batches(FISHER_ROWS)]
     names = sum(len(batch.numbers) for batch in batches)
-    gradient, squares, height = _gradient_and_squares(loaded, batches, units, seed)
-    weight = _weights(loaded, units)
+    slope, squares, height = gradient_and_squares(loaded, batches, units, seed)
+    weight = sizes(loaded, units)
     harm = 0.5 * weight.square() * squares / names
     return _Walk(
         units,
         most,
         {
             "weight": weight.numpy(),
-            "drop": (weight * gradient).numpy(),
+            "drop": (weight * slope).numpy(),
             "harm": harm.numpy(),
             "active": np.zeros(len(weight), dtype=bool),
             "damping": harm.median().numpy(),
@@ -439,76 +381,3 @@ def _first_look(loaded: LoadedModel, asked: Sequence[Asked], units: Units, most:
             "noted": np.zeros((0, len(weight)), dtype=bool),
         },
     )
-
-
-def _weights(loaded: LoadedModel, units: Units) -> torch.Tensor:
-    """The weights that may be pruned, float32 [units]; of heads, 1."""
-    if units.places is None:
-        return torch.ones(units.total)
-    found = []
-    for key, places in units.places.items():
-        weight = units.linears[key].weight(loaded.model).detach().reshape(-1)
-        found.append(weight[places.to(weight.device)].float().cpu())
-    return torch.cat(found)
-
-
-def _gradient(loaded: LoadedModel, batches: Sequence[Batch], units: Units) -> tuple[torch.Tensor, float]:
-    """d loss / d unit, mean over names, float32 [units], and the loss per name."""
-    total, height, names = torch.zeros(_size(units)), 0.0, 0
-    for batch in batches:
-        with recorded(loaded, _modules(units)) as calls, torch.inference_mode(False), torch.enable_grad():
-            found, _ = loss(loaded, batch)
-            total += _of_units(loaded, units, calls, output_gradients(found, calls))
-        height += found.item()
-        names += len(batch.numbers)
-    return total / names, height / names
-
-
-def _gradient_and_squares(
-    loaded: LoadedModel, batches: Sequence[Batch], units: Units, seed: int
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """As `_gradient`, and between the two the sum over names of squared gradients of an answer's log p.
-
-    Answers of a batch get random signs: the square of the signed gradient has the sum of squares as its expectation.
-    """
-    total, squares, height, names = *torch.zeros(2, _size(units)), 0.0, 0
-    signs = np.random.default_rng(seed)
-    for batch in batches:
-        with recorded(loaded, _modules(units)) as calls, torch.inference_mode(False), torch.enable_grad():
-            found, edges = loss(loaded, batch)
-            sign = torch.from_numpy(signs.choice((-1.0, 1.0), size=len(edges))).to(edges)
-            signed = (edges * sign * batch.taken.clamp(min=0).sqrt()).sum()
-            squares += _of_units(loaded, units, calls, output_gradients(signed, calls, again=True)).square()
-            total += _of_units(loaded, units, calls, output_gradients(found, calls))
-        height += found.item()
-        names += len(batch.numbers)
-    return total / names, squares, height / names
-
-
-def _size(units: Units) -> int:
-    return units.total if units.places is None else sum(map(len, units.places.values()))
-
-
-def _modules(units: Units) -> list[str]:
-    return list(dict.fromkeys(linear.module for linear in units.linears.values()))
-
-
-@torch.no_grad()
-def _of_units(loaded: LoadedModel, units: Units, calls: Calls, deltas: dict[str, list[torch.Tensor]]) -> torch.Tensor:
-    """The gradient of every unit from those of the matrices' outputs, float32 [units]; the matrices' are let go."""
-    by_module: dict[str, list[str]] = {}
-    for key, linear in units.linears.items():
-        by_module.setdefault(linear.module, []).append(key)
-    found: dict[str, torch.Tensor] = {}
-    for module, keys in by_module.items():
-        pairs = zip((given for given, _ in calls[module]), deltas.pop(module), strict=True)
-        linears = [units.linears[key] for key in keys]
-        whole = sum(weight_gradient(linears[0], *pair) for pair in pairs)
-        for key, linear in zip(keys, linears, strict=True):
-            own = linear.of(whole)
-            if units.places is None:
-                weight = linear.weight(loaded.model).detach().to(own.device).float()
-                found[key] = (weight * own).sum(dim=0).reshape(units.heads, -1).sum(dim=1).cpu()
-            else:
-                found[key] = own.reshape(-1)[units.places[key].to(own.device)].cpu()
-    return torch.cat([found[key] for key in units.linears])

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, cast
 
 import polars as pl
 
-from excise.attribution.gap_free import Asked, ask
+from excise.attribution.answered import Answered
+from excise.attribution.gap_distance import Asked
+from excise.attribution.gap_free import ask
 from excise.scenarios.schema import Comparison
 
 if TYPE_CHECKING:
@@ -34,16 +36,9 @@ def questions(
     @cache
     def asked(key: str, variation: str, significance: float) -> Asked:
         completions, prompts = known(key)
-        return ask(
-            loaded,
-            prompts,
-            completions.filter(pl.col("variation") == variation),
-            place=f"{key}/{variation}",
-            comparison=cast(Comparison, scenarios[key].comparison),
-            outcome=scenarios[key].outcome,
-            significance=significance,
-            seed=seed,
-            cache=answers,
-        )
+        comparison = cast(Comparison, scenarios[key].comparison)
+        rows = completions.filter(pl.col("variation") == variation)
+        answered = Answered(loaded, prompts, rows, comparison, scenarios[key].outcome, seed=seed, cache=answers)
+        return ask(answered, place=f"{key}/{variation}", significance=significance)
 
     return asked

@@ -126,7 +126,7 @@ def top_of_stream(
     """
     upper = np.zeros(1 << 16, dtype=np.int64)
     for key, array in parts():
-        _tally(upper, key, array, lambda bits: bits >> 16)
+        _tally(upper, key, array, lambda bits: bits >> np.uint32(16))
         del array  # or it would be there still while the next one is made
     size = int(upper.sum())
     if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 0 <= count <= size:
@@ -136,7 +136,7 @@ def top_of_stream(
     high, missing = _bin_of_rank(upper, int(count))
     lower = np.zeros(1 << 16, dtype=np.int64)
     for key, array in parts():
-        _tally(lower, key, array, lambda bits: bits[bits >> 16 == high] & 0xFFFF)
+        _tally(lower, key, array, lambda bits: bits[bits >> np.uint32(16) == high] & np.uint32(0xFFFF))
         del array
     low, missing = _bin_of_rank(lower, missing)
     return _above(parts, (high << 16) + low, missing, int(count))
@@ -158,7 +158,7 @@ def _above(
             ties -= tied.size
             start += bits.size
         del array
-        missing -= np.count_nonzero(flat)
+        missing -= int(np.count_nonzero(flat))
         yield key, chosen
     if missing:
         raise ExciseError("parts did not give the same scores at each call: they must not change between the passes")
@@ -191,8 +191,8 @@ def _bits(key: str, array: NDArray) -> Iterator[NDArray[np.uint32]]:
 def _bin_of_rank(counts: NDArray[np.int64], rank: int) -> tuple[int, int]:
     """The bin that holds the entry of a rank (1 being the highest), and how many of the bin's entries it takes."""
     at_least = np.cumsum(counts[::-1])[::-1]
-    found = int(np.flatnonzero(at_least >= rank)[-1]) if at_least[0] >= rank else 0
-    return found, rank - int(at_least[found] - counts[found])
+    place = int(np.flatnonzero(at_least >= rank)[-1]) if at_least[0] >= rank else 0
+    return place, rank - int(at_least[place] - counts[place])
 
 
 def fasp(

@@ -13,7 +13,7 @@ from typing import cast
 
 import polars as pl
 
-from excise.attribution import AttributionFile, attribute
+from excise.attribution import Answered, AttributionFile, attribute
 from excise.conditions import ACROSS, RANDOM
 from excise.evaluation.judged import judged_of
 from excise.evaluation.scenario_metrics import Draws, compared_numbers
@@ -25,7 +25,7 @@ from excise.progress import Progress, silent
 from excise.scenarios.schema import Comparison, Scenario
 from excise.scenarios.subsets import ATTRIBUTION, EVALUATION, held_out_split, without
 from excise.strategies.build import NamedMask, Paths, SourceMask, build_cross_context_masks, build_masks
-from excise.strategies.config import HEAD_SCORES, MEASURED_PATH, Strategy
+from excise.strategies.config import MEASURED_PATH, Strategy
 from excise.strategies.mask_rows import counted
 
 Half = tuple[pl.DataFrame, pl.DataFrame]
@@ -61,19 +61,16 @@ class Split:
     def attributed(self, key: str, scores: set[str]) -> list[AttributionFile]:
         """The scores of a scenario's answers, of the half that masks are made from."""
         learned, prompts = self.learned(key)
-        return attribute(
+        answered = Answered(
             self.asking.loaded,
             prompts,
             as_samples(learned, Answering.of(learned).samples),
-            comparison=cast(Comparison, self.scenarios[key].comparison),
-            outcome=self.scenarios[key].outcome,
-            scores=sorted(scores),
-            permutations=0,
+            cast(Comparison, self.scenarios[key].comparison),
+            self.scenarios[key].outcome,
             seed=self.seed,
-            folder=self.folder,
             cache=self.asking.cache,
-            progress=self.progress,
         )
+        return attribute(answered, sorted(scores), folder=self.folder, progress=self.progress)
 
 
 def repeatable(strategies: Sequence[Strategy]) -> list[Strategy]:
@@ -81,7 +78,7 @@ def repeatable(strategies: Sequence[Strategy]) -> list[Strategy]:
     return [
         strategy.model_copy(update={"controls": tuple(each for each in strategy.controls if each == RANDOM)})
         for strategy in strategies
-        if strategy.score not in HEAD_SCORES
+        if not strategy.of_scenario
     ]
 
 

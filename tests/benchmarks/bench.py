@@ -199,17 +199,11 @@ class Bench:
 
     def scored(self, score: str, prompts: pl.DataFrame, answers: pl.DataFrame, folder: Path) -> list[Any]:
         """The files of a score, one per variation."""
-        from excise.attribution import attribute
+        from excise.attribution import Answered, attribute
 
         return attribute(
-            self.loaded,
-            prompts,
-            answers,
-            comparison=self.scenario.comparison,
-            outcome=self.scenario.outcome,
-            scores=[score],
-            permutations=0,
-            seed=0,
+            Answered(self.loaded, prompts, answers, self.scenario.comparison, self.scenario.outcome),
+            [score],
             folder=folder,
         )
 
@@ -1005,6 +999,7 @@ def _give_back() -> None:
 
 def head_impacts(bench: Bench) -> None:
     """Weighing answers anew against drawing them anew."""
+    from excise.attribution.head_impacts import Compared, Removal, Sampled
     from excise.attribution.head_impacts import head_impacts as impacts_of
     from excise.generation.completions import complete
     from excise.interventions.heads import heads_mask
@@ -1023,16 +1018,10 @@ def head_impacts(bench: Bench) -> None:
     def impacts(method: str) -> Callable[[], None]:
         def work() -> None:
             found = impacts_of(
-                loaded,
-                prompts,
-                answers,
-                disparity="gap",
-                groups=groups,
-                parameters=bench.parameters(),
-                method=method,
-                regenerate=drawn_anew if method == "regenerate" else None,
+                Sampled(loaded, prompts, answers, bench.parameters()),
+                Compared("gap", groups, resamples=500),
+                removal=Removal(method, drawn_anew if method == "regenerate" else None),
                 heads=size.impact_heads,
-                resamples=500,
             )
             width = (found["z_bias_high"] - found["z_bias_low"]).cast(pl.Float64).fill_null(math.nan).to_numpy()
             widths[method].append(width)

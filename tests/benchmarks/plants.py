@@ -14,16 +14,17 @@ import json
 import multiprocessing
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from excise.attribution import AttributionFile, attribute
-from excise.attribution.gap_free import Asked, ask, measure
-from excise.attribution.head_impacts import head_impacts
+from excise.attribution import Answered, AttributionFile, attribute
+from excise.attribution.gap_distance import Asked, measure
+from excise.attribution.gap_free import ask
+from excise.attribution.head_impacts import Compared, Sampled, Text, head_impacts
 from excise.conditions import ALL_CONTEXTS, CROSS_CONTEXT, PLACE, PROMPT_SPECIFIC, RANDOM, WITHIN_CONTEXT
 from excise.evaluation.numbers import evaluate
 from excise.evaluation.restoration import restoration
@@ -132,22 +133,21 @@ class Bench:
         quick = AuditSettings()
         return [f"{each}/{one}" for each in named for one in quick.audit_of(self.scenarios[each]).variations]
 
-    def learned(self, place: str) -> tuple[pl.DataFrame, pl.DataFrame, dict]:
-        """Prompts and answers that masks are made of, and what is known of them besides."""
+    def learned(self, place: str) -> Answered:
+        """What masks are made of."""
         key = place.split("/")[0]
         scenario, prompts = self.scenarios[key], self.half(place, "attribution")
-        about = {"comparison": scenario.comparison, "outcome": scenario.outcome, "seed": self.split}
-        return prompts, self.answers(self.loaded, key, prompts), about | {"cache": self.cache}
+        rows = self.answers(self.loaded, key, prompts)
+        compared = scenario.comparison, scenario.outcome
+        return Answered(self.loaded, prompts, rows, *compared, seed=self.split, cache=self.cache)
 
     def asked(self, place: str, significance: float = SIGNIFICANCE) -> Asked:
-        prompts, rows, about = self.learned(place)
-        return ask(self.loaded, prompts, rows, place=place, significance=significance, **about)
+        return ask(self.learned(place), place=place, significance=significance)
 
     def scored(self, place: str, score: str) -> list[AttributionFile]:
-        prompts, rows, about = self.learned(place)
-        folder = self.options.folder / "attribution"
-        rows = as_samples(rows, SAMPLES)
-        return attribute(self.loaded, prompts, rows, scores=[score], permutations=0, folder=folder, **about)
+        learned = self.learned(place)
+        learned = replace(learned, completions=as_samples(learned.completions, SAMPLES))
+        return attribute(learned, [score], folder=self.options.folder / "attribution")
 
     # Masks
 
@@ -186,18 +186,17 @@ class Bench:
     def of_impacts(self, place: str) -> Iterator[tuple[str, Mask]]:
         """FASP's heads, by their impact on the gap and on perplexity, at rising shares."""
         key = place.split("/")[0]
-        scenario, (prompts, rows, _) = self.scenarios[key], self.learned(place)
+        scenario, learned = self.scenarios[key], self.learned(place)
         groups = (scenario.comparison.majority, scenario.comparison.minority)
         found = head_impacts(
-            self.loaded.asked_for(scenario.outcome),
-            prompts,
-            as_samples(rows, 64),
-            disparity="gap",
-            groups=groups,
-            parameters=self.how(key).parameters,
-            windows=self.text.windows,
-            resamples=2,
-            seed=self.split,
+            Sampled(
+                self.loaded.asked_for(scenario.outcome),
+                learned.prompts,
+                as_samples(learned.completions, 64),
+                self.how(key).parameters,
+            ),
+            Compared("gap", groups, resamples=2, seed=self.split),
+            text=Text(self.text.windows),
             folder=self.options.folder / "heads",
         ).sort("layer", "head")
         bias = found["bias_without"].fill_null(1e9).to_numpy()

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from excise.attribution import SCORES, attribute
-from excise.attribution.head_impacts import head_impacts
+from excise.attribution import Answered, attribute, file_scores
+from excise.attribution.head_impacts import Compared, Removal, Sampled, Text, head_impacts
 from excise.evaluation.perplexity import LossCache, text_windows
 from excise.generation.completions import CompletionCache, complete
 from excise.generation.sampling import SamplingParameters
@@ -105,14 +105,10 @@ def attribution(work: Work) -> dict[str, pl.DataFrame]:
 
     loaded = work.model()
     files = attribute(
-        loaded,
-        work.prompts,
-        _parsed(work, loaded),
-        comparison=work.scenario.comparison,
-        outcome=work.scenario.outcome,
-        scores=SCORES,
-        permutations=2,
-        seed=0,
+        Answered(
+            loaded, work.prompts, _parsed(work, loaded), work.scenario.comparison, work.scenario.outcome, permutations=2
+        ),
+        file_scores(),
         folder=work.folder / "attribution",
     )
     rows = [
@@ -127,15 +123,10 @@ def impacts(work: Work) -> dict[str, pl.DataFrame]:
     """The impact of every head on a gap and on the perplexity of a text."""
     loaded = work.model()
     rows = head_impacts(
-        loaded,
-        work.prompts,
-        _parsed(work, loaded),
-        disparity="smd",
-        groups=["white", "black"],
-        parameters=PARAMETERS,
-        windows=text_windows(loaded, TEXT, limit_tokens=60),
-        method="reweight",
-        resamples=50,
+        Sampled(loaded, work.prompts, _parsed(work, loaded), PARAMETERS),
+        Compared("smd", ["white", "black"], resamples=50),
+        text=Text(text_windows(loaded, TEXT, limit_tokens=60)),
+        removal=Removal("reweight"),
         folder=work.folder / "head_impacts",
     )
     return {"impacts": rows}

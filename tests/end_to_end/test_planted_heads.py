@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 import torch
 
-from excise.attribution.head_impacts import head_impacts
+from excise.attribution.head_impacts import Compared, Removal, Sampled, head_impacts
 from excise.evaluation.metrics import toxicity_bias
 from excise.evaluation.perplexity import perplexity, text_windows, window_losses
 from excise.evaluation.texts import read_text
@@ -120,16 +120,10 @@ def test_the_known_heads_lead_the_ranking_by_bias(planted, planted_rows):
     # Beside each of the known heads two others of its layer.
     heads = [(layer, (head + other) % planted.topology.heads) for layer, head in PLANT.heads for other in range(3)]
     impacts = head_impacts(
-        planted,
-        PROMPTS,
-        planted_rows,
-        disparity="toxicity",
-        groups=GROUPS,
-        cluster="prompt_id",
-        parameters=PARAMETERS,
+        Sampled(planted, PROMPTS, planted_rows, PARAMETERS),
+        Compared("toxicity", GROUPS, "prompt_id", resamples=100),
+        removal=Removal("reweight"),
         heads=heads,
-        method="reweight",
-        resamples=100,
     )
     ranking = impacts.sort("z_bias", descending=True).select("layer", "head").rows()
     found = [ranking.index(head) for head in PLANT.heads]

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from excise.attribution import SCORES, attribute, continuation
+from excise.attribution import Answered, attribute, continuation, file_scores, readers
 from excise.attribution.gap_free import ask
-from excise.attribution.head_impacts import head_impacts
+from excise.attribution.head_impacts import Compared, Removal, Sampled, Text, head_impacts
 from excise.attribution.head_scores import head_gradient, head_magnitude
 from excise.evaluation.perplexity import text_windows, window_losses
 from excise.generation import enumeration as exact
@@ -35,7 +35,8 @@ from excise.models.specs import ModelSpec
 from excise.outcomes import NumberOutcome
 from excise.outcomes.classifier import ClassifierScorer
 from excise.scenarios import Comparison, Group, Scenario, Subject, Variation, expand
-from excise.strategies.measured_path import Budgets, measured_path, weights_of
+from excise.strategies.measured_path import Budgets, Course, measured_path
+from excise.strategies.units import weights_of
 from tests.excise.cards import DEVICE, on_cards
 
 PARAMETERS = SamplingParameters(temperature=1.0, top_p=0.9, seed=1, max_new_tokens=3)
@@ -58,8 +59,8 @@ BUDGETS = (
     sampling.PREFILL_TOKENS,
     exact.CACHE_COLUMNS,
     continuation.PASS_TOKENS,
-    continuation.FOREST_COLUMNS,
-    continuation.RESIDENT_BYTES,
+    readers.FOREST_COLUMNS,
+    readers.RESIDENT_BYTES,
 )
 GRADIENTS = ("head gradient", "snip", "gap_gradient", "measured path")
 """Work that goes backwards, which torch does on no card that is none: there gradients are zeros in the right places."""
@@ -72,7 +73,7 @@ def spread(loaded: LoadedModel) -> DeviceMap:
     found: dict[str, str] = {}
     for name, module in loaded.model.named_children():
         for part in [f"{base}.{inner}" for inner, _ in module.named_children()] if name == base else [name]:
-            if part == topology.layer_path:
+            if part == topology.family.layers:
                 half = topology.layers // 2
                 found |= {
                     f"{part}.{layer}": f"{DEVICE}:0" if layer < half else f"{DEVICE}:1"
@@ -114,49 +115,29 @@ def work(loaded: LoadedModel, plain: LoadedModel) -> Iterator[tuple[str, np.ndar
     lead = 3.0 * (answers["group"] == "white").cast(float)
     answers = answers.with_columns(value=answers["tokens"].cast(float) + answers["sample"] + 1.0 + lead)
     impacts = head_impacts(
-        loaded,
-        prompts,
-        answers,
-        disparity="gap",
-        groups=["white", "black"],
-        parameters=PARAMETERS,
-        windows=windows,
-        method="reweight",
-        resamples=2,
+        Sampled(loaded, prompts, answers, PARAMETERS),
+        Compared("gap", ["white", "black"], resamples=2),
+        text=Text(windows),
+        removal=Removal("reweight"),
     )
     yield "head impacts", impacts.select("z_ppl", "bias_without", "ess").to_numpy()
     if loaded.topology.architecture == "llama" and not any(each.is_meta for each in loaded.model.parameters()):
         yield "classifier", scored(loaded)
     from safetensors.numpy import load_file
 
-    for score in SCORES:
+    for score in file_scores():
         with tempfile.TemporaryDirectory() as folder:
             (file,) = attribute(
-                loaded,
-                prompts,
-                answers,
-                comparison=SCENARIO.comparison,
-                outcome=SCENARIO.outcome,
-                scores=[score],
-                permutations=0,
-                seed=0,
-                folder=Path(folder),
+                Answered(loaded, prompts, answers, SCENARIO.comparison, SCENARIO.outcome), [score], folder=Path(folder)
             )
             tensors = load_file(file.path)
         yield score, np.concatenate([tensors[key].ravel().astype(float) for key in sorted(tensors)])
     asked = ask(
-        loaded,
-        prompts,
-        answers,
-        place="here",
-        comparison=SCENARIO.comparison,
-        outcome=SCENARIO.outcome,
-        significance=1.0,
-        seed=0,
+        Answered(loaded, prompts, answers, SCENARIO.comparison, SCENARIO.outcome), place="here", significance=1.0
     )
     units = weights_of(loaded, ("q", "down"), {each.key: np.arange(300) for each in loaded.topology.linears})
     wide = Budgets(0.0, 1.0, 10.0, lost=1.0)
-    path = measured_path(loaded, [asked], units, density=0.01, budgets=wide, seed=0, steps=4)
+    path = measured_path(loaded, [asked], units, Course(0.01, wide, seed=0, steps=4))
     yield "measured path", np.array([each.closed for each in path.steps])
 
 

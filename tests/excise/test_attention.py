@@ -11,6 +11,7 @@ import transformers
 
 from excise.attribution.attention import attention_to_name
 from excise.errors import ExciseError
+from excise.files.parts import Work
 from excise.generation.tree import answer_tree, common_prefix
 from excise.interventions.heads import heads_mask
 from excise.models.encoding import encode
@@ -63,7 +64,7 @@ def found_by_trees(loaded, encoded, answers, weights, *, trunk=None, **options):
     trunk = common_prefix([each.tokens for each in encoded]) if trunk is None else trunk
     trees = [answer_tree(prompt.tokens[trunk:], *each) for prompt, *each in zip(encoded, answers, weights, strict=True)]
     names = [tuple(place - trunk for place in prompt.name) for prompt in encoded]
-    return attention_to_name(loaded, encoded[0].tokens[:trunk], trees, names, **options)
+    return attention_to_name(loaded, encoded[0].tokens[:trunk], trees, names, work=Work(**options))
 
 
 def open_copy(loaded):

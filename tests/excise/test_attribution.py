@@ -9,15 +9,18 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from excise.attribution import SCORES, attribute, read_candidates, read_norms, relabelled
+from excise.attribution import Answered, attribute, file_scores
+from excise.attribution.answered import relabelled
 from excise.attribution.gap_free import ask
-from excise.attribution.gap_gradient import gap_gradient
+from excise.attribution.gap_gradient import gap_gradient, read_candidates
+from excise.attribution.wanda import read_norms
 from excise.errors import ExciseError
 from excise.generation.completions import complete
 from excise.generation.sampling import SamplingParameters
 from excise.models.encoding import encode
 from excise.models.topology import SITES
 
+SCORES = file_scores()
 PARAMETERS = SamplingParameters(temperature=0.9, top_p=0.95, seed=1)
 SAMPLES = 8
 
@@ -41,7 +44,8 @@ def measure(model, prompts, rows, scenario, tmp_path):
         defaults = {"comparison": scenario.comparison, "outcome": scenario.outcome, "permutations": 2, "seed": 0}
         defaults |= {"loaded": model, "prompts": prompts, "completions": rows, "folder": tmp_path}
         given = defaults | options
-        return attribute(given.pop("loaded"), given.pop("prompts"), given.pop("completions"), scores=[score], **given)
+        where = {name: given.pop(name) for name in ("folder", "progress") if name in given}
+        return attribute(Answered(**given), [score], **where)
 
     return run
 
@@ -74,14 +78,8 @@ def test_norms_of_groups_and_relabellings_are_those_of_the_definition(
     model = loaded(architecture)
     rows, _ = complete(model, prompts, 3, PARAMETERS, outcome=scenario.outcome)
     files = attribute(
-        model,
-        prompts,
-        rows,
-        comparison=scenario.comparison,
-        outcome=scenario.outcome,
-        scores=["wanda"],
-        permutations=2,
-        seed=5,
+        Answered(model, prompts, rows, scenario.comparison, scenario.outcome, permutations=2, seed=5),
+        ["wanda"],
         folder=tmp_path,
     )
     assert [(file.variation, file.score) for file in files] == [("car", "wanda"), ("oven", "wanda")]
@@ -149,23 +147,12 @@ def test_candidates_are_of_the_divergence_from_the_gap_free_answers(model, promp
     drawn = rows.with_columns(parameters=pl.lit(json.dumps(settings)))
     file = measure("gap_gradient", completions=drawn)[0]
     own = drawn.filter(pl.col("variation") == file.variation)
-    asked = ask(
-        model,
-        prompts,
-        own,
-        place="car",
-        comparison=scenario.comparison,
-        outcome=scenario.outcome,
-        significance=1.0,
-        seed=0,
-    )
+    asked = ask(Answered(model, prompts, own, scenario.comparison, scenario.outcome), place="car", significance=1.0)
     trees = []
     for name in asked.names:
         visits = np.column_stack([(name.own - name.target) @ name.paths, name.own @ name.paths])
         trees.append(dataclasses.replace(name.tree, edge_visits=visits))
-    expected = gap_gradient(
-        model, asked.trunk, trees, asked.parameters, roles=("q", "k", "v", "o", "gate", "up", "down"), keep=0.01, seed=0
-    )
+    expected = gap_gradient(model, asked.trunk, trees, asked.parameters, keep=0.01, seed=0)
     found = read_candidates(file.path)
     assert found.damping == pytest.approx(expected.damping)
     for key, each in expected.candidates.items():

@@ -7,8 +7,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from excise.attribution import gap_free
-from excise.attribution.gap_free import Asked, Name, ask, batch_of, loss, measure, measured
+from excise.attribution import Answered, gap_free
+from excise.attribution.gap_distance import Asked, Name, batch_of, loss, measure, measured
+from excise.attribution.gap_free import ask
 from excise.errors import ExciseError
 from excise.evaluation.distributions import tilted
 from excise.generation.completions import complete
@@ -35,8 +36,10 @@ def about(numeric, prompts, scenario):
         rows = rows.filter(pl.col("variation") == "car")
         if values is not None:
             rows = rows.with_columns(value=values)
-        given = {"significance": 1.0, "seed": 0, "outcome": scenario.outcome} | options
-        return ask(model, prompts, rows, place="purchase/car", comparison=scenario.comparison, **given)
+        given = {"outcome": scenario.outcome} | options
+        significance = given.pop("significance", 1.0)
+        answered = Answered(model, prompts, rows, scenario.comparison, **given)
+        return ask(answered, place="purchase/car", significance=significance)
 
     return make
 

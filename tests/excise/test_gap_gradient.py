@@ -13,6 +13,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from excise.attribution.gap_gradient import gap_gradient, truncated_set
+from excise.files.parts import Work
 from excise.generation.sampling import SamplingParameters, sample
 from excise.generation.tree import answer_tree, common_prefix
 from excise.models.encoding import encode
@@ -83,7 +84,7 @@ def every_drop(loaded, trunk, trees, **options) -> dict[str, np.ndarray]:
     """Predicted drops of all weights: those that raise the objective are candidates of the opposite one."""
     drops = {linear.key: np.zeros(linear.out_features * linear.in_features) for linear in loaded.topology.linears}
     for sign, some in ((1, trees), (-1, turned(trees))):
-        found = gap_gradient(loaded, trunk, some, roles=ROLES, keep=1.0, seed=0, **options)
+        found = gap_gradient(loaded, trunk, some, keep=1.0, seed=0, **options)
         for key, each in found.candidates.items():
             drops[key][each.index] = each.drop * sign
     return drops
@@ -150,7 +151,7 @@ def test_the_drop_is_weight_times_the_gradient(loaded, drawn, architecture, batc
 
     (expected,) = brute_gradients(model, objective)
     trees = trees_of(asked, answers, weights, trunk)
-    found = every_drop(model, asked[0][:trunk], trees, parameters=PARAMETERS, batch=batch)
+    found = every_drop(model, asked[0][:trunk], trees, parameters=PARAMETERS, work=Work(batch=batch))
     for linear in model.topology.linears:
         drop = weight_of(model, linear) * expected[linear.key]
         assert np.abs(drop).max() > 0
@@ -227,7 +228,6 @@ def test_the_drop_is_what_scaling_a_weight_does_to_the_gap(loaded, expected_gap,
         asked[0][:trunk],
         trees_of(asked, answers, weights, trunk, disparity),
         PARAMETERS,
-        roles=ROLES,
         keep=1.0,
         seed=0,
     )
@@ -253,9 +253,7 @@ def test_the_best_weights_really_close_the_gap(loaded, expected_gap, architectur
     """Zeroing one of the ten best weights mostly lowers the enumerated gap, by about its drop on average."""
     model = loaded(architecture)
     asked, answers, weights, exact, gap, disparity = expected_gap(model)
-    found = gap_gradient(
-        model, [], trees_of(asked, answers, weights, 0, disparity), PARAMETERS, roles=ROLES, keep=1.0, seed=0
-    )
+    found = gap_gradient(model, [], trees_of(asked, answers, weights, 0, disparity), PARAMETERS, keep=1.0, seed=0)
     ranking = sorted(
         (
             (drop / (harm + found.damping), drop, key, index)
@@ -298,7 +296,7 @@ def test_the_harm_is_half_the_weight_squared_times_the_fisher_information(loaded
     trees = trees_of(asked, answers, weights, trunk)
     seeds, harms = 40, {}
     for seed in range(seeds):
-        found = gap_gradient(model, asked[0][:trunk], trees, PARAMETERS, roles=ROLES, keep=1.0, seed=seed, batch=batch)
+        found = gap_gradient(model, asked[0][:trunk], trees, PARAMETERS, keep=1.0, seed=seed, work=Work(batch=batch))
         for key, each in found.candidates.items():
             harms[key] = harms.get(key, 0) + each.harm.astype(float) / seeds
     places = {key: each.index for key, each in found.candidates.items()}
@@ -319,7 +317,7 @@ def test_lambda_is_the_median_harm_of_all_weights(loaded, drawn):
     trees = trees_of(asked, answers, weights, 0)
     harms = []
     for some in (trees, turned(trees)):
-        found = gap_gradient(model, [], some, PARAMETERS, roles=ROLES, keep=1.0, seed=2)
+        found = gap_gradient(model, [], some, PARAMETERS, keep=1.0, seed=2)
         harms += [each.harm for each in found.candidates.values()]
     everything = np.concatenate(harms)
     assert len(everything) == sum(linear.out_features * linear.in_features for linear in model.topology.linears)
@@ -333,9 +331,9 @@ def test_candidates_are_the_best_of_each_matrix(loaded, drawn):
     model = loaded("gpt2")
     asked, answers, weights = drawn(model)
     trees = trees_of(asked, answers, weights, 0)
-    everything = gap_gradient(model, [], trees, PARAMETERS, roles=ROLES, keep=1.0, seed=2)
-    some = gap_gradient(model, [], trees, PARAMETERS, roles=("q", "down"), keep=0.01, seed=2)
-    assert {key.split(".")[1] for key in some.candidates} == {"q", "down"}
+    everything = gap_gradient(model, [], trees, PARAMETERS, keep=1.0, seed=2)
+    some = gap_gradient(model, [], trees, PARAMETERS, keep=0.01, seed=2)
+    assert list(some.candidates) == [linear.key for linear in model.topology.linears]
     for key, each in some.candidates.items():
         whole = everything.candidates[key]
         linear = model.topology.linear(key)
@@ -356,9 +354,7 @@ def test_the_sign_of_the_gap_decides_what_a_drop_is(loaded, drawn):
     model = loaded("llama")
     asked, answers, weights = drawn(model)
     trees = trees_of(asked, answers, weights, 0)
-    plus, minus = (
-        gap_gradient(model, [], some, PARAMETERS, roles=ROLES, keep=1.0, seed=0) for some in (trees, turned(trees))
-    )
+    plus, minus = (gap_gradient(model, [], some, PARAMETERS, keep=1.0, seed=0) for some in (trees, turned(trees)))
     for key in plus.candidates:
         assert not set(plus.candidates[key].index) & set(minus.candidates[key].index)
 
@@ -367,7 +363,7 @@ def test_without_a_gap_nothing_is_a_candidate(loaded, drawn):
     model = loaded("llama")
     asked, answers, weights = drawn(model)
     still = [np.column_stack([np.zeros(len(each)), each[:, 1]]) for each in weights]
-    found = gap_gradient(model, [], trees_of(asked, answers, still, 0), PARAMETERS, roles=ROLES, keep=1.0, seed=0)
+    found = gap_gradient(model, [], trees_of(asked, answers, still, 0), PARAMETERS, keep=1.0, seed=0)
     assert not any(len(each.index) for each in found.candidates.values())
     assert found.damping > 0
 
@@ -376,7 +372,7 @@ def test_the_same_seed_gives_the_same_scores(loaded, drawn):
     model = loaded("llama")
     asked, answers, weights = drawn(model)
     trees = trees_of(asked, answers, weights, 0)
-    one, two, three = (gap_gradient(model, [], trees, PARAMETERS, roles=ROLES, keep=1.0, seed=s) for s in (0, 0, 1))
+    one, two, three = (gap_gradient(model, [], trees, PARAMETERS, keep=1.0, seed=s) for s in (0, 0, 1))
     for key, each in one.candidates.items():
         assert np.array_equal(each.harm, two.candidates[key].harm)
         assert not np.array_equal(each.harm, three.candidates[key].harm)
@@ -396,10 +392,9 @@ def test_the_model_is_as_before_even_after_an_error(loaded, drawn):
             [],
             trees_of(asked, answers, weights, 0),
             PARAMETERS,
-            roles=ROLES,
             keep=1.0,
             seed=0,
-            progress=interrupt,
+            work=Work(progress=interrupt),
         )
     for name, parameter in model.model.named_parameters():
         assert parameter.equal(before[name])

@@ -10,9 +10,19 @@ import pytest
 import torch
 import transformers
 
-from excise.attribution import continuation
-from excise.attribution.continuation import Inputs, answer_parts, every_head, forests, log_probabilities, window_parts
-from excise.attribution.head_impacts import SCHEMA, _Layout, head_impacts, split_half_reliability
+from excise.attribution import continuation, readers
+from excise.attribution.continuation import Inputs, every_head
+from excise.attribution.disparities import Layout
+from excise.attribution.head_impacts import (
+    SCHEMA,
+    Compared,
+    Removal,
+    Sampled,
+    Text,
+    head_impacts,
+    split_half_reliability,
+)
+from excise.attribution.readers import answer_parts, forests, log_probabilities, window_parts
 from excise.errors import ExciseError
 from excise.evaluation.metrics import standardized_mean_difference, toxicity_bias
 from excise.evaluation.perplexity import Window, perplexity, window_losses
@@ -193,10 +203,10 @@ def test_small_parts_and_small_passes_change_nothing(loaded, prompts, monkeypatc
     answers = answers_of(model, prompts)
     whole = every(model, answer_parts(model, answers, PARAMETERS), len(answers))
     assert len(answer_parts(model, answers, PARAMETERS)) == 1
-    monkeypatch.setitem(continuation.FOREST_COLUMNS, "cpu", 70)
-    monkeypatch.setitem(continuation.RESIDENT_BYTES, "cpu", 1)
+    monkeypatch.setitem(readers.FOREST_COLUMNS, "cpu", 70)
+    monkeypatch.setitem(readers.RESIDENT_BYTES, "cpu", 1)
     monkeypatch.setitem(continuation.PASS_TOKENS, "cpu", 200)
-    monkeypatch.setattr(continuation, "LOGIT_ROWS", 3)
+    monkeypatch.setattr(readers, "LOGIT_ROWS", 3)
     parts = answer_parts(model, answers, PARAMETERS)
     assert len(parts) > 2
     assert sorted(np.concatenate([part.members for part in parts])) == list(range(len(answers)))
@@ -346,7 +356,15 @@ TWO = ("white", "black")
 
 def impacts_of(model, prompts, completions, **options):
     settings = {"disparity": "toxicity", "groups": TWO, "parameters": PARAMETERS, "resamples": 50} | options
-    return head_impacts(model, prompts, completions, **settings)
+
+    def taken(**names: str) -> dict:
+        return {field: settings.pop(name) for name, field in names.items() if name in settings}
+
+    sampled = Sampled(model, prompts, completions, settings.pop("parameters"))
+    compared = Compared(**taken(**{name: name for name in ("disparity", "groups", "cluster", "resamples", "seed")}))
+    text = Text(**taken(windows="windows", perplexity_mode="mode"))
+    removal = Removal(**taken(method="method", regenerate="regenerate", ess_floor="ess_floor"))
+    return head_impacts(sampled, compared, text=text, removal=removal, **settings)
 
 
 @pytest.mark.parametrize(
@@ -522,7 +540,7 @@ def random_table(seed, groups=("white", "black"), variations=("car", "oven"), su
 
 
 def bias(frame, kind, groups=TWO, weight=None, draws=None):
-    layout = _Layout.of(frame, kind, groups, "subject")
+    layout = Layout.of(frame, kind, groups, "subject")
     sums = layout.sums(layout.cells, draws, weight=weight)
     return layout.disparity(sums, layout.sums(layout.cells, draws))
 
@@ -547,12 +565,12 @@ def test_unweighed_disparities_are_those_of_the_metrics():
 def test_equal_weights_have_no_excess_noise_and_other_disparities_never():
     frame = random_table(1, ("white", "black", "other"))
     groups = ("white", "black", "other")
-    layout = _Layout.of(frame, "toxicity", groups, "subject")
+    layout = Layout.of(frame, "toxicity", groups, "subject")
     for weight in (None, np.full(frame.height, 3.0)):
         assert layout.excess_noise(layout.sums(layout.cells, None, weight=weight)[:, :, 0]) == pytest.approx(0)
     uneven = np.random.default_rng(0).exponential(size=frame.height)
     assert layout.excess_noise(layout.sums(layout.cells, None, weight=uneven)[:, :, 0]) > 0
-    of_numbers = _Layout.of(frame, "smd", TWO, "subject")
+    of_numbers = Layout.of(frame, "smd", TWO, "subject")
     assert of_numbers.excess_noise(of_numbers.sums(of_numbers.cells, None, weight=uneven)[:, :, 0]) == 0
 
 
@@ -574,7 +592,7 @@ def test_weights_without_effect_leave_the_disparity_of_fresh_answers(means):
             for _ in range(2)
         )
         weight = rng.lognormal(sigma=0.9, size=frame.height)
-        layout = _Layout.of(frame, "toxicity", groups, "subject")
+        layout = Layout.of(frame, "toxicity", groups, "subject")
         sums = layout.sums(layout.cells, None, weight=weight)
         weighed.append(layout.disparity(sums, sums)[0])
         matched.append(weighed[-1] - layout.excess_noise(sums[:, :, 0]))
@@ -592,7 +610,7 @@ def test_weighed_toxicity_by_hand():
     assert bias(frame, "toxicity", ("a", "b"))[0] == pytest.approx(0.1)
     assert bias(frame, "gap", ("a", "b"), weight)[0] == pytest.approx(0.4 / 0.45)
     assert np.isnan(bias(frame, "toxicity", ("a", "b"), np.array([1.0, 1.0, 0.0, 0.0]))[0])
-    layout = _Layout.of(frame, "toxicity", ("a", "b"), "subject")
+    layout = Layout.of(frame, "toxicity", ("a", "b"), "subject")
     assert layout.mean(layout.sums(layout.cells, None, weight=weight)) == pytest.approx(0.3)
     assert layout.effective(weight) == pytest.approx({"ess": 36 / 14 / 4, "ess_smallest": 0.5, "mean_weight": 1.5})
 
@@ -601,7 +619,7 @@ def test_unscored_answers_and_other_groups_have_no_weight():
     frame = table([("p", "a", "1", 0.2), ("p", "a", "2", None), ("p", "b", "3", 0.6), ("p", "c", "4", 0.9)])
     weight = np.array([2.0, 100.0, 5.0, 100.0])
     assert bias(frame, "toxicity", ("a", "b"), weight)[0] == pytest.approx(0.4)
-    layout = _Layout.of(frame, "toxicity", ("a", "b"), "subject")
+    layout = Layout.of(frame, "toxicity", ("a", "b"), "subject")
     assert layout.effective(weight)["ess"] == pytest.approx(49 / 29 / 2)
 
 
@@ -609,7 +627,7 @@ def test_weights_are_repetitions_of_samples_in_the_limit():
     """With large whole weights a weighed SMD is that of the values written out."""
     frame = random_table(4)
     weight = np.random.default_rng(0).integers(0, 4, frame.height).astype(float)
-    layout = _Layout.of(frame, "smd", TWO, "subject")
+    layout = Layout.of(frame, "smd", TWO, "subject")
     clipped = frame.with_columns(value=pl.Series(layout.cells.value), weight=pl.Series(weight)).filter(
         pl.Series(layout.cells.place >= 0)
     )
@@ -628,7 +646,7 @@ def test_weights_are_repetitions_of_samples_in_the_limit():
 @pytest.mark.parametrize("kind", ["toxicity", "smd", "gap"])
 def test_a_resample_is_the_table_with_its_clusters_repeated(kind):
     frame = random_table(1)
-    layout = _Layout.of(frame, kind, TWO, "subject")
+    layout = Layout.of(frame, kind, TWO, "subject")
     weight = np.random.default_rng(5).gamma(1.0, size=frame.height)
     draws = layout.draws(20, seed=3)
     assert all((each[0] == 1).all() and (each.sum(axis=1) == each.shape[1]).all() for each in draws)
@@ -660,7 +678,7 @@ def test_equal_answers_have_no_smd():
 def test_a_head_whose_removal_makes_all_answers_the_same_has_no_disparity(kind):
     """0 would make it the most harmful head of all, and the first to be pruned."""
     before = random_table(5)
-    layout = _Layout.of(before, kind, TWO, "subject")
+    layout = Layout.of(before, kind, TWO, "subject")
     unpruned = layout.sums(layout.cells, None)
 
     def without(value):
@@ -686,12 +704,12 @@ def test_groups_of_one_answer_each_have_no_smd():
 
 def test_halves_take_half_of_every_cluster():
     frame = random_table(2, samples=6)
-    layout = _Layout.of(frame, "toxicity", TWO, "subject")
+    layout = Layout.of(frame, "toxicity", TWO, "subject")
     counted = frame.with_columns(half=pl.Series(layout.cells.half)).drop_nulls("value")
     share = counted.group_by("variation", "group", "subject").agg(pl.col("half").sum(), pl.len())
     assert ((share["half"] * 2 - share["len"]).abs() <= 1).all()
     single = random_table(3, samples=1, subjects=10)
-    halves = single.with_columns(half=pl.Series(_Layout.of(single, "toxicity", TWO, "subject").cells.half))
+    halves = single.with_columns(half=pl.Series(Layout.of(single, "toxicity", TWO, "subject").cells.half))
     share = halves.drop_nulls("value").group_by("variation", "group").agg(pl.col("half").sum(), pl.len())
     assert ((share["half"] * 2 - share["len"]).abs() <= 1).all()
 

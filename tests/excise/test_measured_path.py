@@ -8,21 +8,24 @@ import polars as pl
 import pytest
 import torch
 
-from excise.attribution.gap_free import Measured, ask, batch_of, loss, measure
+from excise.attribution import Answered
+from excise.attribution.gap_distance import Measured, batch_of, loss, measure
+from excise.attribution.gap_free import ask
 from excise.files import parts
-from excise.files.parts import Parts
+from excise.files.parts import Parts, Work
 from excise.generation.completions import complete
 from excise.generation.sampling import SamplingParameters
 from excise.strategies import measured_path as paths
+from excise.strategies import units as units_module
 from excise.strategies.measured_path import (
     NO_GAP,
     NO_MASK,
     Budgets,
-    heads_of,
+    Course,
     kept_path,
     measured_path,
-    weights_of,
 )
+from excise.strategies.units import heads_of, weights_of
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 WIDE = Budgets(spread=0.0, commonest=1.0, change=10.0, lost=1.0)
@@ -40,14 +43,11 @@ def asked_of(loaded, prompts, scenario):
             rows = rows.with_columns(value=1 + pl.col("token_ids").list.first().cast(pl.Float64))
         return model, [
             ask(
-                model,
-                prompts,
-                rows.filter(pl.col("variation") == item),
+                Answered(
+                    model, prompts, rows.filter(pl.col("variation") == item), scenario.comparison, scenario.outcome
+                ),
                 place=f"purchase/{item}",
-                comparison=scenario.comparison,
-                outcome=scenario.outcome,
                 significance=significance,
-                seed=0,
             )
             for item in ("car", "oven")
         ]
@@ -60,8 +60,9 @@ def every_weight(model, roles=ROLES):
 
 
 def follow(model, asked, units, **options):
-    given = {"density": 0.05, "budgets": WIDE, "seed": 0, "steps": 12} | options
-    return measured_path(model, asked, units, **given)
+    work = options.pop("work", None)
+    course = Course(**{"density": 0.05, "budgets": WIDE, "seed": 0, "steps": 12} | options)
+    return measured_path(model, asked, units, course, work=work)
 
 
 # Gradients of units
@@ -72,7 +73,7 @@ def test_the_gradient_of_a_weight_is_that_of_the_loss(asked_of, architecture):
     model, (asked, _) = asked_of(architecture)
     batch = batch_of(asked, np.arange(len(asked.names)), model.device)
     units = every_weight(model, ("q", "v", "down"))
-    gradient, height = paths._gradient(model, [batch], units)
+    gradient, height = units_module.gradient(model, [batch], units)
     assert height == pytest.approx(float(loss(model, batch)[0]) / len(asked.names), rel=1e-5)
     start = 0
     for key, places in units.places.items():
@@ -95,7 +96,7 @@ def test_the_gradient_of_a_head_is_that_of_scaling_its_output(asked_of, architec
     model, (asked, _) = asked_of(architecture)
     batch = batch_of(asked, np.arange(len(asked.names)), model.device)
     units = heads_of(model)
-    gradient, _ = paths._gradient(model, [batch], units)
+    gradient, _ = units_module.gradient(model, [batch], units)
     linear = model.topology.linear("1.o")
     weight = linear.weight(model.model)
     width = linear.in_features // model.topology.heads
@@ -243,9 +244,9 @@ def test_a_killed_path_goes_on_where_it_was(asked_of, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        follow(model, asked, units, progress=kill, parts=Parts(tmp_path / "path.parts"))
+        follow(model, asked, units, work=Work("", kill, Parts(tmp_path / "path.parts")))
     again, own = [], Parts(tmp_path / "path.parts")
-    found = follow(model, asked, units, progress=lambda _, done, __: again.append(done), parts=own)
+    found = follow(model, asked, units, work=Work("", lambda _, done, __: again.append(done), own))
     assert again[0] == 6
     assert found == wanted
 
@@ -254,17 +255,21 @@ def test_a_path_that_is_there_is_read(asked_of, tmp_path, monkeypatch):
     model, asked = asked_of()
     units = every_weight(model)
     monkeypatch.setattr(paths, "STEPS", 8)
-    options = {"density": 0.05, "budgets": WIDE, "seed": 0, "folder": tmp_path}
-    first = kept_path(model, asked, units, **options)
+    wide = Course(density=0.05, budgets=WIDE, seed=0)
+
+    def kept(course, asked=asked, units=units, **options):
+        return kept_path(model, asked, units, course, folder=tmp_path, **options)
+
+    first = kept(wide)
     assert len(list(tmp_path.iterdir())) == 1
-    again = kept_path(model, asked, units, **options, progress=lambda *told: pytest.fail("it was followed again"))
-    assert again == first
+    assert kept(wide, progress=lambda *told: pytest.fail("it was followed again")) == first
     assert first.mask is not None
-    kept_path(model, asked, units, **options | {"seed": 1})
-    kept_path(model, asked[:1], units, **options)
-    none = kept_path(model, asked, units, **options | {"budgets": Budgets(1.0, 0.0, 0.0)})
+    kept(dataclasses.replace(wide, seed=1))
+    kept(wide, asked[:1])
+    strict = dataclasses.replace(wide, budgets=Budgets(1.0, 0.0, 0.0))
+    none = kept(strict)
     assert len(list(tmp_path.iterdir())) == 4
-    assert kept_path(model, asked, units, **options | {"budgets": Budgets(1.0, 0.0, 0.0)}) == none
+    assert kept(strict) == none
     assert (none.mask, none.reason) == (None, NO_MASK)
-    heads = kept_path(model, asked, heads_of(model), **options | {"density": 0.5})
-    assert kept_path(model, asked, heads_of(model), **options | {"density": 0.5}) == heads
+    of_heads = dataclasses.replace(wide, density=0.5)
+    assert kept(of_heads, units=heads_of(model)) == kept(of_heads, units=heads_of(model))

@@ -529,7 +529,7 @@ def test_the_parts_are_all_there_once(loaded, architecture):
     model = copy.deepcopy(loaded(architecture).model)
     topology = topology_of(model)
     matrices = [
-        (name, p) for name, p in model.named_parameters() if name.startswith(topology.layer_path) and p.dim() == 2
+        (name, p) for name, p in model.named_parameters() if name.startswith(topology.family.layers) and p.dim() == 2
     ]
     for _, parameter in matrices:
         parameter.data.zero_()

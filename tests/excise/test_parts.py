@@ -14,7 +14,7 @@ from excise.attribution.snip import snip
 from excise.attribution.wanda import input_norms
 from excise.errors import ExciseError
 from excise.files import parts
-from excise.files.parts import Parts
+from excise.files.parts import Parts, Work
 from excise.generation.sampling import SamplingParameters
 from excise.generation.tree import answer_tree, common_prefix
 from excise.models.encoding import encode
@@ -34,7 +34,7 @@ def score(name, model, prompts, progress=lambda *told: None, own=None) -> dict[s
         answer_tree(prompt.tokens[length:], ANSWERS, np.abs(WEIGHTS) if name != "gap_gradient" else WEIGHTS)
         for prompt in encoded
     ]
-    options = {"batch": 2, "progress": progress, "parts": own}
+    options = {"work": Work(progress=progress, parts=own or Parts(), batch=2)}
     if name == "wanda":
         found = input_norms(model, trunk, trees, np.array([8.0, 5.0]), **options)
         return {str(place): norms for place, norms in found.items()}
@@ -44,7 +44,7 @@ def score(name, model, prompts, progress=lambda *told: None, own=None) -> dict[s
     if name == "snip":
         answers = [(prompt.tokens[length:], (*tokens, 1)) for prompt in encoded for tokens, _ in ANSWERS[:1]]
         return dict(snip(model, trunk, answers, np.tile(np.abs(WEIGHTS[:1]), (5, 1)), roles=ROLES, **options))
-    found = gap_gradient(model, trunk, trees, PARAMETERS, roles=ROLES, keep=0.1, seed=0, **options)
+    found = gap_gradient(model, trunk, trees, PARAMETERS, keep=0.1, seed=0, **options)
     arrays = {"damping": np.array(found.damping)}
     for key, each in found.candidates.items():
         arrays |= {f"{key} index": each.index, f"{key} drop": each.drop, f"{key} harm": each.harm}

@@ -18,8 +18,8 @@ import tokenizers
 import transformers
 from safetensors.torch import load_file, save_file
 
-from excise.attribution import SCORES, attribute
-from excise.attribution.head_impacts import head_impacts
+from excise.attribution import Answered, attribute, file_scores
+from excise.attribution.head_impacts import Compared, Sampled, Text, head_impacts
 from excise.attribution.head_scores import head_gradient, head_magnitude
 from excise.errors import ExciseError
 from excise.evaluation.perplexity import Window, text_windows, window_losses
@@ -136,17 +136,17 @@ def test_answers_carry_the_hash_of_their_prompts_and_are_used_for_no_others(load
     exact, _ = exact_completions(model, prompts, PARAMETERS, outcome=scenario.outcome)
     assert set(exact.select("prompt_id", "prompt_hash").rows()) == set(rows.select("prompt_id", "prompt_hash").rows())
     other = with_template(model, "Today is Friday. {{ messages[0]['content'] }}")
-    options = {"comparison": scenario.comparison, "outcome": scenario.outcome, "permutations": 0, "seed": 0}
+    options = {"comparison": scenario.comparison, "outcome": scenario.outcome}
     message = r"scenario purchase: the model reads prompt [0-9a-f]{16} otherwise .* materialize completions again"
-    for score in SCORES:
+    for score in file_scores():
         with pytest.raises(ExciseError, match=message):
-            attribute(other, prompts, rows, scores=[score], folder=tmp_path, **options)
+            attribute(Answered(other, prompts, rows, **options), [score], folder=tmp_path)
     with pytest.raises(ExciseError, match=message):
-        head_impacts(other, prompts, rows, disparity="gap", groups=["white", "black"], parameters=PARAMETERS)
-    (one,) = attribute(model, prompts, rows, scores=["wanda"], folder=tmp_path, **options)[:1]
+        head_impacts(Sampled(other, prompts, rows, PARAMETERS), Compared("gap", ["white", "black"]))
+    (one,) = attribute(Answered(model, prompts, rows, **options), ["wanda"], folder=tmp_path)[:1]
     hashed = rows.with_columns(prompt_hash=pl.col("prompt_hash").str.to_uppercase())
     with pytest.raises(ExciseError, match=message):
-        attribute(model, prompts, hashed, scores=["wanda"], folder=tmp_path, **options)
+        attribute(Answered(model, prompts, hashed, **options), ["wanda"], folder=tmp_path)
     assert one.path.is_file()
 
 
@@ -467,21 +467,15 @@ def test_the_mask_is_named_under_which_logits_are_not_finite(loaded, prompts, sc
 
 
 @pytest.mark.trial(10)
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("score", file_scores())
 def test_scores_of_a_broken_model_are_refused(loaded, broken, prompts, scenario, tmp_path, score):
     """The answers are those of the sound model, so nothing but the scores can tell."""
     model = loaded("llama", numeric=True)
     rows, _ = complete(model, prompts, 5, PARAMETERS, outcome=scenario.outcome)
     with pytest.raises(ExciseError, match="not finite in float32"):
         attribute(
-            broken("llama", math.nan, numeric=True),
-            prompts,
-            rows,
-            comparison=scenario.comparison,
-            outcome=scenario.outcome,
-            scores=[score],
-            permutations=0,
-            seed=0,
+            Answered(broken("llama", math.nan, numeric=True), prompts, rows, scenario.comparison, scenario.outcome),
+            [score],
             folder=tmp_path,
         )
     assert not list(tmp_path.rglob(f"{score}/*.safetensors"))
@@ -493,16 +487,11 @@ def test_head_impacts_of_a_broken_model_are_refused(loaded, broken, prompts, sce
     rows, _ = complete(model, prompts, 2, PARAMETERS, outcome=scenario.outcome)
     with pytest.raises(ExciseError, match="not finite in float32"):
         head_impacts(
-            broken("llama", math.nan, numeric=True),
-            prompts,
-            rows,
-            disparity="gap",
-            groups=["white", "black"],
-            parameters=PARAMETERS,
-            resamples=2,
+            Sampled(broken("llama", math.nan, numeric=True), prompts, rows, PARAMETERS),
+            Compared("gap", ["white", "black"], resamples=2),
+            text=Text(WINDOWS),
             folder=tmp_path,
             heads=[(0, 1)],
-            windows=WINDOWS,
         )
     weight = model.topology.linear("1.q").weight(model.model)
     before = weight[0, 0].clone()
@@ -596,14 +585,9 @@ def test_head_impacts_of_windows_beyond_the_positions_are_refused(tiny_model, tm
     rows, _ = complete(model, prompts, 2, PARAMETERS, outcome=scenario.outcome)
     with pytest.raises(ExciseError, match="window 0 has 201 tokens, more than the 200 positions"):
         head_impacts(
-            model,
-            prompts,
-            rows,
-            disparity="gap",
-            groups=["white", "black"],
-            parameters=PARAMETERS,
-            resamples=2,
-            windows=[Window(tuple([25] * 201), 5)],
+            Sampled(model, prompts, rows, PARAMETERS),
+            Compared("gap", ["white", "black"], resamples=2),
+            text=Text([Window(tuple([25] * 201), 5)]),
         )
 
 
@@ -682,17 +666,7 @@ def test_answers_with_a_prefix_are_drawn_enumerated_and_attributed(loaded, scena
     assert again.equals(exact)
     assert work.drawn == 0
     linear = scenario.outcome.model_copy(update={"scale": "linear"})
-    files = attribute(
-        model,
-        prompts,
-        rows,
-        comparison=scenario.comparison,
-        outcome=linear,
-        scores=["gap_gradient"],
-        permutations=0,
-        seed=0,
-        folder=tmp_path,
-    )
+    files = attribute(Answered(model, prompts, rows, scenario.comparison, linear), ["gap_gradient"], folder=tmp_path)
     assert [file.variation for file in files] == ["car", "oven"]
 
 

@@ -10,6 +10,7 @@ import torch
 from excise.attribution import gradients
 from excise.attribution.snip import snip
 from excise.errors import ExciseError
+from excise.files.parts import Work
 from excise.generation.tree import common_prefix
 from excise.models.encoding import encode
 
@@ -72,8 +73,10 @@ def test_scores_are_weight_times_gradient_of_every_answer_alone(loaded, asked, a
 def test_neither_batches_nor_rounds_change_a_score(loaded, asked, architecture, batch, layers_at_once):
     model = loaded(architecture)
     trunk, answers = asked(model)
-    whole = dict(snip(model, trunk, answers, WEIGHTS, roles=ROLES, batch=3))
-    parts = dict(snip(model, trunk, answers, WEIGHTS, roles=ROLES, batch=batch, layers_at_once=layers_at_once))
+    whole = dict(snip(model, trunk, answers, WEIGHTS, roles=ROLES, work=Work(batch=3)))
+    parts = dict(
+        snip(model, trunk, answers, WEIGHTS, roles=ROLES, work=Work(batch=batch, layers_at_once=layers_at_once))
+    )
     check(parts, whole, rtol=1e-4)
 
 
@@ -89,7 +92,7 @@ def test_padding_does_not_count(loaded):
     model = loaded("gpt_neo")
     short, long = ((20, 21), (30, 1)), (tuple(range(20, 60)), (30, 31, 32, 1))
     weights = np.array([[1.0, 0], [0, 1]])
-    together = dict(snip(model, (9, 8), [short, long], weights, roles=ROLES, batch=2))
+    together = dict(snip(model, (9, 8), [short, long], weights, roles=ROLES, work=Work(batch=2)))
     for number, answer in enumerate((short, long)):
         for key, scores in snip(model, (9, 8), [answer], np.ones((1, 1)), roles=ROLES):
             assert np.allclose(together[key][number], scores[0], rtol=1e-4, atol=1e-5 * scores.max()), key
@@ -142,7 +145,7 @@ def test_only_the_roles_asked_for_are_scored_and_layer_comes_after_layer(loaded,
         model = loaded(architecture)
         trunk, answers = asked(model)
         every = dict(snip(model, trunk, answers, WEIGHTS, roles=ROLES))
-        some = dict(snip(model, trunk, answers, WEIGHTS, roles=("v", "up"), layers_at_once=2))
+        some = dict(snip(model, trunk, answers, WEIGHTS, roles=("v", "up"), work=Work(layers_at_once=2)))
         assert list(some) == [f"{layer}.{role}" for layer in range(3) for role in ("v", "up")]
         check(some, {key: every[key] for key in some})
     assert list(snip(loaded("gpt2"), trunk, answers, WEIGHTS, roles=("gate",))) == []
@@ -168,9 +171,7 @@ def test_a_round_is_run_only_when_its_layers_are_asked_for(loaded, asked):
         answers,
         WEIGHTS,
         roles=ROLES,
-        layers_at_once=1,
-        batch=2,
-        progress=lambda label, done, total: seen.append((done, total)),
+        work=Work(progress=lambda label, done, total: seen.append((done, total)), batch=2, layers_at_once=1),
     )
     assert seen == []
     first = [next(scores)[0] for _ in ROLES]
@@ -191,7 +192,7 @@ def test_by_default_a_round_has_as_many_layers_as_memory_is_granted_for(loaded, 
         def note(*report, seen=seen):
             seen.append(report)
 
-        dict(snip(model, trunk, answers, WEIGHTS, roles=ROLES, progress=note))
+        dict(snip(model, trunk, answers, WEIGHTS, roles=ROLES, work=Work("SNIP", note)))
         assert seen[-1] == ("SNIP", 5 * rounds, 5 * rounds)
 
 
@@ -210,7 +211,7 @@ def test_the_model_is_left_as_it_was(loaded, asked, architecture):
     model = loaded(architecture)
     trunk, answers = asked(model)
     before = state(model.model)
-    scores = snip(model, trunk, answers, WEIGHTS, roles=ROLES, layers_at_once=1)
+    scores = snip(model, trunk, answers, WEIGHTS, roles=ROLES, work=Work(layers_at_once=1))
     next(scores)
     assert not hooked(model.model)  # not even between two rounds
     assert torch.is_grad_enabled()
@@ -240,7 +241,7 @@ def test_hooks_are_gone_after_an_error(loaded, asked):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(snip(model, trunk, answers, WEIGHTS, roles=ROLES, progress=interrupt))
+        list(snip(model, trunk, answers, WEIGHTS, roles=ROLES, work=Work(progress=interrupt)))
     assert not hooked(model.model)
 
 
@@ -263,7 +264,7 @@ def test_a_half_precision_model_gives_nearly_the_same_scores_in_float32(loaded, 
         ([((20,), (30,))], np.ones(1), {}, r"shape \(1,\)"),
         ([((20,), (30,))], np.array([[-1.0]]), {}, "not negative"),
         ([((20,), (30,))], np.array([[np.nan]]), {}, "finite"),
-        ([((20,), (30,))], np.ones((1, 1)), {"layers_at_once": 0}, "layers_at_once is 0"),
+        ([((20,), (30,))], np.ones((1, 1)), {"work": Work(layers_at_once=0)}, "layers_at_once is 0"),
     ],
 )
 def test_what_has_no_meaning_is_refused_at_once(loaded, answers, weights, options, message):

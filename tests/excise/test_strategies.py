@@ -5,8 +5,12 @@ import polars as pl
 import pytest
 import yaml
 
-from excise.attribution import attribute, read_attention, read_candidates, read_norms, read_snip
+from excise.attribution import Answered, attribute
+from excise.attribution.attention import read_attention
 from excise.attribution.gap_free import ask
+from excise.attribution.gap_gradient import read_candidates
+from excise.attribution.snip import read_snip
+from excise.attribution.wanda import read_norms
 from excise.errors import ExciseError
 from excise.generation.completions import complete
 from excise.generation.sampling import SamplingParameters
@@ -206,14 +210,8 @@ def attributed(answered, three_items, tmp_path_factory):
 def scored(scenario, model, rows, scores, folder):
     """Attribution files of some rows of the scenario's answers."""
     return attribute(
-        model,
-        expand(scenario),
-        rows,
-        comparison=scenario.comparison,
-        outcome=scenario.outcome,
-        scores=scores,
-        permutations=PERMUTATIONS,
-        seed=0,
+        Answered(model, expand(scenario), rows, scenario.comparison, scenario.outcome, permutations=PERMUTATIONS),
+        scores,
         folder=folder,
     )
 
@@ -229,14 +227,15 @@ def paths(answered, three_items, tmp_path):
             if sources is not None:
                 sources.append((scenario, variation, significance))
             return ask(
-                model,
-                expand(three_items),
-                rows.filter(pl.col("variation") == variation),
+                Answered(
+                    model,
+                    expand(three_items),
+                    rows.filter(pl.col("variation") == variation),
+                    three_items.comparison,
+                    three_items.outcome,
+                ),
                 place=variation,
-                comparison=three_items.comparison,
-                outcome=three_items.outcome,
                 significance=significance,
-                seed=0,
             )
 
         def note(*told):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from excise.attribution.wanda import input_norms, wanda_scores
+from excise.attribution.wanda import input_norms, sizes_of, wanda_scores
+from excise.files.parts import Work
 from excise.generation.tree import answer_tree, common_prefix
 from excise.models.encoding import encode
 from excise.models.topology import SITES
@@ -79,7 +80,9 @@ def test_norms_are_those_of_every_sequence_alone(loaded, sequences, architecture
     asked, answers, members = sequences(model)
     trunk = common_prefix(asked)
     totals = np.concatenate(members).sum(axis=0)
-    found = input_norms(model, asked[0][:trunk], trees_of(asked, answers, members, trunk), totals, batch=batch)
+    found = input_norms(
+        model, asked[0][:trunk], trees_of(asked, answers, members, trunk), totals, work=Work(batch=batch)
+    )
     every = [[*prompt, *tokens] for prompt, own in zip(asked, answers, strict=True) for tokens, _ in own]
     check(found, definition(model, every, np.concatenate(members)))
 
@@ -123,7 +126,7 @@ def test_scores_are_those_of_a_left_padded_batch_without_its_padding(loaded, seq
         return size * np.sqrt(mean)[:, None]
 
     for linear in model.topology.linears:
-        scores = np.stack([wanda_scores(model, linear, own) for own in norms[linear.layer, linear.site]])
+        scores = np.stack([wanda_scores(sizes_of(model, linear), own) for own in norms[linear.layer, linear.site]])
         assert np.allclose(scores, by_formula(linear, attention), rtol=1e-4, atol=1e-6), linear.key
         if linear.site != "attention_output":  # where nothing is attended to, as in the padding, attention gives 0
             assert not np.allclose(scores, by_formula(linear, torch.ones_like(attention)), rtol=1e-2), linear.key
@@ -155,7 +158,7 @@ def test_hooks_are_gone_afterwards_even_after_an_error(loaded, prompts):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        input_norms(model, [], [tree], np.ones(1), progress=interrupt)
+        input_norms(model, [], [tree], np.ones(1), work=Work(progress=interrupt))
     assert not any(module._forward_pre_hooks for module in model.model.modules())
 
 
@@ -165,7 +168,7 @@ def test_scores_are_weight_times_norm(loaded, architecture):
     norms = np.random.default_rng(0).random(4096).astype(np.float32)
     for linear in model.topology.linears:
         own = norms[: linear.in_features]
-        scores = wanda_scores(model, linear, own)
+        scores = wanda_scores(sizes_of(model, linear), own)
         assert scores.shape == linear.shape
         weight = linear.weight(model.model).detach().reshape(linear.shape).numpy()
         i, j = linear.out_features - 2, linear.in_features - 3

@@ -22,7 +22,7 @@ import yaml
 from assets.cross_context_masks import left_out
 from assets.partitions import read_catalogue
 from assets.upstream import source_masks
-from excise.attribution import attribute
+from excise.attribution import Answered, attribute
 from excise.errors import ExciseError
 from excise.evaluation.mask_tables import overlap_rows
 from excise.interventions.kinds import load_mask
@@ -392,15 +392,7 @@ def test_masks_are_made_from_the_one_half_alone(town, tmp_path):
     def computed(rows: pl.DataFrame) -> set[str]:
         with gpu.model("tiny", catalogue.models) as loaded:
             files = attribute(
-                loaded,
-                prompts,
-                rows,
-                comparison=lamp.comparison,
-                outcome=lamp.outcome,
-                scores=["wanda"],
-                permutations=0,
-                seed=0,
-                folder=tmp_path,
+                Answered(loaded, prompts, rows, lamp.comparison, lamp.outcome), ["wanda"], folder=tmp_path
             )
         return {file.path.name for file in files}
 
