@@ -97,8 +97,8 @@ def overlap_table(rows: Sequence[Path | str | Mask], columns: Sequence[Path | st
     Streams piece by piece, whatever the size of the matrices: beside masks given as such, every thread holds 6 MiB of
     all files together, or 64 KiB of each where that is more, and there are as many threads as processors, eight at
     most. A file's bytes are read once, also where it is both a row and a column. The first call compiles the counting,
-    which takes a second or two. Unlike `Mask.load` it does not verify fingerprints, which would cost as much as all the
-    rest.
+    which takes a second or two. Unlike `kinds.load_mask` it does not verify fingerprints, which would cost as much as
+    all the rest.
 
     Raises ExciseError when there are no rows or no columns, when a file is absent or is no mask, and, naming both
     masks, when their matrices differ.

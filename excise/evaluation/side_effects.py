@@ -17,7 +17,7 @@ import polars as pl
 from excise.conditions import PLACE
 from excise.errors import ExciseError
 from excise.evaluation import metrics as m
-from excise.evaluation.numbers import evaluate
+from excise.evaluation.judged import compared_groups
 from excise.evaluation.perplexity import (
     Mode,
     Window,
@@ -29,6 +29,7 @@ from excise.evaluation.perplexity import (
     text_windows,
 )
 from excise.evaluation.rows import finite_or_none
+from excise.evaluation.scenario_metrics import Draws, compared_numbers
 from excise.models.encoding import opening_tokens, positions
 from excise.scenarios import Scenario, expand
 from excise.scenarios.subsets import EVALUATION, first_names, held_out_split
@@ -209,8 +210,7 @@ def target_prompts(
     most = min(len(group.subjects) for group in scenario.groups.values())
     first = next(iter(scenario.variations))
     prompts = expand(scenario, variations=[first], subjects_per_group=min(subjects_per_group, most))
-    compared = [scenario.comparison.majority, scenario.comparison.minority]
-    prompts = prompts.filter(pl.col("group").is_in(compared))
+    prompts = prompts.filter(pl.col("group").is_in(compared_groups(scenario)))
     if held_out:
         split = held_out_split(scenario, prompts, seed)
         kept = split.filter(split=EVALUATION)["prompt_id"]
@@ -246,18 +246,8 @@ def scenario_effects(
             for mask, frame in pruned.items()
         ]
     )
-    rows = evaluate(
-        unpruned,
-        under_masks,
-        pl.DataFrame(),
-        majority=scenario.comparison.majority,
-        minority=scenario.comparison.minority,
-        answer_range=scenario.outcome.scored_range,
-        log_scale=scenario.outcome.log_scale,
-        resamples=resamples,
-        permutations=1,
-        seed=seed,
-    )
+    draws = Draws(resamples, permutations=1, seed=seed)
+    rows = compared_numbers(unpruned, under_masks, pl.DataFrame(), scenario, draws)
     here = pl.col("variation").eq(unpruned["variation"][0]) & pl.col("metric").is_in(SCENARIO_METRICS)
     return (
         rows.filter(here & pl.col("strategy").is_in(list(pruned)))

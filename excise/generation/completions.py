@@ -32,8 +32,9 @@ from excise.outcomes.scoring import Judge, ScoreCache
 from excise.progress import Progress, silent
 
 UNPRUNED = "unpruned"
-CACHE_SCHEMA = {"prompt": pl.String, "sample": pl.Int64, "token_ids": pl.List(pl.Int64), "finished": pl.Boolean}
-COMPLETIONS_SCHEMA = {
+Schema = dict[str, pl.DataType | type[pl.DataType]]
+CACHE_SCHEMA: Schema = {"prompt": pl.String, "sample": pl.Int64, "token_ids": pl.List(pl.Int64), "finished": pl.Boolean}
+COMPLETIONS_SCHEMA: Schema = {
     "model": pl.String,
     "scenario": pl.String,
     "variation": pl.String,

@@ -1,40 +1,47 @@
 """The kinds of interventions by name, and reading one from a file whatever its kind.
 
-A kind is a module of this room that offers its class as `KIND`; adding one is adding that module.
+A kind is a module of this room that offers its class as `KIND`, or a class that an installed package names in its entry
+points `excise.interventions`; adding one is adding that module.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import excise.interventions
 from excise.errors import ExciseError
+from excise.extensions import with_extensions
 from excise.interventions.controls import RandomControl
 from excise.interventions.heads import head_keys
 from excise.interventions.packed import Mask, file_metadata
 from excise.interventions.protocol import StoredIntervention
 
-
-@functools.cache
-def built_in_kinds() -> Mapping[str, type[StoredIntervention]]:
-    """The kinds of this room's modules, by name."""
-    names = [module.name for module in pkgutil.iter_modules(excise.interventions.__path__, "excise.interventions.")]
-    modules = [importlib.import_module(name) for name in names if name != __name__]
-    return {module.KIND.kind: module.KIND for module in modules if hasattr(module, "KIND")}
+GROUP = "excise.interventions"
 
 
-def load(path: Path | str, kinds: Mapping[str, type[StoredIntervention]] | None = None) -> StoredIntervention:
-    """Read what some kind's `save` has written. kinds: beside the built-in ones.
+def kinds() -> dict[str, type[StoredIntervention]]:
+    """The kinds of this room's modules and of installed packages, by name."""
+    return cast("dict[str, type[StoredIntervention]]", with_extensions(GROUP, type, _built_in()))
+
+
+def _built_in() -> Iterator[tuple[str, type]]:
+    for module in pkgutil.iter_modules(excise.interventions.__path__, f"{GROUP}."):
+        kind = getattr(importlib.import_module(module.name), "KIND", None)
+        if kind is not None:
+            yield kind.kind, kind
+
+
+def load(path: Path | str) -> StoredIntervention:
+    """Read what some kind's `save` has written.
 
     Raises ExciseError where the file is absent, damaged or of a kind that is not known.
     """
-    known = {**built_in_kinds(), **(kinds or {})}
-    metadata = file_metadata(path)
+    metadata, known = file_metadata(path), kinds()
     # Files of masks are older than kinds and name none: the roles of their matrices tell.
     of_masks = "heads" if head_keys(json.loads(metadata.get("shapes", "{}"))) else "weights"
     kind = metadata.get("kind", of_masks)

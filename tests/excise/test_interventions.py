@@ -1,13 +1,7 @@
 """The protocol of interventions: what holds for weights and heads holds for a kind that nobody here has heard of."""
 
 import copy
-import hashlib
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import ClassVar, Self
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -17,71 +11,20 @@ import torch
 from excise.errors import ExciseError
 from excise.evaluation.perplexity import LossCache, text_windows
 from excise.evaluation.side_effects import effect_windows, text_effect, text_unpruned
-from excise.files.tensors import load_with_metadata, save_tensors
 from excise.generation.completions import CompletionCache, complete
 from excise.generation.enumeration import exact_completions
 from excise.generation.sampling import SamplingParameters
 from excise.interventions.controls import RandomControl
 from excise.interventions.heads import HeadMask, heads_mask
-from excise.interventions.kinds import built_in_kinds, load, load_mask, recalled
+from excise.interventions.kinds import kinds, load, load_mask, recalled
 from excise.interventions.protocol import Intervention, edited
 from excise.interventions.weights import WeightMask
 from excise.models.encoding import encode
 from excise.models.loading import LoadedModel
+from tests.excise.scaled_channels import ScaledChannels
 
 WARM = SamplingParameters(temperature=1.0, top_p=0.95, seed=3)
 TEXT = "The train to Stanmere is late again, and the clerk at the window knows why. " * 20
-
-
-@dataclass(frozen=True)
-class ScaledChannels:
-    """MLP channels, bool [layers, channels], whose part in the output of their layer is multiplied by a factor."""
-
-    kind: ClassVar[str] = "channels"
-    unit: ClassVar[str] = "channels"
-    folded_as: ClassVar[str] = "columns of down, scaled"
-    chosen: np.ndarray
-    factor: float
-
-    @property
-    def count(self) -> int:
-        return int(self.chosen.sum())
-
-    @property
-    def fingerprint(self) -> str:
-        told = json.dumps([self.kind, self.factor, self.chosen.shape]).encode()
-        return hashlib.sha256(told + np.packbits(self.chosen).tobytes()).hexdigest()[:16]
-
-    @contextmanager
-    def applied(self, loaded: LoadedModel) -> Iterator[LoadedModel]:
-        kept = [(columns, weight[:, columns].clone()) for weight, columns in self._places(loaded)]
-        try:
-            self.fold(loaded)
-            yield loaded
-        finally:
-            for (weight, _), (columns, values) in zip(self._places(loaded), kept, strict=True):
-                weight[:, columns] = values
-
-    def fold(self, loaded: LoadedModel) -> None:
-        for weight, columns in self._places(loaded):
-            weight[:, columns] *= self.factor
-
-    def _places(self, loaded: LoadedModel) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        downs = [linear for linear in loaded.topology.linears if linear.role == "down"]
-        if self.chosen.shape != (len(downs), downs[0].in_features):
-            raise ExciseError("the channels are of another model")
-        return [(down.weight(loaded.model), torch.from_numpy(self.chosen[down.layer])) for down in downs]
-
-    def control(self, seed: int, known: str | None = None) -> "ScaledChannels":
-        return replace(self, chosen=np.random.default_rng(seed).permuted(self.chosen, axis=1))
-
-    def save(self, path: Path | str) -> None:
-        save_tensors(Path(path), {"chosen": self.chosen}, {"kind": self.kind, "factor": json.dumps(self.factor)})
-
-    @classmethod
-    def load(cls, path: Path | str) -> Self:
-        tensors, metadata = load_with_metadata(Path(path))
-        return cls(tensors["chosen"], json.loads(metadata["factor"]))
 
 
 def channels(loaded: LoadedModel) -> ScaledChannels:
@@ -167,16 +110,28 @@ def test_a_folded_model_answers_as_one_under_the_intervention(loaded, prompts, a
 # Names, files, controls
 
 
+@pytest.fixture
+def channels_installed(installed):
+    source = "from tests.excise.scaled_channels import ScaledChannels\n"
+    installed("channels_kind", source, "excise.interventions", "channels = channels_kind:ScaledChannels")
+
+
 def test_the_kinds_of_the_room_are_known_by_name():
-    assert built_in_kinds() == {"heads": HeadMask, "weights": WeightMask}
+    assert kinds() == {"heads": HeadMask, "weights": WeightMask}
+
+
+@pytest.mark.usefixtures("channels_installed")
+def test_the_kinds_of_installed_packages_are_known_beside_them():
+    assert kinds() == {"heads": HeadMask, "weights": WeightMask, "channels": ScaledChannels}
 
 
 @pytest.mark.parametrize("kind", ["channels", "weights", "zero_query", "zero_output"])
+@pytest.mark.usefixtures("channels_installed")
 def test_a_file_tells_its_kind(tmp_path, model, kind):
     intervention = KINDS[kind](model)
     path = tmp_path / "one.safetensors"
     intervention.save(path)
-    again = load(path, {"channels": ScaledChannels})
+    again = load(path)
     assert type(again) is type(intervention)
     assert again.fingerprint == intervention.fingerprint
     assert (again.count, again.unit) == (intervention.count, intervention.unit)
