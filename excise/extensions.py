@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from typing import TypeVar
 
@@ -17,18 +17,23 @@ from excise.errors import ExciseError
 Record = TypeVar("Record")
 
 
-def with_extensions(group: str, kind: type[Record], built_in: Iterable[tuple[str, Record]]) -> dict[str, Record]:
-    """Built-in records by name, then those that the entry points of `group` name, in the order of their names.
+def with_extensions(
+    group: str, kind: type[Record], built_in: Iterable[Record], name_of: Callable[[Record], str]
+) -> dict[str, Record]:
+    """Built-in records by their names, then those that the entry points of `group` name, in the order of these.
 
-    Raises ExciseError, naming the entry point, for one that cannot be imported, is no `kind` or takes a built-in name.
+    Raises ExciseError, naming the entry point, for one that cannot be imported, is no `kind` or has the name of another
+    record.
     """
-    records = dict(built_in)
-    for name, record in _offered(group, tuple(sys.path)):
+    records = {name_of(record): record for record in built_in}
+    for point, record in _offered(group, tuple(sys.path)):
         if not isinstance(record, kind):
-            raise ExciseError(f"{group}: the entry point {name} is {record!r}; name a {kind.__name__}")
-        if name in records:
-            raise ExciseError(f"{group}: the entry point {name} has the name of a built-in {kind.__name__}; rename it")
-        records[name] = record
+            raise ExciseError(f"{group}: the entry point {point} is {record!r}; name a {kind.__name__}")
+        if name_of(record) in records:
+            raise ExciseError(
+                f"{group}: the entry point {point} is a second {kind.__name__} named {name_of(record)}; rename it"
+            )
+        records[name_of(record)] = record
     return records
 
 

@@ -49,7 +49,7 @@ class AttributionFile:
 
 def scores() -> dict[str, Score]:
     """Every score by name: those that are built in, then those of installed packages."""
-    return with_extensions(GROUP, Score, ((score.name, score) for score in BUILT_IN))
+    return with_extensions(GROUP, Score, BUILT_IN, lambda score: score.name)
 
 
 def file_scores() -> list[str]:

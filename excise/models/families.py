@@ -161,7 +161,7 @@ def family_of(model_type: str | None, where: str = "") -> Family:
 
     Raises ExciseError for one that is not known.
     """
-    known = with_extensions(GROUP, Family, ((family.model_type, family) for family in BUILT_IN))
+    known = with_extensions(GROUP, Family, BUILT_IN, lambda family: family.model_type)
     if model_type not in known:
         raise ExciseError(
             f"{where}architecture {model_type!r} is not known; Excise knows {', '.join(known)}. "
