@@ -59,7 +59,10 @@ def test_row_counts_schema_and_names_are_those_of_the_tables(audited):
     house, result = audited
     for asset, metadata in materialized(result).items():
         table = metadata["dagster/table_name"]
-        assert metadata["dagster/row_count"] == house.warehouse.read(table).height, asset
+        rows = house.warehouse.read(table)
+        if asset == "quality_report":
+            rows = rows.filter(pl.col("asset") != "stability")  # which follows the roll-up, and is in the next one
+        assert metadata["dagster/row_count"] == rows.height, asset
         # The model has no reference, and the audit a single split.
         assert (metadata["dagster/row_count"] > 0) == (asset not in ("restoration", "stability")), asset
         assert [column.name for column in metadata["dagster/column_schema"].columns] == list(TABLES[table].names)
