@@ -45,8 +45,8 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         watch: RunWatch,
     ) -> dg.MaterializeResult:
         from excise.attribution import attribute, scored_places
+        from excise.generation.answering import Answering, as_samples
         from excise.generation.completions import CompletionCache
-        from excise.generation.enumeration import Answering, as_samples
 
         model, scenario = catalogue.partition(context)
         audit = catalogue.audit_of(settings, scenario)

@@ -50,9 +50,10 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         settings: AuditSettings,
         watch: RunWatch,
     ) -> dg.MaterializeResult:
+        from excise.generation.answering import Answering, as_samples
         from excise.generation.completions import CompletionCache
-        from excise.generation.enumeration import Answering, Enumeration, as_samples
         from excise.generation.sampling import SamplingParameters
+        from excise.generation.settings import Enumeration
         from excise.models.encoding import encode
         from excise.outcomes.toxicity import ScoreCache
         from excise.reporting.figures import answers_by_group

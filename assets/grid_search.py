@@ -66,8 +66,8 @@ def grid_search_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         from excise.evaluation.grid import grid_search as table_of
         from excise.evaluation.grid import point_label
         from excise.evaluation.numbers import evaluate
+        from excise.generation.answering import Answering
         from excise.generation.completions import CompletionCache, Work
-        from excise.generation.enumeration import Answering
         from excise.reporting.figures import grid_heat_maps
         from excise.reporting.words import reuse_sentence
         from excise.strategies.build import grid_masks

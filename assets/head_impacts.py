@@ -45,8 +45,8 @@ def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         from excise.attribution.head_impacts import head_impacts, split_half_reliability
         from excise.attribution.head_scores import head_gradient, head_magnitude
+        from excise.generation.answering import Answering, as_samples
         from excise.generation.completions import CompletionCache
-        from excise.generation.enumeration import Answering, as_samples
         from excise.outcomes.toxicity import ScoreCache
         from excise.reporting.figures import head_map
 

@@ -51,8 +51,8 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         watch: RunWatch,
     ) -> dg.MaterializeResult:
         from excise.evaluation.perplexity import LossCache
+        from excise.generation.answering import Answering
         from excise.generation.completions import UNPRUNED, CompletionCache, Work
-        from excise.generation.enumeration import Answering
         from excise.interventions.masks import Mask
         from excise.outcomes.toxicity import ScoreCache
         from excise.reporting.words import reuse_sentence

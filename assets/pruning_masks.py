@@ -193,7 +193,7 @@ def require_scores(
     learned: the completions that masks are made from.
     """
     from excise.attribution import scored_places
-    from excise.generation.enumeration import Answering, as_samples
+    from excise.generation.answering import Answering, as_samples
 
     place = f"{model}|{scenario.key}"
     if not stored.is_empty() and set(stored["completions_version"]) != {data_version(completions).value}:

@@ -54,7 +54,7 @@ def restoration_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         watch: RunWatch,
     ) -> dg.MaterializeResult:
         from excise.evaluation import restoration as r
-        from excise.generation.enumeration import Answering
+        from excise.generation.answering import Answering
         from excise.reporting.restoration import restoration_markdown
 
         model, scenario = catalogue.partition(context)

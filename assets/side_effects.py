@@ -117,8 +117,8 @@ def _measured(
     """
     from excise.evaluation import side_effects as s
     from excise.evaluation.perplexity import read_text
+    from excise.generation.answering import Answering
     from excise.generation.completions import CompletionCache, Work
-    from excise.generation.enumeration import Answering
     from excise.interventions.masks import Mask
     from excise.reporting.words import reuse_sentence
 

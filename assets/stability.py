@@ -122,8 +122,8 @@ class _Split:
 
     def _attributed(self, scenario: Scenario, scores: set[str]):
         from excise.attribution import attribute
+        from excise.generation.answering import Answering, as_samples
         from excise.generation.completions import CompletionCache
-        from excise.generation.enumeration import Answering, as_samples
 
         (learned, prompts), _ = self._halves(scenario)
         return attribute(
@@ -201,8 +201,8 @@ class _Split:
         """The metrics of this split of `splits`, as `excise.evaluation.stability` keeps them."""
         from excise.evaluation.numbers import evaluate
         from excise.evaluation.stability import STABILITY_SCHEMA, kept
+        from excise.generation.answering import Answering
         from excise.generation.completions import CompletionCache
-        from excise.generation.enumeration import Answering
 
         _, (completions, prompts) = self._halves(self.scenario)
         able = judged_of(completions, self.scenario)

@@ -58,7 +58,7 @@ def measure(catalogue: Catalogue, model: str, scenario_key: str, layers: str, re
     """Rows of the table `reweighting`, which they replace."""
     from excise.attribution.head_impacts import head_impacts
     from excise.evaluation.thresholds import CATASTROPHIC
-    from excise.generation.enumeration import Answering, as_samples
+    from excise.generation.answering import Answering, as_samples
     from excise.outcomes.toxicity import ScoreCache
 
     resources = build_definitions().resources

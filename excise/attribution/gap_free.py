@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -24,7 +24,8 @@ from excise.attribution.gap_gradient import truncated_set
 from excise.errors import ExciseError
 from excise.evaluation import metrics as m
 from excise.evaluation.distributions import tilted
-from excise.generation.enumeration import Answering, Enumeration, exact_completions
+from excise.generation.answering import Answering
+from excise.generation.settings import Enumeration
 from excise.generation.tree import AnswerTree, PackedTrees, Rows, answer_tree, common_prefix, logits_of, pack
 from excise.models.encoding import encode
 from excise.models.loading import LoadedModel
@@ -164,15 +165,7 @@ def ask(
     loaded, answering = loaded.asked_for(outcome), Answering.of(rows)
     if outcome.kind == "number":
         stored = rows.select("token_ids", "finished", "value").drop_nulls("value").unique(["token_ids", "finished"])
-        rows, _ = exact_completions(
-            loaded,
-            some,
-            answering.parameters,
-            outcome=outcome,
-            **asdict(Enumeration()),
-            samples=answering.samples,
-            cache=cache,
-        )
+        rows, _ = replace(answering, exact=Enumeration()).answers(loaded, some, outcome=outcome, cache=cache)
         # What an answer is worth was told when it was drawn.
         rows = rows.join(stored, on=["token_ids", "finished"], how="left", suffix="_stored", maintain_order="left")
         rows = rows.with_columns(value=pl.coalesce("value_stored", "value"))

@@ -22,7 +22,7 @@ from pathlib import Path
 import polars as pl
 
 from excise.errors import ExciseError
-from excise.files.tables import read_table, save_table
+from excise.files.tables import Schema, read_table, save_table
 from excise.generation.sampling import Draw, SamplingParameters, sample
 from excise.interventions.masks import Mask, pruned
 from excise.models.encoding import encode, reader
@@ -33,8 +33,8 @@ from excise.progress import Progress, silent
 from excise.scenarios import NumberOutcome, ToxicityOutcome
 
 UNPRUNED = "unpruned"
-CACHE_SCHEMA = {"prompt": pl.String, "sample": pl.Int64, "token_ids": pl.List(pl.Int64), "finished": pl.Boolean}
-COMPLETIONS_SCHEMA = {
+CACHE_SCHEMA: Schema = {"prompt": pl.String, "sample": pl.Int64, "token_ids": pl.List(pl.Int64), "finished": pl.Boolean}
+COMPLETIONS_SCHEMA: Schema = {
     "model": pl.String,
     "scenario": pl.String,
     "variation": pl.String,

@@ -1,11 +1,17 @@
-"""Running out of memory: how each kind of device says it, and how what it keeps aside is given back.
+"""Running out of memory: how each kind of device says it, and batches that shrink until they fit.
 
-Who catches it makes its batch smaller; how small a batch may become is decided there.
+How large a first batch is, and what is computed of it, is decided by whoever runs it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
 import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 SAID_WHEN_FULL = (
     "MPS backend out of memory",
@@ -31,3 +37,28 @@ def give_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+
+
+def shrinking_batches(
+    queue: Sequence[Item], size: int, device: torch.device, run: Callable[[Sequence[Item]], Result]
+) -> Iterator[tuple[Sequence[Item], Result]]:
+    """Run a queue in batches of at most `size`, which is halved whenever memory runs out; yields each with its result.
+
+    Raises what `run` raises, a lack of memory only where a batch holds a single item.
+    """
+    start = 0
+    while start < len(queue):
+        batch = queue[start : start + size]
+        full = False
+        try:
+            result = run(batch)
+        except (MemoryError, RuntimeError) as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+            full = True
+        if full:  # the error is gone here, and with it the frames that hold the failed batch's tensors
+            size = max(1, size // 2)
+            give_back(device)
+            continue
+        start += len(batch)
+        yield batch, result

@@ -40,9 +40,10 @@ from excise.evaluation.side_effects import (
 from excise.evaluation.stability import METRICS
 from excise.evaluation.thresholds import SIGNIFICANCE, Thresholds
 from excise.evaluation.verdicts import verdicts
+from excise.generation.answering import Answering, as_samples
 from excise.generation.completions import CompletionCache
-from excise.generation.enumeration import Answering, Enumeration, as_samples
 from excise.generation.sampling import SamplingParameters
+from excise.generation.settings import Enumeration
 from excise.interventions.masks import Mask, heads_mask, pruned, random_like
 from excise.models.loading import load_model
 from excise.models.specs import load_registry, reference_of
