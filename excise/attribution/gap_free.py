@@ -22,7 +22,7 @@ import torch
 
 from excise.attribution.gap_gradient import truncated_set
 from excise.errors import ExciseError
-from excise.evaluation import metrics as m
+from excise.evaluation import permutation
 from excise.evaluation.distributions import tilted
 from excise.generation.answering import Answering
 from excise.generation.settings import Enumeration
@@ -289,11 +289,11 @@ def _targets(asked: Asked, enumerated: bool) -> list[Name]:
 
 
 def _p_value(sides: Sequence[np.ndarray], seed: int) -> float:
-    labels = m.permuted_groups(*map(len, sides), PERMUTATIONS, [seed, 0])
+    labels = permutation.permuted_groups(*map(len, sides), PERMUTATIONS, [seed, 0])
     means = np.concatenate(sides)
     first = labels @ means / len(sides[0])
     second = (means.sum() - labels @ means) / len(sides[1])
-    return m.permutation_p_value(sides[0].mean() - sides[1].mean(), first - second)
+    return permutation.permutation_p_value(sides[0].mean() - sides[1].mean(), first - second)
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------

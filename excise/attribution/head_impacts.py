@@ -20,6 +20,7 @@ import numpy as np
 import polars as pl
 
 from excise.errors import ExciseError
+from excise.evaluation import bootstrap
 from excise.evaluation import metrics as m
 from excise.evaluation.perplexity import Window, perplexity, perplexity_difference
 from excise.evaluation.thresholds import CATASTROPHIC, COLLAPSED_SPREAD
@@ -159,7 +160,7 @@ def head_impacts(
         sums = layout.sums(cells, draws, weight=weight)
         bias = layout.disparity(sums, unpruned) - layout.excess_noise(sums[:, :, 0])
         z = bias_with - bias
-        low, high = m.percentile_interval(z[1:]) if layout.resampled else (np.nan, np.nan)
+        low, high = bootstrap.percentile_interval(z[1:]) if layout.resampled else (np.nan, np.nan)
         row |= {
             "bias_with": bias_with[0],
             "bias_without": bias[0],
@@ -517,7 +518,7 @@ class _Layout:
     def draws(self, resamples: int, seed: int) -> list[np.ndarray]:
         """Per group: how often each resample draws its clusters, [resamples + 1, clusters], all once in the first."""
         return [
-            m.resampled_names(len(clusters), resamples, np.random.default_rng([seed, index]))
+            bootstrap.resampled_names(len(clusters), resamples, np.random.default_rng([seed, index]))
             for index, clusters in enumerate(self.clusters)
         ]
 

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from excise.conditions import ALL, COLUMNS, RANDOM, UNPRUNED, Condition
 from excise.errors import ExciseError
+from excise.evaluation import bootstrap, permutation
 from excise.evaluation import metrics as m
 from excise.evaluation.cells import Spread, require_table, single_value, spread_of, spread_ratio
 from excise.evaluation.metrics import folded_noise
@@ -150,9 +151,11 @@ def _axis(completions: pl.DataFrame, subgroups: Sequence[str], cluster: str, res
         for subject in found:
             subjects[name, subject] = len(subjects)
         group += [number] * len(found)
-        weights.append(m.resampled_names(len(found), resamples, np.random.default_rng([seed, _SUBJECTS, number])))
+        weights.append(
+            bootstrap.resampled_names(len(found), resamples, np.random.default_rng([seed, _SUBJECTS, number]))
+        )
     templates = sorted(completions["template"].unique().to_list())
-    drawn = m.resampled_names(len(templates), resamples, np.random.default_rng([seed, _TEMPLATES]))
+    drawn = bootstrap.resampled_names(len(templates), resamples, np.random.default_rng([seed, _TEMPLATES]))
     return _Axis(
         tuple(subgroups),
         subjects,
@@ -169,8 +172,8 @@ def _spreads(frame: pl.DataFrame, axis: _Axis, before: Sequence[Spread] | None =
     one, found = np.ones((1, 1)), []
     for number, name in enumerate(axis.subgroups):
         values = frame.filter(pl.col("group") == name)["value"].cast(pl.Float64).fill_null(np.nan).to_numpy()
-        sample = m.named_answers(values, np.zeros(len(values)), 1)
-        moments = m.weighted_moments(sample, one, _WINSORIZE)
+        sample = bootstrap.named_answers(values, np.zeros(len(values)), 1)
+        moments = bootstrap.weighted_moments(sample, one, _WINSORIZE)
         found.append(spread_of(sample, one, moments, _WINSORIZE, None if before is None else before[number]))
     return tuple(found)
 
@@ -485,7 +488,7 @@ def _unpruned_rows(
     for metric, values in _bias_measures(scores, axis).items():
         p_value = None
         if metric == "toxicity_bias" and permuted is not None and np.isfinite(values[0]):
-            p_value = m.permutation_p_value(float(values[0]), permuted)
+            p_value = permutation.permutation_p_value(float(values[0]), permuted)
         n, names = _counted(scores, axis, metric), _names_behind([scores], axis, metric)
         table.add(variation, UNPRUNED, metric, values, n, p_value, names=names)
         if p_value is not None:

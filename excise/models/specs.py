@@ -9,10 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from excise.files.registry import Problem, Registry, load_entries, unknown
-from excise.models.checkpoints import (
-    files_of,
-    stamp_of,
-)
+from excise.models.content import files_of, stamp_of
 
 if TYPE_CHECKING:
     pass

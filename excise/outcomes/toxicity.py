@@ -26,21 +26,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from excise.errors import ExciseError
 from excise.files.registry import Problem, Registry, load_entries
 from excise.files.tables import read_table, save_table
-from excise.models.checkpoints import (
-    UNUSED_BY_CLASSIFIERS,
-    Checkpoint,
-    check_vocabulary,
-    content_of,
-    digest,
-    files_of,
-    load_tokenizer,
-    load_weights,
-    named_failures,
-    pinned,
-    read_config,
-)
+from excise.models.checkpoints import Checkpoint, named_failures, pinned, read_config
+from excise.models.content import content_of, digest, files_of
 from excise.models.placement import pick_device
 from excise.models.specs import KEY_PATTERN
+from excise.models.weights import UNUSED_BY_CLASSIFIERS, check_vocabulary, load_tokenizer, load_weights
 from excise.progress import Progress, silent
 
 BUILT_IN_REGISTRY = Path(__file__).with_name("scorers.yaml")

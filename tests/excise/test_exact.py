@@ -16,6 +16,7 @@ import scipy.stats
 import torch
 
 from excise.errors import ExciseError
+from excise.evaluation import bootstrap
 from excise.evaluation import metrics as m
 from excise.evaluation.distributions import answers_of, group_answers, inlier_bounds, moment_bounds, smd_bounds
 from excise.evaluation.numbers import evaluate
@@ -447,8 +448,8 @@ def test_intervals_resample_the_names_that_evaluation_resamples():
     names = {("a", f"A{number}"): {float(value): 1.0} for number, value in enumerate([100, 200, 400, 800])}
     names |= {("b", f"B{number}"): {float(value): 1.0} for number, value in enumerate([90, 150, 300, 900])}
     found = measured(frame(names), resamples=500, seed=3)["mean_minority"]
-    weights = m.resampled_names(4, 500, np.random.default_rng([3, 1]))
-    expected = m.percentile_interval((weights @ [90, 150, 300, 900])[1:] / 4)
+    weights = bootstrap.resampled_names(4, 500, np.random.default_rng([3, 1]))
+    expected = bootstrap.percentile_interval((weights @ [90, 150, 300, 900])[1:] / 4)
     assert (found["low"], found["high"]) == pytest.approx(expected)
     alone = measured(frame({key: names[key] for key in (("a", "A1"), ("b", "B1"))}))
     assert alone["gap_mean"]["low"] is alone["gap_mean"]["high"] is None
@@ -472,12 +473,12 @@ def test_bounds_hold_for_whatever_was_left_out(tails):
     for _ in range(150):
         (truth_a, known_a), (truth_b, known_b) = random_group(rng), random_group(rng)
         hidden += known_a.leftover.max() > 0.01
-        (mean,), (variance,) = m.weighted_moments(truth_a.counted(), np.ones((1, 3)), tails)
+        (mean,), (variance,) = bootstrap.weighted_moments(truth_a.counted(), np.ones((1, 3)), tails)
         means, variances = moment_bounds(known_a, 5, 900, tails)
-        (smd,) = m.weighted_smd(truth_a.counted(), truth_b.counted(), (np.ones((1, 3)),) * 2, tails)
+        (smd,) = bootstrap.weighted_smd(truth_a.counted(), truth_b.counted(), (np.ones((1, 3)),) * 2, tails)
         smds = smd_bounds(known_a, known_b, 5, 900, tails)
-        quantiles = m.weighted_quantiles(truth_b.counted(), np.ones((1, 3)), tails or (0.05, 0.95))
-        (inlier,) = m.weighted_inlier_ratio(truth_a.counted(), np.ones((1, 3)), quantiles)
+        quantiles = bootstrap.weighted_quantiles(truth_b.counted(), np.ones((1, 3)), tails or (0.05, 0.95))
+        (inlier,) = bootstrap.weighted_inlier_ratio(truth_a.counted(), np.ones((1, 3)), quantiles)
         inliers = inlier_bounds(known_a, known_b, 5, 900, tails or (0.05, 0.95))
         for value, bounds in ((mean, means), (variance, variances), (smd, smds), (inlier, inliers)):
             slack = 1e-6 * max(1.0, abs(value))
@@ -491,7 +492,9 @@ def test_bounds_hold_for_whatever_was_left_out(tails):
 def test_bounds_of_an_smd_without_deviation_are_not_those_of_no_gap():
     certain = [group_answers([value] * 2, [1.0, 1.0], [0, 1], [0.0, 0.0]) for value in (500.0, 300.0)]
     for tails in (None, (0.05, 0.95)):
-        assert np.isnan(m.weighted_smd(*(each.counted() for each in certain), (np.ones((1, 2)),) * 2, tails)).all()
+        assert np.isnan(
+            bootstrap.weighted_smd(*(each.counted() for each in certain), (np.ones((1, 2)),) * 2, tails)
+        ).all()
         found = smd_bounds(*certain, 1, 1000, tails)
         assert np.isnan([found.lowest, found.highest]).all()
         same = smd_bounds(certain[0], certain[0], 1, 1000, tails)
