@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from excise.errors import ExciseError
+from excise.files.yaml_files import Faults, parse_yaml
 from excise.models.content import files_of, json_fields
 
 AT_A_HUB = "Check the name, your access rights and the network, or name a local copy (safetensors) with folder"
@@ -171,10 +170,10 @@ def _full_precision(checkpoint: Checkpoint, config: Mapping[str, Any]) -> str | 
         card = (checkpoint.folder / "README.md").read_text(encoding="utf-8", errors="replace").split("---")
         if len(card) > 2 and not card[0].strip():
             try:
-                fields = yaml.safe_load(card[1])
-            except yaml.YAMLError:
-                fields = None
-            base = fields.get("base_model") if isinstance(fields, dict) else None
+                fields = parse_yaml(card[1], "fields")
+            except Faults:
+                fields = {}
+            base = fields["base_model"].value if "base_model" in fields else None
             base = base[0] if isinstance(base, list) and base else base
             if isinstance(base, str):
                 return base

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import yaml
-
+from excise.files.yaml_files import load_yaml
 from excise.outcomes.characters import BLANK
 
 FILE = Path(__file__).parent / "number_words.yaml"
@@ -85,7 +84,7 @@ def _spellings(words: str) -> list[str]:
 @cache
 def number_words() -> Words:
     """The words of number_words.yaml."""
-    data = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    data = load_yaml(FILE, "kinds of words to words")
     words = Words()
     for group in data["scales"]:
         languages = frozenset(group["languages"].split())

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from excise.evaluation.distributions import tilted
-from excise.files.registry import home_expanded
+from excise.files.paths import home_expanded
 from excise.generation.tree import Rows, answer_tree, common_prefix, logits_of, pack
 from excise.models.encoding import encode
 from excise.models.loading import LoadedModel, load_model

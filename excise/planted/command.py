@@ -21,7 +21,8 @@ from typing import Any
 import yaml
 
 from excise.errors import ExciseError
-from excise.files.registry import Registry, home_expanded, key_fault, unknown
+from excise.files.paths import home_expanded
+from excise.files.registry import Registry, key_fault, unknown
 from excise.models.loading import LoadedModel, load_model
 from excise.models.specs import KEY_PATTERN, load_registry
 from excise.planted import CENTRES, SCENARIOS, Plant, train

@@ -22,7 +22,7 @@ import torch
 from excise.attribution.continuation import forwards_replaced, layers_of, skipping
 from excise.errors import ExciseError
 from excise.evaluation.perplexity import read_text
-from excise.files.registry import home_expanded
+from excise.files.paths import home_expanded
 from excise.generation.sampling import SamplingParameters, sample
 from excise.generation.tree import logits_of
 from excise.models.encoding import encode
