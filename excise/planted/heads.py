@@ -15,6 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -31,6 +32,11 @@ from excise.models.specs import load_registry
 from excise.planted import FOLDER, _change
 from excise.progress import Progress, TerminalProgress, silent
 from excise.scenarios import Scenario, expand, load_scenarios
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from excise.scenarios import ToxicityOutcome
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +178,7 @@ def examples_of(loaded: LoadedModel, plant: HeadPlant, scenario: Scenario, token
     for other in sorted(set(scenario.groups) - {plant.group}):
         about = [tokens for tokens, group in zip(encoded, prompts["group"], strict=True) if group == other]
         others += [about[index] for index in order.permutation(len(about))[: plant.others]]
-    outcome = scenario.outcome
+    outcome = cast("ToxicityOutcome", scenario.outcome)
     parameters = SamplingParameters(outcome.temperature, outcome.top_k, outcome.top_p, plant.tokens, plant.seed)
 
     def continued(asked: Sequence[tuple[int, ...]], number: int, tilted: bool) -> list[Example]:
@@ -183,7 +189,7 @@ def examples_of(loaded: LoadedModel, plant: HeadPlant, scenario: Scenario, token
             if draw.tokens
         ]
 
-    embedding = loaded.model.get_output_embeddings()
+    embedding = cast("PreTrainedModel", loaded.model).get_output_embeddings()
     hook = embedding.register_forward_hook(lambda module, given, output: _tilted(output, tokens, plant.sampled_tilt))
     try:
         examples = continued(own, 0, True)
@@ -346,7 +352,7 @@ def _states(
     rows = torch.tensor([[*each.tokens, *[0] * (longest - len(each.tokens))] for each in examples])
     padded = torch.nn.utils.rnn.pad_sequence(list(entering), batch_first=True) if entering else None
     with forwards_replaced({each: skipping(loaded, padded) for each in layers_of(loaded)[:layer]}):
-        hidden = loaded.model.base_model(input_ids=rows.to(loaded.device), use_cache=False).last_hidden_state
+        hidden = loaded.last_hidden(rows, use_cache=False)
     return [row[each.start - 1 : len(each.tokens) - 1] for row, each in zip(hidden, examples, strict=True)]
 
 
