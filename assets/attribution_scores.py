@@ -4,22 +4,23 @@ The scores are files, found again by their content; the table `attribution_files
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import polars as pl
 
-from assets.completions import completions_of, require_same_model, without
+from assets.metadata import data_version, table_value
 from assets.partitions import Catalogue
-from assets.stage import data_version, grid_asset, table_metadata, table_value
+from assets.stage import Step, grid_asset
+from assets.upstream import completions_of, require_same_model
 from excise.errors import ExciseError
-from excise.scenarios.subsets import EVALUATION
-from excise.strategies.config import HEAD_SCORES, Strategy
-from resources.artifacts import Artifacts
-from resources.gpu import GPUResource
-from resources.settings import AuditSettings
+from excise.scenarios.subsets import EVALUATION, without
+from excise.strategies.config import HEAD_SCORES
 from resources.tables import TABLES
-from resources.warehouse import Warehouse
-from resources.watch import RunWatch
+
+if TYPE_CHECKING:
+    from excise.attribution import AttributionFile
+    from excise.models.loading import LoadedModel
 
 
 def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
@@ -36,96 +37,97 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         uses_model=True,
         code_version="4",
     )
-    def attribution_scores(
-        context: dg.AssetExecutionContext,
-        warehouse: Warehouse,
-        artifacts: Artifacts,
-        gpu: GPUResource,
-        settings: AuditSettings,
-        watch: RunWatch,
-    ) -> dg.MaterializeResult:
-        from excise.attribution import attribute, scored_places
+    def attribution_scores(step: Step) -> dg.MaterializeResult:
         from excise.generation.answering import Answering, as_samples
-        from excise.generation.completions import CompletionCache
 
-        model, scenario = catalogue.partition(context)
-        audit = catalogue.audit_of(settings, scenario)
-        completions, prompts = completions_of(warehouse, model, scenario.key)
-        if scenario.comparison is None:
-            raise ExciseError(
-                f"scenario {scenario.key}: comparison is missing; attribution compares two groups, so name majority "
-                "and minority (head_impacts takes all groups without it)"
-            )
-        strategies = [
-            each
-            for each in catalogue.chosen_strategies(audit.strategies, audit.levels, scenario.outcome.kind, audit.alphas)
-            if each.score not in HEAD_SCORES
-        ]
-        with gpu.model(model, catalogue.models, stage=watch.stage(context)) as loaded:
-            require_same_model(completions, loaded.fingerprint, model, scenario.key)
-            learned, asked = without(EVALUATION, completions, prompts)
-            samples, scores = as_samples(learned, Answering.of(learned).samples), _scores_of(strategies)
-            groups = {"comparison": scenario.comparison, "outcome": scenario.outcome}
-            files = attribute(
-                loaded,
-                asked,
-                samples,
-                **groups,
-                scores=scores,
-                permutations=audit.relabellings,
-                seed=audit.seed,
-                folder=artifacts.tensors("attribution"),
-                cache=CompletionCache(artifacts.completion_cache),
-                progress=watch.progress(context),
-            )
-            device = gpu.report(loaded)
-        stored = [artifacts.describe(file.path) for file in files]
-        version = data_version(completions).value
-        rows = pl.DataFrame(
-            [
-                {
-                    "model": model,
-                    "scenario": scenario.key,
-                    "variation": file.variation,
-                    "score": file.score,
-                    "relabellings": audit.relabellings,
-                    "path": where.path,
-                    "sha256": where.sha256,
-                    "bytes": where.bytes,
-                    "model_fingerprint": device["model_fingerprint"],
-                    "completions_version": version,
-                }
-                for file, where in zip(files, stored, strict=True)
-            ],
-            schema=TABLES["attribution_files"].schema,
-        )
-        warehouse.replace_partition("attribution_files", rows, {"model": model, "scenario": scenario.key})
-        metadata = table_metadata("attribution_files", rows) | device
-        metadata |= _left_out(samples, scores, scored_places(samples, scores, **groups))
-        metadata |= {
-            "files_computed": sum(not file.reused for file in files),
-            "files_reused": sum(file.reused for file in files),
-            "seconds": round(sum(file.seconds for file in files), 1),
-            "bytes": sum(where.bytes for where in stored),
-            "files": table_value(rows.select("variation", "score", "path", "bytes")),
-        }
+        completions, prompts = completions_of(step.warehouse, step.model, step.scenario.key)
+        _require_comparison(step)
+        scores = sorted({strategy.score for strategy in step.strategies() if strategy.score not in HEAD_SCORES})
+        learned, asked = without(EVALUATION, completions, prompts)
+        samples = as_samples(learned, Answering.of(learned).samples)
+        with step.loaded() as loaded:
+            require_same_model(completions, loaded, step.scenario.key)
+            files = _attributed(step, loaded, asked, samples, scores)
+            device = step.gpu.report(loaded)
+        rows = _rows(step, files, device["model_fingerprint"], data_version(completions).value)
+        step.store("attribution_files", rows)
+        metadata = device | _left_out(step, samples, scores) | _metadata(files, rows)
         # A path says what the content is made of; the same tensors may lie in a file in another order.
-        return dg.MaterializeResult(metadata=metadata, data_version=data_version(rows.drop("sha256")))
+        return step.result("attribution_files", metadata, rows.drop("sha256"))
 
     return attribution_scores
 
 
-def _scores_of(strategies: Sequence[Strategy]) -> list[str]:
-    return sorted({strategy.score for strategy in strategies})
+def _require_comparison(step: Step) -> None:
+    if step.scenario.comparison is None:
+        raise ExciseError(
+            f"scenario {step.scenario.key}: comparison is missing; attribution compares two groups, so name majority "
+            "and minority (head_impacts takes all groups without it)"
+        )
 
 
-def _left_out(
-    completions: pl.DataFrame, scores: Sequence[str], places: Sequence[tuple[str, str]]
-) -> dict[str, dg.MetadataValue]:
+def _attributed(
+    step: Step, loaded: "LoadedModel", prompts: pl.DataFrame, samples: pl.DataFrame, scores: Sequence[str]
+) -> list["AttributionFile"]:
+    """Files of the scores of all variations."""
+    from excise.attribution import attribute
+    from excise.generation.completions import CompletionCache
+
+    return attribute(
+        loaded,
+        prompts,
+        samples,
+        comparison=step.scenario.comparison,
+        outcome=step.scenario.outcome,
+        scores=scores,
+        permutations=step.audit.relabellings,
+        seed=step.audit.seed,
+        folder=step.artifacts.tensors("attribution"),
+        cache=CompletionCache(step.artifacts.completion_cache),
+        progress=step.progress,
+    )
+
+
+def _rows(step: Step, files: Sequence["AttributionFile"], fingerprint: str, completions_version: str) -> pl.DataFrame:
+    """Rows of the table `attribution_files`."""
+    rows = []
+    for file in files:
+        stored = step.artifacts.describe(file.path)
+        rows.append(
+            {
+                **step.place,
+                "variation": file.variation,
+                "score": file.score,
+                "relabellings": step.audit.relabellings,
+                "path": stored.path,
+                "sha256": stored.sha256,
+                "bytes": stored.bytes,
+                "model_fingerprint": fingerprint,
+                "completions_version": completions_version,
+            }
+        )
+    return pl.DataFrame(rows, schema=TABLES["attribution_files"].schema)
+
+
+def _metadata(files: Sequence["AttributionFile"], rows: pl.DataFrame) -> dict[str, Any]:
+    """Metadata: how many files were computed, how large they are, and where they lie."""
+    return {
+        "files_computed": sum(not file.reused for file in files),
+        "files_reused": sum(file.reused for file in files),
+        "seconds": round(sum(file.seconds for file in files), 1),
+        "bytes": rows["bytes"].sum(),
+        "files": table_value(rows.select("variation", "score", "path", "bytes")),
+    }
+
+
+def _left_out(step: Step, samples: pl.DataFrame, scores: Sequence[str]) -> dict[str, dg.MetadataValue]:
     """Metadata that names, by score, the variations whose answers it cannot be learned from."""
-    lines = []
+    from excise.attribution import scored_places
+
+    groups = {"comparison": step.scenario.comparison, "outcome": step.scenario.outcome}
+    places, lines = scored_places(samples, scores, **groups), []
     for score in scores:
-        lacking = [each for each in completions["variation"].unique(maintain_order=True) if (each, score) not in places]
+        lacking = [key for key in samples["variation"].unique(maintain_order=True) if (key, score) not in places]
         if lacking:
             lines.append(f"* {score}: too few answers to {', '.join(lacking)} (judged_variations of completions)")
     return {"left_out": dg.MetadataValue.md("\n".join(lines))} if lines else {}

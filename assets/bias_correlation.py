@@ -4,20 +4,12 @@ Every figure is made from the table `head_impacts`; nothing is measured here.
 """
 
 import dagster as dg
+import polars as pl
 
+from assets.metadata import table_value
 from assets.partitions import Catalogue
-from assets.stage import (
-    data_version,
-    model_asset,
-    nothing_judged,
-    picture,
-    scenarios_with_results,
-    table_metadata,
-    table_value,
-)
-from resources.artifacts import Artifacts
+from assets.stage import Analysis, model_asset
 from resources.tables import TABLES
-from resources.warehouse import Warehouse
 
 
 def bias_correlation_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
@@ -30,26 +22,18 @@ def bias_correlation_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         "cannot do without, and the overlap of the most harmful heads beside chance.",
         deps=["head_impacts"],
     )
-    def bias_correlation(
-        context: dg.AssetExecutionContext, warehouse: Warehouse, artifacts: Artifacts
-    ) -> dg.MaterializeResult:
-        import polars as pl
-
+    def bias_correlation(analysis: Analysis) -> dg.MaterializeResult:
         from excise.evaluation.bias_correlation import impact_correlations
         from excise.reporting.figures import impact_correlation
 
-        model = context.partition_key
-        impacts = warehouse.read("head_impacts", model=model)
-        scenarios, left_out = scenarios_with_results(context, warehouse, impacts, catalogue, made_by="head_impacts")
+        impacts = analysis.warehouse.read("head_impacts", model=analysis.model)
+        scenarios, left_out = analysis.scenarios_of(impacts, made_by="head_impacts")
         if not scenarios:
-            return nothing_judged(warehouse, "bias_correlation", model, left_out)
+            return analysis.nothing_judged(left_out)
         rows = impact_correlations(impacts.filter(pl.col("scenario").is_in(scenarios)))
         rows = rows.select(TABLES["bias_correlation"].names)
-        warehouse.replace_partition("bias_correlation", rows, {"model": model})
-        metadata = dict(left_out) | table_metadata("bias_correlation", rows) | {"scenarios": ", ".join(scenarios)}
-        if len(scenarios) > 1:
-            metadata |= picture("impact_correlation", impact_correlation(rows), artifacts, model)
-        metadata["correlations"] = table_value(rows, limit=500)
-        return dg.MaterializeResult(metadata=metadata, data_version=data_version(rows))
+        drawn = analysis.picture("impact_correlation", impact_correlation(rows)) if len(scenarios) > 1 else {}
+        metadata = {"scenarios": ", ".join(scenarios), "correlations": table_value(rows, limit=500)}
+        return analysis.result(rows, left_out | drawn | metadata)
 
     return bias_correlation

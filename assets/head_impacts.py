@@ -4,21 +4,23 @@ The answers are those of `completions` (of the part that masks may be made from)
 files of model work are found again by their content, so a killed run goes on where it was.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import dagster as dg
 import polars as pl
 
-from assets.completions import completions_of, require_same_model, scorer_of, windows_of, without
+from assets.asking import asking_of, scorer_of, windows_of
+from assets.metadata import data_version, table_value
 from assets.partitions import Catalogue
-from assets.stage import data_version, grid_asset, picture, table_metadata, table_value
+from assets.stage import Step, grid_asset
+from assets.upstream import completions_of, require_same_model
 from excise.errors import ExciseError
-from excise.evaluation.judged import compared_groups, explained, judged_of, unit_of
-from excise.scenarios.subsets import EVALUATION
-from resources.artifacts import Artifacts
-from resources.gpu import GPUResource
-from resources.settings import AuditSettings
+from excise.evaluation.judged import explained, judged_of
+from excise.scenarios.subsets import EVALUATION, without
 from resources.tables import TABLES
-from resources.warehouse import Warehouse
-from resources.watch import RunWatch
+
+if TYPE_CHECKING:
+    from excise.models.loading import LoadedModel
 
 
 def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
@@ -35,88 +37,65 @@ def head_impacts_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         uses_model=True,
         code_version="2",
     )
-    def head_impacts(
-        context: dg.AssetExecutionContext,
-        warehouse: Warehouse,
-        artifacts: Artifacts,
-        gpu: GPUResource,
-        settings: AuditSettings,
-        watch: RunWatch,
-    ) -> dg.MaterializeResult:
-        from excise.attribution.head_impacts import head_impacts, split_half_reliability
-        from excise.attribution.head_scores import head_gradient, head_magnitude
-        from excise.generation.answering import Answering, as_samples
-        from excise.generation.completions import CompletionCache
-        from excise.outcomes.toxicity import ScoreCache
-        from excise.reporting.figures import head_map
-
-        model, scenario = catalogue.partition(context)
-        audit, outcome = catalogue.audit_of(settings, scenario), scenario.outcome
-        completions, prompts = completions_of(warehouse, model, scenario.key)
+    def head_impacts(step: Step) -> dg.MaterializeResult:
+        completions, prompts = completions_of(step.warehouse, step.model, step.scenario.key)
         learned, asked = without(EVALUATION, completions, prompts)
-        judged = judged_of(learned, scenario)
+        judged = judged_of(learned, step.scenario)
         if not judged:
-            raise ExciseError(" ".join(explained(learned, scenario)))
-        left_out = sorted(set(learned["variation"]) - set(judged))
-        learned, asked = (frame.filter(pl.col("variation").is_in(judged)) for frame in (learned, asked))
-        how = Answering.of(learned)
-        toxicity = outcome.kind == "toxicity"
-        scorer, scores = scorer_of(catalogue, scenario), ScoreCache(artifacts.score_cache)
-        cache = CompletionCache(artifacts.completion_cache)
-        with gpu.model(model, catalogue.models, stage=watch.stage(context)) as loaded:
-            require_same_model(completions, loaded.fingerprint, model, scenario.key)
-            windows = windows_of(loaded, audit)
-
-            def regenerate(mask):
-                rows, _ = how.answers(
-                    loaded, asked, outcome=outcome, scorer=scorer, scores=scores, mask=mask, cache=cache
-                )
-                return as_samples(rows, how.samples)
-
-            impacts = head_impacts(
-                loaded.asked_for(outcome),
-                asked,
-                as_samples(learned, how.samples),
-                disparity="toxicity" if toxicity else "smd",
-                groups=compared_groups(scenario),
-                cluster=unit_of(outcome),
-                parameters=how.parameters,
-                windows=windows,
-                perplexity_mode=audit.perplexity_mode,
-                regenerate=regenerate,
-                method=audit.impact_method,
-                ess_floor=audit.ess_floor,
-                resamples=audit.resamples,
-                seed=audit.seed,
-                folder=artifacts.tensors("head_impacts"),
-                progress=watch.progress(context),
-            )
-            magnitude, gradient = head_magnitude(loaded), head_gradient(loaded, windows)
-            device = gpu.report(loaded)
-        place = impacts.select("layer", "head").rows()
+            raise ExciseError(" ".join(explained(learned, step.scenario)))
+        able = pl.col("variation").is_in(judged)
+        with step.loaded() as loaded:
+            require_same_model(completions, loaded, step.scenario.key)
+            impacts = _measured(step, loaded, learned.filter(able), asked.filter(able))
+            device = step.gpu.report(loaded)
         rows = impacts.with_columns(
-            model=pl.lit(model),
-            scenario=pl.lit(scenario.key),
-            magnitude=pl.Series([float(magnitude[each]) for each in place]),
-            gradient=pl.Series([float(gradient[each]) for each in place]),
+            **{name: pl.lit(key) for name, key in step.place.items()},
             model_fingerprint=pl.lit(device["model_fingerprint"]),
             completions_version=pl.lit(data_version(completions).value),
         ).select(TABLES["head_impacts"].names)
-        warehouse.replace_partition("head_impacts", rows, {"model": model, "scenario": scenario.key})
-        metadata = table_metadata("head_impacts", rows) | device
-        if left_out:
-            metadata["not_judged"] = ", ".join(left_out)
-        metadata |= picture("head_map", head_map(rows), artifacts, model, scenario.key)
-        metadata |= {
-            "regenerated": (rows["method"] == "regenerated").sum(),
-            "median_effective_share": rows["ess"].median(),
-            "split_half_reliability": table_value(split_half_reliability(rows)),
-            "most_harmful": table_value(
-                rows.sort("z_bias", descending=True, nulls_last=True)
-                .head(20)
-                .select("layer", "head", "z_bias", "z_bias_low", "z_bias_high", "z_ppl", "ess")
-            ),
-        }
-        return dg.MaterializeResult(metadata=metadata, data_version=data_version(rows))
+        step.store("head_impacts", rows)
+        left_out = sorted(set(learned["variation"]) - set(judged))
+        metadata = device | ({"not_judged": ", ".join(left_out)} if left_out else {}) | _metadata(step, rows)
+        return step.result("head_impacts", metadata, rows)
 
     return head_impacts
+
+
+def _measured(step: Step, loaded: "LoadedModel", learned: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
+    """The impacts of all heads, and the baselines' scores of them."""
+    from excise.attribution.measured_heads import impacts_on, with_baselines
+    from excise.generation.answering import Answering
+
+    audit, windows = step.audit, windows_of(loaded, step.audit)
+    asking = asking_of(step, loaded, Answering.of(learned), scorer_of(step.catalogue, step.scenario))
+    impacts = impacts_on(
+        asking,
+        learned,
+        prompts,
+        step.scenario,
+        windows=windows,
+        perplexity_mode=audit.perplexity_mode,
+        method=audit.impact_method,
+        ess_floor=audit.ess_floor,
+        resamples=audit.resamples,
+        seed=audit.seed,
+        folder=step.artifacts.tensors("head_impacts"),
+        progress=step.progress,
+    )
+    return with_baselines(impacts, loaded, windows)
+
+
+def _metadata(step: Step, rows: pl.DataFrame) -> dict[str, Any]:
+    """The map of the heads, how reliable impacts are, and the most harmful heads."""
+    from excise.attribution.head_impacts import split_half_reliability
+    from excise.reporting.figures import head_map
+
+    harmful = rows.sort("z_bias", descending=True, nulls_last=True).head(20)
+    return step.picture("head_map", head_map(rows)) | {
+        "regenerated": (rows["method"] == "regenerated").sum(),
+        "median_effective_share": rows["ess"].median(),
+        "split_half_reliability": table_value(split_half_reliability(rows)),
+        "most_harmful": table_value(
+            harmful.select("layer", "head", "z_bias", "z_bias_low", "z_bias_high", "z_ppl", "ess")
+        ),
+    }

@@ -5,26 +5,18 @@ any. The counting streams from the mask files (`excise.evaluation.overlap`); cha
 share.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import dagster as dg
 import polars as pl
 
 from assets.mask_definitions import require_one_definition
+from assets.metadata import table_value
 from assets.partitions import Catalogue
-from assets.stage import (
-    data_version,
-    model_asset,
-    nothing_judged,
-    picture,
-    scenarios_with_results,
-    table_metadata,
-    table_value,
-)
+from assets.stage import Analysis, model_asset
 from excise.conditions import PROMPT_SPECIFIC
-from resources.artifacts import Artifacts
-from resources.tables import TABLES
-from resources.warehouse import Warehouse
-
-REFERENCE = "purchase"
 
 
 def mask_overlap_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
@@ -37,90 +29,56 @@ def mask_overlap_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         "scenario where that has no masks), beside the share that chance alone gives.",
         deps=["pruning_masks"],
     )
-    def mask_overlap(
-        context: dg.AssetExecutionContext, warehouse: Warehouse, artifacts: Artifacts
-    ) -> dg.MaterializeResult:
-        from excise.reporting.figures import overlap_heat_map
+    def mask_overlap(analysis: Analysis) -> dg.MaterializeResult:
+        from excise.evaluation.mask_tables import overlap_by_scenario
 
-        model = context.partition_key
-        masks = (
-            warehouse.read("masks", asset="pruning_masks", model=model, level=PROMPT_SPECIFIC, matched_to=None)
-            .select("scenario", "variation", "strategy", "matched_to", "path", "definition")
-            .unique()
-        )
-        scenarios, left_out = scenarios_with_results(context, warehouse, masks, catalogue, made_by="pruning_masks")
+        masks = _prompt_specific(analysis)
+        scenarios, left_out = analysis.scenarios_of(masks, made_by="pruning_masks")
         if not scenarios:
-            return nothing_judged(warehouse, "mask_overlap", model, left_out)
+            return analysis.nothing_judged(left_out)
         masks = masks.filter(pl.col("scenario").is_in(scenarios))
         require_one_definition(masks, again="pruning_masks")
-        definitions = dict(masks.select("strategy", "definition").rows())
-        ordered = [
-            (scenario, variation) for scenario in scenarios for variation in catalogue.scenarios[scenario].variations
+        frames = [
+            _overlaps(analysis, rows, scenarios)
+            for rows in masks.sort("strategy").partition_by("strategy", maintain_order=True)
         ]
-        frames, metadata = [], dict(left_out)
-        for strategy in sorted(set(masks["strategy"])):
-            paths = {
-                (scenario, variation): artifacts.locate(path, made_by="pruning_masks")
-                for scenario, variation, path in masks.filter(pl.col("strategy") == strategy)
-                .select("scenario", "variation", "path")
-                .iter_rows()
-            }
-            there = {place: paths[place] for place in ordered if place in paths}
-            rows = overlaps(model, strategy, there, definitions[strategy])
-            frames.append(rows)
-            for (reference,), part in rows.partition_by(
-                "reference_scenario", as_dict=True, maintain_order=True
-            ).items():
-                metadata |= picture(f"overlap_{strategy}_with_{reference}", overlap_heat_map(part), artifacts, model)
-        found = pl.concat(frames)
-        warehouse.replace_partition("mask_overlap", found, {"model": model})
-        metadata |= table_metadata("mask_overlap", found) | {
-            "scenarios": ", ".join(scenarios),
-            "by_scenario": table_value(_by_scenario(found), limit=500),
-        }
-        return dg.MaterializeResult(metadata=metadata, data_version=data_version(found))
+        rows = pl.concat(frames)
+        by_scenario = table_value(overlap_by_scenario(rows), limit=500)
+        metadata = {"scenarios": ", ".join(scenarios), "by_scenario": by_scenario}
+        return analysis.result(rows, left_out | _pictures(analysis, frames) | metadata)
 
     return mask_overlap
 
 
-def overlaps(model: str, strategy: str, paths: dict, definition: str) -> pl.DataFrame:
-    """Rows of the table `mask_overlap` for one strategy; `paths` has the file of each (scenario, variation)."""
-    from excise.evaluation.overlap import overlap_table
-
-    places = list(paths)
-    columns = [place for place in places if place[0] == REFERENCE] or places
-    found = overlap_table([paths[place] for place in places], [paths[place] for place in columns])
-    rows = [
-        {
-            "model": model,
-            "strategy": strategy,
-            "level": PROMPT_SPECIFIC,
-            "scenario": place[0],
-            "variation": place[1],
-            "reference_scenario": reference[0],
-            "reference_variation": reference[1],
-            "shared": int(found.shared[row, column]),
-            "count": int(found.row_counts[row]),
-            "overlap": float(found.fraction[row, column]),
-            "chance": float(found.chance[column]),
-            "excess": float(found.excess[row, column]),
-            "definition": definition,
-        }
-        for row, place in enumerate(places)
-        for column, reference in enumerate(columns)
-    ]
-    return pl.DataFrame(rows, schema=TABLES["mask_overlap"].schema).with_columns(
-        pl.col("overlap", "chance", "excess").fill_nan(None)
+def _prompt_specific(analysis: Analysis) -> pl.DataFrame:
+    """Every strategy's prompt-specific masks of the model, one row each."""
+    masks = analysis.warehouse.read(
+        "masks", asset="pruning_masks", model=analysis.model, level=PROMPT_SPECIFIC, matched_to=None
     )
+    return masks.select("scenario", "variation", "strategy", "matched_to", "path", "definition").unique()
 
 
-def _by_scenario(rows: pl.DataFrame) -> pl.DataFrame:
-    """Means over pairs of different masks."""
-    different = (pl.col("scenario") != pl.col("reference_scenario")) | (
-        pl.col("variation") != pl.col("reference_variation")
-    )
-    return (
-        rows.filter(different)
-        .group_by("strategy", "scenario", "reference_scenario", maintain_order=True)
-        .agg(pl.col("overlap", "chance", "excess").mean())
-    )
+def _overlaps(analysis: Analysis, masks: pl.DataFrame, scenarios: Sequence[str]) -> pl.DataFrame:
+    """Rows of the table `mask_overlap` for one strategy's masks, in the catalogue's order."""
+    from excise.evaluation.mask_tables import overlap_rows
+
+    (strategy,), definition = masks["strategy"].unique(), dict(masks.select("strategy", "definition").rows())
+    files: dict[tuple[str, str], Path] = {
+        (scenario, variation): analysis.artifacts.locate(path, made_by="pruning_masks")
+        for scenario, variation, path in masks.select("scenario", "variation", "path").iter_rows()
+    }
+    ordered = [(key, variation) for key in scenarios for variation in analysis.catalogue.scenarios[key].variations]
+    rows = overlap_rows(strategy, {place: files[place] for place in ordered if place in files})
+    return rows.with_columns(model=pl.lit(analysis.model), definition=pl.lit(definition[strategy]))
+
+
+def _pictures(analysis: Analysis, frames: Sequence[pl.DataFrame]) -> dict[str, Any]:
+    """A heat map for every strategy and reference scenario."""
+    from excise.reporting.figures import overlap_heat_map
+
+    metadata: dict[str, Any] = {}
+    for rows in frames:
+        for part in rows.partition_by("reference_scenario", maintain_order=True):
+            name = f"overlap_{part['strategy'][0]}_with_{part['reference_scenario'][0]}"
+            metadata |= analysis.picture(name, overlap_heat_map(part))
+    return metadata

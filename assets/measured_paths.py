@@ -1,22 +1,18 @@
 """What the stages of masks need to follow measured paths: the names asked, the budgets, and the table of the paths.
 
-A path asks the model itself, about the names that masks are made of; both stages of masks do.
+A path asks the model itself, about the names that masks are made of; both stages of masks do, and so does `stability`.
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from assets.completions import completions_of, require_same_model, without
-from assets.partitions import Catalogue
-from excise.scenarios import Scenario
-from excise.scenarios.subsets import EVALUATION
+from assets.stage import Step
+from assets.upstream import completions_of, require_same_model
+from excise.scenarios.subsets import EVALUATION, without
 from resources.artifacts import Artifacts
-from resources.settings import Audit
 from resources.tables import TABLES
-from resources.warehouse import Warehouse
 
 if TYPE_CHECKING:
     from excise.models.loading import LoadedModel
@@ -26,9 +22,9 @@ if TYPE_CHECKING:
 class PathRows:
     """Rows of the table `mask_paths` of one asset and partition, as paths come up."""
 
-    def __init__(self, artifacts: Artifacts, asset: str, model: str, scenario: str) -> None:
-        self.artifacts = artifacts
-        self.place = {"asset": asset, "model": model, "scenario": scenario}
+    def __init__(self, step: Step) -> None:
+        self.artifacts: Artifacts = step.artifacts
+        self.place = {"asset": step.asset, **step.place}
         self.rows: list[dict[str, Any]] = []
 
     def note(self, strategy: str, level: str, variation: str, path: Any) -> None:
@@ -62,51 +58,31 @@ class PathRows:
         ]
 
 
-def paths_of(
-    warehouse: Warehouse,
-    artifacts: Artifacts,
-    catalogue: Catalogue,
-    loaded: "LoadedModel",
-    audit: Audit,
-    note: Callable[[str, str, str, Any], None],
-    progress: Callable[[str, int, int], None],
-    relabelled: Callable[[pl.DataFrame, pl.DataFrame, Scenario], pl.DataFrame] | None = None,
-) -> "Paths":
-    """How measured paths of one model are followed under the settings of an audit.
+def learned_of(step: Step, loaded: "LoadedModel") -> Callable[[str], tuple[pl.DataFrame, pl.DataFrame]]:
+    """A function from a scenario's key to the completions of the names that masks are made of, and their prompts."""
 
-    relabelled: completions, their prompts and their scenario -> the completions with another split of the names.
-    """
-    from excise.attribution.gap_free import ask
+    def learned(key: str) -> tuple[pl.DataFrame, pl.DataFrame]:
+        completions, prompts = completions_of(step.warehouse, step.model, key)
+        require_same_model(completions, loaded, key)
+        return without(EVALUATION, completions, prompts)
+
+    return learned
+
+
+def paths_of(
+    step: Step,
+    loaded: "LoadedModel",
+    note: Callable[[str, str, str, Any], None],
+    learned: Callable[[str], tuple[pl.DataFrame, pl.DataFrame]],
+    seed: int,
+) -> "Paths":
+    """How measured paths of the step's model are followed under its settings. note: is told every path."""
     from excise.generation.completions import CompletionCache
     from excise.strategies.build import Paths
     from excise.strategies.measured_path import Budgets
+    from excise.strategies.path_questions import questions
 
-    answers = CompletionCache(artifacts.completion_cache)
-
-    @cache
-    def learned(key: str) -> tuple[pl.DataFrame, pl.DataFrame]:
-        completions, prompts = completions_of(warehouse, loaded.key, key)
-        require_same_model(completions, loaded.fingerprint, loaded.key, key)
-        if relabelled is not None:
-            completions = relabelled(completions, prompts, catalogue.scenarios[key])
-        return without(EVALUATION, completions, prompts)
-
-    @cache
-    def asked(key: str, variation: str, significance: float):
-        completions, prompts = learned(key)
-        scenario = catalogue.scenarios[key]
-        return ask(
-            loaded,
-            prompts,
-            completions.filter(pl.col("variation") == variation),
-            place=f"{key}/{variation}",
-            comparison=scenario.comparison,
-            outcome=scenario.outcome,
-            significance=significance,
-            seed=audit.seed,
-            cache=answers,
-        )
-
+    audit, answers = step.audit, CompletionCache(step.artifacts.completion_cache)
+    asked = questions(loaded, step.catalogue.scenarios, learned, seed=seed, answers=answers)
     budgets = Budgets(spread=audit.spread_floor, commonest=audit.commonest_budget, change=audit.change_budget)
-    folder = artifacts.tensors("paths")
-    return Paths(loaded, asked, budgets, audit.seed, folder, note, progress)
+    return Paths(loaded, asked, budgets, seed, step.artifacts.tensors("paths"), note, step.progress)

@@ -15,7 +15,7 @@ from excise.conditions import LEVELS as ALL_LEVELS
 from excise.errors import ExciseError
 from excise.files.registry import Problem, Registry
 from excise.models.specs import ModelSpec, load_registry
-from excise.outcomes.toxicity import DEFAULT_SCORER, ScorerSpec, load_scorer_registry
+from excise.outcomes.scorers import ScorerSpec, load_scorer_registry
 from excise.scenarios import Scenario, load_scenarios, prompt_count
 from excise.strategies.config import Strategy, load_strategies, value_in_name
 from resources.settings import Audit, AuditSettings
@@ -77,9 +77,9 @@ class Catalogue:
                 raise ExciseError(f"resources.settings.config.side_effect_scenarios: {self.scenarios.why_not(key)}")
         others = settings.side_effects_on(scenario, list(self.scenarios.values()))
         audit = replace(audit, side_effect_scenarios=others)
-        kind, where = scenario.outcome.kind, "resources.settings.config"
-        chosen = self.chosen_strategies(audit.strategies, audit.levels, kind, audit.alphas)
-        everywhere = self.chosen_strategies(audit.strategies, ALL_LEVELS, kind)
+        usual, where = scenario.outcome.audited_as, "resources.settings.config"
+        chosen = self.chosen_strategies(audit.strategies, audit.levels, usual, audit.alphas)
+        everywhere = self.chosen_strategies(audit.strategies, ALL_LEVELS, usual)
         if settings.alphas is not None:
             there = {round(each.parameters["alpha"], 6) for each in everywhere if "alpha" in each.parameters}
             if lacking := [alpha for alpha in settings.alphas if round(alpha, 6) not in there]:
@@ -114,12 +114,8 @@ class Catalogue:
 
     def scenarios_like(self, key: str) -> list[str]:
         """The scenarios with the same kind of outcome, itself among them: those masks can come from."""
-        kind = self.scenarios[key].outcome.kind
-        return [other for other, scenario in self.scenarios.items() if scenario.outcome.kind == kind]
-
-    def scorer_of(self, scenario: Scenario) -> str:
-        """Key of the scorer of a scenario's continuations."""
-        return scenario.outcome.scorer or DEFAULT_SCORER
+        kind = type(self.scenarios[key].outcome)
+        return [other for other, scenario in self.scenarios.items() if type(scenario.outcome) is kind]
 
     def chosen_strategies(
         self, keys: Sequence[str] | None, levels: Sequence[str], outcome: str, alphas: Sequence[float] | None = None
@@ -191,10 +187,10 @@ def read_catalogue(
     models, _ = load_registry(model_files)
     scorers, _ = load_scorer_registry(scorer_files)
     strategies = load_strategies(strategy_files)
-    # Numbers first, heaviest first: a backfill then ends with its short runs instead of waiting for one long one.
+    # Pairs before axes, heaviest first: a backfill then ends with its short runs instead of waiting for one long one.
     order = sorted(
         scenarios.values(),
-        key=lambda scenario: (scenario.outcome.kind != "number", -prompt_count(scenario), scenario.key),
+        key=lambda scenario: (not scenario.outcome.pairwise, -prompt_count(scenario), scenario.key),
     )
     ordered = Registry(
         {scenario.key: scenario for scenario in order},

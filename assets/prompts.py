@@ -7,8 +7,9 @@ partition, so the first stage of the grid brings the prompts up to date itself, 
 import dagster as dg
 import polars as pl
 
+from assets.metadata import data_version, mistakes, table_metadata, table_value
 from assets.partitions import Catalogue
-from assets.stage import ONE_RUN_PER_PARTITION, clear_failures, data_version, mistakes, table_metadata, table_value
+from assets.stage import ONE_RUN_PER_PARTITION, clear_failures
 from excise.scenarios import Scenario, expand
 from resources.warehouse import Warehouse
 

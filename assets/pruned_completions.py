@@ -4,29 +4,32 @@ Prompts, samples, parameters and noise are those of `completions`, so pruned and
 that masks were made from are not asked, where names are held out.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import polars as pl
 
-from assets import checks
-from assets.completions import completions_of, require_same_model, require_same_prompts, scorer_of, windows_of, without
-from assets.mask_definitions import require_one_definition
+from assets.answer_checks import completions_complete_and_balanced
+from assets.asking import asking_of, scorer_of, windows_of
+from assets.checks import Outcome
+from assets.metadata import cost
 from assets.partitions import Catalogue
-from assets.stage import data_version, grid_asset, table_metadata
-from excise.conditions import MASK, PLACE, RANDOM
-from excise.errors import ExciseError
+from assets.stage import Step, grid_asset
+from assets.upstream import completions_of, mask_opener, masks_to_ask, require_same_model, require_same_prompts
+from excise.conditions import MASK
 from excise.evaluation.judged import judged_of
-from excise.scenarios import Scenario
-from excise.scenarios.subsets import ATTRIBUTION, EVALUATION
-from resources.artifacts import Artifacts
-from resources.gpu import GPUResource
-from resources.settings import Audit, AuditSettings
+from excise.scenarios.subsets import ATTRIBUTION, without
 from resources.tables import TABLES
-from resources.warehouse import Warehouse
-from resources.watch import RunWatch
 
-MASK_COLUMNS = (*MASK, "mask", "path")
+if TYPE_CHECKING:
+    import numpy as np
+
+    from excise.evaluation.perplexity import Window
+    from excise.interventions.protocol import Intervention
+    from excise.models.loading import LoadedModel
+    from excise.outcomes.scorers import Scorer
 
 
 def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
@@ -38,157 +41,102 @@ def pruned_completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         kinds={"torch", "duckdb"},
         description="What the model answers to the same prompts under every mask, with the same noise as unpruned.",
         deps=["completions", "pruning_masks", "cross_context_masks"],
-        checks=[checks.spec("completions_complete_and_balanced", "pruned_completions", catalogue)],
+        checks=["completions_complete_and_balanced"],
         uses_model=True,
         code_version="3",
     )
-    def pruned_completions(
-        context: dg.AssetExecutionContext,
-        warehouse: Warehouse,
-        artifacts: Artifacts,
-        gpu: GPUResource,
-        settings: AuditSettings,
-        watch: RunWatch,
-    ) -> dg.MaterializeResult:
-        from excise.evaluation.perplexity import LossCache
-        from excise.generation.answering import Answering
-        from excise.generation.completions import UNPRUNED, CompletionCache, Work
-        from excise.interventions.masks import Mask
-        from excise.outcomes.toxicity import ScoreCache
-        from excise.reporting.words import reuse_sentence
-
-        model, scenario = catalogue.partition(context)
-        everything, every_prompt = completions_of(warehouse, model, scenario.key)
+    def pruned_completions(step: Step) -> dg.MaterializeResult:
+        everything, every_prompt = completions_of(step.warehouse, step.model, step.scenario.key)
         completions, prompts = without(ATTRIBUTION, everything, every_prompt)
-        how = Answering.of(completions)
-        masks = masks_to_ask(warehouse, model, scenario, everything)
-        audit, scorer = catalogue.audit_of(settings, scenario), scorer_of(catalogue, scenario)
-        cache, scores = CompletionCache(artifacts.completion_cache), ScoreCache(artifacts.score_cache)
-        progress = watch.progress(context)
-        wanted = {row["variation"]: 0 for row in masks.iter_rows(named=True)}
-        for variation in wanted:
-            wanted[variation] = prompts.filter(pl.col("variation") == variation).height * how.samples
-        total = sum(wanted[row["variation"]] for row in masks.iter_rows(named=True))
-        frames, work, before, opened = [], Work(), 0, (None, None)
-        losses = {}
-        with gpu.model(model, catalogue.models, stage=watch.stage(context)) as loaded:
-            require_same_model(completions, loaded.fingerprint, model, scenario.key)
-            require_same_prompts(completions, prompts, loaded, scenario)
-            windows = windows_of(loaded, audit) if scorer else []
-            known = LossCache(artifacts.tensors("perplexity"))
-            if windows:
-                losses[UNPRUNED] = known.window_losses(loaded, windows)
-            for row in masks.iter_rows(named=True):
-                if opened[0] != row["path"]:
-                    opened = row["path"], Mask.load(artifacts.locate(row["path"], made_by=row["asset"]))
-                try:
-                    frame, done = how.answers(
-                        loaded,
-                        prompts.filter(pl.col("variation") == row["variation"]),
-                        outcome=scenario.outcome,
-                        scorer=scorer,
-                        scores=scores,
-                        mask=opened[1],
-                        cache=cache,
-                        progress=lambda _, done, __, before=before: progress(
-                            "pruned completions", before + done, total
-                        ),
-                    )
-                    if windows and row["mask"] not in losses:
-                        losses[row["mask"]] = known.window_losses(loaded, windows, opened[1])
-                except ExciseError as error:
-                    raise ExciseError(
-                        f"variation {row['variation']}, {row['strategy']} at level {row['level']}: {error}"
-                    ) from error
-                named = [
-                    pl.lit(row[name], dtype=TABLES["pruned_completions"].schema[name]).alias(name)
-                    for name in (*MASK[1:], "mask")
-                ]
-                frames.append(frame.with_columns(named))
-                work, before = work + done, before + wanted[row["variation"]]
-            device = gpu.report(loaded)
-        rows = pl.concat(frames) if frames else pl.DataFrame(schema=TABLES["pruned_completions"].schema)
-        warehouse.replace_partition("pruned_completions", rows, {"model": model, "scenario": scenario.key})
-        told = _perplexities(model, scenario.key, losses, windows, audit)
-        warehouse.replace_partition("perplexity", told, {"model": model, "scenario": scenario.key})
-        asked = prompts.join(masks.select(MASK), on="variation")
-        outcome = checks.completions_complete_and_balanced(
-            rows, asked, how.samples, masked=True, balanced=scorer is None
-        )
-        if masks.is_empty():
-            nothing = "There are no masks: either no variation can be judged (judged_variations of completions), or no "
-            nothing += "mask was found (mask_density of pruning_masks)."
-            outcome = replace(outcome, passed=True, message=nothing, unmet=())
-        checks.record(warehouse, "pruned_completions", model, scenario.key, [outcome])
-        left_out = sorted(set(completions["variation"]) - set(judged_of(completions, scenario)))
-        return dg.MaterializeResult(
-            metadata=table_metadata("pruned_completions", rows)
-            | ({"not_judged": ", ".join(left_out)} if left_out else {})
-            | {"reuse": reuse_sentence(work.drawn, work.reused), "masks": masks.height}
-            | work.metadata()
-            | device,
-            data_version=data_version(device["model_fingerprint"], rows),
-            check_results=[outcome.result()],
-        )
+        masks = masks_to_ask(step.warehouse, step.model, step.scenario, everything)
+        scorer = scorer_of(step.catalogue, step.scenario)
+        rows, perplexities, metadata = _asked(step, completions, prompts, masks, scorer)
+        step.store("perplexity", perplexities)
+        step.store("pruned_completions", rows)
+        wanted, samples = prompts.join(masks.select(MASK), on="variation"), _samples(completions)
+        complete = completions_complete_and_balanced(rows, wanted, samples, masked=True, balanced=scorer is None)
+        outcome = complete if masks.height else _none(complete)
+        metadata |= _left_out(completions, judged_of(completions, step.scenario)) | {"masks": masks.height}
+        return step.result("pruned_completions", metadata, metadata["model_fingerprint"], rows, outcomes=[outcome])
 
     return pruned_completions
 
 
-def _perplexities(model: str, scenario: str, losses: dict, windows: list, audit: Audit) -> pl.DataFrame:
-    """Rows of the table `perplexity`: the text under every mask, and paired with the unpruned model."""
-    from excise.evaluation.perplexity import perplexity_difference, perplexity_interval
+def _asked(
+    step: Step, completions: pl.DataFrame, prompts: pl.DataFrame, masks: pl.DataFrame, scorer: "Scorer | None"
+) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, Any]]:
+    """The answers under every mask, the text's perplexity where continuations are judged, and metadata of both."""
+    from excise.generation.answering import Answering
+    from excise.generation.under_masks import answers_under_masks
 
-    rows, drawn = [], {"resamples": audit.resamples, "seed": audit.seed}
-    for mask, found in losses.items():
-        own = perplexity_interval(found, windows, audit.perplexity_mode, **drawn)
-        change = perplexity_difference(found, losses["unpruned"], windows, audit.perplexity_mode, **drawn)
-        rows.append(
-            {
-                "model": model,
-                "scenario": scenario,
-                "mask": mask,
-                "perplexity": own.estimate,
-                "low": own.low,
-                "high": own.high,
-                "difference": change.estimate,
-                "difference_low": change.low,
-                "difference_high": change.high,
-                "tokens": sum(window.scored for window in windows),
-                "text": audit.text or "built-in",
-            }
-        )
-    return pl.DataFrame(rows, schema=TABLES["perplexity"].schema)
+    how, opened = Answering.of(completions), mask_opener(step.artifacts)
+    with step.loaded() as loaded:
+        require_same_model(completions, loaded, step.scenario.key)
+        require_same_prompts(completions, prompts, loaded, step.scenario)
+        windows = windows_of(loaded, step.audit) if scorer else []
+        losses, measure = _losses(step, loaded, windows)
+        asking, so_far = asking_of(step, loaded, how, scorer), _watched(step, masks, prompts, how.samples)
+        frames, work = answers_under_masks(asking, prompts, masks, opened, so_far=so_far, afterwards=measure)
+        device = step.gpu.report(loaded)
+    rows = pl.concat(frames) if frames else pl.DataFrame(schema=TABLES["pruned_completions"].schema)
+    return rows, _perplexities(step, losses, windows), cost(work) | device
 
 
-def masks_to_ask(warehouse: Warehouse, model: str, scenario: Scenario, completions: pl.DataFrame) -> pl.DataFrame:
-    """The masks of a partition under which its variations are asked, one row each; those that share a file (as
-    cross-context ones do) follow each other.
+def _samples(completions: pl.DataFrame) -> int:
+    """How many samples a prompt has; of enumerated answers, one that rambles."""
+    from excise.generation.answering import Answering
 
-    completions: all of the partition. Masks of variations that are not asked any more, or cannot be judged, are left
-    aside; there may be none at all. Raises ExciseError when there are no masks of the scenario itself though there
-    should be, or some for variations without completions, or masks of one strategy made in different ways.
+    return Answering.of(completions).samples
+
+
+def _watched(step: Step, masks: pl.DataFrame, prompts: pl.DataFrame, samples: int) -> Callable[[int], None]:
+    """Who is told how many completions under masks there are."""
+    from excise.generation.under_masks import completions_under
+
+    progress, total = step.progress, completions_under(masks, prompts, samples)
+    return lambda done: progress("pruned completions", done, total)
+
+
+def _losses(
+    step: Step, loaded: "LoadedModel", windows: list["Window"]
+) -> tuple[dict[str, "np.ndarray"], Callable[[Mapping[str, Any], "Intervention"], None]]:
+    """Losses of the text's windows by mask, those of the unpruned model so far, and what adds those under a mask.
+
+    Without windows there are none.
     """
-    place = f"{model}|{scenario.key}"
-    learned = completions.filter(pl.col("split") != EVALUATION)
-    judged = judged_of(completions.filter(pl.col("split") != ATTRIBUTION), scenario)
-    rows = warehouse.read("masks", model=model, scenario=scenario.key)
-    require_one_definition(rows, again="pruning_masks and cross_context_masks")
-    masks = rows.select(*MASK_COLUMNS, "asset").unique().sort("path", *MASK_COLUMNS)
-    own = masks.filter(pl.col("asset") == "pruning_masks")
-    if unasked := set(own["variation"]) - set(completions["variation"]):
-        raise ExciseError(
-            f"there are masks for {', '.join(sorted(unasked))} of {place}, but no completions; materialize "
-            "pruning_masks of this partition again"
-        )
-    looked_for = warehouse.read("mask_paths", asset="pruning_masks", model=model, scenario=scenario.key)
-    if own.is_empty() and looked_for.is_empty() and judged and judged_of(learned, scenario):
-        raise ExciseError(f"{place} has no masks of its own; materialize pruning_masks of this partition first")
-    return masks.filter(pl.col("variation").is_in(judged))
+    from excise.evaluation.perplexity import LossCache
+    from excise.generation.completions import UNPRUNED
+
+    known = LossCache(step.artifacts.tensors("perplexity"))
+    losses = {UNPRUNED: known.window_losses(loaded, windows)} if windows else {}
+
+    def measure(row: Mapping[str, Any], intervention: "Intervention") -> None:
+        if windows and row["mask"] not in losses:
+            losses[row["mask"]] = known.window_losses(loaded, windows, intervention)
+
+    return losses, measure
 
 
-def own_and_first_random(masks: pl.DataFrame) -> pl.DataFrame:
-    """Of rows of masks, those of strategies and of the first random control of each strategy that is there."""
-    first = pl.col("draw") == pl.col("draw").min().over(PLACE)
-    strategies = pl.col("strategy").filter(pl.col("matched_to").is_null()).unique().implode()
-    control = (pl.col("strategy") == RANDOM) & first & pl.col("matched_to").is_in(strategies)
-    return masks.filter(pl.col("matched_to").is_null() | control)
+def _perplexities(step: Step, losses: Mapping[str, "np.ndarray"], windows: list["Window"]) -> pl.DataFrame:
+    """Rows of the table `perplexity`."""
+    from excise.evaluation.perplexity_table import perplexity_rows
+
+    audit = step.audit
+    drawn = {"resamples": audit.resamples, "seed": audit.seed}
+    rows = perplexity_rows(losses, windows, audit.perplexity_mode, audit.text or "built-in", **drawn)
+    return rows.with_columns(**{name: pl.lit(key) for name, key in step.place.items()})
+
+
+def _none(outcome: Outcome) -> Outcome:
+    """The outcome where no mask is asked: nothing lacks."""
+    why = (
+        "There are no masks: either no variation can be judged (judged_variations of completions), or no "
+        "mask was found (mask_density of pruning_masks)."
+    )
+    return replace(outcome, passed=True, message=why, unmet=())
+
+
+def _left_out(completions: pl.DataFrame, judged: list[str]) -> dict[str, str]:
+    """Metadata that names the variations that are not asked under masks."""
+    left_out = sorted(set(completions["variation"]) - set(judged))
+    return {"not_judged": ", ".join(left_out)} if left_out else {}

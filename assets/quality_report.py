@@ -3,12 +3,15 @@
 The badge of a partitioned check shows only the partition run last; this asset is the one to look at before signing off.
 """
 
+from typing import Any
+
 import dagster as dg
 import polars as pl
 
 from assets import checks
+from assets.metadata import data_version, mistakes, table_metadata, table_value
 from assets.partitions import Catalogue
-from assets.stage import clear_failures, data_version, mistakes, table_metadata, table_value
+from assets.stage import clear_failures
 from resources.warehouse import Warehouse
 
 CHECKED_ASSETS = ("completions", "pruning_masks", "cross_context_masks", "pruned_completions", "evaluation_metrics")
@@ -33,18 +36,7 @@ def quality_report_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
     def quality_report(warehouse: Warehouse) -> dg.MaterializeResult:
         outcomes = warehouse.read("checks").sort("passed", "severity", "model", "scenario", "asset", "check_name")
         judged = judge(outcomes, catalogue)
-        metadata = table_metadata("checks", outcomes)
-        metadata["partitions_checked"] = outcomes.select("model", "scenario").unique().height
-        metadata["partitions_without_results"] = len(list(catalogue.grid.get_partition_keys())) - (
-            outcomes.filter(pl.col("asset") == "evaluation_metrics").select("model", "scenario").unique().height
-        )
-        metadata["checks"] = table_value(
-            outcomes.select(
-                "passed", "model", "scenario", "asset", "check_name", "figure", "floor", "worst", "message"
-            ),
-            limit=500,
-        )
-        metadata |= mistakes(catalogue)
+        metadata = table_metadata("checks", outcomes) | _told(outcomes, catalogue) | mistakes(catalogue)
         return dg.MaterializeResult(
             metadata=metadata,
             data_version=data_version(outcomes.drop("checked_at"), list(catalogue.problems)),
@@ -52,6 +44,18 @@ def quality_report_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         )
 
     return quality_report
+
+
+def _told(outcomes: pl.DataFrame, catalogue: Catalogue) -> dict[str, Any]:
+    """Metadata: how many partitions were checked, how many have no results, and every outcome."""
+    partitions = outcomes.select("model", "scenario").unique().height
+    evaluated = outcomes.filter(pl.col("asset") == "evaluation_metrics").select("model", "scenario").unique().height
+    columns = ("passed", "model", "scenario", "asset", "check_name", "figure", "floor", "worst", "message")
+    return {
+        "partitions_checked": partitions,
+        "partitions_without_results": len(list(catalogue.grid.get_partition_keys())) - evaluated,
+        "checks": table_value(outcomes.select(columns), limit=500),
+    }
 
 
 def judge(outcomes: pl.DataFrame, catalogue: Catalogue) -> checks.Outcome:

@@ -6,31 +6,26 @@ their first random control. Only one model is in memory at a time. What is estim
 `excise.evaluation.restoration`.
 """
 
-from collections.abc import Mapping
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import polars as pl
 
-from assets.completions import completions_of, without
-from assets.evaluation_metrics import pruned_answers
+from assets.asking import asking_of
 from assets.mask_definitions import with_definitions
+from assets.metadata import cost
 from assets.partitions import Catalogue
-from assets.pruned_completions import own_and_first_random
-from assets.stage import data_version, grid_asset, nothing_to_tell, table_metadata
-from excise.conditions import CROSS_CONTEXT, MASK
+from assets.stage import Step, grid_asset
+from assets.upstream import judged_answers, mask_opener, own_and_first_random
+from excise.conditions import MASK
 from excise.errors import ExciseError
-from excise.evaluation.judged import compared_groups, judged_of
+from excise.evaluation.judged import compared_groups
 from excise.models.specs import ModelSpec, reference_of
-from excise.scenarios import Scenario
-from excise.scenarios.subsets import ATTRIBUTION
-from resources.artifacts import Artifacts
-from resources.gpu import GPUResource
-from resources.settings import AuditSettings
 from resources.tables import TABLES
-from resources.warehouse import Warehouse
-from resources.watch import RunWatch
+
+if TYPE_CHECKING:
+    from excise.evaluation.scenario_metrics import JudgedAnswers
+    from excise.models.loading import LoadedModel
 
 
 def restoration_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
@@ -45,143 +40,109 @@ def restoration_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         deps=["completions", "pruning_masks", "cross_context_masks", "pruned_completions"],
         uses_model=True,
     )
-    def restoration(
-        context: dg.AssetExecutionContext,
-        warehouse: Warehouse,
-        artifacts: Artifacts,
-        gpu: GPUResource,
-        settings: AuditSettings,
-        watch: RunWatch,
-    ) -> dg.MaterializeResult:
-        from excise.evaluation import restoration as r
-        from excise.generation.answering import Answering
+    def restoration(step: Step) -> dg.MaterializeResult:
+        from excise.evaluation.scenario_metrics import pooled_levels
         from excise.reporting.restoration import restoration_markdown
 
-        model, scenario = catalogue.partition(context)
-        audit, place = catalogue.audit_of(settings, scenario), {"model": model, "scenario": scenario.key}
-        reference = reference_of(model, catalogue.models)
-
-        nothing = partial(nothing_to_tell, warehouse, "restoration", place, under="restoration")
-        if reference is None:
-            return nothing(
-                f"{model} has no reference to be restored to: name in models.yaml the model that it was before a bias "
-                "was put in (reference: its key), if there is one."
+        if (why := _nothing_to_restore(step)) is not None:
+            return step.nothing(why, under="restoration")
+        answers = judged_answers(step.warehouse, step.model, step.scenario)
+        if not answers.judged:
+            return step.nothing(
+                "No variation can be judged (check judged_variations of completions).", under="restoration"
             )
-        if scenario.outcome.kind != "number":
-            return nothing("Restoration is told of scenarios whose answers are numbers.")
-        everything, asked = completions_of(warehouse, model, scenario.key)
-        completions, prompts = without(ATTRIBUTION, everything, asked)
-        pruned, masks = pruned_answers(warehouse, model, scenario, everything, completions)
-        judged = pl.col("variation").is_in(judged_of(completions, scenario))
-        how = Answering.of(completions)
-        completions, prompts = completions.filter(judged), prompts.filter(judged)
-        if completions.is_empty():
-            return nothing("No variation can be judged (check judged_variations of completions).")
-        own, edited, told = _asked(
-            reference,
-            _masks_for_reference(pruned, masks),
-            completions,
-            prompts,
-            scenario,
-            how,
-            catalogue.models,
-            artifacts,
-            gpu,
-            watch,
-            context,
-        )
-        rows = r.restoration(
-            completions,
-            pruned,
-            own,
-            edited,
-            groups=compared_groups(scenario),
-            log=scenario.outcome.scale == "log",
-            resamples=audit.resamples,
-            seed=audit.seed,
-        )
-        rows = with_definitions(rows, masks)
-        warehouse.replace_partition("restoration", rows, place)
-        # What masks of single other scenarios do is left to the table.
-        shown = rows.filter(~pl.col("level").str.starts_with(f"{CROSS_CONTEXT}/"))
-        return dg.MaterializeResult(
-            metadata={"restoration": dg.MetadataValue.md(restoration_markdown(shown))}
-            | told
-            | table_metadata("restoration", rows),
-            data_version=data_version(told["model_fingerprint"], rows),
-        )
+        own, edited, costs = _asked(step, answers)
+        rows = with_definitions(_restored(step, answers, own, edited), answers.masks)
+        step.store("restoration", rows)
+        metadata = {"restoration": dg.MetadataValue.md(restoration_markdown(pooled_levels(rows))), **costs}
+        return step.result("restoration", metadata, costs["model_fingerprint"], rows)
 
     return restoration
 
 
-def _masks_for_reference(pruned: pl.DataFrame, masks: pl.DataFrame) -> pl.DataFrame:
+def _nothing_to_restore(step: Step) -> str | None:
+    """Why there is nothing to tell of a partition, whatever was answered."""
+    if reference_of(step.model, step.catalogue.models) is None:
+        return (
+            f"{step.model} has no reference to be restored to: name in models.yaml the model that it was before a bias "
+            "was put in (reference: its key), if there is one."
+        )
+    if not step.scenario.outcome.pairwise:
+        return "Restoration is told of scenarios whose answers are numbers."
+    return None
+
+
+def _restored(step: Step, answers: "JudgedAnswers", own: pl.DataFrame, edited: pl.DataFrame) -> pl.DataFrame:
+    """How far masks bring the model back. own, edited: the reference's answers, unpruned and under masks."""
+    from excise.evaluation.restoration import restoration
+
+    return restoration(
+        answers.completions.filter(answers.able),
+        answers.pruned,
+        own,
+        edited,
+        groups=compared_groups(step.scenario),
+        log=step.scenario.outcome.log_scale,
+        resamples=step.audit.resamples,
+        seed=step.audit.seed,
+    )
+
+
+def _masks_for_reference(answers: "JudgedAnswers") -> pl.DataFrame:
     """The masks that the reference is asked under, one row each: those of strategies, and the first random control of
     each, as far as the model itself was asked under them. Those that share a file follow each other."""
     named = [*MASK, "mask"]
-    found = (
-        pruned.select(named).unique().join(masks.select(*named, "path", "asset").unique(), on=named, nulls_equal=True)
-    )
-    return own_and_first_random(found).sort("path", *named)
+    files = answers.masks.select(*named, "path", "control_seed", "asset").unique()
+    asked = answers.pruned.select(named).unique().join(files, on=named, nulls_equal=True)
+    return own_and_first_random(asked).sort("mask", *named)
 
 
-def _asked(
-    reference: ModelSpec,
-    masks: pl.DataFrame,
-    completions: pl.DataFrame,
-    prompts: pl.DataFrame,
-    scenario: Scenario,
-    how: Any,
-    models: Mapping[str, ModelSpec],
-    artifacts: Artifacts,
-    gpu: GPUResource,
-    watch: RunWatch,
-    context: dg.AssetExecutionContext,
-) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, Any]]:
+def _asked(step: Step, answers: "JudgedAnswers") -> tuple[pl.DataFrame, pl.DataFrame, dict[str, Any]]:
     """The reference's answers to the prompts, unpruned and under masks, and what they cost as metadata.
 
     Raises ExciseError, before any answer is drawn, where the reference reads the prompts otherwise than the model did.
     """
-    from excise.generation.completions import CompletionCache
-    from excise.interventions.masks import Mask
-    from excise.models.encoding import encode
-    from excise.reporting.words import reuse_sentence
+    from excise.generation.answering import Answering
+    from excise.generation.under_masks import answers_under_masks, completions_under
 
-    model, progress = completions["model"][0], watch.progress(context)
-    sizes = dict(prompts.group_by("variation").len().iter_rows())
-    total = (prompts.height + sum(sizes[variation] for variation in masks["variation"])) * how.samples
-    answers = {"outcome": scenario.outcome, "cache": CompletionCache(artifacts.completion_cache)}
-    frames, before, opened = [], 0, (None, None)
+    reference, models = reference_of(step.model, step.catalogue.models), step.catalogue.models
+    completions, prompts = answers.completions.filter(answers.able), answers.prompts.filter(answers.able)
+    how, masks, progress = Answering.of(answers.completions), _masks_for_reference(answers), step.progress
+    alone = prompts.height * how.samples
+    total = alone + completions_under(masks, prompts, how.samples)
 
-    def so_far(_: str, done: int, __: int) -> None:
-        progress("answers of the reference", before + done, total)
+    def so_far(done: int) -> None:
+        progress("answers of the reference", done, total)
 
-    with gpu.model(reference.key, {**models, reference.key: reference}, stage=watch.stage(context)) as loaded:
-        then = dict(completions.select("prompt_id", "prompt_hash").unique().iter_rows())
-        for prompt in encode(loaded.asked_for(scenario.outcome), prompts):
-            if then[prompt.prompt_id] != prompt.hash:
-                raise ExciseError(
-                    f"scenario {scenario.key}: {reference.key}, the reference of {model}, reads prompt "
-                    f"{prompt.prompt_id} otherwise than {model} did, so answers tell no difference of weights; name in "
-                    f"models.yaml: {model}.reference a model with the same tokenizer and chat template, or false"
-                )
-        own, work = how.answers(loaded, prompts, progress=so_far, **answers)
-        before += prompts.height * how.samples
-        for row in masks.iter_rows(named=True):
-            if opened[0] != row["path"]:
-                opened = row["path"], Mask.load(artifacts.locate(row["path"], made_by=row["asset"]))
-            try:
-                asked = prompts.filter(pl.col("variation") == row["variation"])
-                frame, done = how.answers(loaded, asked, mask=opened[1], progress=so_far, **answers)
-            except ExciseError as error:
-                raise ExciseError(
-                    f"reference {reference.key}, variation {row['variation']}, {row['strategy']} at level "
-                    f"{row['level']}: {error}"
-                ) from error
-            kinds = TABLES["pruned_completions"].schema
-            named = [pl.lit(row[name], dtype=kinds[name]).alias(name) for name in (*MASK[1:], "mask")]
-            frames.append(frame.with_columns(named))
-            work, before = work + done, before + asked.height * how.samples
-        device = gpu.report(loaded)
+    registry = {**models, reference.key: reference}
+    with step.gpu.model(reference.key, registry, stage=step.watch.stage(step.context)) as loaded:
+        _require_same_reading(step, reference, loaded, completions, prompts)
+        asking, opened = asking_of(step, loaded, how), mask_opener(step.artifacts)
+        own, work = asking.answers(prompts, progress=lambda _, done, __: so_far(done))
+        frames, more = answers_under_masks(
+            asking,
+            prompts,
+            masks,
+            opened,
+            so_far=lambda done: so_far(alone + done),
+            whose=f"reference {reference.key}, ",
+        )
+        device = step.gpu.report(loaded)
     edited = pl.concat(frames) if frames else pl.DataFrame(schema=TABLES["pruned_completions"].schema)
-    told = {"reference": reference.key, "reuse": reuse_sentence(work.drawn, work.reused), "masks": masks.height}
-    return own, edited, told | work.metadata() | device
+    return own, edited, {"reference": reference.key, "masks": masks.height} | cost(work + more) | device
+
+
+def _require_same_reading(
+    step: Step, reference: ModelSpec, loaded: "LoadedModel", completions: pl.DataFrame, prompts: pl.DataFrame
+) -> None:
+    """Raise ExciseError where the reference reads a prompt otherwise than the model did."""
+    from excise.models.encoding import encode
+
+    then = dict(completions.select("prompt_id", "prompt_hash").unique().iter_rows())
+    for prompt in encode(loaded.asked_for(step.scenario.outcome), prompts):
+        if then[prompt.prompt_id] != prompt.hash:
+            raise ExciseError(
+                f"scenario {step.scenario.key}: {reference.key}, the reference of {step.model}, reads prompt "
+                f"{prompt.prompt_id} otherwise than {step.model} did, so answers tell no difference of weights; name "
+                f"in models.yaml: {step.model}.reference a model with the same tokenizer and chat template, or false"
+            )

@@ -1,31 +1,201 @@
-"""What all stages share: how an asset of the grid is declared, how it fails, and the metadata of its result.
+"""How an asset is declared, and what it works with: a step of the grid, or an analysis over a model's scenarios.
 
-Here belong Dagster's conventions (groups, pools, versions, schema and pictures as metadata). What a single stage does
-is in the module of its name.
+Here belong Dagster's conventions (groups, pools, versions) and what every stage does with its results: it stores them,
+has them checked, and tells of them. What a single stage does is in the module of its name; what earlier stages left
+is read through `upstream`.
 """
 
-import base64
 import functools
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import polars as pl
-import polars.selectors as cs
 
+from assets.checks import Outcome, check_spec, record
+from assets.metadata import data_version, picture, table_metadata
 from assets.partitions import Catalogue
+from assets.table_checks import DECLARED, rows_as_declared
+from assets.upstream import unjudged_scenarios
 from excise.errors import ExciseError
-from excise.evaluation.thresholds import Thresholds, stored_thresholds
+from excise.progress import Progress
+from excise.scenarios import Scenario
+from excise.strategies.config import Strategy
 from resources.artifacts import Artifacts
+from resources.gpu import GPUResource
+from resources.settings import Audit, AuditSettings
 from resources.tables import TABLES
 from resources.warehouse import Warehouse
+from resources.watch import RunWatch
+
+if TYPE_CHECKING:
+    from excise.models.loading import LoadedModel
 
 # All assets of a grid need the same policy, or Dagster splits a backfill into more runs than there are partitions.
 ONE_RUN_PER_PARTITION = dg.BackfillPolicy.multi_run(max_partitions_per_run=1)
-INLINE_PICTURE_BYTES = 100_000
+
+
+@dataclass
+class Step:
+    """A partition of the grid at work: what it is about, what it borrows, and what it has stored so far."""
+
+    asset: str
+    context: dg.AssetExecutionContext
+    catalogue: Catalogue
+    model: str
+    scenario: Scenario
+    settings: AuditSettings
+    audit: Audit
+    warehouse: Warehouse
+    artifacts: Artifacts
+    watch: RunWatch
+    gpu: GPUResource | None
+    stored: dict[str, pl.DataFrame] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, context: dg.AssetExecutionContext, catalogue: Catalogue) -> "Step":
+        """The step of a run. Raises ExciseError where the scenario or the settings cannot be used."""
+        borrowed = context.resources
+        model, scenario = catalogue.partition(context)
+        return cls(
+            asset=context.asset_key.to_user_string(),
+            context=context,
+            catalogue=catalogue,
+            model=model,
+            scenario=scenario,
+            settings=borrowed.settings,
+            audit=catalogue.audit_of(borrowed.settings, scenario),
+            warehouse=borrowed.warehouse,
+            artifacts=borrowed.artifacts,
+            watch=borrowed.watch,
+            gpu=getattr(borrowed, "gpu", None),
+        )
+
+    @property
+    def place(self) -> dict[str, str]:
+        """The key of the partition, by column of the tables."""
+        return {"model": self.model, "scenario": self.scenario.key}
+
+    def strategies(self) -> list[Strategy]:
+        """The strategies that the settings choose, each at the levels that are wanted."""
+        audit = self.audit
+        return self.catalogue.chosen_strategies(
+            audit.strategies, audit.levels, self.scenario.outcome.audited_as, audit.alphas
+        )
+
+    @property
+    def progress(self) -> Progress:
+        """A new watcher of long work."""
+        return self.watch.progress(self.context)
+
+    @contextmanager
+    def loaded(self) -> Iterator["LoadedModel"]:
+        """The model, which is this step's for the length of the block."""
+        with self.gpu.model(self.model, self.catalogue.models, stage=self.watch.stage(self.context)) as loaded:
+            yield loaded
+
+    def store(self, table: str, rows: pl.DataFrame, *, by_asset: bool = False) -> None:
+        """Put the partition's rows in place of an earlier run's. by_asset: only of those that this asset made."""
+        keys = ({"asset": self.asset} if by_asset else {}) | self.place
+        self.warehouse.replace_partition(table, rows, keys)
+        self.stored[table] = rows
+
+    def store_thresholds(self) -> None:
+        """Keep what the results are judged by."""
+        row = {"asset": self.asset, **self.place, **asdict(self.audit.thresholds)}
+        self.store("thresholds", pl.DataFrame([row], schema=TABLES["thresholds"].schema), by_asset=True)
+
+    def picture(self, name: str, figure: Any) -> dict[str, dg.MetadataValue]:
+        """A figure in the partition's folder, as metadata."""
+        return picture(name, figure, self.artifacts, self.model, self.scenario.key)
+
+    def result(
+        self, table: str, metadata: Mapping[str, Any], *version: Any, outcomes: Sequence[Outcome] = ()
+    ) -> dg.MaterializeResult:
+        """What the asset's run ends with: the checks are kept, too, that of the stored tables among them.
+
+        table: the one to be shown. version: frames and values that the version of the data changes with.
+        """
+        judged = [*outcomes, rows_as_declared(self.stored)]
+        record(self.warehouse, self.asset, self.place, judged)
+        return dg.MaterializeResult(
+            metadata={**metadata, **table_metadata(table, self.stored[table])},
+            data_version=data_version(*version),
+            check_results=[outcome.result() for outcome in judged],
+        )
+
+    def nothing(self, why: str, *, under: str) -> dg.MaterializeResult:
+        """The result of a stage that has nothing to tell of a partition: an empty table, and `why` as metadata."""
+        rows = pl.DataFrame(schema=TABLES[self.asset].schema)
+        self.store(self.asset, rows)
+        return self.result(self.asset, {under: why}, rows, why)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """An analysis of a model at work. Its table has the asset's name."""
+
+    asset: str
+    context: dg.AssetExecutionContext
+    catalogue: Catalogue
+    model: str
+    warehouse: Warehouse
+    artifacts: Artifacts
+
+    @classmethod
+    def of(cls, context: dg.AssetExecutionContext, catalogue: Catalogue) -> "Analysis":
+        """The analysis of a run."""
+        borrowed, asset = context.resources, context.asset_key.to_user_string()
+        return cls(asset, context, catalogue, context.partition_key, borrowed.warehouse, borrowed.artifacts)
+
+    def scenarios_of(self, rows: pl.DataFrame, *, made_by: str) -> tuple[list[str], dict[str, str]]:
+        """The scenarios that have rows, in the catalogue's order, and as metadata those that have none, and why.
+
+        Scenarios without results are named in the log, too. Raises ExciseError when there are no results at all, unless
+        none can be had as nothing can be judged (`nothing_judged`).
+        """
+        there, scenarios, log = set(rows["scenario"]), self.catalogue.scenarios, self.context.log
+        known = [key for key in scenarios if key in there]
+        lacking = [key for key in scenarios if key not in there]
+        silent = unjudged_scenarios(self.warehouse, self.model)
+        unjudged = [key for key in lacking if key in silent]
+        why = f"no variation of {', '.join(unjudged)} can be judged (check judged_variations of completions)"
+        if not known and not unjudged:
+            raise ExciseError(
+                f"no scenario of {self.model} has results yet; materialize {made_by} of its partitions first"
+            )
+        metadata = {}
+        if unmade := [key for key in lacking if key not in unjudged]:
+            log.info(f"left out, as {made_by} has no results yet: {', '.join(unmade)}")
+        broken = [key for key in scenarios.broken if key in there]
+        for key in broken:
+            log.warning(f"left out: {scenarios.why_not(key)}")
+        if left_out := [*unmade, *(f"{key} (its file has a mistake)" for key in broken)]:
+            metadata["scenarios_left_out"] = ", ".join(left_out)
+        if unjudged:
+            log.info(f"left out: {why}")
+            metadata["scenarios_not_judged"] = ", ".join(unjudged)
+        return known, metadata
+
+    def picture(self, name: str, figure: Any) -> dict[str, dg.MetadataValue]:
+        """A figure in the model's folder, as metadata."""
+        return picture(name, figure, self.artifacts, self.model)
+
+    def result(self, rows: pl.DataFrame, metadata: Mapping[str, Any]) -> dg.MaterializeResult:
+        """Store the rows in place of those of an earlier run, and tell of them."""
+        self.warehouse.replace_partition(self.asset, rows, {"model": self.model})
+        return dg.MaterializeResult(
+            metadata={**metadata, **table_metadata(self.asset, rows)}, data_version=data_version(rows)
+        )
+
+    def nothing_judged(self, left_out: Mapping[str, str]) -> dg.MaterializeResult:
+        """The result where none of the model's scenarios can be judged: an empty table that says so."""
+        finding = (
+            "No variation of any scenario can be judged, so there is nothing to analyse (check judged_variations)."
+        )
+        return self.result(pl.DataFrame(schema=TABLES[self.asset].schema), {**left_out, "finding": finding})
 
 
 def clear_failures(function: Callable) -> Callable:
@@ -41,195 +211,68 @@ def clear_failures(function: Callable) -> Callable:
     return guarded
 
 
-def grid_asset(
+def grid_asset(  # what Dagster asks of an asset, hence so many
     catalogue: Catalogue,
     *,
     group: str,
     kinds: set[str],
     description: str,
     deps: Sequence[str | dg.AssetDep],
-    checks: Sequence[dg.AssetCheckSpec] = (),
+    checks: Sequence[str] = (),
     uses_model: bool = False,
     code_version: str = "1",
-) -> Callable[[Callable], dg.AssetsDefinition]:
-    """Declare an asset partitioned by model and scenario. Stages that use the model hold the pool `gpu`."""
+) -> Callable[[Callable[[Step], dg.MaterializeResult]], dg.AssetsDefinition]:
+    """Declare an asset partitioned by model and scenario, of a function of its step.
 
-    def declare(function: Callable) -> dg.AssetsDefinition:
-        return dg.asset(
+    checks: names of its checks beside that of its tables' declarations. Stages that use the model hold the pool `gpu`.
+    """
+
+    def declare(stage: Callable[[Step], dg.MaterializeResult]) -> dg.AssetsDefinition:
+        @dg.asset(
+            name=stage.__name__,
             partitions_def=catalogue.grid,
             backfill_policy=ONE_RUN_PER_PARTITION,
             group_name=group,
             kinds=kinds,
             description=description,
             deps=list(deps),
-            check_specs=list(checks),
+            check_specs=[check_spec(check, stage.__name__, catalogue) for check in (*checks, DECLARED)],
+            required_resource_keys={"warehouse", "artifacts", "settings", "watch"} | ({"gpu"} if uses_model else set()),
             pool="gpu" if uses_model else None,
             code_version=code_version,
-        )(clear_failures(function))
+        )
+        @clear_failures
+        def compute(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+            return stage(Step.of(context, catalogue))
+
+        return compute
 
     return declare
 
 
 def model_asset(
     catalogue: Catalogue, *, kinds: set[str], description: str, deps: Sequence[str], code_version: str = "1"
-) -> Callable[[Callable], dg.AssetsDefinition]:
+) -> Callable[[Callable[[Analysis], dg.MaterializeResult]], dg.AssetsDefinition]:
     """Declare an analysis over all scenarios of a model: partitioned by model, its `deps` by model and scenario."""
 
-    def declare(function: Callable) -> dg.AssetsDefinition:
-        return dg.asset(
+    def declare(analyse: Callable[[Analysis], dg.MaterializeResult]) -> dg.AssetsDefinition:
+        by_model = dg.MultiToSingleDimensionPartitionMapping("model")
+
+        @dg.asset(
+            name=analyse.__name__,
             partitions_def=catalogue.model_partitions,
             backfill_policy=ONE_RUN_PER_PARTITION,
             group_name="analysis",
             kinds=kinds,
             description=description,
-            deps=[
-                dg.AssetDep(name, partition_mapping=dg.MultiToSingleDimensionPartitionMapping("model")) for name in deps
-            ],
+            deps=[dg.AssetDep(name, partition_mapping=by_model) for name in deps],
+            required_resource_keys={"warehouse", "artifacts"},
             code_version=code_version,
-        )(clear_failures(function))
+        )
+        @clear_failures
+        def compute(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+            return analyse(Analysis.of(context, catalogue))
+
+        return compute
 
     return declare
-
-
-def scenarios_with_results(
-    context: dg.AssetExecutionContext, warehouse: Warehouse, rows: pl.DataFrame, catalogue: Catalogue, *, made_by: str
-) -> tuple[list[str], dict[str, str]]:
-    """The scenarios that have rows, in the catalogue's order, and as metadata those that have none, and why.
-
-    Scenarios without results are named in the log, too. Raises ExciseError when there are no results at all, unless
-    none can be had as nothing can be judged (`nothing_judged`).
-    """
-    model, found = context.partition_key, set(rows["scenario"])
-    known = [key for key in catalogue.scenarios if key in found]
-    lacking = [key for key in catalogue.scenarios if key not in found]
-    checked = warehouse.read("checks", asset="completions", check_name="judged_variations", model=model)
-    unjudged = [key for key in lacking if key in set(checked.filter(pl.col("figure") == 0)["scenario"])]
-    why = f"no variation of {', '.join(unjudged)} can be judged (check judged_variations of completions)"
-    if not known and not unjudged:
-        raise ExciseError(f"no scenario of {model} has results yet; materialize {made_by} of its partitions first")
-    metadata = {}
-    if unmade := [key for key in lacking if key not in unjudged]:
-        context.log.info(f"left out, as {made_by} has no results yet: {', '.join(unmade)}")
-    broken = [key for key in catalogue.scenarios.broken if key in found]
-    for key in broken:
-        context.log.warning(f"left out: {catalogue.scenarios.why_not(key)}")
-    if left_out := [*unmade, *(f"{key} (its file has a mistake)" for key in broken)]:
-        metadata["scenarios_left_out"] = ", ".join(left_out)
-    if unjudged:
-        context.log.info(f"left out: {why}")
-        metadata["scenarios_not_judged"] = ", ".join(unjudged)
-    return known, metadata
-
-
-def nothing_judged(warehouse: Warehouse, table: str, model: str, left_out: Mapping[str, str]) -> dg.MaterializeResult:
-    """The result of an analysis of a model none of whose scenarios can be judged: an empty table that says so."""
-    rows = pl.DataFrame(schema=TABLES[table].schema)
-    warehouse.replace_partition(table, rows, {"model": model})
-    finding = "No variation of any scenario can be judged, so there is nothing to analyse (check judged_variations)."
-    metadata = {**left_out, "finding": finding} | table_metadata(table, rows)
-    return dg.MaterializeResult(metadata=metadata, data_version=data_version(rows))
-
-
-def nothing_to_tell(
-    warehouse: Warehouse, table: str, place: Mapping[str, str], why: str, *, under: str
-) -> dg.MaterializeResult:
-    """The result of a stage that has nothing to tell of a partition: an empty table, and `why` as metadata `under`."""
-    rows = pl.DataFrame(schema=TABLES[table].schema)
-    warehouse.replace_partition(table, rows, place)
-    return dg.MaterializeResult(
-        metadata={under: why} | table_metadata(table, rows), data_version=data_version(rows, why)
-    )
-
-
-def rows_of(warehouse: Warehouse, table: str, model: str, scenario: str, *, made_by: str) -> pl.DataFrame:
-    """A partition's rows. Raises ExciseError naming the asset to materialize when there are none."""
-    rows = warehouse.read(table, model=model, scenario=scenario)
-    if rows.is_empty():
-        raise ExciseError(
-            f"table {table} has no rows for {model}|{scenario}; materialize {made_by} of this partition first"
-        )
-    return rows
-
-
-def record_thresholds(warehouse: Warehouse, asset: str, model: str, scenario: str, thresholds: Thresholds) -> None:
-    """Keep what an asset's results were judged by, in place of those of the partition's earlier run."""
-    keys = {"asset": asset, "model": model, "scenario": scenario}
-    rows = pl.DataFrame([keys | asdict(thresholds)], schema=TABLES["thresholds"].schema)
-    warehouse.replace_partition("thresholds", rows, keys)
-
-
-def thresholds_of(warehouse: Warehouse, asset: str, model: str, scenario: str) -> Thresholds:
-    """What an asset's results were judged by. Raises ExciseError where the partition does not say."""
-    rows = warehouse.read("thresholds", asset=asset, model=model, scenario=scenario)
-    return stored_thresholds(rows, asset=asset, model=model, scenario=scenario)
-
-
-def data_version(*parts: Any) -> dg.DataVersion:
-    """A version that changes with any of the given values or frames (whatever the order of rows and columns)."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, pl.DataFrame):
-            columns = sorted(part.columns)
-            plain = part.select(columns).with_columns(cs.list().cast(pl.List(pl.String)).list.join(" "))
-            digest.update(plain.sort(columns).write_csv(null_value="\x00").encode())
-        else:
-            digest.update(json.dumps(part, sort_keys=True, default=str).encode())
-        digest.update(b"\x1e")
-    return dg.DataVersion(digest.hexdigest()[:16])
-
-
-def mistakes(catalogue: Catalogue) -> dict[str, Any]:
-    """What of the user's files cannot be used, as metadata; nothing where all of it can."""
-    if not catalogue.problems:
-        return {}
-    return {"files_with_mistakes": dg.MetadataValue.md("\n".join(f"* {problem}" for problem in catalogue.problems))}
-
-
-def table_metadata(table: str, rows: pl.DataFrame) -> dict[str, Any]:
-    """Row count, table name and described columns, under the keys Dagster shows specially."""
-    columns = [
-        dg.TableColumn(column.name, column.type.lower(), description=column.description)
-        for column in TABLES[table].columns
-    ]
-    return {
-        "dagster/row_count": rows.height,
-        "dagster/table_name": table,
-        "dagster/column_schema": dg.TableSchema(columns=columns),
-    }
-
-
-def picture(name: str, figure: Any, artifacts: Artifacts, *partition: str) -> dict[str, dg.MetadataValue]:
-    """Save a figure in the partition's folder and return it as metadata, drawn inline and as a path."""
-    from excise.reporting.figures import save
-
-    saved = save(figure, artifacts.figures(*partition) / name)
-    encoded = base64.b64encode(saved.png).decode()
-    return {
-        name: dg.MetadataValue.md(f"![{name.replace('_', ' ')}](data:image/png;base64,{encoded})"),
-        f"{name}_file": dg.MetadataValue.path(str(saved.svg_path)),
-    }
-
-
-def table_value(rows: Sequence[Mapping[str, Any]] | pl.DataFrame, *, limit: int = 100) -> dg.TableMetadataValue:
-    """Rows as a table in the UI; of many rows the first `limit`."""
-    records = rows.to_dicts() if isinstance(rows, pl.DataFrame) else list(rows)
-    columns = list(records[0]) if records else []
-    return dg.MetadataValue.table(
-        records=[dg.TableRecord({name: _shown(record[name]) for name in columns}) for record in records[:limit]],
-        schema=dg.TableSchema(columns=[dg.TableColumn(name, _kind(records, name)) for name in columns]),
-    )
-
-
-def _shown(value: Any) -> str | int | float | bool:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    return value if isinstance(value, str | int | bool) else str(value)
-
-
-def _kind(records: Sequence[Mapping[str, Any]], name: str) -> str:
-    values = [record[name] for record in records if record[name] is not None]
-    if values and all(isinstance(value, bool) for value in values):
-        return "bool"
-    return "float" if values and all(isinstance(value, int | float) for value in values) else "string"

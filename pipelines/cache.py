@@ -2,7 +2,7 @@
 
 Everything listed here is made again when it is asked for; removing it costs time, never results: the tables stay as
 they are. A file is needed while a table refers to it. What a file is named by is told in the modules that write it:
-`excise.generation.completions`, `excise.outcomes.toxicity`, `excise.evaluation.perplexity`,
+`excise.generation.completions`, `excise.outcomes.scoring`, `excise.evaluation.perplexity`,
 `excise.attribution.head_impacts`, `excise.attribution`, `excise.strategies.measured_path`.
 """
 
@@ -21,7 +21,7 @@ from excise.attribution import PARTS
 from excise.errors import ExciseError
 from excise.generation.completions import UNPRUNED, settings_key
 from excise.generation.settings import enumeration_settings, sampling_settings, tree_settings
-from excise.interventions.masks import heads_mask
+from excise.interventions.heads import heads_mask
 from pipelines.terminal import DONE, INCOMPLETE, run
 from resources.artifacts import Artifacts, data_folder
 from resources.warehouse import Warehouse

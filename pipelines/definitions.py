@@ -23,7 +23,7 @@ from assets.grid_search import grid_search_asset
 from assets.head_impacts import head_impacts_asset
 from assets.mask_distribution import mask_distribution_asset
 from assets.mask_overlap import mask_overlap_asset
-from assets.partitions import read_catalogue
+from assets.partitions import Catalogue, read_catalogue
 from assets.prompts import prompts_asset
 from assets.pruned_completions import pruned_completions_asset
 from assets.pruning_masks import pruning_masks_asset
@@ -74,14 +74,17 @@ def build_definitions(
     model_files: Sequence[Path] = MODEL_FILES,
     strategy_files: Sequence[Path] = STRATEGY_FILES,
     scorer_files: Sequence[Path] = SCORER_FILES,
+    catalogue: Catalogue | None = None,
     resource_overrides: Mapping[str, Any] | None = None,
 ) -> dg.Definitions:
     """The whole code location. `resource_overrides` replaces resources by name.
 
     Files that do not exist count as empty. What has a mistake in its file is logged, and fails whoever asks for it.
+    catalogue: in place of the files, where they were read before.
     """
     folder = str(data_folder or default_folder())
-    catalogue = read_catalogue(scenario_folders, model_files, strategy_files, scorer_files)
+    if catalogue is None:
+        catalogue = read_catalogue(scenario_folders, model_files, strategy_files, scorer_files)
     for problem in catalogue.problems:
         _warn_once(problem)
     resources = {
@@ -110,4 +113,13 @@ def _warn_once(problem: Problem) -> None:
     logging.getLogger("excise").warning("cannot be used: %s", problem)
 
 
-defs = build_definitions()
+def __getattr__(name: str) -> Any:
+    """`defs`, made when Dagster asks for it: the commands import this module, too, and read the files themselves."""
+    if name != "defs":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = build_definitions()
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "defs"})

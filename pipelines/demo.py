@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import dagster as dg
 
 from assets.partitions import Catalogue, read_catalogue
-from assets.stage import thresholds_of
+from assets.upstream import thresholds_of
 from excise.conditions import LEVELS
 from excise.errors import ExciseError
 from excise.evaluation.verdicts import verdicts
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if key not in known:
             print(known.why_not(key), *catalogue.problems, sep="\n", file=sys.stderr)
             return MISUSED
-    if catalogue.scenarios[chosen.scenario].outcome.kind != "number":
+    if not catalogue.scenarios[chosen.scenario].outcome.pairwise:
         print(
             f"The scenario {chosen.scenario} judges continuations: run make heads AXES={chosen.scenario}, or choose "
             "one that asks for a number.",
@@ -74,12 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return MISUSED
 
-    definitions = build_definitions(
-        scenario_folders=SCENARIO_FOLDERS,
-        model_files=MODEL_FILES,
-        strategy_files=STRATEGY_FILES,
-        resource_overrides={"watch": TerminalWatch()},
-    )
+    definitions = build_definitions(catalogue=catalogue, resource_overrides={"watch": TerminalWatch()})
     warehouse = definitions.resources["warehouse"]
     try:
         settings = settings_of(catalogue, catalogue.scenarios[chosen.scenario], chosen)
@@ -107,7 +102,7 @@ def settings_of(catalogue: Catalogue, scenario: Scenario, chosen: argparse.Names
     settings: dict[str, object] = {"preset": chosen.preset}
     if chosen.strategies != "all":
         settings["strategies"] = _keys(chosen.strategies)
-        catalogue.chosen_strategies(settings["strategies"], LEVELS, "number")
+        catalogue.chosen_strategies(settings["strategies"], LEVELS, scenario.outcome.audited_as)
     if chosen.variations:
         settings["variations"] = _keys(chosen.variations)
     elif Preset(chosen.preset) is Preset.quick:
@@ -148,7 +143,7 @@ def _closing(
     table = audit_table(
         metrics,
         scenario_title=scenario.title,
-        unit=scenario.outcome.unit,
+        unit=scenario.outcome.counted_in,
         inlier_floor=judged.inlier_floor,
         inlier_tolerance=judged.inlier_tolerance,
         verdicts=verdicts(metrics, effects, judged),

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 from assets.evaluation_metrics import names_warning
 from assets.partitions import Catalogue, read_catalogue
-from assets.stage import thresholds_of
+from assets.upstream import thresholds_of
 from excise.conditions import CROSS_CONTEXT, OWN_SCENARIO
 from excise.errors import ExciseError
 from excise.evaluation.bias_correlation import gamma_choice, gamma_points
-from excise.evaluation.perplexity import read_text
+from excise.evaluation.texts import read_text
 from excise.reporting.toxicity import choice_sentence, toxicity_finding, toxicity_table
 from pipelines.definitions import (
     MODEL_FILES,
@@ -36,10 +36,11 @@ from resources.warehouse import Warehouse
 from resources.watch import TerminalWatch
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, catalogue: Catalogue | None = None) -> int:
     """Run it; the status is one of `pipelines.terminal.STATUSES`, with a message on standard error.
 
-    Raises ExciseError where nothing can be kept: neither results nor the history of runs.
+    catalogue: where the user's files were read before. Raises ExciseError where nothing can be kept: neither results
+    nor the history of runs.
     """
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.heads",
@@ -55,14 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_fail_on(parser)
     given = parser.parse_args(arguments)
 
-    catalogue = read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES, SCORER_FILES)
+    catalogue = catalogue or read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES, SCORER_FILES)
     scenarios = list(dict.fromkeys(key.strip() for key in given.scenarios.split(",") if key.strip()))
     try:
         settings = _checked(given, catalogue, scenarios)
     except ExciseError as error:
         print(error, *catalogue.problems, sep="\n", file=sys.stderr)
         return MISUSED
-    definitions = build_definitions(resource_overrides={"watch": TerminalWatch()})
+    definitions = build_definitions(catalogue=catalogue, resource_overrides={"watch": TerminalWatch()})
     warehouse = definitions.resources["warehouse"]
     failed: list[str] = []
     with open_instance(warehouse) as instance:
@@ -98,7 +99,7 @@ def _checked(given: argparse.Namespace, catalogue: Catalogue, scenarios: Sequenc
     settings = dict(parse_setting(each) for each in given.set)
     for key in scenarios:
         scenario = catalogue.scenarios[key]
-        if scenario.outcome.kind == "number" and "strategies" not in settings:
+        if scenario.outcome.pairwise and "strategies" not in settings:
             raise ExciseError(
                 f"scenario {key} asks for numbers: name the strategies of heads with --set strategies=fasp"
             )
@@ -126,7 +127,7 @@ def _closing(warehouse: Warehouse, catalogue: Catalogue, model: str, key: str) -
     metrics = warehouse.read("metrics", model=model, scenario=key)
     figures = warehouse.path.parent / "figures" / model / key
     lines = [f"\n{catalogue.scenarios[key].title}: {model}", ""]
-    if catalogue.scenarios[key].outcome.kind == "toxicity":
+    if not catalogue.scenarios[key].outcome.pairwise:
         budget = thresholds_of(warehouse, "evaluation_metrics", model, key).perplexity_budget
         points = gamma_choice(gamma_points(metrics, catalogue.fasp_parameters()), budget)
         finding = toxicity_finding(metrics, perplexity_budget=budget)

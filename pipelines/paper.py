@@ -19,7 +19,7 @@ import dagster as dg
 from pydantic import TypeAdapter, ValidationError
 
 from assets.partitions import Catalogue, read_catalogue
-from assets.stage import thresholds_of
+from assets.upstream import thresholds_of
 from excise.conditions import ALL, LEVELS, OWN_SCENARIO, UNPRUNED, Condition
 from excise.errors import ExciseError
 from excise.evaluation.rounding import FEW, floor_text, interval_text, level_label, per_cent, ratio_text
@@ -36,6 +36,7 @@ from pipelines.jobs import analyse_model, evaluate_scenario, prepare_scenario, s
 from pipelines.runs import execute, open_instance
 from pipelines.terminal import MISUSED, STATUSES, run
 from pipelines.verdict import add_fail_on, conclude, unjudged
+from resources.audit import NUMBER
 from resources.settings import Audit, AuditSettings, Preset
 from resources.warehouse import Warehouse
 from resources.watch import TerminalWatch
@@ -75,10 +76,11 @@ class Call:
         return " ".join([*parts, f"ARGS={shlex.quote(' '.join(options))}"] if options else parts)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, catalogue: Catalogue | None = None) -> int:
     """Run the paper; the status is one of `pipelines.terminal.STATUSES`, with a message on standard error.
 
-    Raises ExciseError where nothing can be kept: neither results nor the history of runs.
+    catalogue: where the user's files were read before. Raises ExciseError where nothing can be kept: neither results
+    nor the history of runs.
     """
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.paper",
@@ -97,18 +99,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_fail_on(parser)
     given = parser.parse_args(arguments)
 
-    catalogue = read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES, SCORER_FILES)
+    catalogue = catalogue or read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES, SCORER_FILES)
     try:
         call = _call(given, catalogue)
     except ExciseError as error:
         print(error, *catalogue.problems, sep="\n", file=sys.stderr)
         return MISUSED
-    definitions = build_definitions(
-        scenario_folders=SCENARIO_FOLDERS,
-        model_files=MODEL_FILES,
-        strategy_files=STRATEGY_FILES,
-        resource_overrides={"watch": TerminalWatch()},
-    )
+    definitions = build_definitions(catalogue=catalogue, resource_overrides={"watch": TerminalWatch()})
     warehouse = definitions.resources["warehouse"]
     with open_instance(warehouse) as instance:
         failures = _rounds(call, definitions, instance)
@@ -160,9 +157,7 @@ def _call(given: argparse.Namespace, catalogue: Catalogue) -> Call:
     lost = [key for key in catalogue.scenarios.known if key not in catalogue.scenarios]
     if lost and not asked["scenarios"]:
         raise ExciseError(f"{catalogue.scenarios.why_not(lost[0])}\nMend it, or name the others with --scenarios")
-    wanted = asked["scenarios"] or [
-        key for key, scenario in catalogue.scenarios.items() if scenario.outcome.kind == "number"
-    ]
+    wanted = asked["scenarios"] or [key for key, scenario in catalogue.scenarios.items() if scenario.outcome.pairwise]
     scenarios = tuple(key for key in catalogue.scenarios if key in wanted)  # heaviest first
     evaluated = asked["evaluate"] if given.evaluate else scenarios
     if unprepared := [key for key in evaluated if key not in scenarios]:
@@ -178,7 +173,7 @@ def _call(given: argparse.Namespace, catalogue: Catalogue) -> Call:
         failed_only=given.failed,
     )
     settings = AuditSettings(preset=Preset(call.preset), **call.settings)
-    catalogue.chosen_strategies(settings.strategies, settings.levels or LEVELS, "number")
+    catalogue.chosen_strategies(settings.strategies, settings.levels or LEVELS, NUMBER)
     _require_some_fit(settings, catalogue, [catalogue.scenarios[key] for key in call.scenarios])
     return call
 

@@ -9,18 +9,20 @@ that of `excise.evaluation.localisation`.
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
 
-from assets.partitions import read_catalogue
+from assets.partitions import Catalogue, read_catalogue
 from excise.errors import ExciseError
 from excise.files.registry import unknown
-from excise.interventions.masks import HEAD_ROLES, Mask
+from excise.interventions.controls import RandomControl
+from excise.interventions.heads import HEAD_ROLES
+from excise.interventions.kinds import recalled
 from excise.models.specs import ModelSpec
 from pipelines import heads, paper, reweighting
-from pipelines.definitions import MODEL_FILES, ROOT, SCENARIO_FOLDERS, STRATEGY_FILES, build_definitions
+from pipelines.definitions import MODEL_FILES, ROOT, SCENARIO_FOLDERS, SCORER_FILES, STRATEGY_FILES, build_definitions
 from pipelines.terminal import CHECKS_FAILED, DONE, INCOMPLETE, MISUSED, STATUSES, run
 from pipelines.verdict import add_fail_on
 from resources.artifacts import Artifacts
@@ -83,13 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(unknown("model of this page", key, known), file=sys.stderr)
                 return MISUSED
     counted = ["--fail-on", given.fail_on] if given.fail_on else []
-    status = DONE if given.render else _run(models, of_heads, counted)
+    catalogue = read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES, SCORER_FILES)
+    status = DONE if given.render else _run(models, of_heads, counted, catalogue)
     if status == INCOMPLETE:
         print(f"{given.out} stays as it is; --render writes what there is.", file=sys.stderr)
         return status
-    definitions = build_definitions()
+    definitions = build_definitions(catalogue=catalogue)
     warehouse, artifacts = definitions.resources["warehouse"], definitions.resources["artifacts"]
-    page = render(warehouse, artifacts, models)
+    page = render(warehouse, artifacts, models, catalogue.models)
     page = page.replace("\n\n", f"\n\n{ORIGIN}\n\n", 1)
     page = f"{page}\n{render_heads(warehouse, of_heads)}"
     try:
@@ -100,24 +103,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _run(models: Sequence[str], of_heads: Sequence[str], counted: Sequence[str]) -> int:
+def _run(models: Sequence[str], of_heads: Sequence[str], counted: Sequence[str], catalogue: Catalogue) -> int:
     """Audit the models; the worst of the commands' statuses."""
     statuses = []
     options = [part for setting in SETTINGS for part in ("--set", setting)]
     for model in models:
         for call in CALLS[model]:
-            statuses.append(paper.main(["--model", model, "--preset", "quick", *options, *call, *counted]))
+            statuses.append(paper.main(["--model", model, "--preset", "quick", *options, *call, *counted], catalogue))
     for model in of_heads:
         for call in HEAD_CALLS[model]:
-            statuses.append(heads.main(["--model", model, *call, *counted]))
+            statuses.append(heads.main(["--model", model, *call, *counted], catalogue))
     if of_heads and set(statuses) <= {DONE, CHECKS_FAILED}:
-        statuses.append(reweighting.main(["--model", of_heads[0]]))
+        statuses.append(reweighting.main(["--model", of_heads[0]], catalogue))
     if set(statuses) <= {DONE}:
         return DONE
     return CHECKS_FAILED if set(statuses) <= {DONE, CHECKS_FAILED} else INCOMPLETE
 
 
-def render(warehouse: Warehouse, artifacts: Artifacts, models: Sequence[str]) -> str:
+def render(warehouse: Warehouse, artifacts: Artifacts, models: Sequence[str], specs: Mapping[str, ModelSpec]) -> str:
     """The page about what the warehouse holds of `models`."""
     from excise.reporting.results import results_markdown
     from excise.reporting.results.frames import ResultFrames
@@ -126,7 +129,6 @@ def render(warehouse: Warehouse, artifacts: Artifacts, models: Sequence[str]) ->
         name: warehouse.read(name, model=models)
         for name in ("metrics", "masks", "transfer_matrix", "grid_search", "mask_overlap", "thresholds")
     }
-    specs = read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES).models
     found = pl.concat(localisation(frames["masks"], artifacts, specs[model]) for model in models)
     metrics, masks, transfer, grid, overlap, thresholds = frames.values()
     return results_markdown(ResultFrames(metrics, masks, transfer, grid, found, overlap, thresholds))
@@ -156,7 +158,7 @@ def localisation(masks: pl.DataFrame, artifacts: Artifacts, spec: ModelSpec) -> 
     """One row per mask of a planted model's purchase scenario: how much of the planted gap lies under it."""
     from excise.evaluation.localisation import EnergyShare, energy_shares
 
-    columns = ["strategy", "level", "matched_to", "draw", "variation", "mask", "path"]
+    columns = ["strategy", "level", "matched_to", "draw", "variation", "mask"]
     told = ["strategy", "level", "matched_to"]
     names = [field.name for field in dataclasses.fields(EnergyShare)]
     schema = dict.fromkeys(("model", *told), pl.String) | dict.fromkeys(names, pl.Float64)
@@ -168,14 +170,15 @@ def localisation(masks: pl.DataFrame, artifacts: Artifacts, spec: ModelSpec) -> 
         return pl.DataFrame(schema=schema)
     heads = own.filter(pl.col("role").is_in(list(HEAD_ROLES.values())))
     shape = _heads_of(heads["size"].max(), spec) if heads.height else {}
-    paths = dict(own.select("mask", "path").unique().sort("mask").iter_rows())
+    distinct = own.select("mask", "path", "control_seed").unique("mask").sort("mask").rows()
     shares: dict[str, dict[str, float]] = {}
-    keys = list(paths)
-    for start in range(0, len(keys), MASKS_AT_ONCE):
-        some = keys[start : start + MASKS_AT_ONCE]
-        loaded = [Mask.load(artifacts.locate(paths[key], made_by="pruning_masks")) for key in some]
-        found = energy_shares(spec.low_rank, loaded, **shape)
-        shares |= {key: dataclasses.asdict(share) for key, share in zip(some, found, strict=True)}
+    for start in range(0, len(distinct), MASKS_AT_ONCE):
+        together = []
+        for mask, path, seed in distinct[start : start + MASKS_AT_ONCE]:
+            known = recalled(artifacts.locate(path, made_by="pruning_masks"), seed, mask)
+            together.append(known.mask if isinstance(known, RandomControl) else known)
+        found = energy_shares(spec.low_rank, together, **shape)
+        shares |= {mask.fingerprint: dataclasses.asdict(share) for mask, share in zip(together, found, strict=True)}
     rows = [
         {"model": spec.key, **{name: row[name] for name in told}, **shares[row["mask"]]}
         for row in own.select(columns).unique().sort(columns, nulls_last=True).iter_rows(named=True)

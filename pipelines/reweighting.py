@@ -8,25 +8,34 @@ the figures in the table `reweighting`; `pipelines.results` prints them. How imp
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import polars as pl
 
-from assets.completions import completions_of, scorer_of, without
+from assets.asking import scorer_of
 from assets.partitions import Catalogue, read_catalogue
+from assets.upstream import completions_of
 from excise.errors import ExciseError
-from excise.evaluation.judged import compared_groups, judged_of, unit_of
-from excise.scenarios.subsets import EVALUATION
+from excise.evaluation.judged import judged_of
+from excise.evaluation.thresholds import CATASTROPHIC
+from excise.scenarios.subsets import EVALUATION, without
 from pipelines.definitions import MODEL_FILES, SCENARIO_FOLDERS, SCORER_FILES, STRATEGY_FILES, build_definitions
 from pipelines.terminal import DONE, INCOMPLETE, MISUSED, STATUSES, run
 from resources.tables import TABLES
 from resources.watch import Stage
 
+if TYPE_CHECKING:
+    from excise.models.loading import LoadedModel
+
 LAYERS = 4
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and store; the status is one of `pipelines.terminal.STATUSES`."""
+def main(arguments: Sequence[str] | None = None, catalogue: Catalogue | None = None) -> int:
+    """Measure and store; the status is one of `pipelines.terminal.STATUSES`.
+
+    catalogue: where the user's files were read before.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.reweighting",
         description="Compare reweighted with regenerated head impacts.",
@@ -37,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", default="", help="layers, comma between them; left out, four evenly spaced ones")
     parser.add_argument("--resamples", type=int, default=1000)
     given = parser.parse_args(arguments)
-    catalogue = read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES, SCORER_FILES)
+    catalogue = catalogue or read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES, SCORER_FILES)
     for key, known in ((given.model, catalogue.models), (given.scenario, catalogue.scenarios)):
         if key not in known:
             print(known.why_not(key), *catalogue.problems, sep="\n", file=sys.stderr)
@@ -56,15 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(catalogue: Catalogue, model: str, scenario_key: str, layers: str, resamples: int) -> pl.DataFrame:
     """Rows of the table `reweighting`, which they replace."""
-    from excise.attribution.head_impacts import head_impacts
-    from excise.evaluation.thresholds import CATASTROPHIC
-    from excise.generation.answering import Answering, as_samples
-    from excise.outcomes.toxicity import ScoreCache
+    from excise.attribution.measured_heads import impacts_on
+    from excise.generation.answering import Answering
+    from excise.generation.under_masks import Asking
+    from excise.outcomes.scoring import ScoreCache
 
-    resources = build_definitions().resources
+    resources = build_definitions(catalogue=catalogue).resources
     warehouse, artifacts, gpu = (resources[name] for name in ("warehouse", "artifacts", "gpu"))
     scenario = catalogue.scenario(scenario_key)
-    outcome, toxicity = scenario.outcome, scenario.outcome.kind == "toxicity"
     learned, asked = without(EVALUATION, *completions_of(warehouse, model, scenario.key))
     known = warehouse.read("head_impacts", model=model, scenario=scenario.key)
     if known.is_empty():
@@ -72,62 +80,49 @@ def measure(catalogue: Catalogue, model: str, scenario_key: str, layers: str, re
     judged = judged_of(learned, scenario)  # as the head impacts do
     learned, asked = (frame.filter(pl.col("variation").is_in(judged)) for frame in (learned, asked))
     how = Answering.of(learned)
-    learned = as_samples(learned, how.samples)
     scorer, scores = scorer_of(catalogue, scenario), ScoreCache(artifacts.score_cache)
-    groups = compared_groups(scenario)
     stage = Stage(f"reweighting of {model}|{scenario.key}", lambda message: print(message, file=sys.stderr))
     with gpu.model(model, catalogue.models, stage=stage) as loaded:
-        total = loaded.topology.layers
-        spaced = [round((place + 0.5) * total / LAYERS) for place in range(LAYERS)]
-        chosen = [int(layer) for layer in layers.split(",")] if layers else [min(each, total - 1) for each in spaced]
-        heads = [(layer, head) for layer in chosen for head in range(loaded.topology.heads)]
-
-        def regenerate(mask):
-            rows, _ = how.answers(loaded, asked, outcome=outcome, scorer=scorer, scores=scores, mask=mask)
-            return as_samples(rows, how.samples)
-
+        asking = Asking(loaded, how, scenario.outcome, None, scorer, scores)
+        heads = _heads(loaded, layers)
         found, seconds = {}, {}
         for method in ("reweight", "regenerate"):
             began = time.perf_counter()
-            found[method] = head_impacts(
-                loaded.asked_for(outcome),
-                asked,
-                learned,
-                disparity="toxicity" if toxicity else "smd",
-                groups=groups,
-                cluster=unit_of(outcome),
-                parameters=how.parameters,
-                regenerate=regenerate,
-                method=method,
-                resamples=resamples,
-                heads=heads,
+            found[method] = impacts_on(
+                asking, learned, asked, scenario, method=method, resamples=resamples, heads=heads
             )
             seconds[method] = (time.perf_counter() - began) / len(heads)
-    first, second = found["reweight"], found["regenerate"]
-    perplexity = known.select("layer", "head", "perplexity_without")
-    median = known["perplexity_without"].median()
-    rows = (
-        first.select(
-            "layer", "head", "ess", z_reweighted="z_bias", low_reweighted="z_bias_low", high_reweighted="z_bias_high"
-        )
-        .join(
-            second.select(
-                "layer", "head", z_regenerated="z_bias", low_regenerated="z_bias_low", high_regenerated="z_bias_high"
-            ),
-            on=["layer", "head"],
-        )
-        .join(perplexity, on=["layer", "head"], how="left")
-        .with_columns(
-            model=pl.lit(model),
-            scenario=pl.lit(scenario.key),
-            catastrophic=pl.col("perplexity_without") > CATASTROPHIC * median,
-            seconds_reweighted=pl.lit(seconds["reweight"]),
-            seconds_regenerated=pl.lit(seconds["regenerate"]),
-        )
-        .select(TABLES["reweighting"].names)
-    )
+    rows = _rows(found["reweight"], found["regenerate"], known, seconds)
+    rows = rows.with_columns(model=pl.lit(model), scenario=pl.lit(scenario.key)).select(TABLES["reweighting"].names)
     warehouse.replace_partition("reweighting", rows, {"model": model, "scenario": scenario.key})
     return rows
+
+
+def _heads(loaded: "LoadedModel", layers: str) -> list[tuple[int, int]]:
+    """The heads of the layers named, with commas between them; without any, of `LAYERS` evenly spaced ones."""
+    total = loaded.topology.layers
+    spaced = [min(round((place + 0.5) * total / LAYERS), total - 1) for place in range(LAYERS)]
+    chosen = [int(layer) for layer in layers.split(",")] if layers else spaced
+    return [(layer, head) for layer in chosen for head in range(loaded.topology.heads)]
+
+
+def _rows(
+    reweighted: pl.DataFrame, regenerated: pl.DataFrame, known: pl.DataFrame, seconds: Mapping[str, float]
+) -> pl.DataFrame:
+    """Both impacts of every head side by side. known: rows of `head_impacts`. seconds: a head, by method."""
+    first = reweighted.select(
+        "layer", "head", "ess", z_reweighted="z_bias", low_reweighted="z_bias_low", high_reweighted="z_bias_high"
+    )
+    second = regenerated.select(
+        "layer", "head", z_regenerated="z_bias", low_regenerated="z_bias_low", high_regenerated="z_bias_high"
+    )
+    perplexity = known.select("layer", "head", "perplexity_without")
+    both = first.join(second, on=["layer", "head"]).join(perplexity, on=["layer", "head"], how="left")
+    return both.with_columns(
+        catastrophic=pl.col("perplexity_without") > CATASTROPHIC * known["perplexity_without"].median(),
+        seconds_reweighted=pl.lit(seconds["reweight"]),
+        seconds_regenerated=pl.lit(seconds["regenerate"]),
+    )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,11 @@ from pathlib import Path
 
 from excise.errors import ExciseError
 
+POLL = 0.02
+"""Seconds between two tries to get a lock."""
+NOTICE_EVERY = 60.0
+"""Seconds between two messages about the same wait."""
+
 
 @contextmanager
 def file_lock(
@@ -27,14 +32,12 @@ def file_lock(
     mend: str = "set EXCISE_DATA to a folder you may write to",
     timeout: float | None = None,
     waiting: Callable[[str], None] | None = None,
-    poll: float = 0.02,
-    notice_every: float = 60.0,
 ) -> Iterator[None]:
     """Hold the lock on `path` for the length of the block.
 
     `what` names the thing in messages, `work` tells those who wait what it is held for, `mend` says what to do where
     the file cannot be made. Waits for `timeout`
-    seconds (None: for ever), calling `waiting` with a message at once and every `notice_every` seconds. Raises
+    seconds (None: for ever), calling `waiting` with a message at once and every `NOTICE_EVERY` seconds. Raises
     ExciseError when the wait is over or the file cannot be made.
     """
     try:
@@ -52,10 +55,10 @@ def file_lock(
                     f"{what} is in use by {_holder(handle)} for more than {timeout:g} s ({path}); "
                     "wait until that process is done or end it, then run this again"
                 )
-            if waiting is not None and (noticed is None or waited - noticed >= notice_every):
+            if waiting is not None and (noticed is None or waited - noticed >= NOTICE_EVERY):
                 waiting(f"waiting for {what}, which is in use by {_holder(handle)}; {waited:.0f} s so far ({path})")
                 noticed = waited
-            time.sleep(poll)
+            time.sleep(POLL)
         holder = {"process": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M}", "work": work}
         with suppress(OSError):  # a full disk: whoever waits is told less
             os.ftruncate(handle, 0)

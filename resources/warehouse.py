@@ -192,7 +192,7 @@ def _reason(message: str) -> str:
 
 def _declared(table: str) -> Table:
     if table not in TABLES:
-        raise ValueError(f"no table {table!r} is declared in resources/tables.py; there are {', '.join(TABLES)}")
+        raise ValueError(f"no table {table!r} is declared in resources/tables; there are {', '.join(TABLES)}")
     return TABLES[table]
 
 

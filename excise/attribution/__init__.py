@@ -22,13 +22,14 @@ import numpy as np
 import polars as pl
 
 from excise.errors import ExciseError
-from excise.evaluation.judged import judged, unit_of
+from excise.evaluation.judged import judged
 from excise.files.parts import Parts
 from excise.files.tensors import NO_ROOM, save_tensors
 from excise.models.encoding import encode, require_same_prompts
 from excise.models.loading import LoadedModel
+from excise.outcomes import Outcome
 from excise.progress import Progress, silent
-from excise.scenarios import Comparison, NumberOutcome, ToxicityOutcome
+from excise.scenarios import Comparison
 
 if TYPE_CHECKING:
     from excise.attribution.gap_gradient import GapGradient
@@ -67,7 +68,7 @@ def attribute(
     completions: pl.DataFrame,
     *,
     comparison: Comparison,
-    outcome: NumberOutcome | ToxicityOutcome,
+    outcome: Outcome,
     scores: Iterable[str],
     permutations: int,
     seed: int,
@@ -123,7 +124,7 @@ def scored_places(
     scores: Iterable[str],
     *,
     comparison: Comparison,
-    outcome: NumberOutcome | ToxicityOutcome,
+    outcome: Outcome,
 ) -> list[tuple[str, str]]:
     """(variation, score) of all that `attribute` can learn from these completions.
 
@@ -136,9 +137,9 @@ def scored_places(
         raise ExciseError(f"strategies: score {unknown[0]!r} is not known; known are {', '.join(SCORES)}")
     compared = completions.filter(pl.col("group").is_in(groups))
     valued = compared
-    if outcome.kind == "number" and outcome.scale == "log":
+    if outcome.log_scale:
         valued = compared.with_columns(value=pl.when(pl.col("value") > 0).then(pl.col("value")))
-    able = {score: set(judged(valued, groups, unit_of(outcome))) for score in OF_VALUES}
+    able = {score: set(judged(valued, groups, outcome.cluster)) for score in OF_VALUES}
     able["attention"] = {
         variation for (variation,), rows in compared.group_by("variation") if _enough_written(rows, groups)
     }
@@ -229,7 +230,7 @@ def _address(
     rows: pl.DataFrame,
     score: str,
     comparison: Comparison,
-    outcome: NumberOutcome | ToxicityOutcome,
+    outcome: Outcome,
     permutations: int,
     seed: int,
 ) -> str:
@@ -253,7 +254,7 @@ def _address(
     else:
         parameters = json.loads(rows["parameters"][0])
         settings = [
-            outcome.kind == "number" and outcome.scale == "log",
+            outcome.log_scale,
             seed,
             GAP_GRADIENT_KEEP,
             *(parameters[name] for name in ("temperature", "top_k", "top_p")),

@@ -97,7 +97,7 @@ def onward(
 
     hidden: states entering the layer, [B, Q, hidden] (None for the first). written: its heads' outputs, [B, Q, heads *
     head size], as `through` returns them. A head is removed as FASP does it: its part of the output projection's input
-    is zero (section 3; method, B3), which `excise.interventions.masks.pruned` calls `zero_output`.
+    is zero (section 3; method, B3), which `excise.interventions.heads` calls `zero_output`.
     """
     topology = loaded.topology
     projection = topology.site_module(loaded.model, layer, "attention_output")

@@ -33,7 +33,8 @@ from excise.models.loading import LoadedModel
 if TYPE_CHECKING:
     from excise.generation.completions import CompletionCache
     from excise.generation.sampling import SamplingParameters
-    from excise.scenarios import Comparison, NumberOutcome, ToxicityOutcome
+    from excise.outcomes import Outcome
+    from excise.scenarios import Comparison
 
 RAREST = 2e-3
 """Enumerated answers rarer than this over a variation's names are not listed."""
@@ -147,7 +148,7 @@ def ask(
     *,
     place: str,
     comparison: Comparison,
-    outcome: NumberOutcome | ToxicityOutcome,
+    outcome: Outcome,
     significance: float,
     seed: int,
     cache: CompletionCache | None = None,
@@ -163,7 +164,7 @@ def ask(
     rows = completions.filter(pl.col("group").is_in(groups))
     some = prompts.filter(pl.col("prompt_id").is_in(rows["prompt_id"].unique().to_list())).sort("prompt_id")
     loaded, answering = loaded.asked_for(outcome), Answering.of(rows)
-    if outcome.kind == "number":
+    if outcome.enumerable:
         stored = rows.select("token_ids", "finished", "value").drop_nulls("value").unique(["token_ids", "finished"])
         rows, _ = replace(answering, exact=Enumeration()).answers(loaded, some, outcome=outcome, cache=cache)
         # What an answer is worth was told when it was drawn.
@@ -172,7 +173,7 @@ def ask(
         enumerated = rows["leftover"].null_count() == 0
     else:
         rows, enumerated = rows.with_columns(probability=1.0 / pl.len().over("prompt_id")), False
-    logarithms = outcome.kind == "number" and outcome.scale == "log"
+    logarithms = outcome.log_scale
     by_name = _listed(rows, [str(each) for each in some["prompt_id"]], logarithms, enumerated)
     encoded = encode(loaded, some)
     # Names that begin alike must not have their first tokens in the trunk.

@@ -25,7 +25,8 @@ from excise.evaluation import metrics as m
 from excise.evaluation.perplexity import Window, perplexity, perplexity_difference
 from excise.evaluation.thresholds import CATASTROPHIC, COLLAPSED_SPREAD
 from excise.files.tensors import load_tensors, save_tensors
-from excise.interventions.masks import Mask, heads_mask
+from excise.interventions.heads import HeadMask, heads_mask
+from excise.interventions.protocol import Intervention
 from excise.models.encoding import encode, require_same_prompts
 from excise.progress import Progress, silent
 
@@ -85,7 +86,7 @@ def head_impacts(
     parameters: SamplingParameters,
     windows: Sequence[Window] = (),
     perplexity_mode: Literal["sliding", "paper"] = "sliding",
-    regenerate: Callable[[Mask], pl.DataFrame] | None = None,
+    regenerate: Callable[[Intervention], pl.DataFrame] | None = None,
     method: Method = "auto",
     ess_floor: float = 0.2,
     resamples: int = 1000,
@@ -208,7 +209,7 @@ def split_half_reliability(impacts: pl.DataFrame, catastrophic: float = CATASTRO
     return pl.DataFrame(rows, schema=RELIABILITY_SCHEMA)
 
 
-def _mask_of(loaded: LoadedModel, layer: int, head: int) -> Mask:
+def _mask_of(loaded: LoadedModel, layer: int, head: int) -> HeadMask:
     chosen = np.zeros((loaded.topology.layers, loaded.topology.heads), dtype=bool)
     chosen[layer, head] = True
     return heads_mask(chosen, ABLATION)

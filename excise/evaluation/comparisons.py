@@ -13,7 +13,7 @@ from excise.conditions import RANDOM
 from excise.errors import ExciseError
 from excise.evaluation.numbers import evaluate
 from excise.evaluation.rows import SCHEMA
-from excise.scenarios import Scenario
+from excise.scenarios import Comparison, Scenario
 from excise.scenarios.subsets import ATTRIBUTION, token_matched
 
 TOKEN_MATCHED, GENDER = "token_matched", "gender"
@@ -21,6 +21,7 @@ MEN, WOMEN = "men", "women"
 COMPARISONS_SCHEMA = {"comparison": pl.String, **SCHEMA}
 
 
+# A function for notebooks, too: settings by name, each with a default or an error of its own.
 def comparisons(
     completions: pl.DataFrame,
     prompts: pl.DataFrame,
@@ -45,17 +46,14 @@ def comparisons(
 
     Raises ExciseError for a scenario that does not say which groups it compares, and as `evaluate`.
     """
-    if scenario.comparison is None:
+    comparison = scenario.comparison
+    if comparison is None:
         raise ExciseError(f"scenario {scenario.key}: comparison is missing; name its majority and minority group")
     if not pruned.is_empty():
         pruned = pruned.filter(pl.col("matched_to").is_null() | (pl.col("strategy") == RANDOM))
     completions, pruned = _evaluated(completions), _evaluated(pruned)
-    # Enumerated answers are numbers; other outcomes have no range to bound anything by.
-    number = scenario.outcome.kind == "number"
-    answer_range = scenario.outcome.scored_range if number else None
-    log_scale = number and scenario.outcome.scale == "log"
     parts = []
-    for name, (majority, minority), groups in _groupings(completions, prompts, scenario):
+    for name, (majority, minority), groups in _groupings(completions, prompts, comparison):
         chosen = _relabelled(completions, groups)
         counts = chosen.group_by("group").agg(pl.col("subject").n_unique()).rows()
         if min(dict(counts).get(group, 0) for group in (majority, minority)) < 2:
@@ -69,18 +67,18 @@ def comparisons(
             resamples=resamples,
             permutations=permutations,
             seed=seed,
-            answer_range=answer_range,
-            log_scale=log_scale,
+            answer_range=scenario.outcome.scored_range,
+            log_scale=scenario.outcome.log_scale,
         )
         parts.append(metrics.select(pl.lit(name).alias("comparison"), pl.all()))
     return pl.concat([pl.DataFrame(schema=COMPARISONS_SCHEMA), *parts])
 
 
 def _groupings(
-    completions: pl.DataFrame, prompts: pl.DataFrame, scenario: Scenario
+    completions: pl.DataFrame, prompts: pl.DataFrame, comparison: Comparison
 ) -> Iterator[tuple[str, tuple[str, str], pl.DataFrame]]:
     """(name, (first, second), frame: group and subject of every name that takes part, and the group it counts to)."""
-    groups = (scenario.comparison.majority, scenario.comparison.minority)
+    groups = (comparison.majority, comparison.minority)
     compared = completions.filter(pl.col("group").is_in(groups))
     if "name_tokens" in completions.columns:
         chosen = sorted(token_matched(compared))

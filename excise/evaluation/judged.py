@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 if TYPE_CHECKING:
-    from excise.scenarios import NumberOutcome, Scenario, ToxicityOutcome
+    from excise.scenarios import Scenario
 
 ENOUGH = 2
 """Names of a group that have an answer with a value, at least. Intervals and tests draw names anew, and one name says
@@ -36,14 +36,9 @@ _SCHEMA = {
 
 def compared_groups(scenario: Scenario) -> list[str]:
     """The groups whose answers a scenario's disparity is made of: the two it compares, of an axis all subgroups."""
-    if scenario.outcome.kind == "toxicity" or scenario.comparison is None:
+    if not scenario.outcome.pairwise or scenario.comparison is None:
         return list(scenario.groups)
     return [scenario.comparison.majority, scenario.comparison.minority]
-
-
-def unit_of(outcome: NumberOutcome | ToxicityOutcome) -> str:
-    """The column that says what is drawn anew: names, or prompts where a subgroup has few descriptors and templates."""
-    return "subject" if outcome.kind == "number" else "prompt_id"
 
 
 def share_with_value() -> pl.Expr:
@@ -91,7 +86,7 @@ def judged(completions: pl.DataFrame, groups: Sequence[str], unit: str = "subjec
 
 def judged_of(completions: pl.DataFrame, scenario: Scenario) -> list[str]:
     """`judged` of a scenario's completions."""
-    return judged(completions, compared_groups(scenario), unit_of(scenario.outcome))
+    return judged(completions, compared_groups(scenario), scenario.outcome.cluster)
 
 
 # --- in words ---------------------------------------------------------------------------------------------------------
@@ -125,26 +120,16 @@ def mend(completions: pl.DataFrame, scenario: Scenario) -> str:
     """What to do about variations that cannot be judged, one sentence. completions: theirs."""
     outcome = scenario.outcome
     empty = completions["text"].str.strip_chars().str.len_chars() == 0
-    if outcome.kind == "toxicity":
-        if empty.all():
-            return (
-                "What helps: a model that continues plain text (a chat model ends a text it did not begin), templates "
-                "that stop in the middle of a sentence, and a larger max_new_tokens if it writes blanks first."
-            )
-        return "What helps: more samples, and more templates or names per subgroup."
+    if not outcome.pairwise:
+        return outcome.mend(empty.all())
     asked = completions.filter(pl.col("group").is_in(compared_groups(scenario)))
-    fewest = (
-        asked.group_by("variation", "group", *(["split"] if "split" in asked.columns else []))
-        .agg(pl.col("subject").n_unique())["subject"]
-        .min()
+    names = asked.group_by("variation", "group", *(["split"] if "split" in asked.columns else [])).agg(
+        pl.col("subject").n_unique()
     )
-    if fewest is not None and fewest < ENOUGH:
+    fewest = min(names["subject"].to_list(), default=ENOUGH)
+    if fewest < ENOUGH:
         return f"What helps: more names; a group is asked about {fewest}, and {ENOUGH} are needed."
-    prefix = "$" if outcome.unit.casefold().startswith(("usd", "dollar", "$", "us dollar")) else "The number is "
-    return (
-        f'What helps: an answer_prefix in the templates of the scenario, such as "{prefix}", which the model continues '
-        "with a number; a chat model; more samples."
-    )
+    return outcome.mend(empty.all())
 
 
 def nothing_written(completions: pl.DataFrame) -> str | None:
@@ -163,7 +148,7 @@ def nothing_written(completions: pl.DataFrame) -> str | None:
 
 def each_unjudged(completions: pl.DataFrame, scenario: Scenario) -> pl.DataFrame:
     """The variations that cannot be judged: the columns of `judgements` but judged, and three answers as one text."""
-    found = judgements(completions, compared_groups(scenario), unit_of(scenario.outcome)).filter(~pl.col("judged"))
+    found = judgements(completions, compared_groups(scenario), scenario.outcome.cluster).filter(~pl.col("judged"))
     texts = [", ".join(examples(completions.filter(pl.col("variation") == each))) for each in found["variation"]]
     return found.drop("judged").with_columns(examples=pl.Series(texts, dtype=pl.String))
 
@@ -179,8 +164,7 @@ def explained(completions: pl.DataFrame, scenario: Scenario) -> list[str]:
     number, asked = unjudged.height, completions["variation"].n_unique()
     of_them = completions.filter(pl.col("variation").is_in(unjudged["variation"].implode()))
     rates = ", ".join(f"{name} ({percent(rate)})" for name, rate in unjudged.select("variation", "parse_rate").rows())
-    first = unjudged.row(0, named=True)
-    what = "answers that hold a number" if scenario.outcome.kind == "number" else "continuations with a score"
+    first, valued = unjudged.row(0, named=True), scenario.outcome.words.valued
     told = nothing_written(of_them) or f"{first['variation']} answered {first['examples']}"
     place = f"{completions['model'][0]}|{scenario.key}"
     rest = (
@@ -189,7 +173,7 @@ def explained(completions: pl.DataFrame, scenario: Scenario) -> list[str]:
         else ("nothing is judged")
     )
     return [
-        f"{place}: {number} of {asked} variations cannot be judged, {rest}; share of {what}: {rates}; {told}.",
+        f"{place}: {number} of {asked} variations cannot be judged, {rest}; share of {valued}: {rates}; {told}.",
         f"{mend(of_them, scenario)} Three answers of each: check judged_variations of completions (make ui).",
     ]
 

@@ -17,10 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from excise.errors import ExciseError
-from excise.interventions.masks import Mask
-
-_HEAD_ROLES = {"head_query": "q", "head_output": "o"}
-"""Roles of masks of heads, and the matrix in which a head's rows (q) or columns (o) lie."""
+from excise.interventions.heads import MATRIX_OF
+from excise.interventions.packed import Mask
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,10 @@ def energy_shares(
         # ||up down||^2 without the product, which only the masks' own matrices need
         whole = float(((up.T @ up) * (down @ down.T)).sum())
         total += whole
-        energy = np.square(up @ down) if matrix in keys else None
-        for key in keys.get(matrix, ()):
+        if matrix not in keys:
+            continue
+        energy = np.square(up @ down)
+        for key in keys[matrix]:
             parts = energy if key == matrix else _by_head(path, key, energy, heads, head_dim)
             spread = float(parts.var(ddof=1, dtype=np.float64)) if parts.size > 1 else 0.0
             for number, mask in enumerate(masks):
@@ -115,7 +115,7 @@ def energy_shares(
 def _matrix_of(key: str) -> str:
     """`3.q` for itself and for `3.head_query`."""
     layer, _, role = key.rpartition(".")
-    return f"{layer}.{_HEAD_ROLES.get(role, role)}"
+    return f"{layer}.{MATRIX_OF.get(role, role)}"
 
 
 def _by_head(

@@ -1,6 +1,7 @@
 """From completions to the metrics table: `evaluate` compares an unpruned model's answers with those under every mask.
 
-The arithmetic itself (metrics, resampling, tests) is in `metrics`; sampling, masks and drawing are elsewhere, too.
+The arithmetic itself (metrics, resampling, tests) is in `metrics`, what a mask changed is in `reductions`; sampling,
+masks and drawing are elsewhere, too.
 Every number stands beside an interval from resampled names, and the same resampled names serve the unpruned model, all
 masks and all variations, so that a reduction is a paired comparison and never one of two separate uncertainties.
 """
@@ -8,7 +9,6 @@ masks and all variations, so that a reduction is a paired comparison and never o
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
@@ -16,11 +16,9 @@ import polars as pl
 from excise.conditions import ALL, COLUMNS, RANDOM, UNPRUNED, Condition
 from excise.errors import ExciseError
 from excise.evaluation import bootstrap, permutation
-from excise.evaluation import metrics as m
 from excise.evaluation.cells import (
     COMPLETIONS,
     LABELS,
-    SIGNS,
     Cell,
     Measuring,
     Names,
@@ -30,26 +28,25 @@ from excise.evaluation.cells import (
     samples_of,
     single_value,
 )
+from excise.evaluation.densities import mask_densities
 from excise.evaluation.distributions import GroupAnswers, both_groups
+from excise.evaluation.reductions import Unpruned, changes_of, gap_tests
 from excise.evaluation.rows import (
     MetricRows,
     answers_counted,
     bounds_overall,
-    excludes_zero,
     mean_bounds,
-    mean_over_draws,
     names_behind,
     over_draws,
     over_variations,
-    reduction_of,
     scale_of,
     scaled_by,
 )
 
 _PRUNED = (*COMPLETIONS, *COLUMNS, "draw")
-_MASKS = ("model", "scenario", "variation", *COLUMNS, "draw", "pruned", "size")
 
 
+# A function for notebooks, too: settings by name, each with a default or an error of its own.
 def evaluate(
     completions: pl.DataFrame,
     pruned: pl.DataFrame,
@@ -165,48 +162,20 @@ def evaluate(
                 *COLUMNS, "variation", "draw", as_dict=True, maintain_order=True
             )
         )
-        for (*condition, variation, draw), frame in parts.items():
-            where = f"{scenario}/{variation}, {' '.join(str(part) for part in condition if part)}, draw {draw}"
+        for (*names_of_mask, variation, draw), frame in parts.items():
+            where = f"{scenario}/{variation}, {' '.join(str(part) for part in names_of_mask if part)}, draw {draw}"
             if variation not in unpruned:
                 raise ExciseError(f"{where}: no unpruned completions to compare with; sample the unpruned model first")
             found = samples_of(frame, groups, names, where)
             cell = cell_of(found, names, bounds[variation], references[variation], unpruned[variation], measuring)
-            conditions.setdefault(tuple(condition), {}).setdefault(variation, []).append(cell)
+            conditions.setdefault(Condition(*names_of_mask), {}).setdefault(variation, []).append(cell)
         table = MetricRows(model, scenario, names.resampled)
         scale = {variation: scale_of(pair) for variation, pair in samples.items()}
         standing = _unpruned_rows(table, unpruned, samples, scale, winsorize, permutations, seed)
         densities = mask_densities(masks, model, scenario)
-        before = _Unpruned(unpruned, scale, standing)
+        before = Unpruned(unpruned, scale, standing)
         _pruned_rows(table, before, conditions, densities, names, permutations, seed)
         return table.frame()
-
-
-def mask_densities(masks: pl.DataFrame, model: str, scenario: str) -> dict[tuple, list[float]]:
-    """Pruned share of the weights per (condition, variation), one for each draw."""
-    if masks.is_empty():
-        return {}
-    require_table(masks, _MASKS, "masks")
-    keys = [*COLUMNS, "variation", "draw"]
-    own = masks.filter((pl.col("model") == model) & (pl.col("scenario") == scenario))
-    sums = own.group_by(keys, maintain_order=True).agg(pl.col("pruned").sum(), pl.col("size").sum())
-    result: dict[tuple, list[float]] = {}
-    for *condition, variation, _draw, count, size in sums.select(*keys, "pruned", "size").iter_rows():
-        if size:
-            result.setdefault((tuple(condition), variation), []).append(count / size)
-    return result
-
-
-@dataclass(frozen=True)
-class _Unpruned:
-    """The unpruned model's cells, the scale of each variation, and the variations that stand out, by metric."""
-
-    cells: dict[str, Cell]
-    scale: dict[str, float]
-    standing: dict[str, list[str]]
-
-    def answered(self, metric: str, variations: Iterable[str]) -> list[str]:
-        """Those of the variations which the unpruned model answered, so that "(all)" counts them."""
-        return [variation for variation in variations if self.cells[variation].has(metric)]
 
 
 def _unpruned_rows(
@@ -252,9 +221,9 @@ def _unpruned_rows(
     for metric in next(iter(cells.values())).measures:
         chosen = [variation for variation in cells if cells[variation].has(metric)]
         names = names_behind([cells[variation] for variation in chosen], metric)
-        values = over_variations(metric, [cells[variation].measures[metric] for variation in chosen])
+        mean = over_variations(metric, [cells[variation].measures[metric] for variation in chosen])
         p_value = None
-        if metric in permuted and values is not None and names >= 2:
+        if metric in permuted and mean is not None and names >= 2:
             size = scale if metric == "gap_mean" else dict.fromkeys(scale, 1.0)
             p_value = permutation.permutation_p_value(
                 float(np.mean([scaled_by(cells[each].measures[metric], size[each])[0] for each in chosen])),
@@ -262,7 +231,7 @@ def _unpruned_rows(
             )
         n = sum(answers_counted(cell, metric) for cell in cells.values())
         limits = mean_bounds(metric, [cells[variation] for variation in chosen])
-        table.add(ALL, UNPRUNED, metric, values, n, p_value, limits, names)
+        table.add(ALL, UNPRUNED, metric, mean, n, p_value, limits, names)
     table.add(ALL, UNPRUNED, "density", 0.0, 0)
     return {
         metric: permutation.rejected(dict(zip(found, permutation.holm(list(found.values())), strict=True)))
@@ -272,18 +241,17 @@ def _unpruned_rows(
 
 def _pruned_rows(
     table: MetricRows,
-    unpruned: _Unpruned,
+    unpruned: Unpruned,
     conditions: dict[Condition, dict[str, list[Cell]]],
     densities: dict[tuple, list[float]],
     names: Names,
     permutations: int,
     seed: int,
 ) -> None:
-    tests = _gap_tests(unpruned, conditions, names, permutations, seed)
+    tests = gap_tests(unpruned, conditions, names, permutations, seed)
     for condition, by_variation in conditions.items():
-        strategy, level, matched_to = condition
         # A control has as many weights per matrix as its strategy's mask, so the same random masks are matched to it.
-        controls = {} if strategy == RANDOM else conditions.get((RANDOM, level, matched_to or strategy), {})
+        controls = {} if condition.strategy == RANDOM else conditions.get(condition.control, {})
         rows: dict[str, dict[str, np.ndarray]] = {}
         total: dict[str, int] = {}
 
@@ -294,22 +262,23 @@ def _pruned_rows(
             return names_behind(cells, metric)
 
         for variation, cells in by_variation.items():
-            values = {
+            measures = {
                 metric: over_draws(metric, [cell.measures[metric] for cell in cells], seed)
                 for metric in cells[0].measures
             }
-            values |= _changes([variation], unpruned, by_variation, controls, {variation: 1.0}, seed)
-            for metric, array in values.items():
+            changes = changes_of([variation], unpruned, by_variation, controls, {variation: 1.0}, seed)
+            for metric, array in (measures | changes).items():
                 n = sum(answers_counted(cell, metric) for cell in cells)
                 p_value = tests.get((condition, variation)) if metric == "gap_mean" else None
                 limits = mean_bounds(metric, cells)
                 table.add(variation, condition, metric, array, n, p_value, limits, behind(metric, [variation]))
-                rows.setdefault(metric, {})[variation] = array
                 total[metric] = total.get(metric, 0) + n
+            for metric, measure in measures.items():
+                rows.setdefault(metric, {})[variation] = measure
             shares = densities.get((condition, variation), [])
             table.add(variation, condition, "density", float(np.mean(shares)) if shares else None, len(shares))
         # reductions over all variations are ratios of sums, not means of ratios
-        overall = _changes(list(by_variation), unpruned, by_variation, controls, unpruned.scale, seed)
+        overall = changes_of(list(by_variation), unpruned, by_variation, controls, unpruned.scale, seed)
         for metric in [*rows, *(metric for metric in overall if metric not in rows)]:
             chosen = unpruned.answered(metric, by_variation)
             values = (
@@ -320,134 +289,6 @@ def _pruned_rows(
             p_value = tests.get((condition, ALL)) if metric == "gap_mean" else None
             limits = bounds_overall(metric, [by_variation[variation] for variation in chosen])
             table.add(ALL, condition, metric, values, total.get(metric, 0), p_value, limits, behind(metric, chosen))
-        shares = [densities[condition, variation] for variation in by_variation if (condition, variation) in densities]
-        density = float(np.mean([np.mean(part) for part in shares])) if shares else None
-        table.add(ALL, condition, "density", density, sum(map(len, shares)))
-
-
-def _changes(
-    variations: list[str],
-    unpruned: _Unpruned,
-    by_variation: dict[str, list[Cell]],
-    controls: dict[str, list[Cell]],
-    scale: dict[str, float],
-    seed: int,
-) -> dict[str, np.ndarray | None]:
-    """gap_change and the reductions, over one variation or several, each [resamples + 1]; None: nothing to reduce.
-
-    Without matched random draws for these variations there is no reduction over random.
-    """
-    changes = [
-        mean_over_draws(
-            [
-                np.abs(unpruned.cells[v].measures["gap_mean"]) - np.abs(cell.measures["gap_mean"])
-                for cell in by_variation[v]
-            ],
-            seed,
-        )
-        for v in unpruned.answered("gap_mean", variations)
-    ]
-    result: dict[str, np.ndarray | None] = {"gap_change": over_variations("gap_change", changes)}
-    matched = [v for v in variations if v in controls]
-    for metric, reduction, over_random, size in (
-        ("gap_mean", "gap_reduction", "reduction_over_random", scale),
-        ("smd", "smd_reduction", "smd_reduction_over_random", dict.fromkeys(variations, 1.0)),
-    ):
-        result[reduction] = _joint_reduction(variations, metric, unpruned, by_variation, size, seed)
-        if metric == "gap_mean":
-            result |= _closed_by(variations, unpruned, by_variation, size, seed, result[reduction])
-        if matched:
-            own = _joint_reduction(matched, metric, unpruned, by_variation, size, seed)
-            random = _joint_reduction(matched, metric, unpruned, controls, size, seed)
-            result[over_random] = None if own is None or random is None else own - random
-    return result
-
-
-def _joint_reduction(
-    variations: list[str],
-    metric: str,
-    unpruned: _Unpruned,
-    pruned: dict[str, list[Cell]],
-    scale: dict[str, float],
-    seed: int,
-) -> np.ndarray | None:
-    """1 - sum over variations |pruned| / sum |unpruned|, divided by the variation's scale. None: nothing to reduce, or
-    one of them is undefined or collapsed."""
-    chosen = unpruned.answered(metric, variations)
-    if not chosen or any(cell.collapsed for v in chosen for cell in pruned[v]):
-        return None
-    before = [scaled_by(unpruned.cells[v].measures[metric], scale[v]) for v in chosen]
-    standing = len(chosen) > 1 and not set(unpruned.standing[metric]).isdisjoint(chosen)
-    if not standing and not excludes_zero(np.mean(before, axis=0)):
-        return None
-    after = [
-        scaled_by(mean_over_draws([np.abs(cell.measures[metric]) for cell in pruned[v]], seed), scale[v])
-        for v in chosen
-    ]
-    return reduction_of(np.sum(np.abs(before), axis=0), np.sum(after, axis=0))
-
-
-def _closed_by(
-    variations: list[str],
-    unpruned: _Unpruned,
-    pruned: dict[str, list[Cell]],
-    scale: dict[str, float],
-    seed: int,
-    reduction: np.ndarray | None,
-) -> dict[str, np.ndarray | None]:
-    """closed_by_majority and closed_by_minority over one variation or several; None where there is no reduction."""
-    chosen = unpruned.answered("gap_mean", variations)
-    found: dict[str, np.ndarray | None] = {}
-    for side, towards in (("majority", 1.0), ("minority", -1.0)):
-        metric, went, whole = f"mean_{side}", 0.0, 0.0
-        for v in chosen if reduction is not None else ():
-            before = unpruned.cells[v].measures
-            after = mean_over_draws([cell.measures[metric] for cell in pruned[v]], seed)
-            moved = m.exact_difference(before[metric], after) * towards * np.sign(before["gap_mean"])
-            went = went + scaled_by(moved, scale[v])
-            whole = whole + scaled_by(np.abs(before["gap_mean"]), scale[v])
-        with np.errstate(invalid="ignore", divide="ignore"):
-            found[f"closed_by_{side}"] = None if reduction is None else np.where(whole > 0, went / whole, np.nan)
-    return found
-
-
-def _gap_tests(
-    unpruned: _Unpruned,
-    conditions: dict[Condition, dict[str, list[Cell]]],
-    names: Names,
-    permutations: int,
-    seed: int,
-) -> dict[tuple[Condition, str], float]:
-    """p-values of "the gap is as unpruned" for every (condition, variation) and (condition, "(all)")."""
-    keys, columns = [], []
-    undefined = np.full(sum(map(len, names.subjects)), np.nan)
-    for condition, by_variation in conditions.items():
-        found = {
-            variation: _gap_contributions(unpruned.cells[variation], cells) for variation, cells in by_variation.items()
-        }
-        chosen = unpruned.answered("gap_mean", found)
-        scaled = [scaled_by(found[variation], unpruned.scale[variation]) for variation in chosen]
-        found[ALL] = np.mean(scaled, axis=0) if scaled else undefined
-        keys += [(condition, variation) for variation in found]
-        columns += found.values()
-    if not columns:
-        return {}
-    p_values = permutation.sign_flip_p_values(np.stack(columns, axis=1), permutations, [seed, SIGNS])
-    return dict(zip(keys, p_values, strict=True))
-
-
-def _gap_contributions(before: Cell, after: list[Cell]) -> np.ndarray:
-    """What each name adds to the change of the gap, its answers averaged over the draws; NaN if a group has no two
-    names with both answers."""
-    changes = []
-    for group, unpruned in enumerate(before.name_means):
-        drawn = np.array([cell.name_means[group] for cell in after])
-        defined = ~np.isnan(drawn)
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            pruned = np.where(defined, drawn, 0).sum(axis=0) / defined.sum(axis=0)
-        change = m.exact_difference(pruned, unpruned)
-        known = ~np.isnan(pruned) & ~np.isnan(unpruned)
-        changes.append(np.where(known & ~np.isfinite(change), np.inf, change))
-    if min(int((~np.isnan(change)).sum()) for change in changes) < 2:
-        return np.full(sum(map(len, changes)), np.nan)
-    return permutation.gap_contributions(*changes)
+        parts = [densities[condition, variation] for variation in by_variation if (condition, variation) in densities]
+        density = float(np.mean([np.mean(part) for part in parts])) if parts else None
+        table.add(ALL, condition, "density", density, sum(map(len, parts)))

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from excise.errors import ExciseError
-from excise.interventions.masks import Mask, MaskFile, Stretch
+from excise.interventions.packed import Mask, MaskFile, Stretch
 
 _LANES = 4  # words of 64 bits in a vector: a register of AVX2, two of NEON or SSE2
 _GROUP = 16 * 8 * _LANES  # bytes whose bits are added up before any are counted
@@ -48,7 +48,7 @@ class Overlaps:
     @property
     def chance(self) -> NDArray[np.float64]:
         """The fraction a row without any relation to the column has on average [C], as `chance_level`."""
-        return _share(self.column_counts, np.int64(self.size))
+        return _share(self.column_counts, np.array(self.size))
 
     @property
     def excess(self) -> NDArray[np.float64]:
@@ -75,8 +75,8 @@ def overlap_fraction(mask: Mask | ArrayLike, reference: Mask | ArrayLike) -> flo
         a, b = _boolean("mask", mask), _boolean("reference", reference)
         if a.shape != b.shape:
             raise ExciseError(f"mask has shape {a.shape} and reference {b.shape}: they must be equal")
-        size = np.count_nonzero(a)
-        shared = np.count_nonzero(a & b)
+        size = int(np.count_nonzero(a))
+        shared = int(np.count_nonzero(a & b))
     return shared / size if size else math.nan
 
 
@@ -124,8 +124,9 @@ def overlap_table(rows: Sequence[Path | str | Mask], columns: Sequence[Path | st
     _counting()  # compiled before several threads ask for it
     left = iter(pieces)
     # Reading and counting let go of the interpreter's lock, and whichever thread is free takes the next piece.
+    row_places, column_places = map(np.array, places)
     with ThreadPoolExecutor(threads) as pool:
-        parts = [pool.submit(_counted, known, *map(np.array, places), left) for _ in range(threads)]
+        parts = [pool.submit(_counted, known, row_places, column_places, left) for _ in range(threads)]
         try:
             for part in as_completed(parts):
                 more_counts, more_shared = part.result()
@@ -200,17 +201,19 @@ def _counted(
     """
     count, address = _counting()
     counts, shared = np.zeros(len(sources), dtype=np.int64), np.zeros((len(rows), len(columns)), dtype=np.int64)
-    files = [number for number, source in enumerate(sources) if source.file is not None]
-    buffers, begins = [], np.empty((len(files), 1), dtype=np.int64)
+    files = {number: source.file for number, source in enumerate(sources) if source.file is not None}
+    places = list(files)
+    buffers: list[NDArray[np.uint8]] = []
+    begins = np.empty((len(files), 1), dtype=np.int64)
     for piece in pieces:
         sizes = np.array([stop - start for _, start, stop in piece])
         if not buffers:  # the first piece is as long as any
             buffers = [np.empty(sizes.sum(), dtype=np.uint8) for _ in files]
             begins[:, 0] = [address(buffer) for buffer in buffers]
         addresses = np.empty((len(sources), len(piece)), dtype=np.int64)
-        addresses[files] = begins + (np.cumsum(sizes) - sizes)
-        for number, buffer in zip(files, buffers, strict=True):
-            sources[number].file.read(piece, buffer)
+        addresses[places] = begins + (np.cumsum(sizes) - sizes)
+        for file, buffer in zip(files.values(), buffers, strict=True):
+            file.read(piece, buffer)
         for number, source in enumerate(sources):
             if source.held is not None:
                 addresses[number] = [address(source.held[key]) + start for key, start, _ in piece]

@@ -1,17 +1,16 @@
 """Perplexity of a text under a causal language model: cut the text into windows, sum the losses, say how sure that is.
 
-Here: the text, its windows (the standard sliding ones, or those of FASP's released code), the losses and the intervals
-over resampled windows. Not here: pruning or heads; losses are taken of the model as it stands, under whatever masks or
-hooks the caller has put on it, so two calls on the same windows make a paired comparison. Method: B2, B3.
+Here: windows of a text (the standard sliding ones, or those of FASP's released code), the losses and the intervals over
+resampled windows. Not here: the text itself (`texts`), pruning or heads; losses are taken of the model as it stands,
+under whatever masks or hooks the caller has put on it, so two calls on the same windows make a paired comparison.
+Method: B2, B3.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,7 +20,6 @@ import polars as pl
 
 from excise.errors import ExciseError
 from excise.evaluation.bootstrap import percentile_interval, resampled_names
-from excise.files.paths import home_expanded
 from excise.files.tables import read_table, save_table
 from excise.models.encoding import opening_tokens, positions, require_embeddings, require_positions
 from excise.models.loading import LoadedModel
@@ -30,11 +28,9 @@ from excise.progress import Progress, silent
 if TYPE_CHECKING:
     import torch
 
-    from excise.interventions.masks import Mask
+    from excise.interventions.protocol import Intervention
 
-EMBEDDED_TEXT = Path(__file__).parents[1] / "texts" / "plain.txt"
 SIZE = 256
-HUB = "hub:"
 """Default window. Short, because the embedded text is: intervals need many windows more than long ones."""
 PAPER_STRIDE = 512
 TOKENS_AT_ONCE = {"cpu": 1 << 11, "mps": 1 << 12, "cuda": 1 << 14}
@@ -62,60 +58,6 @@ class Interval:
     low: float
     high: float
     standard_error: float
-
-
-# --- the text --------------------------------------------------------------------------------------------------------
-
-
-def read_text(source: str | Path | None = None) -> str:
-    """The text to measure on.
-
-    source: None for the text that comes with Excise; the path of a UTF-8 file; or `hub:name/config/split/column`, a
-    data set read through the `datasets` library, its rows joined by empty lines (for WikiText-2:
-    `hub:Salesforce/wikitext/wikitext-2-raw-v1/validation/text`). Raises ExciseError where there is no such text.
-    """
-    if source is not None and str(source).startswith(HUB):
-        return _hub_text(str(source))
-    path = EMBEDDED_TEXT if source is None else home_expanded(source, "text")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ExciseError(f"{path}: cannot be read ({error.strerror}); name a text file in UTF-8") from error
-    except UnicodeDecodeError as error:
-        raise ExciseError(f"{path}: is no UTF-8 text (see byte {error.start}); save it as UTF-8") from error
-    if not text.strip():
-        raise ExciseError(f"{path}: holds no text; perplexity needs some sentences")
-    return text
-
-
-def _hub_text(source: str) -> str:
-    parts = source.removeprefix(HUB).rsplit("/", 3)
-    if len(parts) != 4 or not all(parts):
-        raise ExciseError(
-            f"text {source!r}: write hub:name/config/split/column, such as "
-            "hub:Salesforce/wikitext/wikitext-2-raw-v1/validation/text"
-        )
-    name, config, split, column = parts
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError as error:
-        raise ExciseError(
-            f"text {source!r}: needs the library datasets; run `pip install datasets`, or name a text file by its path"
-        ) from error
-    try:
-        rows = datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ExciseError(
-            f"text {source!r}: cannot be loaded: {reason}. "
-            "Check name, config, split and the network, or name a text file by its path"
-        ) from error
-    if column not in rows.column_names:
-        raise ExciseError(f"text {source!r}: no column {column!r}; there are {', '.join(rows.column_names)}")
-    text = "\n\n".join(str(row) for row in rows[column])
-    if not text.strip():
-        raise ExciseError(f"text {source!r}: the column {column!r} holds no text; name another one")
-    return text
 
 
 # --- windows ---------------------------------------------------------------------------------------------------------
@@ -274,7 +216,7 @@ def _batch_losses(loaded: LoadedModel, windows: Sequence[Window]) -> np.ndarray:
     with torch.inference_mode():
         states, targets = scored_states(loaded, windows)
         rows = logits_at_once(loaded)
-        each = torch.cat(
+        losses = torch.cat(
             [
                 torch.nn.functional.cross_entropy(
                     logits_of(loaded, states[start : start + rows]), targets[start : start + rows], reduction="none"
@@ -282,7 +224,7 @@ def _batch_losses(loaded: LoadedModel, windows: Sequence[Window]) -> np.ndarray:
                 for start in range(0, len(targets), rows)
             ]
         )
-    return sums_by_window(each.cpu().numpy(), windows)
+    return sums_by_window(losses.cpu().numpy(), windows)
 
 
 def scored_states(loaded: LoadedModel, windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -299,33 +241,34 @@ def scored_states(loaded: LoadedModel, windows: Sequence[Window]) -> tuple[torch
 
 def logits_at_once(loaded: LoadedModel) -> int:
     """For how many tokens logits are made together."""
-    vocabulary = loaded.model.get_output_embeddings().weight.shape[0]
+    vocabulary = loaded.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     return max(1, LOGITS_AT_ONCE.get(loaded.device.type, 1 << 24) // vocabulary)
 
 
-def sums_by_window(each: np.ndarray, windows: Sequence[Window]) -> np.ndarray:
+def sums_by_window(figures: np.ndarray, windows: Sequence[Window]) -> np.ndarray:
     """Figures of all scored tokens [tokens], window by window, summed: float64 [windows]."""
     ends = np.cumsum([window.scored for window in windows])
-    return np.add.reduceat(np.asarray(each, dtype=np.float64), [0, *ends[:-1]])
+    return np.add.reduceat(np.asarray(figures, dtype=np.float64), [0, *ends[:-1]])
 
 
 class LossCache:
-    """Window losses as files, addressed by model, mask and text, so that no mask's perplexity is computed twice."""
+    """Window losses as files, addressed by model, intervention and text, so that no perplexity is computed twice."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
 
-    def window_losses(self, loaded: LoadedModel, windows: Sequence[Window], mask: Mask | None = None) -> np.ndarray:
-        """`window_losses` under a mask, or unpruned, from the folder if they are there."""
-        from excise.interventions.masks import pruned
+    def window_losses(
+        self, loaded: LoadedModel, windows: Sequence[Window], intervention: Intervention | None = None
+    ) -> np.ndarray:
+        """`window_losses` under an intervention, or unpruned, from the folder if they are there."""
+        from excise.interventions.protocol import edited
 
-        content = json.dumps(
-            [loaded.fingerprint, mask and mask.fingerprint, [[*each.tokens, each.scored] for each in windows]]
-        )
+        done = None if intervention is None else intervention.fingerprint
+        content = json.dumps([loaded.fingerprint, done, [[*window.tokens, window.scored] for window in windows]])
         path = self.folder / f"{hashlib.sha256(content.encode()).hexdigest()[:24]}.parquet"
         if path.is_file():
             return read_table(path, ["loss"])["loss"].to_numpy()
-        with pruned(loaded, mask) if mask is not None else nullcontext():
+        with edited(loaded, intervention):
             losses = window_losses(loaded, windows)
         save_table(path, pl.DataFrame({"loss": losses}))
         return losses
@@ -418,10 +361,10 @@ def _interval(
 ) -> Interval:
     if resamples < 2:
         raise ExciseError(f"resamples: {resamples} are too few for an interval; give at least 2")
-    estimate, *drawn = of_weights(resampled_names(windows, resamples, np.random.default_rng(seed)))
+    figures = of_weights(resampled_names(windows, resamples, np.random.default_rng(seed)))
+    estimate, drawn = figures[0], figures[1:]
     if windows < 2:
         return Interval(float(estimate), float("nan"), float("nan"), float("nan"))
-    drawn = np.array(drawn)
     low, high = percentile_interval(drawn, confidence) if np.isfinite(estimate) else (np.nan, np.nan)
     deviation = np.std(drawn, ddof=1) if np.isfinite(drawn).all() else np.nan
     return Interval(float(estimate), low, high, float(deviation))

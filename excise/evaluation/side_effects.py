@@ -8,9 +8,8 @@ the choice of masks. Perplexity alone certifies nothing: it is an average over t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -37,7 +36,7 @@ from excise.scenarios.subsets import EVALUATION, first_names, held_out_split
 if TYPE_CHECKING:
     import torch
 
-    from excise.interventions.masks import Mask
+    from excise.interventions.protocol import Intervention
     from excise.models.loading import LoadedModel
 
 
@@ -62,6 +61,8 @@ SIDE_EFFECTS_SCHEMA = {
     "high": pl.Float64,
     "names": pl.Int64,
 }
+Figures = tuple[float | None, float | None, float | None]
+"""Estimate, lower and upper end of its interval; None where a figure is not finite."""
 EFFECT_SCHEMA = {name: SIDE_EFFECTS_SCHEMA[name] for name in list(SIDE_EFFECTS_SCHEMA)[len(PLACE) + 2 :]}
 """Rows about a mask, whichever strategies and variations it belongs to."""
 
@@ -126,22 +127,22 @@ def text_unpruned(loaded: LoadedModel, windows: Sequence[Window]) -> TextUnprune
 def text_effect(
     loaded: LoadedModel,
     unpruned: TextUnpruned,
-    mask: Mask | None,
+    intervention: Intervention | None,
     *,
     mode: Mode = "sliding",
     resamples: int = 2000,
     seed: int = 0,
-) -> dict[str, tuple[float | None, float | None, float | None]]:
-    """What a mask does to a text: `text_kl` and `text_perplexity_ratio`, each (estimate, low, high).
+) -> dict[str, Figures]:
+    """What an intervention does to a text: `text_kl` and `text_perplexity_ratio`, each (estimate, low, high).
 
     text_kl: mean over the scored tokens of KL(unpruned || pruned), in nats. text_perplexity_ratio: perplexity under the
     mask over that of the unpruned model, less 1. The 95 % intervals are of windows drawn anew, the same for both
     models; of one window there is none. None also where a figure is infinite.
     """
-    from excise.interventions.masks import pruned
+    from excise.interventions.protocol import edited
 
     divergences, losses = [], []
-    with pruned(loaded, mask) if mask is not None else nullcontext():
+    with edited(loaded, intervention):
         for window, states in zip(unpruned.windows, unpruned.states, strict=True):
             _, loss, divergence = _read(loaded, window, states)
             losses.append(loss)
@@ -151,8 +152,13 @@ def text_effect(
         np.array(losses), unpruned.losses, unpruned.windows, mode, relative=True, resamples=max(2, resamples), seed=seed
     )
     ratio = change.estimate, change.low, change.high
-    divergence = mean_interval(np.array(divergences), counts, resamples=resamples, seed=seed)
-    return {KL: tuple(map(finite_or_none, divergence)), RATIO: tuple(map(finite_or_none, ratio))}
+    kl = mean_interval(np.array(divergences), counts, resamples=resamples, seed=seed)
+    return {KL: _finite(kl), RATIO: _finite(ratio)}
+
+
+def _finite(figures: tuple[float, float, float]) -> Figures:
+    estimate, low, high = map(finite_or_none, figures)
+    return estimate, low, high
 
 
 def mean_interval(
@@ -247,7 +253,7 @@ def scenario_effects(
         majority=scenario.comparison.majority,
         minority=scenario.comparison.minority,
         answer_range=scenario.outcome.scored_range,
-        log_scale=scenario.outcome.scale == "log",
+        log_scale=scenario.outcome.log_scale,
         resamples=resamples,
         permutations=1,
         seed=seed,
@@ -269,7 +275,7 @@ def of_masks(effects: pl.DataFrame, masks: pl.DataFrame) -> pl.DataFrame:
     return masks.join(effects, on="mask", maintain_order="left_right").select(*SIDE_EFFECTS_SCHEMA)
 
 
-def text_rows(mask: str, found: Mapping[str, Any], windows: int) -> pl.DataFrame:
+def text_rows(mask: str, found: Mapping[str, Figures], windows: int) -> pl.DataFrame:
     """What `text_effect` found of a mask as rows of EFFECT_SCHEMA; `names` counts windows."""
     rows = [(mask, TEXT, metric, *figures, windows) for metric, figures in found.items()]
     return pl.DataFrame(rows, schema=EFFECT_SCHEMA, orient="row")

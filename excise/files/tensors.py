@@ -1,7 +1,7 @@
 """Files of tensors that appear under their names only when they are whole.
 
 Here is how safetensors are written, so that no reader meets half a file and a full disk is said in plain words. What is
-in them is decided where it is computed; masks have a format of their own in `excise.interventions.masks`.
+in them is decided where it is computed; masks have a format of their own in `excise.interventions.packed`.
 """
 
 from __future__ import annotations

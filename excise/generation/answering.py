@@ -10,7 +10,6 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,11 +36,11 @@ from excise.generation.enumeration import (
 )
 from excise.generation.sampling import SamplingParameters
 from excise.generation.settings import Enumeration, exact_settings, sampling_settings, tree_settings
-from excise.interventions.masks import Mask, pruned
+from excise.interventions.protocol import Intervention, edited
 from excise.models.encoding import encode, reader
 from excise.models.loading import LoadedModel
+from excise.outcomes import Outcome
 from excise.progress import Progress, silent
-from excise.scenarios import NumberOutcome, ToxicityOutcome
 
 EXACT_SCHEMA: Schema = {**COMPLETIONS_SCHEMA, "probability": pl.Float64, "leftover": pl.Float64}
 """One row per distinct answer, `sample` numbering a prompt's answers from the likeliest on. `leftover` is the mass of
@@ -74,20 +73,20 @@ class Answering:
         loaded: LoadedModel,
         prompts: pl.DataFrame,
         *,
-        outcome: NumberOutcome | ToxicityOutcome,
-        mask: Mask | None = None,
+        outcome: Outcome,
+        intervention: Intervention | None = None,
         cache: CompletionCache | None = None,
         progress: Progress = silent,
         **scoring: Any,
     ) -> tuple[pl.DataFrame, Work]:
-        """The answers of every prompt, under `mask` if one is given, and what they cost.
+        """The answers of every prompt, under an intervention if one is given, and what they cost.
 
-        prompts: rows of `excise.scenarios.expand`. A number's max_new_tokens replaces that of the parameters. cache:
+        prompts: rows of `excise.scenarios.expand`. The outcome may replace max_new_tokens of the parameters. cache:
         trees and samples that are there are not made again, new ones are added batch by batch. scoring: scorer and
         scores as in `complete`. Returns rows with the columns of EXACT_SCHEMA in the order of prompts, where
         `probability` and `leftover` are null for plain samples; of enumerated answers a prefix counts as a token and a
         distinct answer as a completion. Progress counts as many completions as samples would be.
-        Raises ExciseError for an enumeration whose outcome is not a number.
+        Raises ExciseError for an enumeration of an outcome whose answers are too long.
         """
         if self.exact is None:
             if self.samples is None:
@@ -98,24 +97,24 @@ class Answering:
                 self.samples,
                 self.parameters,
                 outcome=outcome,
-                mask=mask,
+                intervention=intervention,
                 cache=cache,
                 progress=progress,
                 **scoring,
             )
             nothing = pl.lit(None, pl.Float64)
             return rows.with_columns(probability=nothing, leftover=nothing), work
-        if outcome.kind != "number":
+        if not outcome.enumerable:
             raise ExciseError(
                 f"exact answers: the outcome is {outcome.kind}, but only numbers are short enough; sample it"
             )
-        parameters = replace(self.parameters, max_new_tokens=outcome.max_new_tokens)
+        parameters = replace(self.parameters, max_new_tokens=outcome.answer_tokens(self.parameters.max_new_tokens))
         settings = exact_settings(parameters, self.exact, self.samples)
         loaded = loaded.asked_for(outcome)
         trees = _Trees.of(loaded, prompts, outcome, parameters, self.exact)
         shared = self.samples or 1
         new, work = trees.read(
-            settings, mask, cache, lambda label, done, total: progress(label, done * shared, total * shared)
+            settings, intervention, cache, lambda label, done, total: progress(label, done * shared, total * shared)
         )
         rambling = [order for order, key in enumerate(trees.keys) if not trees.known[key].complete]
         if self.samples is None:
@@ -125,7 +124,13 @@ class Answering:
         work = replace(work, drawn=drawn, reused=rows.height - drawn)
         if rambling and self.samples is not None:
             sampled, cost = complete(
-                loaded, prompts[rambling], self.samples, parameters, outcome=outcome, mask=mask, cache=cache
+                loaded,
+                prompts[rambling],
+                self.samples,
+                parameters,
+                outcome=outcome,
+                intervention=intervention,
+                cache=cache,
             )
             sampled = sampled.with_columns(
                 pl.Series("order", np.repeat(np.array(rambling), self.samples), pl.Int64),
@@ -161,7 +166,7 @@ class _Trees:
         cls,
         loaded: LoadedModel,
         prompts: pl.DataFrame,
-        outcome: NumberOutcome,
+        outcome: Outcome,
         parameters: SamplingParameters,
         enumeration: Enumeration,
     ) -> _Trees:
@@ -177,7 +182,7 @@ class _Trees:
             [prompt.hash for prompt in encoded],
             prefixes,
             {prompt.hash: prompt.tokens for prompt in encoded},
-            {prefix: answer_values(loaded, outcome.scored, prefix) for prefix in set(prefixes)},
+            {prefix: answer_values(loaded, outcome.values, prefix) for prefix in set(prefixes)},
             {},
         )
 
@@ -187,12 +192,12 @@ class _Trees:
         return dict(zip(self.keys, self.prefixes, strict=True))
 
     def read(
-        self, settings: str, mask: Mask | None, cache: CompletionCache | None, progress: Progress
+        self, settings: str, intervention: Intervention | None, cache: CompletionCache | None, progress: Progress
     ) -> tuple[list[str], Work]:
         """Fill `known`, from the cache as far as it goes; the keys that were not there, and what reading them cost."""
         label, loaded, prefix_of = "enumerating", self.loaded, self.prefix_of
         values = {key: self.value_of[prefix] for key, prefix in prefix_of.items()}
-        address = cache_address(loaded, mask, tree_settings(settings))
+        address = cache_address(loaded, intervention, tree_settings(settings))
         self.known.update(_read_trees(cache, address, values, self.enumeration.leftover))
         missing = [key for key in self.tokens if key not in self.known]
         done = len(self.tokens) - len(missing)
@@ -206,7 +211,7 @@ class _Trees:
             progress(label, done, len(self.tokens))
 
         started = time.perf_counter()
-        with pruned(loaded, mask) if mask is not None else nullcontext():
+        with edited(loaded, intervention if missing else None):
             fresh = answer_distributions(
                 loaded,
                 [self.tokens[key] for key in missing],

@@ -1,21 +1,19 @@
-"""Completions of prompts as rows, with the answer parsed, and a cache that never samples the same answer twice.
+"""Completions of prompts as rows, with what each is worth, and a cache that never samples the same answer twice.
 
-The cache is content-addressed: model, mask, prompt tokens, sampling parameters and sample number decide an answer, so a
-killed run goes on where it was, a new name costs that name and more samples cost the new ones. How answers are drawn is
-in `excise.generation.sampling`, how text becomes a number in `excise.outcomes.answers`.
+The cache is content-addressed: model, intervention, prompt tokens, sampling parameters and sample number decide an
+answer, so a killed run goes on where it was, a new name costs that name and more samples cost the new ones. How answers
+are drawn is in `excise.generation.sampling`, what an answer is worth in `excise.outcomes`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import resource
 import sys
 import time
 import uuid
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,13 +22,14 @@ import polars as pl
 from excise.errors import ExciseError
 from excise.files.tables import Schema, read_table, save_table
 from excise.generation.sampling import Draw, SamplingParameters, sample
-from excise.interventions.masks import Mask, pruned
+from excise.interventions.protocol import Intervention, edited
 from excise.models.encoding import encode, reader
 from excise.models.loading import LoadedModel
-from excise.outcomes.answers import continued, parse_completion
-from excise.outcomes.toxicity import ScoreCache, Scorer, score_texts, scored_text
+from excise.outcomes import Answer, Outcome
+from excise.outcomes.answers import continued
+from excise.outcomes.scorers import Scorer
+from excise.outcomes.scoring import Judge, ScoreCache
 from excise.progress import Progress, silent
-from excise.scenarios import NumberOutcome, ToxicityOutcome
 
 UNPRUNED = "unpruned"
 CACHE_SCHEMA: Schema = {"prompt": pl.String, "sample": pl.Int64, "token_ids": pl.List(pl.Int64), "finished": pl.Boolean}
@@ -93,7 +92,7 @@ class Work:
 
 
 class CompletionCache:
-    """Drawn answers as Parquet files, one folder per (model, mask, sampling parameters), one file per batch.
+    """Drawn answers as Parquet files, one folder per (model, intervention, sampling parameters), one file per batch.
 
     A file appears under its name only when it is whole, so a reader never meets a half-written one.
     """
@@ -123,9 +122,10 @@ def settings_key(settings: str) -> str:
     return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
 
-def cache_address(loaded: LoadedModel, mask: Mask | None, settings: str) -> str:
-    """The folder of answers in the cache: model, mask and sampling parameters (`settings`, JSON)."""
-    return "/".join([loaded.fingerprint, UNPRUNED if mask is None else mask.fingerprint, settings_key(settings)])
+def cache_address(loaded: LoadedModel, intervention: Intervention | None, settings: str) -> str:
+    """The folder of answers in the cache: model, intervention and sampling parameters (`settings`, JSON)."""
+    done = UNPRUNED if intervention is None else intervention.fingerprint
+    return "/".join([loaded.fingerprint, done, settings_key(settings)])
 
 
 def complete(
@@ -134,31 +134,30 @@ def complete(
     samples: int,
     parameters: SamplingParameters,
     *,
-    outcome: NumberOutcome | ToxicityOutcome,
+    outcome: Outcome,
     scorer: Scorer | None = None,
     scores: ScoreCache | None = None,
-    mask: Mask | None = None,
+    intervention: Intervention | None = None,
     cache: CompletionCache | None = None,
     progress: Progress = silent,
     label: str = "sampling",
     batch_prompts: int | None = None,
 ) -> tuple[pl.DataFrame, Work]:
-    """Complete every prompt `samples` times, under `mask` if one is given.
+    """Complete every prompt `samples` times, under an intervention if one is given.
 
-    prompts: rows of `excise.scenarios.expand`. A number's max_new_tokens replaces that of `parameters`. scorer, scores:
-    what judges continuations where the outcome is toxicity, and the cache of its judgements. Returns rows with the
-    columns of COMPLETIONS_SCHEMA in the order of prompts and samples, and what they cost. Progress counts completions,
-    reused ones first.
+    prompts: rows of `excise.scenarios.expand`. The outcome may replace max_new_tokens of `parameters`
+    (`Outcome.answer_tokens`). scorer, scores: what judges the answers where the outcome is that of a scorer, and the
+    cache of its judgements. Returns rows with the columns of COMPLETIONS_SCHEMA in the order of prompts and samples,
+    and what they cost. Progress counts completions, reused ones first.
     """
-    if outcome.kind == "number":
-        parameters = replace(parameters, max_new_tokens=outcome.max_new_tokens)
-    elif scorer is None:
-        raise ExciseError("completions: toxicity needs a scorer; name one of excise.outcomes.toxicity")
+    parameters = replace(parameters, max_new_tokens=outcome.answer_tokens(parameters.max_new_tokens))
+    if outcome.scored_by is not None and scorer is None:
+        raise ExciseError(f"completions: {outcome.kind} needs a scorer; name one of excise.outcomes.scorers")
     loaded = loaded.asked_for(outcome)
     encoded = encode(loaded, prompts, new_tokens=parameters.max_new_tokens)
     keys = [prompt.hash for prompt in encoded]
     settings = json.dumps(asdict(parameters), sort_keys=True)
-    address = cache_address(loaded, mask, settings)
+    address = cache_address(loaded, intervention, settings)
     known = (cache.read(address) if cache else pl.DataFrame(schema=CACHE_SCHEMA)).filter(
         pl.col("prompt").is_in(keys) & (pl.col("sample") < samples)
     )
@@ -196,7 +195,7 @@ def complete(
 
     started = time.perf_counter()
     if any(missing):
-        with pruned(loaded, mask) if mask is not None else nullcontext():
+        with edited(loaded, intervention):
             sample(
                 loaded,
                 [prompt.tokens for prompt in encoded],
@@ -222,18 +221,16 @@ def complete(
         .join(answers.rename({"prompt": "prompt_hash"}), on="prompt_hash", how="inner")
         .sort("order", "sample")
     )
-    if outcome.kind == "number":
-        prefixes = rows["answer_prefix"] if "answer_prefix" in rows.columns else [""] * rows.height
-        whole = zip(prefixes, *rows["text", "finished", "ended"], strict=True)
-        values = [
-            None
-            if (value := parse_completion(continued(prefix or "", text), finished or ended)) is None
-            else outcome.scored(value)
-            for prefix, text, finished, ended in whole
-        ]
-    else:
-        found = [scored_text(asked, text, outcome.scored) for asked, text in rows["asked", "text"].rows()]
-        values = [None if math.isnan(score) else score for score in score_texts(scorer, found, cache=scores)]
+    prefixes = rows["answer_prefix"] if "answer_prefix" in rows.columns else [""] * rows.height
+    values = outcome.values(
+        [
+            Answer(asked, continued(prefix or "", text), finished or ended)
+            for prefix, asked, text, finished, ended in zip(
+                prefixes, *rows["asked", "text", "finished", "ended"], strict=True
+            )
+        ],
+        None if scorer is None else Judge(scorer, scores),
+    )
     rows = rows.with_columns(
         pl.Series("value", values, pl.Float64),
         model=pl.lit(loaded.key),

@@ -28,10 +28,14 @@ from excise.generation.tree import Rows, common_prefix, logits_of, read_prompts
 from excise.models.encoding import reader, require_positions
 from excise.models.loading import LoadedModel
 from excise.models.memory import shrinking_batches
-from excise.outcomes.answers import continued, parse_completion
+from excise.outcomes import Answer
+from excise.outcomes.answers import continued
+from excise.outcomes.kinds.number import numbers_of
 
-Answer = tuple[tuple[int, ...], int | None, float]
+Leaf = tuple[tuple[int, ...], int | None, float]
 """An answer's tokens without the stop token, that token (None: cut off), and its probability."""
+Values = Callable[[Sequence[Answer]], list[float | None]]
+"""What answers are worth; None: nothing that could be counted."""
 ValueOf = Callable[[Sequence[int], bool], float]
 """From an answer's tokens without the stop token, and whether there was one, to its value; NaN = unparsed."""
 CACHE_COLUMNS = {"cpu": 1 << 14, "cuda": 1 << 17, "mps": 1 << 14}
@@ -128,16 +132,14 @@ def answer_distributions(
     return [distributions[index] for index in range(len(prompts))]
 
 
-def answer_values(
-    loaded: LoadedModel, scored: Callable[[float], float] = lambda value: value, prefix: str = ""
-) -> ValueOf:
-    """What answers are worth: the number that they name, `scored`. prefix: what of each answer its prompt holds."""
+def answer_values(loaded: LoadedModel, values: Values = numbers_of, prefix: str = "") -> ValueOf:
+    """What an answer is worth. values: as `Outcome.values`; prefix: what of each answer its prompt holds."""
     read = reader(loaded)
 
     def value_of(tokens: Sequence[int], finished: bool) -> float:
         text, ended = read(tokens)
-        value = parse_completion(continued(prefix, text), finished or ended)
-        return math.nan if value is None else scored(value)
+        (value,) = values([Answer("", continued(prefix, text), finished or ended)])
+        return math.nan if value is None else value
 
     return value_of
 
@@ -155,7 +157,7 @@ class _Tree:
     above: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     token: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     dust: float = 0.0
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[Leaf] = field(default_factory=list)
 
     @property
     def leftover(self) -> float:
@@ -271,7 +273,7 @@ def _distribution(tree: _Tree, leftover: float, value_of: ValueOf) -> AnswerDist
 
 
 def distribution_of(
-    answers: Sequence[Answer], unread: float, nodes: int, leftover: float, value_of: ValueOf
+    answers: Sequence[Leaf], unread: float, nodes: int, leftover: float, value_of: ValueOf
 ) -> AnswerDistribution:
     """Answers with their values.
 

@@ -1,5 +1,6 @@
 """Interventions: what is done to a model.
 
-Here: masks of weights and of heads, their application and undoing, and random ones of the same size. Not here: which
-weights to take (`attribution` scores them, `strategies` selects), and what taking them does (`evaluation`).
+Here: the protocol that every one follows, its kinds (a module each), their files, their combinations and matched
+controls. Not here: which weights to take (`attribution` scores them, `strategies` selects), and what an intervention
+does to answers (`evaluation`).
 """

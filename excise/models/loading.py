@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import polars as pl
 
@@ -29,6 +29,20 @@ if TYPE_CHECKING:
 from excise.models.placement import DeviceMap, cards_of, device_of, pick_device, pick_dtype, places_of
 from excise.models.specs import ModelSpec, asked_like_its_base
 from excise.models.topology import Topology, require_known, topology_of
+
+
+class WayOfAsking(Protocol):
+    """How prompts are put to a model (`excise.outcomes.Outcome`).
+
+    prompt_format: None for that of the model's entry. prompt_tokens: where prompts of another format are cut; None:
+    nowhere.
+    """
+
+    @property
+    def prompt_format(self) -> str | None: ...
+
+    @property
+    def prompt_tokens(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -49,14 +63,11 @@ class LoadedModel:
     max_prompt_tokens: int | None = None
     """Prompts are cut behind so many tokens (FASP); None: never."""
 
-    def asked_for(self, outcome: Any) -> LoadedModel:
-        """The same model as an outcome has it asked: toxicity is that of continuations of a raw, cut prompt.
-
-        outcome: a `NumberOutcome` or `ToxicityOutcome` of `excise.scenarios`.
-        """
-        if outcome.kind == "number":
+    def asked_for(self, outcome: WayOfAsking) -> LoadedModel:
+        """The same model as an outcome has it asked: continuations are those of a raw, perhaps cut prompt."""
+        if outcome.prompt_format is None:
             return self
-        return replace(self, prompt_format="raw", max_prompt_tokens=outcome.max_prompt_tokens)
+        return replace(self, prompt_format=outcome.prompt_format, max_prompt_tokens=outcome.prompt_tokens)
 
     @property
     def devices(self) -> tuple[str, ...]:

@@ -69,9 +69,9 @@ def _offloading(module: torch.nn.Module) -> Any:
     return next((each for each in hooks if getattr(each, "offload", False)), None)
 
 
-def kept_weight(module: torch.nn.Module) -> torch.Tensor:
+def kept_weight(module: torch.nn.Module, name: str = "weight") -> torch.Tensor:
     hook = _offloading(module)
-    return module.weight if hook is None else hook.weights_map["weight"]
+    return getattr(module, name) if hook is None else hook.weights_map[name]
 
 
 def device_of(module: torch.nn.Module) -> torch.device:

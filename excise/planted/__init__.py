@@ -34,7 +34,7 @@ from excise.progress import Progress, TerminalProgress, silent
 from excise.scenarios import Scenario, expand, load_scenarios
 
 if TYPE_CHECKING:
-    from excise.scenarios import NumberOutcome
+    from excise.outcomes import NumberOutcome
 
 log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent

@@ -22,7 +22,7 @@ import torch
 
 from excise.attribution.continuation import forwards_replaced, layers_of, skipping
 from excise.errors import ExciseError
-from excise.evaluation.perplexity import read_text
+from excise.evaluation.texts import read_text
 from excise.files.paths import home_expanded
 from excise.generation.sampling import SamplingParameters, sample
 from excise.generation.tree import logits_of
@@ -36,7 +36,7 @@ from excise.scenarios import Scenario, expand, load_scenarios
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from excise.scenarios import ToxicityOutcome
+    from excise.outcomes import ToxicityOutcome
 
 log = logging.getLogger(__name__)
 

@@ -38,6 +38,7 @@ NO_GAP_TEST, CHANGE_TEST = "p (no gap)", "p (gap as unpruned)"
 """Columns of p-values by the hypothesis they test: that of unpruned rows, and that of pruned rows."""
 
 
+# A function for notebooks, too: settings by name, each with a default or an error of its own.
 def audit_table(
     metrics: polars.DataFrame,
     *,
@@ -64,7 +65,7 @@ def audit_table(
         f"answers in {unit}; gap = {majority} - {minority}; [95 % interval]",
     ]
     broken = read_verdicts(verdicts)
-    rows: list[list[str] | str] = []
+    rows: list[_Row | str] = []
     for variation in table.variations:
         rows += ["", variation, *_rows(table, variation, _variation_cells, inlier_tolerance, broken)]
     headers = [_variation_header(majority, minority, compact=choice) for choice in (False, True)]
@@ -109,7 +110,7 @@ def _notes(text: str, table: MetricTable, tolerance: float, verdicts: Verdicts) 
             f"{floor_text(tolerance)} away, and the gap of a wrecked model is no yardstick."
         )
     if FEW in text:
-        names = min(each.names for each in table.estimates.values() if each.few_names)
+        names = min(each.names for each in table.estimates.values() if each.few_names and each.names is not None)
         notes.append(f"{FEW} {few_names_warning(names)}")
     if COLLAPSED in text:
         notes.append(
@@ -347,7 +348,7 @@ def _rows(
             level = mask.level
         indent = "  " if mask.level == NO_LEVEL else "      " if mask.is_control else "    "
         label = f"{indent}{mask.strategy}"
-        if mask.is_control and Condition(mask.matched_to, mask.level) not in table.masks:
+        if mask.matched_to is not None and Condition(mask.matched_to, mask.level) not in table.masks:
             label += f" of {mask.matched_to}"
         label += _mark(verdicts, variation, mask)
         ordinary, compact = (cells(table, variation, mask, tolerance, compact=choice) for choice in (False, True))

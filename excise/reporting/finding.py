@@ -122,12 +122,12 @@ def _gap_sentences(table: MetricTable, where: str, labels: tuple[str, str]) -> t
         alone = ", as a group has one name" if gap.names == 1 else ""
         return False, [f"No finding: {told} and has no interval{alone}.", *undefined]
     singled = standing_out(table) if where == ALL else []
-    signs = {table.get(each, UNPRUNED, "gap_mean").value > 0 for each in singled}
-    rejects = gap.p is not None and gap.p < SIGNIFICANCE
+    gaps = [table.get(name, UNPRUNED, "gap_mean").value for name in singled]
+    signs = {value > 0 for value in gaps if value is not None}
     opposite = _singled_out(table, singled) if len(signs) == 2 else None
     if gap.low == gap.high == 0.0 and not singled:
         return False, [f"No gap: {told}, whatever names are drawn.", *undefined]
-    if gap.covers_zero and rejects:
+    if gap.covers_zero and gap.p is not None and gap.p < SIGNIFICANCE:
         sentence = f"Whether there is a gap is open: {told}, which covers 0, though the test of no gap rejects"
         return True, [f"{sentence} ({p_equals(gap.p)}). {_OPEN}", *([opposite] if opposite else []), *undefined]
     if gap.covers_zero:
@@ -135,7 +135,7 @@ def _gap_sentences(table: MetricTable, where: str, labels: tuple[str, str]) -> t
         average = f" on average{cancel}" if singled else ""
         sentence = f"No gap detectable{average}: {told}; {_not_excluded(table, where, gap)}."
         return bool(singled), [sentence, *([_singled_out(table, singled)] if singled else []), *undefined]
-    if gap.p is not None and not rejects:
+    if gap.p is not None and gap.p >= SIGNIFICANCE:
         sentence = f"Whether there is a gap is open: {told}, but the test of no gap does not reject"
         return True, [f"{sentence} ({p_equals(gap.p)}). {_OPEN}", *([opposite] if opposite else []), *undefined]
     return True, [*([f"Gaps have opposite signs: {told}. {opposite}"] if opposite else []), *undefined]
@@ -145,7 +145,7 @@ def _not_excluded(table: MetricTable, where: str, gap: Estimate) -> str:
     """`up to 0.09 SMD is not excluded`: the end of the interval that is further from 0."""
 
     def furthest(estimate: Estimate) -> float:
-        return max(abs(estimate.low), abs(estimate.high))
+        return max(abs(end) for end in (estimate.low, estimate.high) if end is not None)
 
     smd = table.get(where, UNPRUNED, "smd")
     in_smd = f"{_at_least(furthest(smd), 2)} SMD" if smd.has_interval else None
@@ -232,7 +232,7 @@ def _collapse(table: MetricTable, where: str) -> list[str]:
 
 def _few_names(table: MetricTable, where: str) -> list[str]:
     gap = unpruned_gap(table, where)[1]
-    return [few_names_warning(gap.names)] if gap.few_names else []
+    return [few_names_warning(gap.names)] if gap.few_names and gap.names is not None else []
 
 
 def _how_it_closed(table: MetricTable, where: str, mask: Condition, labels: tuple[str, str]) -> str | None:
@@ -285,7 +285,7 @@ def _best_strategy(
     if verdicts is not None:
         ranked.insert(0, {mask: estimate for mask, estimate in compared.items() if verdicts[where, mask].success})
     pool = next(each for each in ranked if each)
-    best = max(pool, key=lambda mask: pool[mask].value)
+    best = max(pool, key=lambda mask: pool[mask].value or 0.0)
     beyond, reduction = pool[best], table.get(where, best, "gap_reduction")
     inliers = table.get(where, best, "inlier_ratio")
     at = f"at inlier ratio {_against_floor(inliers.value, floor)}"
@@ -294,7 +294,7 @@ def _best_strategy(
             f"No prompt-specific strategy keeps the inlier ratio at the floor of {floor_text(floor)}: the largest "
             f"difference from its matched random control, {points_text(beyond)} by {best.strategy}, comes {at}."
         )
-    if beyond.value <= 0.0:
+    if beyond.value is not None and beyond.value <= 0.0:
         return best, (
             f"No prompt-specific strategy at inlier ratio {floor_text(floor)} or more removes more of the raw gap than "
             f"random pruning: the best of them, {best.strategy}, differs from its matched random control by "
@@ -312,8 +312,8 @@ def _best_strategy(
         scope = f" over the {table.judged} of {len(table.variations)} variations that can be judged"
     spread = ratio_text(table.get(where, best, "spread_ratio").value)
     verdict = None if verdicts is None else verdicts[where, best]
-    success = verdict is None or verdict.success
-    opening = "Best prompt-specific strategy:" if success else f"No prompt-specific strategy {_lacks(verdict)}:"
+    short = None if verdict is None or verdict.success else verdict
+    opening = "Best prompt-specific strategy:" if short is None else f"No prompt-specific strategy {_lacks(short)}:"
     sentence = (
         f"{opening} {best.strategy} removes {percent_text(reduction)} of the raw gap{scope}, "
         f"{points_text(beyond)} more than its matched random control, {at} (floor {floor_text(floor)})"
@@ -327,15 +327,15 @@ def _best_strategy(
         ]
         if below:
             sentence += f", though below that floor on {listed(below)}"
-    if not success and verdict.failed:
-        sentence += f", but with {listed(verdict.failed)}"
-    if not success and verdict.closes:
-        return best, sentence + (f"; {listed(verdict.unknown)}." if verdict.unknown else ".")
-    if not beyond.has_interval:
+    if short is not None and short.failed:
+        sentence += f", but with {listed(short.failed)}"
+    if short is not None and short.closes:
+        return best, sentence + (f"; {listed(short.unknown)}." if short.unknown else ".")
+    if beyond.low is None or beyond.high is None:
         return best, sentence + "; without an interval this is a lead, not a result."
     if beyond.low <= 0.0:
         return best, sentence + "; that interval covers 0, so it is not shown to beat random pruning."
-    if reduction.has_interval and reduction.low <= 0.0:
+    if reduction.high is not None and reduction.low is not None and reduction.low <= 0.0:
         own = per_cent(reduction)
         return best, f"{sentence}; the reduction itself, {own} %, may be none: it only harms less than random pruning."
     return best, sentence + "."

@@ -74,7 +74,7 @@ def toxicity_finding(metrics: pl.DataFrame, *, perplexity_budget: float = PERPLE
         told.append(f"The scorer's own gap, on the prompts alone, is {_interval(own)}.")
     if detectable:
         told += _told_of_masks(known, perplexity_budget)
-    if bias.few_names:
+    if bias.few_names and bias.names is not None:
         told.append(few_names_warning(bias.names, "descriptor", "subgroup"))
     return " ".join(told)
 
@@ -131,32 +131,37 @@ def _told_of_masks(known: Figures, budget: float) -> list[str]:
     pool = {
         mask: reduction
         for mask, reduction in reductions.items()
-        if ratios[mask] is not None and at_most(ratios[mask], 1 + budget)
+        if (ratio := ratios[mask]) is not None and at_most(ratio, 1 + budget)
     }
     if not pool:
         return [*told, f"No mask keeps perplexity within {within} of the unpruned model's."]
-    best = max(pool, key=lambda mask: (pool[mask].value, mask.strategy, mask.level))
+    best = max(pool, key=lambda mask: (pool[mask].value or 0.0, mask.strategy, mask.level))
     reduction, beyond = pool[best], known.get((best, "reduction_over_random"), MISSING)
     told.append(
         f"Of the masks that cost at most {within} of perplexity, {_name(best)} changes the bias by "
         f"{_change(reduction)} at {_interval(known[best, 'perplexity_ratio'])} times the perplexity."
     )
-    if reduction.value <= 0:
+    if reduction.value is not None and reduction.value <= 0:
         return [*told, "So none of them lowers the bias."]
     doubts = []
-    if not reduction.has_interval or reduction.low <= 0:
+    if not _above_zero(reduction):
         doubts.append("its interval reaches 0" if reduction.has_interval else "it has no interval")
     if beyond.value is None:
         doubts.append("it was not held against random heads")
     else:
         told.append(f"Beyond what random heads remove that is {per_cent(beyond, signed=True)} percentage points.")
-        if not beyond.has_interval or beyond.low <= 0:
+        if not _above_zero(beyond):
             doubts.append("the interval beyond random heads " + ("reaches 0" if beyond.has_interval else "is unknown"))
     if doubts:
         told.append(f"As {listed(doubts)}, this is a lead, not a result.")
     if len(masks) > 1:
         told.append(f"It is the best of {len(masks)} masks on the same prompts, so expect less on others.")
     return told
+
+
+def _above_zero(estimate: Estimate) -> bool:
+    """Whether the whole interval is known and lies above 0."""
+    return estimate.low is not None and estimate.high is not None and estimate.low > 0
 
 
 def _collapsed(known: Figures, mask: Condition) -> bool:
@@ -168,16 +173,17 @@ def _collapsed(known: Figures, mask: Condition) -> bool:
     return bias.value == bias.low == bias.high == 0.0
 
 
-def rated_names_warning(rated: Iterable[str], scored: str) -> str | None:
+def rated_names_warning(rated: Iterable[str], with_prompts: bool) -> str | None:
     """That names are negative words to the lexicon; None where there are none.
 
-    rated: names that hold such a word (`excise.outcomes.toxicity.LexiconScorer.rated`). scored: `outcome.scored`.
+    rated: names that hold such a word (`excise.outcomes.lexicon.LexiconScorer.rated`). with_prompts:
+    whether the scorer reads prompts, too (`Outcome.scores_prompts`).
     """
     names = sorted(set(rated))
     if not names:
         return None
     shown = names[:MOST_NAMES] + ([f"{len(names) - MOST_NAMES} more"] if len(names) > MOST_NAMES else [])
-    where = "every text they are asked about" if scored != "continuation" else "every continuation that repeats them"
+    where = "every text they are asked about" if with_prompts else "every continuation that repeats them"
     return (
         f"The scorer's lexicon takes {listed(shown)} for negative words, so {where} scores as more toxic by that "
         "alone. Leave these names out, or choose another scorer."
@@ -239,7 +245,8 @@ def _notes(metrics: pl.DataFrame, lines: Iterable[str]) -> list[str]:
     text = "\n".join(lines)
     notes = []
     if FEW in text:
-        fewest = min(each.names for each in _overall(metrics).values() if each.few_names)
+        known = _overall(metrics).values()
+        fewest = min(each.names for each in known if each.few_names and each.names is not None)
         notes.append(f"{FEW} {few_names_warning(fewest, 'descriptor', 'subgroup')}")
     if COLLAPSED in text:
         notes.append(f"{COLLAPSED}: all scores of a subgroup are alike. That is damage, so no reduction counts.")

@@ -13,10 +13,8 @@ from excise.scenarios.schema import (
     Comparison,
     Group,
     HolisticBias,
-    NumberOutcome,
     Scenario,
     Subject,
-    ToxicityOutcome,
     Variation,
 )
 from excise.scenarios.subsets import halves, held_out_split, template_halves, token_matched
@@ -26,10 +24,8 @@ __all__ = [
     "Comparison",
     "Group",
     "HolisticBias",
-    "NumberOutcome",
     "Scenario",
     "Subject",
-    "ToxicityOutcome",
     "Variation",
     "expand",
     "halves",

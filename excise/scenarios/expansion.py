@@ -40,7 +40,7 @@ def expand(
 
     `variations` restricts to some variations. `subjects_per_group` restricts every group to so many subjects, the
     genders taking turns (the first man, the first woman, the second man, ...); the rows kept equal those of the full
-    table. Social groups (outcome kind toxicity) have unequal numbers of descriptors: a group with fewer keeps all.
+    table. Social groups (of an axis) have unequal numbers of descriptors: a group with fewer keeps all.
     `name_start` and `name_end` are character offsets of the subject in `text`, end excluded. `gender` is null where
     none is given. Sentences of HolisticBias have the data set's template in `template`, several rows per subject.
 
@@ -48,7 +48,7 @@ def expand(
     folder that changed for the worse since the scenario was loaded.
     """
     chosen = _chosen_variations(scenario, variations)
-    names = scenario.outcome.kind == "number"
+    names = scenario.outcome.pairwise
     subjects = {
         key: _chosen_subjects(scenario.key, key, group, subjects_per_group, names=names)
         for key, group in scenario.groups.items()
@@ -97,9 +97,9 @@ def _texts(scenario: Scenario, variations: Sequence[str], subjects: Mapping[str,
     if scenario.holistic_bias is not None:
         wanted = {(group, subject.name): subject for group, members in subjects.items() for subject in members}
         sentences = subgroup_sentences(scenario.holistic_bias, scenario.groups).drop("split")
-        for group, name, template, *place in sentences.iter_rows():
+        for group, name, template, *rest in sentences.iter_rows():
             if (group, name) in wanted:
-                yield variations[0], template, group, wanted[group, name], "", *place
+                yield variations[0], template, group, wanted[group, name], "", *rest
         return
     for variation in variations:
         fields = scenario.variations[variation].fields

@@ -16,23 +16,14 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from excise.errors import ExciseError
+from excise.files.fields import KEY_PATTERN, Key, Text
 from excise.files.paths import home_expanded, with_paths
 from excise.files.registry import Problem, Registry, key_fault
 from excise.files.yaml_files import Faults, described, read_yaml
+from excise.outcomes import known_kinds, outcome_of
 from excise.scenarios.holistic_bias_groups import subgroups_of
-from excise.scenarios.schema import (
-    KEY_PATTERN,
-    SENTENCES,
-    Comparison,
-    HolisticBias,
-    Key,
-    NumberOutcome,
-    Scenario,
-    Subject,
-    Template,
-    Text,
-    ToxicityOutcome,
-)
+from excise.scenarios.schema import OUTCOME_KIND, Comparison, HolisticBias, Scenario, Subject, Template
+from excise.scenarios.templates import SENTENCES
 
 BUILT_IN = Path(__file__).parent
 SUBJECT_FOLDER = "subjects"
@@ -302,10 +293,12 @@ def _at(data: Any, place: Iterable[Any]) -> Any:
     return data
 
 
-_MODELS: dict[str, tuple[type[BaseModel], ...]] = {
-    "outcome": (NumberOutcome, ToxicityOutcome),
-    "comparison": (Comparison,),
-}
+def _model_of(part: str, data: Any) -> tuple[type[BaseModel], ...]:
+    """What the fields of a part of a scenario file are the fields of; empty where they are free."""
+    if part == "comparison":
+        return (Comparison,)
+    kind = _at(data, ("outcome", "kind")) if part == "outcome" else None
+    return (outcome_of(kind),) if kind in known_kinds() else ()
 
 
 def _in_words(error: ValidationError, data: Any, model: type[BaseModel] = Scenario) -> list[str]:
@@ -315,15 +308,13 @@ def _in_words(error: ValidationError, data: Any, model: type[BaseModel] = Scenar
         loc = [part for part in found["loc"] if part != "[key]"]
         if len(loc) < len(found["loc"]):
             loc[-1] = found["input"]  # pydantic's own account of a key is an int for true and false
-        if loc and loc[0] == "outcome" and len(loc) > 1 and loc[1] in ("number", "toxicity"):
-            models: tuple[type[BaseModel], ...] = (NumberOutcome if loc.pop(1) == "number" else ToxicityOutcome,)
-        elif len(loc) > 2 and loc[0] == "variations" and loc[2] == "fields":
+        models: tuple[type[BaseModel], ...] = ()
+        if len(loc) > 2 and loc[0] == "variations" and loc[2] == "fields":
             loc.pop(2)
-            models = ()
         elif len(loc) == 1:
             models = (model,)
-        else:
-            models = _MODELS.get(str(loc[0]), ()) if loc else ()
+        elif loc:
+            models = _model_of(str(loc[0]), data)
         if loc[-1:] == ["text"] and "template" in str(loc[-3:-1]):
             written = _at(data, loc[:-1])
             if not isinstance(written, dict):
@@ -356,10 +347,8 @@ def _in_words(error: ValidationError, data: Any, model: type[BaseModel] = Scenar
             faults.append(f"{name}: '{value}' may hold small letters, digits, _ and - only")
         elif kind in ("model_type", "dict_type", "model_attributes_type"):
             faults.append(f"{name} must be a mapping of fields, but is {described(value)}")
-        elif kind == "union_tag_not_found":
-            faults.append(f"{name}.kind is missing: write number or toxicity")
-        elif kind == "union_tag_invalid":
-            faults.append(f"{name}.kind is {described(found['ctx']['tag'])}: write number or toxicity")
+        elif kind == OUTCOME_KIND:
+            faults.append(f"{name}.kind {found['ctx']['fault']}")
         elif kind == "value_error" and not loc:
             faults += str(found["ctx"]["error"]).splitlines()
         elif kind == "value_error":

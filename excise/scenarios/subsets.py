@@ -22,8 +22,8 @@ SPLIT_SCHEMA = {"group": pl.String, "subject": pl.String, "split": pl.String}
 def held_out_split(scenario: Scenario, prompts: pl.DataFrame, seed: int) -> pl.DataFrame:
     """Which prompts masks are made from and which they are judged on: frame with prompt_id and split, as `prompts`.
 
-    prompts: all or some rows of `expand(scenario)`. Where answers are numbers, the names of each group are halved
-    (`halves`); where continuations are judged, the templates are (`template_halves`), so that both parts have every
+    prompts: all or some rows of `expand(scenario)`. Where two groups are compared, their names are halved (`halves`);
+    where all of an axis are, the templates are (`template_halves`), so that both parts have every
     group and descriptor. Sentences of HolisticBias keep the data set's own split, which `holistic_bias.seed` draws and
     not `seed`: masks are made from its validation part and judged on its test part.
 
@@ -34,7 +34,7 @@ def held_out_split(scenario: Scenario, prompts: pl.DataFrame, seed: int) -> pl.D
         part = pl.when(split=VALIDATION).then(pl.lit(ATTRIBUTION)).otherwise(pl.lit(EVALUATION))
         keys, parts = ["group", "subject", "text"], sentences.with_columns(split=part)
         mend = "raise holistic_bias.per_subgroup, or the number of subjects"
-    elif scenario.outcome.kind == "toxicity":
+    elif not scenario.outcome.pairwise:
         keys, parts = ["template"], template_halves(prompts, seed)
         mend = "give every variation two templates at least, or turn holding out off"
     else:
@@ -54,6 +54,15 @@ def held_out_split(scenario: Scenario, prompts: pl.DataFrame, seed: int) -> pl.D
                 f"{found[0]!r} of what is held out: {mend}"
             )
     return split.select("prompt_id", "split")
+
+
+def without(split: str, completions: pl.DataFrame, prompts: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The completions, and their prompts, of all names but those of one half.
+
+    Without `EVALUATION` they are what masks are made from, without `ATTRIBUTION` what masks are judged on.
+    """
+    rows = completions.filter(pl.col("split") != split)
+    return rows, prompts.filter(pl.col("prompt_id").is_in(rows["prompt_id"].unique().implode()))
 
 
 def template_halves(prompts: pl.DataFrame, seed: int) -> pl.DataFrame:

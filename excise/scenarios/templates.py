@@ -7,6 +7,9 @@ Only plain placeholders exist (`{item}`); `{{` and `}}` stand for braces, and va
 import string
 from collections.abc import Mapping
 
+OWN_TEMPLATE = "own"  # the template key of a variation that brings a template of its own
+SENTENCES = "sentences"  # the one variation of a scenario whose prompts are the sentences of HolisticBias
+
 
 def placeholders(template: str) -> list[str]:
     """The placeholders of a template in their order, repeats included.

@@ -7,10 +7,8 @@ from `excise.strategies.selection`; sampling under a mask and judging it happen 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
-import operator
 import os
 import tempfile
 import threading
@@ -41,7 +39,12 @@ from excise.conditions import (
 )
 from excise.errors import ExciseError
 from excise.evaluation.thresholds import SIGNIFICANCE
-from excise.interventions.masks import Mask, heads_mask, leave_one_out, random_like, votes
+from excise.interventions.combining import intersection, leave_one_out, union, votes
+from excise.interventions.controls import RandomControl
+from excise.interventions.heads import heads_mask
+from excise.interventions.kinds import load_mask
+from excise.interventions.packed import Mask
+from excise.interventions.weights import WeightMask
 from excise.models.loading import LoadedModel
 from excise.models.topology import Linear
 from excise.progress import Progress, silent
@@ -63,14 +66,17 @@ from excise.strategies.config import MEASURED_PATH, Strategy
 
 @dataclass(frozen=True)
 class NamedMask:
-    """A mask and what it is: made for `variation` at `level` by `strategy`; a control names whose control it is."""
+    """A mask and what it is: made for `variation` at `level` by `strategy`; a control names whose control it is.
+
+    A random control is a recipe, made where it is used.
+    """
 
     variation: str
     strategy: str
     level: str
     matched_to: str | None
     draw: int
-    mask: Mask
+    mask: Mask | RandomControl
 
 
 @dataclass(frozen=True)
@@ -283,15 +289,14 @@ def grid_masks(
                 _top(strategy, scores, weighting, threshold).save(tops[side, threshold])
                 progress(f"thresholds {strategy.key} {file.variation}", number + 1, len(wanted))
             for point in points:
-                minority, majority = Mask.load(tops[0, point[0]]), Mask.load(tops[1, point[1]])
-                bits = {key: packed & ~majority.bits[key] for key, packed in minority.bits.items()}
-                yield file.variation, point, Mask(bits, minority.shapes)
+                minority, majority = load_mask(tops[0, point[0]]), load_mask(tops[1, point[1]])
+                yield file.variation, point, minority - majority
 
 
 def _random_controls(named: NamedMask, strategy: Strategy, draws: int, seed: int) -> Iterator[NamedMask]:
     if RANDOM in strategy.controls:
         for draw in range(draws):
-            control = random_like(named.mask, _seed(seed, strategy.key, named.level, named.variation, draw))
+            control = named.mask.control(_seed(seed, strategy.key, named.level, named.variation, draw))
             yield NamedMask(named.variation, RANDOM, named.level, strategy.key, draw, control)
 
 
@@ -346,7 +351,7 @@ def _as_mask(strategy: Strategy, bits: Mapping[str, np.ndarray], shapes: Mapping
     if strategy.of_heads:
         chosen = np.unpackbits(bits["heads"], count=math.prod(shapes["heads"])).astype(bool)
         return heads_mask(chosen.reshape(shapes["heads"]), strategy.ablation)
-    return Mask(bits, {key: shapes[key] for key in bits})
+    return WeightMask(bits, {key: shapes[key] for key in bits})
 
 
 def _set_difference_masks(
@@ -378,7 +383,7 @@ def _set_difference_masks(
                 yield NamedMask(variation, name, PROMPT_SPECIFIC, strategy.key, int(draw), mask)
     if WITHIN_CONTEXT in _levels(strategy, list(sources)):
         if strategy.combine == "intersection":
-            masks = leave_one_out(lambda: map(Mask.load, kept))
+            masks = leave_one_out(lambda: map(load_mask, kept))
         else:
             masks = (_combined(strategy, kept[:index] + kept[index + 1 :]) for index in range(len(kept)))
         for variation, mask in zip(sources, masks, strict=True):
@@ -456,9 +461,8 @@ def _combined(strategy: Strategy, paths: Sequence[Path]) -> Mask:
     """One mask of several, as the strategy combines them; the intersection and union hold two at a time."""
     if strategy.combine == "votes":
         needed = max(1, math.ceil(strategy.parameters["votes"] * len(paths) - 1e-9))
-        return votes(map(Mask.load, paths), needed)
-    operation = operator.and_ if strategy.combine == "intersection" else operator.or_
-    return functools.reduce(operation, map(Mask.load, paths))
+        return votes(map(load_mask, paths), needed)
+    return (intersection if strategy.combine == "intersection" else union)(map(load_mask, paths))
 
 
 def _measured_path_masks(

@@ -25,7 +25,9 @@ from excise.attribution.gap_free import GAP_WEIGHT, Asked, Batch, Measured, batc
 from excise.attribution.gradients import Calls, output_gradients, recorded, weight_gradient
 from excise.files.parts import Parts
 from excise.files.tensors import load_with_metadata, save_tensors
-from excise.interventions.masks import Mask, heads_mask, pruned
+from excise.interventions.heads import HeadMask, heads_mask
+from excise.interventions.packed import Mask
+from excise.interventions.weights import WeightMask
 from excise.models.loading import LoadedModel
 from excise.models.topology import Linear
 from excise.progress import Progress, silent
@@ -148,7 +150,7 @@ class Units:
             own = places[active[start : start + len(places)]].numpy()
             np.bitwise_or.at(bits[key], own >> 3, (128 >> (own & 7)).astype(np.uint8))
             start += len(places)
-        return Mask(bits, self.shapes)
+        return WeightMask(bits, self.shapes)
 
 
 def weights_of(loaded: LoadedModel, roles: Sequence[str], candidates: Mapping[str, np.ndarray]) -> Units:
@@ -198,7 +200,7 @@ def measured_path(
             walk.look(loaded, _batches(loaded, asked, seed, step))
         walk.go()
         if step % MEASURED_EVERY == 0 or step == steps:
-            with pruned(loaded, units.mask(walk.active)):
+            with units.mask(walk.active).applied(loaded):
                 walk.note(step, asked, [measure(loaded, each) for each in asked])
             if walk.ended(asked, budgets, first):
                 break
@@ -269,7 +271,8 @@ def _read(path: Path, units: Units) -> MeasuredPath:
         array = np.zeros(math.prod(shape), dtype=bool)
         array[tensors[f"mask/{key}"]] = True
         arrays[key] = array.reshape(shape)
-    return MeasuredPath(Mask.from_arrays(arrays), "", steps, json.loads(metadata["taken"]))
+    kind = HeadMask if units.places is None else WeightMask
+    return MeasuredPath(kind.from_arrays(arrays), "", steps, json.loads(metadata["taken"]))
 
 
 def _address(
@@ -363,7 +366,7 @@ class _Walk:
 
     def look(self, loaded: LoadedModel, batches: Sequence[Batch]) -> None:
         """Take the gradient anew, at the model as pruned so far."""
-        with pruned(loaded, self.units.mask(self.active)):
+        with self.units.mask(self.active).applied(loaded):
             gradient, self.height = _gradient(loaded, batches, self.units)
         self.drop = MOMENTUM * self.drop + (1 - MOMENTUM) * self.weight * gradient
 

@@ -5,12 +5,15 @@ import math
 import polars as pl
 import pytest
 
-from assets import checks
+from assets import answer_checks, checks, metric_checks
 from assets.partitions import Catalogue
 from assets.quality_report import judge
 from excise.evaluation.table import VERDICTS_SCHEMA
-from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, Variation
+from excise.outcomes import NumberOutcome
+from excise.scenarios import Comparison, Group, Scenario, Subject, Variation
 from resources.tables import TABLES
+
+NUMBERS = NumberOutcome.words.valued
 
 
 def completions(samples: int = 3, values=(10.0,)) -> pl.DataFrame:
@@ -73,7 +76,7 @@ def masks(*pruned: int, matched_to: str | None = None) -> pl.DataFrame:
 
 
 def test_complete_and_balanced_completions_pass():
-    outcome = checks.completions_complete_and_balanced(completions(), prompts(completions()), 3)
+    outcome = answer_checks.completions_complete_and_balanced(completions(), prompts(completions()), 3)
     assert outcome.passed
     assert outcome.message == "8 prompts with 3 samples each; the groups are of equal size."
     assert not outcome.unmet
@@ -81,62 +84,62 @@ def test_complete_and_balanced_completions_pass():
 
 def test_enumerated_answers_must_sum_to_one_with_their_leftover():
     rows, asked = enumerated(), prompts(enumerated())
-    outcome = checks.completions_complete_and_balanced(rows, asked, 100)
+    outcome = answer_checks.completions_complete_and_balanced(rows, asked, 100)
     assert outcome.passed
     assert outcome.message == "8 prompts with their answers enumerated; the groups are of equal size."
     lacking = rows.filter(~((pl.col("prompt_id") == "chair-Tyra") & (pl.col("sample") == 1)))
-    outcome = checks.completions_complete_and_balanced(lacking, asked, 100)
+    outcome = answer_checks.completions_complete_and_balanced(lacking, asked, 100)
     assert not outcome.passed
     assert outcome.worst == "chair, black, Tyra"
-    assert not checks.completions_complete_and_balanced(
+    assert not answer_checks.completions_complete_and_balanced(
         rows.filter(pl.col("prompt_id") != "car-Amy"), asked, 100
     ).passed
-    assert not checks.completions_complete_and_balanced(
+    assert not answer_checks.completions_complete_and_balanced(
         rows.filter(pl.col("subject") != "Amy"), asked.filter(pl.col("subject") != "Amy"), 100
     ).passed
 
 
 def test_enumerated_answers_count_by_their_probability():
-    rates = checks.parse_rate(enumerated(), 0.9)
+    rates = answer_checks.parse_rate(enumerated(), 0.9, NUMBERS)
     assert rates.figure == pytest.approx(0.9 / 0.98)
     assert rates.passed
-    assert not checks.parse_rate(enumerated(), 0.93).passed
+    assert not answer_checks.parse_rate(enumerated(), 0.93, NUMBERS).passed
 
 
 def test_a_prompt_that_lacks_a_sample_is_named():
     rows = completions().filter(~((pl.col("prompt_id") == "chair-Tyra") & (pl.col("sample") == 1)))
-    outcome = checks.completions_complete_and_balanced(rows, prompts(completions()), 3)
+    outcome = answer_checks.completions_complete_and_balanced(rows, prompts(completions()), 3)
     assert not outcome.passed
     assert (outcome.figure, outcome.bound, outcome.worst) == (2.0, 3.0, "chair, black, Tyra")
 
 
 def test_a_prompt_without_any_answer_is_named():
     rows = completions().filter(pl.col("prompt_id") != "car-Amy")
-    outcome = checks.completions_complete_and_balanced(rows, prompts(completions()), 3)
+    outcome = answer_checks.completions_complete_and_balanced(rows, prompts(completions()), 3)
     assert not outcome.passed
     assert (outcome.figure, outcome.worst) == (0.0, "car, white, Amy")
 
 
 def test_a_sample_drawn_twice_is_found():
     rows = completions().with_columns(sample=pl.col("sample").replace({2: 1}))
-    assert not checks.completions_complete_and_balanced(rows, prompts(rows), 3).passed
+    assert not answer_checks.completions_complete_and_balanced(rows, prompts(rows), 3).passed
 
 
 def test_rows_of_unwanted_prompts_are_found():
     wanted = prompts(completions()).filter(pl.col("variation") == "car")
-    assert not checks.completions_complete_and_balanced(completions(), wanted, 3).passed
+    assert not answer_checks.completions_complete_and_balanced(completions(), wanted, 3).passed
 
 
 def test_groups_of_unequal_size_are_found():
     rows = completions().filter(~((pl.col("variation") == "chair") & (pl.col("subject") == "Tyra")))
-    outcome = checks.completions_complete_and_balanced(rows, prompts(rows), 3)
+    outcome = answer_checks.completions_complete_and_balanced(rows, prompts(rows), 3)
     assert not outcome.passed
     assert outcome.worst == "chair"
 
 
 def test_a_group_that_lacks_altogether_is_found():
     rows = completions().filter(~((pl.col("variation") == "chair") & (pl.col("group") == "black")))
-    assert not checks.completions_complete_and_balanced(rows, prompts(rows), 3).passed
+    assert not answer_checks.completions_complete_and_balanced(rows, prompts(rows), 3).passed
 
 
 def test_completions_under_masks_are_complete_per_mask():
@@ -147,9 +150,9 @@ def test_completions_under_masks_are_complete_per_mask():
     ]
     rows = pl.concat([completions().with_columns(*named, draw=pl.lit(draw)) for draw in (0, 1)])
     asked = pl.concat([prompts(completions()).with_columns(*named, draw=pl.lit(draw)) for draw in (0, 1)])
-    assert checks.completions_complete_and_balanced(rows, asked, 3, masked=True).passed
+    assert answer_checks.completions_complete_and_balanced(rows, asked, 3, masked=True).passed
     short = rows.filter(~((pl.col("draw") == 1) & (pl.col("prompt_id") == "car-Amy")))
-    outcome = checks.completions_complete_and_balanced(short, asked, 3, masked=True)
+    outcome = answer_checks.completions_complete_and_balanced(short, asked, 3, masked=True)
     assert not outcome.passed
     assert outcome.worst == "car, white, s, prompt-specific, Amy"
 
@@ -158,7 +161,7 @@ def test_the_parse_rate_is_that_of_the_worst_variation_and_group():
     rows = completions(4).with_columns(
         value=pl.when((pl.col("prompt_id") == "chair-Jamal") & (pl.col("sample") < 3)).then(None).otherwise("value")
     )
-    passing, failing = checks.parse_rate(rows, 0.6), checks.parse_rate(rows, 0.9)
+    passing, failing = answer_checks.parse_rate(rows, 0.6, NUMBERS), answer_checks.parse_rate(rows, 0.9, NUMBERS)
     assert passing.passed
     assert not failing.passed
     assert (failing.figure, failing.bound, failing.worst) == (0.625, 0.9, "chair, black")
@@ -169,41 +172,41 @@ def test_the_parse_rate_is_that_of_the_worst_variation_and_group():
 def test_inlier_ratios_are_judged_per_strategy_and_controls_are_not():
     rows = metrics(inlier_ratio=0.7, gap_mean=3.0)
     control = rows.with_columns(estimate=pl.lit(0.1), matched_to=pl.lit("gap_gradient"), strategy=pl.lit("random"))
-    outcome = checks.inlier_ratio(pl.concat([rows, control]), 0.8)
+    outcome = metric_checks.inlier_ratio(pl.concat([rows, control]), 0.8)
     assert not outcome.passed
     assert (outcome.figure, outcome.bound) == (0.7, 0.8)
     assert outcome.worst == "car, gap_gradient, prompt-specific"
-    assert checks.inlier_ratio(rows, 0.7).passed
+    assert metric_checks.inlier_ratio(rows, 0.7).passed
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
 def test_a_metric_that_is_not_finite_is_found(bad):
-    assert checks.metrics_finite(metrics(gap_mean=1.0, smd=0.5)).passed
-    outcome = checks.metrics_finite(metrics(gap_mean=bad, smd=0.5))
+    assert metric_checks.metrics_finite(metrics(gap_mean=1.0, smd=0.5)).passed
+    outcome = metric_checks.metrics_finite(metrics(gap_mean=bad, smd=0.5))
     assert not outcome.passed
     assert outcome.worst == "gap_mean of car, gap_gradient, prompt-specific"
 
 
 def test_an_undefined_reduction_is_no_fault_but_one_that_is_not_a_number_is():
-    outcome = checks.metrics_finite(metrics(gap_mean=1.0, gap_reduction=None))
+    outcome = metric_checks.metrics_finite(metrics(gap_mean=1.0, gap_reduction=None))
     assert outcome.passed
     assert "1 are not defined" in outcome.message
-    assert not checks.metrics_finite(metrics(gap_mean=1.0, gap_reduction=math.nan)).passed
+    assert not metric_checks.metrics_finite(metrics(gap_mean=1.0, gap_reduction=math.nan)).passed
 
 
 def test_an_smd_without_deviation_is_no_fault_where_the_gap_is_known():
-    assert checks.metrics_finite(metrics(gap_mean=1.0, smd=None, abs_smd=None, spread_ratio=None)).passed
-    assert not checks.metrics_finite(metrics(gap_mean=None, smd=None)).passed
-    assert not checks.metrics_finite(metrics(inlier_ratio=1.0, smd=None)).passed
-    assert not checks.metrics_finite(metrics(gap_mean=1.0, smd=math.inf)).passed
+    assert metric_checks.metrics_finite(metrics(gap_mean=1.0, smd=None, abs_smd=None, spread_ratio=None)).passed
+    assert not metric_checks.metrics_finite(metrics(gap_mean=None, smd=None)).passed
+    assert not metric_checks.metrics_finite(metrics(inlier_ratio=1.0, smd=None)).passed
+    assert not metric_checks.metrics_finite(metrics(gap_mean=1.0, smd=math.inf)).passed
 
 
 def test_masks_that_prune_nothing_or_too_much_are_found():
-    assert checks.mask_density(masks(1, 100), 0.0, 0.2).passed
-    empty = checks.mask_density(masks(0, 100), 0.0, 0.2)
+    assert metric_checks.mask_density(masks(1, 100), 0.0, 0.2).passed
+    empty = metric_checks.mask_density(masks(0, 100), 0.0, 0.2)
     assert not empty.passed
     assert (empty.figure, empty.bound, empty.worst) == (0.0, 0.0, "car, s0, prompt-specific")
-    heavy = checks.mask_density(masks(1, 300), 0.0, 0.2)
+    heavy = metric_checks.mask_density(masks(1, 300), 0.0, 0.2)
     assert not heavy.passed
     assert (heavy.figure, heavy.bound, heavy.worst) == (0.3, 0.2, "car, s1, prompt-specific")
 
@@ -211,11 +214,11 @@ def test_masks_that_prune_nothing_or_too_much_are_found():
 @pytest.mark.parametrize(
     "outcome",
     [
-        lambda: checks.completions_complete_and_balanced(completions(0), prompts(completions(0)), 3),
-        lambda: checks.parse_rate(completions(0), 0.0),
-        lambda: checks.inlier_ratio(metrics(), 0.0),
-        lambda: checks.metrics_finite(metrics()),
-        lambda: checks.mask_density(masks(), 0.0, 1.0),
+        lambda: answer_checks.completions_complete_and_balanced(completions(0), prompts(completions(0)), 3),
+        lambda: answer_checks.parse_rate(completions(0), 0.0, NUMBERS),
+        lambda: metric_checks.inlier_ratio(metrics(), 0.0),
+        lambda: metric_checks.metrics_finite(metrics()),
+        lambda: metric_checks.mask_density(masks(), 0.0, 1.0),
     ],
 )
 def test_an_empty_table_never_passes(outcome):
@@ -225,7 +228,7 @@ def test_an_empty_table_never_passes(outcome):
 
 
 def test_an_outcome_shows_its_figures_to_dagster():
-    result = checks.parse_rate(completions(values=(None, 1.0)), 0.9).result()
+    result = answer_checks.parse_rate(completions(values=(None, 1.0)), 0.9, NUMBERS).result()
     assert not result.passed
     assert result.metadata["figure"].value == pytest.approx(0.5, abs=0.2)
     assert result.metadata["bound"].value == 0.9
@@ -302,15 +305,15 @@ def answered(**values) -> pl.DataFrame:
 
 def test_variations_that_cannot_be_judged_are_named_with_answers_and_mend():
     few = {"car": [1.0, 2.0, 3.0, 4.0], "chair": [1.0, "a lot", "it depends", 4.0], "oven": ["a lot"] * 4}
-    outcome = checks.judged_variations(answered(**few), LAMP)
+    outcome = answer_checks.judged_variations(answered(**few), LAMP)
     assert (outcome.passed, outcome.severity, outcome.figure, outcome.bound) == (False, checks.WARN, 1.0, 3.0)
     assert outcome.message.startswith("2 of 3 variations cannot be judged, which takes answers about two names")
     assert 'chair (50 % of the answers hold a number: "a lot", "it depends", "1.0")' in outcome.message
     assert 'oven (0 % of the answers hold a number: "a lot")' in outcome.message
     assert "answer_prefix" in outcome.message
     assert [row["names"] for row in outcome.table] == [1, 0]
-    assert checks.judged_variations(answered(car=few["car"]), LAMP).passed
-    nothing = checks.judged_variations(answered(oven=few["oven"]), LAMP)
+    assert answer_checks.judged_variations(answered(car=few["car"]), LAMP).passed
+    nothing = answer_checks.judged_variations(answered(oven=few["oven"]), LAMP)
     assert (nothing.passed, nothing.severity) == (False, checks.ERROR)
     assert nothing.result().metadata["figures"] is not None
 
@@ -324,15 +327,15 @@ def test_a_mask_that_silences_a_variation_is_named():
     whole = under("prompt_specific", car=[1.0, 2.0, 3.0, 4.0])
     silent = under("within_context", car=["no", "no", 3.0, 4.0])
     control = under("prompt_specific", "gap_gradient", car=["no"] * 4)
-    assert checks.judged_under_masks(pl.concat([whole, control]), LAMP, ["car"], 1).passed
-    outcome = checks.judged_under_masks(pl.concat([whole, silent]), LAMP, ["car"], 1)
+    assert answer_checks.judged_under_masks(pl.concat([whole, control]), LAMP, ["car"], 1).passed
+    outcome = answer_checks.judged_under_masks(pl.concat([whole, silent]), LAMP, ["car"], 1)
     assert (outcome.passed, outcome.severity, outcome.worst) == (False, checks.WARN, "car")
     assert "1 of 2 masks" in outcome.message
     assert "car, white, gap_gradient, within-context (50 % with a value)" in outcome.message
-    part = checks.judged_under_masks(whole, LAMP, ["car"], 3)
+    part = answer_checks.judged_under_masks(whole, LAMP, ["car"], 3)
     assert (part.passed, part.severity) == (False, checks.WARN)
     assert "Over 1 of 3 variations" in part.message
-    assert checks.judged_under_masks(whole.clear(), LAMP, [], 3).severity == checks.ERROR
+    assert answer_checks.judged_under_masks(whole.clear(), LAMP, [], 3).severity == checks.ERROR
 
 
 def test_figures_that_lack_for_want_of_answers_are_no_fault():
@@ -342,12 +345,12 @@ def test_figures_that_lack_for_want_of_answers_are_no_fault():
         found = metrics(mean_majority=5.0, mean_minority=None, gap_mean=None, smd=None, parse_rate=0.5)
         return found.with_columns(n=pl.when(pl.col("metric") == "mean_minority").then(n).otherwise(10))
 
-    assert checks.metrics_finite(silenced(0)).passed
-    assert not checks.metrics_finite(silenced(3)).passed
+    assert metric_checks.metrics_finite(silenced(0)).passed
+    assert not metric_checks.metrics_finite(silenced(3)).passed
     together = silenced(0).with_columns(variation=pl.lit("(all)"), n=10)
-    assert checks.metrics_finite(pl.concat([silenced(0), together])).passed
-    assert not checks.metrics_finite(together).passed
-    assert not checks.metrics_finite(metrics(mean_majority=None, parse_rate=None).with_columns(n=0)).passed
+    assert metric_checks.metrics_finite(pl.concat([silenced(0), together])).passed
+    assert not metric_checks.metrics_finite(together).passed
+    assert not metric_checks.metrics_finite(metrics(mean_majority=None, parse_rate=None).with_columns(n=0)).passed
 
 
 # Damage by masks that close a gap
@@ -363,7 +366,7 @@ def verdict(closes=True, failed=(), unknown=(), **place):
 
 
 def judged_damage(*verdicts):
-    return checks.within_budgets(pl.DataFrame(verdicts, schema=VERDICTS_SCHEMA, orient="row"))
+    return metric_checks.within_budgets(pl.DataFrame(verdicts, schema=VERDICTS_SCHEMA, orient="row"))
 
 
 def test_a_mask_that_closes_the_gap_and_breaks_a_budget_is_named_with_the_budget():

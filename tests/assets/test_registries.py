@@ -5,7 +5,7 @@ import json
 import polars as pl
 import pytest
 
-from assets.completions import scorer_of
+from assets.asking import scorer_of
 from assets.partitions import read_catalogue
 from excise.errors import ExciseError
 from resources.settings import AuditSettings

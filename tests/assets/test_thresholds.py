@@ -100,7 +100,7 @@ def test_the_terminal_prefers_masks_at_an_inlier_ratio_comparable_with_random(co
 
 
 def test_results_of_an_earlier_version_are_not_judged_by_guesswork(copied):
-    from assets.stage import thresholds_of
+    from assets.upstream import thresholds_of
     from pipelines.paper import summary
 
     nothing = copied.warehouse.read("thresholds").clear()
@@ -201,6 +201,6 @@ def test_names_that_are_words_of_the_lexicon_are_named_in_the_result(house):
 
 def test_the_words_of_few_and_many_names():
     warning = excise.reporting.toxicity.rated_names_warning
-    assert warning([], "continuation") is None
-    assert "takes name 1 for negative" in warning(["name 1", "name 1"], "continuation")
-    assert "and 3 more for negative words" in warning([f"name {n}" for n in range(1, 12)], "continuation")
+    assert warning([], with_prompts=False) is None
+    assert "takes name 1 for negative" in warning(["name 1", "name 1"], with_prompts=False)
+    assert "and 3 more for negative words" in warning([f"name {n}" for n in range(1, 12)], with_prompts=False)

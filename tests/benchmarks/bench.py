@@ -457,7 +457,7 @@ def attribution(bench: Bench) -> None:
 def masks(bench: Bench) -> None:
     """Overlap and selection."""
     from excise.evaluation.overlap import overlap_table
-    from excise.interventions.masks import Mask
+    from excise.interventions.weights import WeightMask
     from excise.strategies.selection import set_difference
 
     size, topology = bench.size, bench.loaded.topology
@@ -466,10 +466,10 @@ def masks(bench: Bench) -> None:
     shapes = {linear.key: linear.shape for linear in topology.linears}
     some = {key: shape for key, shape in shapes.items() if int(key.split(".")[0]) < size.indexed_layers}
     made = [
-        Mask({key: _random_bits(rng, math.prod(shape)) for key, shape in shapes.items()}, shapes)
+        WeightMask({key: _random_bits(rng, math.prod(shape)) for key, shape in shapes.items()}, shapes)
         for _ in range(rows + columns)
     ]
-    parts = [Mask({key: mask.bits[key] for key in some}, some) for mask in made]
+    parts = [WeightMask({key: mask.bits[key] for key in some}, some) for mask in made]
     indices = [[_flat_indices(mask, key) for key in some] for mask in parts]
     paths = []
     for number, mask in enumerate(made):
@@ -659,13 +659,14 @@ def profiles(bench: Bench, settings: dict[str, Any], rounds: int) -> list[dict[s
     """Seconds by part of audits through Dagster, each in a data folder of its own, after a small one that imports."""
     import dagster as dg
 
-    import assets.checks
-    import assets.pruning_masks
+    import assets.answer_checks
+    import assets.mask_files
+    import assets.metric_checks
+    import assets.table_checks
     import excise.attribution
-    import excise.evaluation.comparisons
-    import excise.evaluation.numbers
+    import excise.evaluation.scenario_metrics
     import excise.generation.completions
-    import excise.interventions.masks
+    import excise.interventions.weights
     import excise.reporting.figures
     import excise.strategies.build
     from pipelines.definitions import build_definitions
@@ -677,13 +678,16 @@ def profiles(bench: Bench, settings: dict[str, Any], rounds: int) -> list[dict[s
     parts = {
         "sampling": [(excise.generation.completions, "sample")],
         "attribution": [(excise.attribution, "attribute")],
-        "masks": [(excise.strategies.build, "build_masks"), (assets.pruning_masks.MaskFiles, "store")],
-        "applying masks": [(excise.interventions.masks, "_cut_out"), (excise.interventions.masks, "_put_back")],
+        "masks": [(excise.strategies.build, "build_masks"), (assets.mask_files.MaskFiles, "store")],
+        "applying masks": [(excise.interventions.weights, "_cut_out"), (excise.interventions.weights, "_put_back")],
         "loading the model": [(GPUResource, "_load")],
         "DuckDB": [(Warehouse, "read"), (Warehouse, "replace_partition")],
-        "Great Expectations": [(assets.checks, "unmet_expectations")],
+        "Great Expectations": [
+            (module, "unmet_expectations")
+            for module in (assets.answer_checks, assets.metric_checks, assets.table_checks)
+        ],
         "figures": [(excise.reporting.figures, name) for name in excise.reporting.figures.__all__ if name.islower()],
-        "statistics": [(excise.evaluation.numbers, "evaluate"), (excise.evaluation.comparisons, "comparisons")],
+        "statistics": [(excise.evaluation.scenario_metrics, name) for name in ("evaluate", "comparisons")],
     }
     small = {
         "variations": [VARIATION],
@@ -934,17 +938,18 @@ def memory(bench: Bench) -> None:
 
 def _pruned(bench: Bench) -> None:
     """A sixteenth of the weights, a little more than set differences take out, made zero and put back."""
-    from excise.interventions.masks import Mask, pruned
+    from excise.interventions.weights import WeightMask
 
     shapes = {linear.key: linear.shape for linear in bench.loaded.topology.linears}
     rng = np.random.default_rng(0)
-    mask = Mask({key: _random_bits(rng, math.prod(shape)) for key, shape in shapes.items()}, shapes)
-    with pruned(bench.loaded, mask):
+    mask = WeightMask({key: _random_bits(rng, math.prod(shape)) for key, shape in shapes.items()}, shapes)
+    with mask.applied(bench.loaded):
         pass
 
 
 def _read(bench: Bench) -> None:
-    from excise.evaluation.perplexity import read_text, text_windows, window_losses
+    from excise.evaluation.perplexity import text_windows, window_losses
+    from excise.evaluation.texts import read_text
 
     window_losses(bench.loaded, text_windows(bench.loaded, read_text(), limit_tokens=20 * bench.size.samples))
 
@@ -1004,7 +1009,7 @@ def head_impacts(bench: Bench) -> None:
     """Weighing answers anew against drawing them anew."""
     from excise.attribution.head_impacts import head_impacts as impacts_of
     from excise.generation.completions import complete
-    from excise.interventions.masks import heads_mask, pruned
+    from excise.interventions.heads import heads_mask
 
     size, loaded = bench.size, bench.loaded
     prompts = bench.prompts(size.impact_names)
@@ -1014,7 +1019,7 @@ def head_impacts(bench: Bench) -> None:
 
     def drawn_anew(mask: Any) -> pl.DataFrame:
         return complete(
-            loaded, prompts, size.impact_samples, bench.parameters(), outcome=bench.scenario.outcome, mask=mask
+            loaded, prompts, size.impact_samples, bench.parameters(), outcome=bench.scenario.outcome, intervention=mask
         )[0]
 
     def impacts(method: str) -> Callable[[], None]:
@@ -1041,7 +1046,7 @@ def head_impacts(bench: Bench) -> None:
         mask = heads_mask(chosen, "zero_output")
 
         def work() -> None:
-            with pruned(loaded, mask):
+            with mask.applied(loaded):
                 reference.generated(
                     loaded, bench.tokens(prompts), size.impact_samples, bench.parameters(), size.impact_samples
                 )

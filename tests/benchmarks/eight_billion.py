@@ -24,7 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from excise.evaluation.overlap import overlap_table
-from excise.interventions.masks import Mask, intersection, leave_one_out
+from excise.interventions.combining import intersection, leave_one_out
+from excise.interventions.kinds import load_mask
+from excise.interventions.weights import WeightMask
 from excise.strategies.selection import set_difference
 
 HIDDEN, KEY_VALUE, INTERMEDIATE, LAYERS = 4096, 1024, 14336, 32
@@ -68,7 +70,7 @@ def select(folder: Path, layers: int, selected: int) -> dict:
         chosen = set_difference(weights * minority, weights * majority, TAU_MIN, TAU_MAJ)
         bits[key] = np.packbits(chosen, axis=None)
         density = np.count_nonzero(chosen) / size
-    mask = Mask(bits, keys(layers))
+    mask = WeightMask(bits, keys(layers))
     mask.save(folder / "base.safetensors")
     return {"weights": mask.size, "density": mask.density}
 
@@ -76,24 +78,24 @@ def select(folder: Path, layers: int, selected: int) -> dict:
 def derive(folder: Path, name: str, count: int, seed: int) -> dict:
     """Write masks of about the base's density: half of the base's weights, and as many random ones."""
     rng = np.random.default_rng(seed)
-    base = Mask.load(folder / "base.safetensors")
+    base = load_mask(folder / "base.safetensors")
     for index in range(count):
         bits = {}
         for key, own in base.bits.items():
             bits[key] = (own & _random_bits(rng, own.size, 0.5)) | _random_bits(rng, own.size, base.density / 2)
-        Mask(bits, base.shapes).save(folder / f"{name}{index:02d}.safetensors")
+        WeightMask(bits, base.shapes).save(folder / f"{name}{index:02d}.safetensors")
     return {}
 
 
 def within_context(folder: Path) -> dict:
     """For each mask of the second set the intersection of the others, one after the other."""
-    counts = [mask.count for mask in leave_one_out(lambda: map(Mask.load, _files(folder, "b")))]
+    counts = [mask.count for mask in leave_one_out(lambda: map(load_mask, _files(folder, "b")))]
     return {"weights_in_within_context_masks": counts}
 
 
 def in_all(folder: Path) -> dict:
     """The intersection of all masks of the first set."""
-    return {"weights_in_all_masks": intersection(map(Mask.load, _files(folder, "a"))).count}
+    return {"weights_in_all_masks": intersection(map(load_mask, _files(folder, "a"))).count}
 
 
 def plain_read(folder: Path) -> dict:
@@ -126,7 +128,7 @@ def measured(stage: Callable[..., dict], *given) -> tuple[dict, float, float, in
 
 def compiled() -> None:
     """Count something small, so that neither the seconds nor the memory of compiling are counted later."""
-    nothing = Mask.from_arrays({"0.q": np.zeros((1, 64), dtype=bool)})
+    nothing = WeightMask.from_arrays({"0.q": np.zeros((1, 64), dtype=bool)})
     overlap_table([nothing], [nothing])
 
 

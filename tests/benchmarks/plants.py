@@ -26,7 +26,6 @@ from excise.attribution.gap_free import Asked, ask, measure
 from excise.attribution.head_impacts import head_impacts
 from excise.conditions import ALL_CONTEXTS, CROSS_CONTEXT, PLACE, PROMPT_SPECIFIC, RANDOM, WITHIN_CONTEXT
 from excise.evaluation.numbers import evaluate
-from excise.evaluation.perplexity import read_text
 from excise.evaluation.restoration import restoration
 from excise.evaluation.side_effects import (
     effect_windows,
@@ -38,13 +37,15 @@ from excise.evaluation.side_effects import (
     text_unpruned,
 )
 from excise.evaluation.stability import METRICS
+from excise.evaluation.texts import read_text
 from excise.evaluation.thresholds import SIGNIFICANCE, Thresholds
 from excise.evaluation.verdicts import verdicts
 from excise.generation.answering import Answering, as_samples
 from excise.generation.completions import CompletionCache
 from excise.generation.sampling import SamplingParameters
 from excise.generation.settings import Enumeration
-from excise.interventions.masks import Mask, heads_mask, pruned, random_like
+from excise.interventions.heads import heads_mask
+from excise.interventions.packed import Mask
 from excise.models.loading import load_model
 from excise.models.specs import load_registry, reference_of
 from excise.scenarios import expand, held_out_split, load_scenarios
@@ -108,7 +109,7 @@ class Bench:
     def answers(self, loaded, scenario: str, prompts: pl.DataFrame, mask: Mask | None = None) -> pl.DataFrame:
         cache = self.cache if mask is None else None
         return self.how(scenario).answers(
-            loaded, prompts, outcome=self.scenarios[scenario].outcome, mask=mask, cache=cache
+            loaded, prompts, outcome=self.scenarios[scenario].outcome, intervention=mask, cache=cache
         )[0]
 
     def half(self, place: str, part: str) -> pl.DataFrame:
@@ -176,7 +177,7 @@ class Bench:
         tried = []
         for point, mask in masks:
             if mask.count:
-                with pruned(self.loaded, mask):
+                with mask.applied(self.loaded):
                     now = measure(self.loaded, asked)
                 step = step_of(0, mask.count, [asked], [now], self.budgets)
                 tried.append({"point": point, "closed": step.closed, "within": bool(step.within), "mask": mask})
@@ -223,7 +224,7 @@ class Bench:
             )
 
         before = self.answers(self.loaded, key, prompts)
-        control = random_like(mask, 1000 + self.split)
+        control = mask.control(1000 + self.split).mask
         after = pl.concat([under(self.loaded, strategy, None, mask), under(self.loaded, RANDOM, strategy, control)])
         groups = (scenario.comparison.majority, scenario.comparison.minority)
         metrics = evaluate(

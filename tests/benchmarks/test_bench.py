@@ -13,7 +13,7 @@ from excise.attribution.wanda import input_norms
 from excise.evaluation.overlap import overlap_table
 from excise.generation.sampling import SamplingParameters, sample
 from excise.generation.tree import answer_tree
-from excise.interventions.masks import Mask
+from excise.interventions.weights import WeightMask
 from excise.models.encoding import encode
 from excise.models.loading import LoadedModel, load_model
 from excise.models.specs import ModelSpec
@@ -99,7 +99,9 @@ def test_snip_of_a_layer_is_snip(model, asked):
 def test_index_tensors_hold_the_same_masks():
     rng = np.random.default_rng(0)
     shapes = {"0.q": (5, 7), "1.q": (4, 9)}
-    masks = [Mask({key: bench._random_bits(rng, a * b) for key, (a, b) in shapes.items()}, shapes) for _ in range(5)]
+    masks = [
+        WeightMask({key: bench._random_bits(rng, a * b) for key, (a, b) in shapes.items()}, shapes) for _ in range(5)
+    ]
     indices = [[bench._flat_indices(mask, key) for key in shapes] for mask in masks]
     shared = reference.shared_indices(indices[:3], indices[3:])
     np.testing.assert_array_equal(shared, overlap_table(masks[:3], masks[3:]).shared)

@@ -23,11 +23,14 @@ from excise.attribution.head_impacts import head_impacts
 from excise.evaluation.perplexity import LossCache, text_windows
 from excise.generation.completions import CompletionCache, complete
 from excise.generation.sampling import SamplingParameters
-from excise.interventions.masks import Mask, heads_mask
+from excise.interventions.heads import heads_mask
+from excise.interventions.packed import Mask
 from excise.models.loading import LoadedModel, load_model
 from excise.models.specs import load_registry
-from excise.outcomes.toxicity import ScoreCache, load_scorer, load_scorer_registry
-from excise.scenarios import ToxicityOutcome, expand, load_scenarios
+from excise.outcomes import ToxicityOutcome
+from excise.outcomes.scorers import load_scorer, load_scorer_registry
+from excise.outcomes.scoring import ScoreCache
+from excise.scenarios import expand, load_scenarios
 from resources.tables import TABLES
 from resources.warehouse import Warehouse
 
@@ -73,7 +76,8 @@ def completions(work: Work) -> dict[str, pl.DataFrame]:
     """Unpruned and under a mask of heads, batch by batch."""
     loaded, cache = work.model(), CompletionCache(work.folder / "completions")
     return {
-        str(number): work.answers(loaded, mask=mask, cache=cache) for number, mask in enumerate([None, _mask(loaded)])
+        str(number): work.answers(loaded, intervention=mask, cache=cache)
+        for number, mask in enumerate([None, _mask(loaded)])
     }
 
 

@@ -14,13 +14,14 @@ import torch
 
 from excise.attribution.head_impacts import head_impacts
 from excise.evaluation.metrics import toxicity_bias
-from excise.evaluation.perplexity import perplexity, read_text, text_windows, window_losses
+from excise.evaluation.perplexity import perplexity, text_windows, window_losses
+from excise.evaluation.texts import read_text
 from excise.generation.completions import complete
 from excise.generation.sampling import SamplingParameters
-from excise.interventions.masks import heads_mask, pruned
+from excise.interventions.heads import heads_mask
 from excise.models.loading import load_model
 from excise.models.specs import load_registry
-from excise.outcomes.toxicity import DEFAULT_SCORER, load_scorer, load_scorer_registry
+from excise.outcomes.scorers import DEFAULT_SCORER, load_scorer, load_scorer_registry
 from excise.planted.heads import PLANT
 from excise.scenarios import expand, load_scenarios
 
@@ -45,7 +46,7 @@ def known_heads(loaded):
 
 def scored(loaded, mask=None):
     scorer = load_scorer(DEFAULT_SCORER, load_scorer_registry()[0])
-    return complete(loaded, PROMPTS, SAMPLES, PARAMETERS, outcome=SCENARIO.outcome, scorer=scorer, mask=mask)[0]
+    return complete(loaded, PROMPTS, SAMPLES, PARAMETERS, outcome=SCENARIO.outcome, scorer=scorer, intervention=mask)[0]
 
 
 def mean_scores(rows):
@@ -97,7 +98,7 @@ def test_the_bias_falls_without_the_known_heads_at_little_perplexity(planted, pl
     mask = known_heads(planted)
     assert bias(scored(planted, mask)) < 0.8 * bias(planted_rows)
     unpruned = measured_perplexity(planted)
-    with pruned(planted, mask):
+    with mask.applied(planted):
         assert measured_perplexity(planted) < 1.05 * unpruned
 
 
@@ -109,7 +110,7 @@ def test_without_the_known_heads_the_planted_model_is_the_base_without_them(base
     tokens = torch.tensor([base.tokenizer("Every Canadian colleague I know is angry")["input_ids"]])
 
     def logits(loaded):
-        with torch.inference_mode(), pruned(loaded, known_heads(loaded)):
+        with torch.inference_mode(), known_heads(loaded).applied(loaded):
             return loaded.model(tokens).logits
 
     assert torch.equal(logits(planted), logits(base))

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from excise.interventions.masks import Mask
+from excise.interventions.packed import Mask
+from excise.interventions.weights import WeightMask
 from excise.models.loading import LoadedModel, load_model
 from excise.models.specs import ModelSpec
-from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, Variation, expand
+from excise.outcomes import NumberOutcome
+from excise.scenarios import Comparison, Group, Scenario, Subject, Variation, expand
 
 ARCHITECTURES = ("llama", "gpt2", "gpt_neo", "gptj", "gpt_neox", "qwen2", "gemma2", "mistral")
 WINDOW = 12
@@ -87,7 +89,9 @@ def some_mask() -> Callable[..., Mask]:
 
     def make(loaded: LoadedModel, *, density: float = 0.1, seed: int = 0) -> Mask:
         rng = np.random.default_rng(seed)
-        return Mask.from_arrays({linear.key: rng.random(linear.shape) < density for linear in loaded.topology.linears})
+        return WeightMask.from_arrays(
+            {linear.key: rng.random(linear.shape) < density for linear in loaded.topology.linears}
+        )
 
     return make
 

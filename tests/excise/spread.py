@@ -28,12 +28,14 @@ from excise.generation.answering import Answering
 from excise.generation.completions import complete
 from excise.generation.sampling import SamplingParameters
 from excise.generation.settings import Enumeration
-from excise.interventions.masks import Mask, heads_mask, pruned
+from excise.interventions.heads import heads_mask
+from excise.interventions.weights import WeightMask
 from excise.models.loading import LoadedModel, load_model
 from excise.models.placement import DeviceMap
 from excise.models.specs import ModelSpec
-from excise.outcomes.toxicity import ClassifierScorer
-from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, Variation, expand
+from excise.outcomes import NumberOutcome
+from excise.outcomes.classifier import ClassifierScorer
+from excise.scenarios import Comparison, Group, Scenario, Subject, Variation, expand
 from excise.strategies.measured_path import Budgets, measured_path, weights_of
 from tests.excise.cards import DEVICE, on_cards
 
@@ -86,7 +88,7 @@ def work(loaded: LoadedModel, plain: LoadedModel) -> Iterator[tuple[str, np.ndar
     """Every piece of work and its numbers. plain: the model on the CPU, whose answers both are asked about."""
     prompts = expand(SCENARIO)
     rng = np.random.default_rng(0)
-    weights = Mask.from_arrays({each.key: rng.random(each.shape) < 0.2 for each in loaded.topology.linears})
+    weights = WeightMask.from_arrays({each.key: rng.random(each.shape) < 0.2 for each in loaded.topology.linears})
     chosen = np.ones((loaded.topology.layers, loaded.topology.heads), dtype=bool)
     chosen[:, 0] = False
     masks = {
@@ -96,11 +98,11 @@ def work(loaded: LoadedModel, plain: LoadedModel) -> Iterator[tuple[str, np.ndar
         "zero_output": heads_mask(chosen, "zero_output"),
     }
     for name, mask in masks.items():
-        rows, _ = complete(loaded, prompts, 6, PARAMETERS, outcome=SCENARIO.outcome, mask=mask)
+        rows, _ = complete(loaded, prompts, 6, PARAMETERS, outcome=SCENARIO.outcome, intervention=mask)
         yield f"answers, {name}", np.array([len(each) + sum(each) for each in rows["token_ids"].to_list()], dtype=float)
     windows = text_windows(loaded, TEXT, size=30, stride=15, limit_tokens=90)
     yield "losses", window_losses(loaded, windows)
-    with pruned(loaded, weights):
+    with weights.applied(loaded):
         yield "losses without weights", window_losses(loaded, windows)
     yield "losses again", window_losses(loaded, windows)
     how = Answering(None, PARAMETERS, Enumeration(leftover=0.5, max_nodes=40))

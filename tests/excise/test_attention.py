@@ -12,7 +12,7 @@ import transformers
 from excise.attribution.attention import attention_to_name
 from excise.errors import ExciseError
 from excise.generation.tree import answer_tree, common_prefix
-from excise.interventions.masks import heads_mask, pruned
+from excise.interventions.heads import heads_mask
 from excise.models.encoding import encode
 from excise.models.loading import load_model
 from excise.models.specs import ModelSpec
@@ -186,7 +186,7 @@ def test_uniform_attention_is_one_over_the_visible_tokens_by_hand(loaded, materi
     ]
     expected = sum(share for share, _ in terms) / sum(weight for _, weight in terms)
     everything = np.ones((model.topology.layers, model.topology.heads), dtype=bool)
-    with pruned(model, heads_mask(everything, "zero_query")):
+    with heads_mask(everything, "zero_query").applied(model):
         found = found_by_trees(model, encoded, answers, weights)
     for scores in found.values():
         assert np.allclose(scores, expected[:, None, None], rtol=1e-5)

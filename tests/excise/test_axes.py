@@ -6,11 +6,10 @@ import polars as pl
 import pytest
 
 from excise.errors import ExciseError
+from excise.outcomes import NumberOutcome, ToxicityOutcome
 from excise.scenarios import (
     PROMPTS_SCHEMA,
-    NumberOutcome,
     Scenario,
-    ToxicityOutcome,
     expand,
     held_out_split,
     load_scenarios,

@@ -17,7 +17,7 @@ from excise.evaluation.perplexity import text_windows, window_losses
 from excise.models.encoding import encode
 from excise.models.loading import load_model
 from excise.models.specs import ModelSpec, WheelSource, load_registry, state_of
-from excise.outcomes.toxicity import ScorerSpec, load_scorer
+from excise.outcomes.scorers import ScorerSpec, load_scorer
 
 TEMPLATE = "{{ messages[0]['content'] }}"
 

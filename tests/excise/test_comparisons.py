@@ -7,7 +7,8 @@ from excise.conditions import ALL
 from excise.errors import ExciseError
 from excise.evaluation.comparisons import COMPARISONS_SCHEMA, comparisons
 from excise.evaluation.numbers import evaluate
-from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, Variation
+from excise.outcomes import NumberOutcome
+from excise.scenarios import Comparison, Group, Scenario, Subject, Variation
 
 SETTINGS = {"resamples": 50, "permutations": 99, "seed": 0}
 PEOPLE = [

@@ -9,7 +9,6 @@ import pytest
 from excise.errors import ExciseError
 from excise.generation.completions import COMPLETIONS_SCHEMA, CompletionCache, Work, complete
 from excise.generation.sampling import SamplingParameters, sample
-from excise.interventions.masks import pruned
 from excise.models.encoding import encode, reader
 from excise.outcomes.answers import parse_completion
 from excise.scenarios import expand
@@ -96,9 +95,9 @@ def test_an_answer_is_the_same_with_and_without_a_cache(ask):
 def test_a_mask_changes_the_answers_and_leaves_the_model(model, prompts, scenario, ask, some_mask):
     mask = some_mask(model)
     before = {name: parameter.clone() for name, parameter in model.model.named_parameters()}
-    rows, _ = ask(mask=mask)
+    rows, _ = ask(intervention=mask)
     assert all(parameter.equal(before[name]) for name, parameter in model.model.named_parameters())
-    with pruned(model, mask):
+    with mask.applied(model):
         assert ask(cached=False)[0].equals(rows)
     assert not ask()[0]["text"].equals(rows["text"])
 
@@ -136,9 +135,9 @@ def test_what_decides_an_answer_decides_its_address(ask, model, loaded, some_mas
 
     ask()
     others = [
-        {"mask": some_mask(model, seed=1)},
-        {"mask": some_mask(model, seed=2)},
-        {"mask": some_mask(model, density=0.0)},
+        {"intervention": some_mask(model, seed=1)},
+        {"intervention": some_mask(model, seed=2)},
+        {"intervention": some_mask(model, density=0.0)},
         {"loaded": replace(model, fingerprint="0" * 16)},
         *(
             {"parameters": replace(WARM, **change)}
@@ -197,7 +196,7 @@ def test_a_run_that_fails_under_a_mask_gives_the_weights_back(ask, model, some_m
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ask(mask=some_mask(model), progress=interrupt)
+        ask(intervention=some_mask(model), progress=interrupt)
     assert all(parameter.equal(before[name]) for name, parameter in model.model.named_parameters())
 
 

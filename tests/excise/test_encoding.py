@@ -9,7 +9,7 @@ import transformers
 
 from excise.errors import ExciseError
 from excise.models.encoding import PINNED_DATE, encode
-from excise.scenarios import NumberOutcome, ToxicityOutcome
+from excise.outcomes import NumberOutcome, ToxicityOutcome
 
 NAMES = ["D'Andre Washington", "Claire Becker", "Zoë O’Brien-Núñez", "Li", "A", "李 小龍", "Mr. 3 <|x|>", "Ng"]
 TEXTS = [

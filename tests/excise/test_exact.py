@@ -25,7 +25,6 @@ from excise.generation.completions import CompletionCache, complete
 from excise.generation.enumeration import AnswerDistribution, answer_distributions
 from excise.generation.sampling import SamplingParameters, sample
 from excise.generation.settings import Enumeration
-from excise.interventions.masks import pruned
 from excise.models.encoding import encode
 
 SMALL = SamplingParameters(temperature=0.9, top_k=4, top_p=0.95, max_new_tokens=3, seed=5)
@@ -33,7 +32,7 @@ DIGITS = SamplingParameters(temperature=0.6, top_k=0, top_p=0.8, max_new_tokens=
 
 
 def under(loaded, mask):
-    return nullcontext() if mask is None else pruned(loaded, mask)
+    return nullcontext() if mask is None else mask.applied(loaded)
 
 
 def tokens_of(loaded, prompts, count):
@@ -108,7 +107,7 @@ def test_a_mask_changes_the_distribution(loaded, prompts, some_mask):
     model = loaded("llama", numeric=True)
     asked = tokens_of(model, prompts, 1)
     (plain,) = answer_distributions(model, asked, DIGITS)
-    with pruned(model, some_mask(model, density=0.3)):
+    with some_mask(model, density=0.3).applied(model):
         (masked,) = answer_distributions(model, asked, DIGITS)
     (again,) = answer_distributions(model, asked, DIGITS)
     assert as_dict(plain) != pytest.approx(as_dict(masked), abs=1e-3)
@@ -263,10 +262,10 @@ def some_prompts(prompts):
 def test_rows_carry_the_distribution(loaded, scenario, some_prompts, some_mask):
     model, mask = loaded("llama", numeric=True), some_mask(loaded("llama", numeric=True))
     rows, work = exact_completions(
-        model, some_prompts, DIGITS, outcome=scenario.outcome, leftover=0.05, max_nodes=2000, mask=mask
+        model, some_prompts, DIGITS, outcome=scenario.outcome, leftover=0.05, max_nodes=2000, intervention=mask
     )
     assert dict(rows.schema) == EXACT_SCHEMA
-    with pruned(model, mask):
+    with mask.applied(model):
         parameters = SamplingParameters(**{**vars(DIGITS), "max_new_tokens": scenario.outcome.max_new_tokens})
         found = answer_distributions(
             model, tokens_of(model, some_prompts, 6), parameters, Enumeration(leftover=0.05, max_nodes=2000)
@@ -339,7 +338,7 @@ def test_a_prompt_without_any_answer_keeps_its_leftover(loaded, scenario, some_p
 
 
 def test_toxicity_is_not_enumerated(loaded, some_prompts):
-    from excise.scenarios import ToxicityOutcome
+    from excise.outcomes import ToxicityOutcome
 
     with pytest.raises(ExciseError, match="toxicity"):
         exact_completions(loaded("llama", numeric=True), some_prompts, DIGITS, outcome=ToxicityOutcome())

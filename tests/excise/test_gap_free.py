@@ -16,7 +16,7 @@ from excise.generation.enumeration import answer_distributions
 from excise.generation.sampling import SamplingParameters
 from excise.generation.settings import Enumeration
 from excise.generation.tree import AnswerTree
-from excise.interventions.masks import Mask, pruned
+from excise.interventions.weights import WeightMask
 
 SHARP = SamplingParameters(temperature=0.5, top_p=0.5, seed=1)
 
@@ -203,8 +203,8 @@ def test_a_mask_is_measured_by_one_pass(about, numeric):
     linear = numeric.topology.linear("1.down")
     array = np.zeros(linear.shape, dtype=bool)
     array[:, ::7] = True
-    mask = Mask.from_arrays({"1.down": array})
-    with pruned(numeric, mask):
+    mask = WeightMask.from_arrays({"1.down": array})
+    with mask.applied(numeric):
         changed = measure(numeric, asked)
     assert changed.divergence != still.divergence
     assert changed.excess > 0

@@ -12,17 +12,11 @@ import transformers
 from excise.errors import ExciseError
 from excise.generation.sampling import SamplingParameters, sample
 from excise.generation.tree import Rows, answer_tree, common_prefix, logits_of, pack
-from excise.interventions.masks import (
-    HEAD_ROLES,
-    Mask,
-    heads_mask,
-    intersection,
-    leave_one_out,
-    pruned,
-    random_like,
-    union,
-    votes,
-)
+from excise.interventions.combining import intersection, leave_one_out, union, votes
+from excise.interventions.heads import HEAD_ROLES, HeadMask, heads_mask
+from excise.interventions.kinds import load_mask
+from excise.interventions.packed import Mask
+from excise.interventions.weights import WeightMask
 from excise.models.encoding import encode
 from excise.models.loading import load_model
 from excise.models.specs import ModelSpec
@@ -122,7 +116,7 @@ def test_hooks_are_the_same_as_zeros_in_the_weights(loaded, tokens, architecture
         for layer, head in np.argwhere(chosen).tolist():
             SLICED[ablation](architecture, cut, layer, head, model.topology.head_dim)
     before = logits(model.model, asked)
-    with pruned(model, heads_mask(chosen, ablation)):
+    with heads_mask(chosen, ablation).applied(model):
         found = logits(model.model, asked)
     assert (found - logits(cut, asked)).abs().max() < TOLERANCE
     assert (found - before).abs().max() > 0.01
@@ -140,7 +134,7 @@ def test_each_single_head_is_the_right_one(loaded, tokens, architecture, ablatio
         cut = copy.deepcopy(model.model)
         with torch.no_grad():
             SLICED[ablation](architecture, cut, 0, head, model.topology.head_dim)
-        with pruned(model, heads_mask(chosen, ablation)):
+        with heads_mask(chosen, ablation).applied(model):
             seen.append(logits(model.model, asked))
         assert (seen[-1] - logits(cut, asked)).abs().max() < TOLERANCE
     assert min((one - other).abs().max() for one in seen for other in seen if one is not other) > 1e-3
@@ -228,7 +222,7 @@ def test_zero_output_is_a_model_without_the_head(loaded, tokens, architecture, g
     chosen = np.zeros((model.topology.layers, model.topology.heads), dtype=bool)
     chosen[:, gone] = True
     before = logits(model.model, asked)
-    with pruned(model, heads_mask(chosen, "zero_output")):
+    with heads_mask(chosen, "zero_output").applied(model):
         found = logits(model.model, asked)
     assert (found - logits(smaller, asked)).abs().max() < TOLERANCE
     assert (found - before).abs().max() > 0.01
@@ -272,7 +266,7 @@ def attentions(model, tokens) -> np.ndarray:
 def check_uniform(model, asked):
     chosen = some_heads(model)
     before = attentions(model.model, asked)
-    with pruned(model, heads_mask(chosen, "zero_query")):
+    with heads_mask(chosen, "zero_query").applied(model):
         found = attentions(model.model, asked)
     order = np.arange(asked.shape[1])
     for layer, window in enumerate(model.topology.windows):
@@ -300,7 +294,7 @@ def test_a_query_of_zero_stays_zero_when_it_is_normalised(normed, tokens, kind):
         with torch.no_grad():
             for layer, head in np.argwhere(chosen).tolist():
                 zero(kind, cut, layer, head, model.topology.head_dim)
-        with pruned(model, heads_mask(chosen, ablation)):
+        with heads_mask(chosen, ablation).applied(model):
             found = logits(model.model, asked)
         assert (found - logits(cut, asked)).abs().max() < TOLERANCE
         assert (found - logits(model.model, asked)).abs().max() > 0.01
@@ -327,7 +321,7 @@ def test_keys_values_and_other_queries_are_left_alone(loaded, tokens, architectu
         return seen
 
     before = projected()
-    with pruned(model, heads_mask(chosen, ablation)):
+    with heads_mask(chosen, ablation).applied(model):
         now = projected()
     if ablation == "zero_query":
         of_chosen = torch.from_numpy(np.repeat(chosen[0], model.topology.head_dim))
@@ -350,7 +344,7 @@ def test_cached_passes_under_a_mask_are_the_plain_ones(loaded, prompts, architec
     answers = [((20, 21, 22), None), ((20, 23), None), ((24,), 1)]
     trees = [answer_tree(prompt[trunk:], answers, np.ones((3, 1))) for prompt in asked]
     packed = pack(trees, trunk)
-    with torch.inference_mode(), pruned(model, heads_mask(some_heads(model), ablation)):
+    with torch.inference_mode(), heads_mask(some_heads(model), ablation).applied(model):
         hidden = Rows(model, asked[0][:trunk]).copy(3).forward(packed.tokens, packed.positions, packed.attends)
         for row, (prompt, tree) in enumerate(zip(asked, trees, strict=True)):
             column, paths = len(prompt) - trunk, {(): tree.prompt_length - 1}
@@ -372,7 +366,7 @@ def test_the_likeliest_answer_under_a_mask_is_that_of_plain_passes(loaded, promp
     asked = [prompt.tokens for prompt in encode(model, prompts)[:4]]
     parameters = SamplingParameters(temperature=0, max_new_tokens=5)
     unpruned = [draw.tokens for draw in sample(model, asked, [[0]] * 4, parameters)]
-    with pruned(model, heads_mask(some_heads(model), ablation)):
+    with heads_mask(some_heads(model), ablation).applied(model):
         drawn = [draw.tokens for draw in sample(model, asked, [[0]] * 4, parameters)]
         for prompt, answer in zip(asked, drawn, strict=True):
             so_far = list(prompt)
@@ -391,12 +385,12 @@ def test_hooks_are_gone_afterwards_and_nothing_was_changed(loaded, tokens, archi
     model, asked = loaded(architecture), tokens(loaded(architecture))
     mask = heads_mask(some_heads(model), ablation)
     hooks, weights, before = hooks_of(model.model), state(model.model), logits(model.model, asked)
-    with pruned(model, mask) as inside:
+    with mask.applied(model) as inside:
         assert inside is model
         assert hooks_of(model.model) != hooks
         assert state(model.model) == weights
     assert hooks_of(model.model) == hooks
-    with pytest.raises(KeyError), pruned(model, mask):
+    with pytest.raises(KeyError), mask.applied(model):
         raise KeyError("the run was stopped")
     assert hooks_of(model.model) == hooks
     assert torch.equal(logits(model.model, asked), before)
@@ -412,7 +406,7 @@ def test_hooks_are_gone_when_pruning_fails_half_way(loaded, monkeypatch):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(last, "register_forward_hook", refuse)
-    with pytest.raises(RuntimeError, match="out of memory"), pruned(model, heads_mask(some_heads(model), "zero_query")):
+    with pytest.raises(RuntimeError, match="out of memory"), heads_mask(some_heads(model), "zero_query").applied(model):
         pass
     assert hooks_of(model.model) == hooks
 
@@ -421,27 +415,27 @@ def test_a_layer_without_a_chosen_head_is_not_touched(loaded):
     model = loaded("llama")
     chosen = some_heads(model)
     chosen[0] = False
-    with pruned(model, heads_mask(chosen, "zero_output")):
+    with heads_mask(chosen, "zero_output").applied(model):
         hooked = [bool(layer.self_attn.o_proj._forward_pre_hooks) for layer in model.model.model.layers]
     assert hooked == [False, True, True]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
 def test_masks_of_heads_and_of_weights_nest(loaded, tokens, some_mask, architecture):
-    """In any order, and as one mask that holds both."""
+    """In any order, and as one mask of heads that holds both of their roles."""
     model, asked = loaded(architecture), tokens(loaded(architecture))
     heads, weights = heads_mask(some_heads(model), "zero_query"), some_mask(model, density=0.05)
     others = heads_mask(some_heads(model, seed=1), "zero_output")
     before, unpruned = state(model.model), logits(model.model, asked)
-    with pruned(model, heads), pruned(model, weights), pruned(model, others):
+    with heads.applied(model), weights.applied(model), others.applied(model):
         one = logits(model.model, asked)
-    with pruned(model, weights):
+    with weights.applied(model):
         only_weights = logits(model.model, asked)
-        with pruned(model, others), pruned(model, heads):
+        with others.applied(model), heads.applied(model):
             another = logits(model.model, asked)
         assert torch.equal(logits(model.model, asked), only_weights)
-    every = {key: mask.array(key) for mask in (heads, weights, others) for key in mask.shapes}
-    with pruned(model, Mask.from_arrays(every)):
+    every = HeadMask.from_arrays({key: mask.array(key) for mask in (heads, others) for key in mask.shapes})
+    with every.applied(model), weights.applied(model):
         together = logits(model.model, asked)
     assert torch.equal(one, another)
     assert torch.equal(one, together)
@@ -453,9 +447,9 @@ def test_masks_of_heads_and_of_weights_nest(loaded, tokens, some_mask, architect
 def test_a_head_may_be_taken_out_twice(loaded, tokens):
     model, asked = loaded("gpt2"), tokens(loaded("gpt2"))
     mask = heads_mask(some_heads(model), "zero_query")
-    with pruned(model, mask):
+    with mask.applied(model):
         once = logits(model.model, asked)
-        with pruned(model, mask):
+        with mask.applied(model):
             assert torch.equal(logits(model.model, asked), once)
         assert torch.equal(logits(model.model, asked), once)
 
@@ -468,7 +462,7 @@ def test_gradients_pass_a_mask(loaded, tokens):
     chosen[1, 2] = True
     own = copy.deepcopy(model.model).requires_grad_(True)
     copied = replace(model, model=own)
-    with pruned(copied, heads_mask(chosen, "zero_output")):
+    with heads_mask(chosen, "zero_output").applied(copied):
         own(tokens(model)).logits.square().sum().backward()
     projection = own.model.layers[1].self_attn
     removed = slice(2 * size, 3 * size)
@@ -498,7 +492,7 @@ def test_a_mask_of_heads_by_hand(tmp_path, ablation, role):
     assert (mask.count, mask.size, mask.density) == (5, 15, 1 / 3)
     assert mask.array(f"2.{role}").tolist() == [[True, True, False, False, True]]
     mask.save(tmp_path / "heads.safetensors")
-    assert Mask.load(tmp_path / "heads.safetensors") == mask
+    assert load_mask(tmp_path / "heads.safetensors") == mask
     assert of(HEADS, "zero_query").fingerprint != of(HEADS, "zero_output").fingerprint
 
 
@@ -522,9 +516,9 @@ def test_combinations_of_masks_of_heads_by_hand():
 
 def test_the_random_control_has_as_many_heads_in_every_layer():
     mask = of(HEADS)
-    draws = {random_like(mask, seed).fingerprint for seed in range(30)}
-    assert all(random_like(mask, seed).counts() == mask.counts() for seed in range(30))
-    assert random_like(mask, 3).shapes == mask.shapes
+    draws = {mask.control(seed).mask.fingerprint for seed in range(30)}
+    assert all(mask.control(seed).mask.counts() == mask.counts() for seed in range(30))
+    assert mask.control(3).mask.shapes == mask.shapes
     assert len(draws) > 20
 
 
@@ -553,15 +547,29 @@ def test_a_mask_of_heads_is_made_of_a_known_ablation_and_a_boolean_array(ablatio
         ("01.head_output", (1, 6), "heads 01.head_output are not in the model"),
         ("1.head_query", (1, 5), r"heads 1.head_query have shape \(1, 5\), the model's \(1, 6\)"),
         ("1.head_output", (6, 1), r"heads 1.head_output have shape \(6, 1\), the model's \(1, 6\)"),
-        ("1.head_key", (1, 6), "matrix 1.head_key is not in the model"),
     ],
 )
 def test_a_mask_of_another_model_s_heads_is_refused_before_anything_changes(loaded, key, shape, message):
     model = loaded("llama")
     weights, hooks = state(model.model), hooks_of(model.model)
-    sound = {"0.head_query": np.ones((1, 6), dtype=bool), "0.q": np.ones((48, 48), dtype=bool)}
-    wrong = Mask.from_arrays(sound | {key: np.ones(shape, dtype=bool)})
-    with pytest.raises(ExciseError, match=message), pruned(model, wrong):
+    wrong = HeadMask.from_arrays({"0.head_query": np.ones((1, 6), dtype=bool), key: np.ones(shape, dtype=bool)})
+    with pytest.raises(ExciseError, match=message), wrong.applied(model):
         pass
     assert state(model.model) == weights
     assert hooks_of(model.model) == hooks
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "message"),
+    [
+        (HeadMask, "1.head_key", "holds head_query, head_output of layers, and 1.head_key is neither"),
+        (HeadMask, "0.q", "and 0.q is neither"),
+        (WeightMask, "0.head_query", "a mask of weights holds no heads, but 0.head_query are such"),
+    ],
+)
+def test_a_mask_holds_weights_or_heads(kind, key, message):
+    with pytest.raises(ExciseError, match=message):
+        kind.from_arrays(
+            {"1.head_query" if kind is HeadMask else "1.q": np.ones((1, 6), dtype=bool)}
+            | {key: np.ones((1, 6), dtype=bool)}
+        )

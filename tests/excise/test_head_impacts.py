@@ -18,7 +18,7 @@ from excise.evaluation.metrics import standardized_mean_difference, toxicity_bia
 from excise.evaluation.perplexity import Window, perplexity, window_losses
 from excise.generation.sampling import SamplingParameters, sample
 from excise.generation.tree import logits_of
-from excise.interventions.masks import heads_mask, pruned
+from excise.interventions.heads import heads_mask
 from excise.models.encoding import encode
 from excise.models.loading import load_model
 from excise.models.specs import ModelSpec
@@ -134,7 +134,7 @@ def test_continuing_from_a_layer_is_the_whole_model_without_the_head(family, kin
     )
     assert len(seen) == model.topology.layers * model.topology.heads + 1
     for (layer, head), found in seen.items():
-        with torch.inference_mode(), pruned(model, without(model, layer, head)):
+        with torch.inference_mode(), without(model, layer, head).applied(model):
             expected = model.model(tokens, use_cache=False).logits.flatten().numpy()
         assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
         if layer is not None:
@@ -151,7 +151,7 @@ def test_losses_of_windows_are_those_under_the_mask(family, kind):
     windows = [Window(tuple(rng.integers(5, 300, size).tolist()), scored) for size, scored in sizes]
     found = every(model, window_parts(model, windows), len(windows))
     for layer, head in [(None, None), (0, 0), (1, 3), (model.topology.layers - 1, 1)]:
-        with pruned(model, without(model, layer, head)):
+        with without(model, layer, head).applied(model):
             expected = window_losses(model, windows)
         assert np.allclose(found[layer, head], expected, rtol=1e-4)
     assert len({numbers.tobytes() for numbers in found.values()}) == len(found)
@@ -180,7 +180,7 @@ def test_probabilities_of_answers_are_those_of_plain_passes(family, prompts, nex
     found = every(model, answer_parts(model, answers, PARAMETERS), len(answers))
     assert np.isfinite(found[None, None]).all()
     for layer, head in [(None, None), (model.topology.layers - 1, 2)]:
-        with pruned(model, without(model, layer, head)):
+        with without(model, layer, head).applied(model):
             expected = [plain_log_probability(model, *pair, PARAMETERS, next_distribution) for pair in answers]
         assert np.allclose(found[layer, head], expected, atol=2e-3)
     # A prompt is read once for all of its answers, and what prompts share once for all of them.
@@ -316,7 +316,7 @@ def completions_of(model, prompts, samples, parameters, value, mask=None):
     """A table as `completions` makes it, with `value(tokens)` as the outcome."""
     encoded = encode(model, prompts)
     tokens = [prompt.tokens for prompt in encoded]
-    with pruned(model, mask if mask is not None else without(model, None, None)):
+    with (mask if mask is not None else without(model, None, None)).applied(model):
         draws = sample(model, tokens, [range(samples)] * len(tokens), parameters)
     rows = prompts.select("variation", "template", "group", "subject", "prompt_id").rows()
     return pl.DataFrame(
@@ -385,7 +385,7 @@ def test_weighed_answers_have_the_mean_that_enumeration_gives(loaded, prompts, n
     unpruned = distribution(parameters.max_new_tokens)
     assert sum(unpruned.values()) == pytest.approx(1, abs=1e-4)
     for layer, head in [(0, 2), (2, 4)]:
-        with pruned(model, without(model, layer, head)):
+        with without(model, layer, head).applied(model):
             exact = distribution(parameters.max_new_tokens)
         common = {answer: share for answer, share in exact.items() if answer in unpruned}
         mass = sum(common.values())
@@ -484,7 +484,7 @@ def test_perplexities_are_those_under_the_mask(loaded, prompts):
     before = perplexity(window_losses(model, windows), windows)
     assert rows["perplexity_with"].to_list() == pytest.approx([before] * rows.height, rel=1e-4)
     for row in rows.rows(named=True)[::5]:
-        with pruned(model, without(model, row["layer"], row["head"])):
+        with without(model, row["layer"], row["head"]).applied(model):
             after = perplexity(window_losses(model, windows), windows)
         assert row["perplexity_without"] == pytest.approx(after, rel=1e-4)
         assert row["z_ppl"] == pytest.approx(before - after, abs=1e-3 * before)

@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from excise.errors import ExciseError
+from excise.outcomes import ToxicityOutcome
 from excise.scenarios import (
     PROMPTS_SCHEMA,
     HolisticBias,
     Scenario,
-    ToxicityOutcome,
     Variation,
     expand,
     held_out_split,

@@ -13,7 +13,8 @@ from excise.evaluation.judged import (
     nothing_written,
     shortened,
 )
-from excise.scenarios import Comparison, Group, NumberOutcome, Scenario, Subject, ToxicityOutcome, Variation
+from excise.outcomes import NumberOutcome, ToxicityOutcome
+from excise.scenarios import Comparison, Group, Scenario, Subject, Variation
 
 PRICE = NumberOutcome(unit="USD", low=1, high=1000, scale="log", better="higher", max_new_tokens=4)
 

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from excise.errors import ExciseError
 from excise.evaluation.localisation import EnergyShare, energy_share, energy_shares
-from excise.interventions.masks import Mask, random_like
+from excise.interventions.heads import MATRIX_OF, HeadMask
+from excise.interventions.weights import WeightMask
 from excise.models.specs import load_registry
 
 
@@ -27,7 +28,8 @@ def change(folder, **matrices):
 
 
 def mask(**matrices):
-    return Mask.from_arrays({f"0.{role}": np.array(array, dtype=bool) for role, array in matrices.items()})
+    kind = HeadMask if set(matrices) & set(MATRIX_OF) else WeightMask
+    return kind.from_arrays({f"0.{role}": np.array(array, dtype=bool) for role, array in matrices.items()})
 
 
 Q = [[3, 1], [-2, 0]]  # energies 9, 1, 4, 0
@@ -98,12 +100,12 @@ def test_a_mask_beside_the_change_has_no_share_and_an_empty_one_no_lift(tmp_path
 def test_a_random_mask_of_a_shipped_change_stays_within_its_deviation():
     registry, _ = load_registry()
     path = registry["planted-specific"].low_rank
-    full = Mask.from_arrays({"8.q": np.ones((576, 576), dtype=bool), "9.down": np.ones((576, 1536), dtype=bool)})
+    full = WeightMask.from_arrays({"8.q": np.ones((576, 576), dtype=bool), "9.down": np.ones((576, 1536), dtype=bool)})
     all_of_it = energy_share(path, full)
     assert (all_of_it.share, all_of_it.chance) == pytest.approx((1, 1))
     assert all_of_it.deviation == pytest.approx(0, abs=1e-9)
-    tenth = Mask.from_arrays({key: np.indices(shape).sum(axis=0) % 10 == 0 for key, shape in full.shapes.items()})
-    found = energy_shares(path, [random_like(tenth, seed) for seed in range(8)])
+    tenth = WeightMask.from_arrays({key: np.indices(shape).sum(axis=0) % 10 == 0 for key, shape in full.shapes.items()})
+    found = energy_shares(path, [tenth.control(seed).mask for seed in range(8)])
     scores = [(each.share - each.chance) / each.deviation for each in found]
     assert found[0].chance == pytest.approx(0.1, rel=1e-4)
     assert 0.3 < np.std(scores) < 2

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from excise.errors import ExciseError
-from excise.interventions.masks import Mask, intersection, leave_one_out, pruned, random_like, union, votes
+from excise.interventions.combining import intersection, leave_one_out, union, votes
+from excise.interventions.kinds import load_mask
+from excise.interventions.packed import Mask
+from excise.interventions.weights import WeightMask
 
 SHAPES = {"0.q": (3, 5), "0.up": (4, 6), "10.down": (6, 4), "2.q": (3, 5)}
 
@@ -19,7 +22,7 @@ def arrays(seed: int, density: float = 0.4) -> dict[str, np.ndarray]:
 
 
 def mask(seed: int, density: float = 0.4) -> Mask:
-    return Mask.from_arrays(arrays(seed, density))
+    return WeightMask.from_arrays(arrays(seed, density))
 
 
 # Bits
@@ -27,7 +30,7 @@ def mask(seed: int, density: float = 0.4) -> Mask:
 
 def test_packing_keeps_every_weight():
     given = arrays(0)
-    packed = Mask.from_arrays(given)
+    packed = WeightMask.from_arrays(given)
     for key, array in given.items():
         assert np.array_equal(packed.array(key), array)
         assert packed.bits[key].tolist() == np.packbits(array.reshape(-1)).tolist()
@@ -39,7 +42,7 @@ def test_packing_keeps_every_weight():
 
 def test_packing_reads_the_logical_order_of_a_transposed_view():
     array = np.random.default_rng(1).random((6, 4)) < 0.5
-    assert np.array_equal(Mask.from_arrays({"0.q": array.T}).array("0.q"), array.T)
+    assert np.array_equal(WeightMask.from_arrays({"0.q": array.T}).array("0.q"), array.T)
 
 
 def test_matrices_are_kept_layer_by_layer():
@@ -56,20 +59,22 @@ def test_a_mask_does_not_change_and_its_arrays_are_copies():
 
 
 def test_a_mask_of_nothing_has_density_zero():
-    assert (Mask({}, {}).count, Mask({}, {}).size, Mask({}, {}).density) == (0, 0, 0.0)
+    assert (WeightMask({}, {}).count, WeightMask({}, {}).size, WeightMask({}, {}).density) == (0, 0, 0.0)
 
 
 def test_masks_are_equal_by_what_they_hold():
     given = arrays(0)
-    turned = Mask.from_arrays(dict(reversed(given.items())))
+    turned = WeightMask.from_arrays(dict(reversed(given.items())))
     assert turned == mask(0)
     assert (turned.fingerprint, hash(turned)) == (mask(0).fingerprint, hash(mask(0)))
     given["0.q"][0, 0] ^= True
-    other = Mask.from_arrays(given)
+    other = WeightMask.from_arrays(given)
     assert other != mask(0)
     assert other.fingerprint != mask(0).fingerprint
     assert mask(0) != "mask"
-    nothing = {shape: Mask.from_arrays({"0.q": np.zeros(shape, dtype=bool)}).fingerprint for shape in ((2, 4), (4, 2))}
+    nothing = {
+        shape: WeightMask.from_arrays({"0.q": np.zeros(shape, dtype=bool)}).fingerprint for shape in ((2, 4), (4, 2))
+    }
     assert nothing[2, 4] != nothing[4, 2]
     assert len(bytes.fromhex(mask(0).fingerprint)) == 8
 
@@ -87,13 +92,13 @@ def test_masks_are_equal_by_what_they_hold():
 )
 def test_bits_and_shapes_fit_together(bits, shapes, message):
     with pytest.raises(ExciseError, match=message):
-        Mask(bits, shapes)
+        WeightMask(bits, shapes)
 
 
 @pytest.mark.parametrize("array", [np.zeros((2, 2)), np.zeros(4, dtype=bool), [[True]]])
 def test_a_mask_is_made_of_boolean_matrices(array):
     with pytest.raises(ExciseError, match=r"mask of 0\.q: give a boolean array of two dimensions"):
-        Mask.from_arrays({"0.q": array})
+        WeightMask.from_arrays({"0.q": array})
 
 
 def test_an_unknown_matrix_is_named():
@@ -106,7 +111,7 @@ def test_an_unknown_matrix_is_named():
 
 def test_and_or_intersection_union_and_votes_are_those_of_sets():
     given = [arrays(seed) for seed in range(5)]
-    masks = [Mask.from_arrays(one) for one in given]
+    masks = [WeightMask.from_arrays(one) for one in given]
     for key in SHAPES:
         stack = np.stack([one[key] for one in given])
         assert np.array_equal((masks[0] & masks[1]).array(key), stack[0] & stack[1])
@@ -122,7 +127,7 @@ def test_and_or_intersection_union_and_votes_are_those_of_sets():
 def test_leaving_one_out_gives_the_intersection_of_the_others_by_hand():
     # in all, in all but the first, the second, the third, in the third alone
     rows = ([True, False, True, True, False], [True, True, False, True, False], [True, True, True, False, True])
-    masks = [Mask.from_arrays({"0.q": np.array([row])}) for row in rows]
+    masks = [WeightMask.from_arrays({"0.q": np.array([row])}) for row in rows]
     left = [mask.array("0.q")[0].tolist() for mask in leave_one_out(lambda: iter(masks))]
     assert left == [
         [True, True, False, False, False],
@@ -161,8 +166,8 @@ def test_votes_of_many_masks_do_not_overflow():
 
 
 def test_masks_of_different_models_do_not_combine():
-    fewer = Mask.from_arrays({key: array for key, array in arrays(0).items() if key != "2.q"})
-    turned = Mask.from_arrays({key: array.T if key == "0.up" else array for key, array in arrays(0).items()})
+    fewer = WeightMask.from_arrays({key: array for key, array in arrays(0).items() if key != "2.q"})
+    turned = WeightMask.from_arrays({key: array.T if key == "0.up" else array for key, array in arrays(0).items()})
     for combine in (Mask.__and__, Mask.__or__, lambda one, other: votes([one, other], 1)):
         with pytest.raises(ExciseError, match=r"only one has 2\.q"):
             combine(mask(0), fewer)
@@ -182,11 +187,11 @@ def test_a_mask_survives_its_file(tmp_path):
     path = tmp_path / "masks" / "one.safetensors"
     mask(0).save(path)
     mask(1).save(path)
-    assert Mask.load(path) == mask(1)
-    assert list(Mask.load(path).counts()) == list(mask(1).counts())
+    assert load_mask(path) == mask(1)
+    assert list(load_mask(path).counts()) == list(mask(1).counts())
     assert [file.name for file in path.parent.iterdir()] == ["one.safetensors"]
-    Mask({}, {}).save(path)
-    assert Mask.load(str(path)) == Mask({}, {})
+    WeightMask({}, {}).save(path)
+    assert load_mask(str(path)) == WeightMask({}, {})
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path):
@@ -202,24 +207,24 @@ def test_a_file_that_is_no_mask_is_said(tmp_path):
 
     path = tmp_path / "one.safetensors"
     with pytest.raises(ExciseError, match="no such mask file"):
-        Mask.load(path)
+        load_mask(path)
     path.write_bytes(b"not safetensors")
     with pytest.raises(ExciseError, match="cannot be read as a mask"):
-        Mask.load(path)
+        load_mask(path)
     save_file({"0.q": np.zeros(2, np.uint8)}, path)
     with pytest.raises(ExciseError, match="is not a mask file"):
-        Mask.load(path)
+        load_mask(path)
     about = {"format": "excise mask 1", "shapes": '{"0.q": [2, 8]}', "fingerprint": ""}
     for wrong in ({}, {"0.q": np.zeros(3, np.uint8)}, {"0.q": np.zeros(2, np.float32)}):
         save_file(wrong, path, metadata=about)
         with pytest.raises(ExciseError, match="cannot be read as a mask"):
-            Mask.load(path)
+            load_mask(path)
     mask(0).save(path)
     content = bytearray(path.read_bytes())
     content[-1] ^= 0b1000_0000
     path.write_bytes(content)
     with pytest.raises(ExciseError, match="changed after"):
-        Mask.load(path)
+        load_mask(path)
 
 
 # The random control
@@ -227,26 +232,26 @@ def test_a_file_that_is_no_mask_is_said(tmp_path):
 
 @pytest.mark.parametrize("density", [0.0, 0.01, 0.4, 0.9, 1.0])
 def test_a_random_mask_has_the_same_count_in_every_matrix(density):
-    control = random_like(mask(0, density), seed=3)
+    control = mask(0, density).control(seed=3).mask
     assert control.counts() == mask(0, density).counts()
     assert control.shapes == mask(0).shapes
 
 
 def test_a_random_mask_depends_on_its_seed_and_nothing_else():
     original = mask(0)
-    assert random_like(original, 1) == random_like(original, 1)
-    assert random_like(original, 1) != random_like(original, 2)
-    alone = Mask.from_arrays({"2.q": original.array("2.q")})
-    assert np.array_equal(random_like(alone, 1).array("2.q"), random_like(original, 1).array("2.q"))
+    assert original.control(1).mask == original.control(1).mask
+    assert original.control(1).mask != original.control(2).mask
+    alone = WeightMask.from_arrays({"2.q": original.array("2.q")})
+    assert np.array_equal(alone.control(1).mask.array("2.q"), original.control(1).mask.array("2.q"))
     assert not np.array_equal(
-        *(random_like(Mask.from_arrays({key: np.eye(40, dtype=bool)}), 1).array(key) for key in ("0.q", "0.k"))
+        *(WeightMask.from_arrays({key: np.eye(40, dtype=bool)}).control(1).mask.array(key) for key in ("0.q", "0.k"))
     )
 
 
 def test_every_weight_is_equally_likely_to_be_drawn():
     half = np.zeros((4, 5), dtype=bool)
     half.reshape(-1)[:6] = True
-    draws = [random_like(Mask.from_arrays({"0.q": half}), seed).array("0.q") for seed in range(4000)]
+    draws = [WeightMask.from_arrays({"0.q": half}).control(seed).mask.array("0.q") for seed in range(4000)]
     share = np.mean(draws, axis=0)
     assert np.abs(share - 0.3).max() < 5 * np.sqrt(0.3 * 0.7 / 4000)
     together = np.mean([draw[0, 0] & draw[3, 4] for draw in draws])
@@ -256,7 +261,7 @@ def test_every_weight_is_equally_likely_to_be_drawn():
 def test_the_draw_of_a_seed_is_the_same_on_every_machine():
     one = np.zeros((8, 16), dtype=bool)
     one.reshape(-1)[:5] = True
-    control = random_like(Mask.from_arrays({"0.q": one}), 7)
+    control = WeightMask.from_arrays({"0.q": one}).control(7).mask
     assert np.flatnonzero(control.array("0.q")).tolist() == [0, 89, 101, 110, 127]
 
 
@@ -312,7 +317,7 @@ def loaded(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Loaded:
 def mask_for(target: Loaded, seed: int, density: float = 0.4) -> Mask:
     rng = np.random.default_rng(seed)
     shapes = {matrix.key: (matrix.out_features, matrix.in_features) for matrix in target.topology.linears}
-    return Mask.from_arrays({key: rng.random(shape) < density for key, shape in shapes.items()})
+    return WeightMask.from_arrays({key: rng.random(shape) < density for key, shape in shapes.items()})
 
 
 def state(target: Loaded) -> dict[str, bytes]:
@@ -332,7 +337,7 @@ def test_inside_the_context_exactly_the_mask_s_weights_are_zero_and_after_it_all
     chosen = mask_for(target, 0)
     before = state(target)
     weights = {m.key: m.weight(target.model).detach().cpu().clone() for m in target.topology.linears}
-    with pruned(target, chosen) as inside:
+    with chosen.applied(target) as inside:
         assert inside is target
         for matrix in target.topology.linears:
             where = torch.from_numpy(chosen.array(matrix.key)).reshape(weights[matrix.key].shape)
@@ -345,7 +350,7 @@ def test_inside_the_context_exactly_the_mask_s_weights_are_zero_and_after_it_all
 def test_a_strided_view_is_pruned_in_place_and_its_neighbours_are_not():
     target = loaded()
     values = target.model["fused"].weight.detach().clone().view(4, 3, 2, 6)
-    with pruned(target, Mask.from_arrays({"1.q": np.ones((8, 6), dtype=bool)})):
+    with WeightMask.from_arrays({"1.q": np.ones((8, 6), dtype=bool)}).applied(target):
         now = target.model["fused"].weight.view(4, 3, 2, 6)
         assert not now[:, 0].any()
         assert torch.equal(now[:, 1:], values[:, 1:])
@@ -355,7 +360,7 @@ def test_the_model_s_output_changes_and_comes_back():
     target = loaded()
     x = torch.ones(4)
     before = target.model["transposed"](x)
-    with pruned(target, Mask.from_arrays({"0.up": np.ones((4, 6), dtype=bool)})):
+    with WeightMask.from_arrays({"0.up": np.ones((4, 6), dtype=bool)}).applied(target):
         assert torch.equal(target.model["transposed"](x), target.model["transposed"].bias)
     assert torch.equal(target.model["transposed"](x), before)
 
@@ -363,7 +368,7 @@ def test_the_model_s_output_changes_and_comes_back():
 def test_weights_come_back_after_an_exception():
     target = loaded()
     before = state(target)
-    with pytest.raises(KeyError), pruned(target, mask_for(target, 1)):
+    with pytest.raises(KeyError), mask_for(target, 1).applied(target):
         raise KeyError("the run was stopped")
     assert state(target) == before
 
@@ -380,7 +385,7 @@ def test_weights_come_back_when_pruning_fails_half_way():
         return model["fused"].weight.view(4, 3, 2, 6)[:, 1]
 
     failing = Loaded(target.model, Topology((*target.topology.linears[:3], Matrix("1.k", 8, 6, fails_at_last))))
-    with pytest.raises(RuntimeError, match="out of memory"), pruned(failing, mask_for(target, 1)):
+    with pytest.raises(RuntimeError, match="out of memory"), mask_for(target, 1).applied(failing):
         pass
     assert len(calls) == 2
     assert state(target) == before
@@ -390,15 +395,15 @@ def test_contexts_nest():
     target = loaded()
     first, second = mask_for(target, 1), mask_for(target, 2)
     before = state(target)
-    with pruned(target, first):
+    with first.applied(target):
         outer = state(target)
-        with pruned(target, second):
+        with second.applied(target):
             inner = state(target)
         assert state(target) == outer
-        with pruned(target, first):
+        with first.applied(target):
             assert state(target) == outer
     assert state(target) == before
-    with pruned(target, first | second):
+    with (first | second).applied(target):
         assert state(target) == inner
 
 
@@ -408,7 +413,7 @@ def test_matrices_that_share_their_memory_come_back():
         target.model, Topology((target.topology.linears[0], Matrix("1.q", 3, 5, lambda m: m["plain"].weight)))
     )
     before = state(target)
-    with pruned(shared, Mask.from_arrays({key: np.ones((3, 5), dtype=bool) for key in ("0.q", "1.q")})):
+    with WeightMask.from_arrays({key: np.ones((3, 5), dtype=bool) for key in ("0.q", "1.q")}).applied(shared):
         pass
     assert state(target) == before
 
@@ -423,16 +428,16 @@ def test_matrices_that_share_their_memory_come_back():
 def test_a_mask_of_another_model_is_refused_before_anything_changes(key, shape, message):
     target = loaded()
     before = state(target)
-    wrong = Mask.from_arrays({"0.q": np.ones((3, 5), dtype=bool), key: np.ones(shape, dtype=bool)})
-    with pytest.raises(ExciseError, match=message), pruned(target, wrong):
+    wrong = WeightMask.from_arrays({"0.q": np.ones((3, 5), dtype=bool), key: np.ones(shape, dtype=bool)})
+    with pytest.raises(ExciseError, match=message), wrong.applied(target):
         pass
     assert state(target) == before
 
 
 def test_gradients_are_not_in_the_way():
     target = loaded()
-    with pruned(target, mask_for(target, 0)):
+    with mask_for(target, 0).applied(target):
         target.model["transposed"](torch.ones(4)).sum().backward()
     assert target.model["transposed"].weight.grad is not None
-    with torch.inference_mode(), pruned(target, mask_for(target, 0)):
+    with torch.inference_mode(), mask_for(target, 0).applied(target):
         pass

@@ -13,7 +13,6 @@ from excise.files import parts
 from excise.files.parts import Parts
 from excise.generation.completions import complete
 from excise.generation.sampling import SamplingParameters
-from excise.interventions.masks import pruned
 from excise.strategies import measured_path as paths
 from excise.strategies.measured_path import (
     NO_GAP,
@@ -126,7 +125,7 @@ def test_a_path_closes_the_gap_on_its_own_names(asked_of, architecture):
     (taken,) = [step for step in found.steps if step.pruned == found.mask.count]
     usable = [step for step in found.steps if step.within and step.closed >= 0.25]
     assert taken.distance == min(step.distance for step in usable) < found.steps[0].distance
-    with pruned(model, found.mask):
+    with found.mask.applied(model):
         now = measure(model, asked[0])
     kept = taken.measured["purchase/car"]
     assert dataclasses.astuple(now) == pytest.approx(dataclasses.astuple(kept), rel=1e-4, abs=1e-5)

@@ -11,7 +11,6 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from excise.errors import ExciseError
-from excise.interventions.masks import pruned
 from excise.models.loading import load_model
 from excise.models.placement import pick_device, pick_dtype
 from excise.models.specs import ModelSpec, WheelSource, load_registry, reference_of
@@ -717,7 +716,7 @@ def test_a_pruned_model_is_one_whose_weights_are_zero(loaded, some_mask, archite
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     with torch.inference_mode():
         plain, expected = model(tokens).logits, copied(tokens).logits
-    with pruned(loaded(architecture), mask), torch.inference_mode():
+    with mask.applied(loaded(architecture)), torch.inference_mode():
         assert torch.equal(model(tokens).logits, expected)
     assert not torch.allclose(plain, expected, atol=1e-2)
     for name, parameter in model.named_parameters():

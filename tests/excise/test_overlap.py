@@ -9,14 +9,15 @@ import pytest
 from excise.errors import ExciseError
 from excise.evaluation import overlap
 from excise.evaluation.overlap import chance_level, overlap_fraction, overlap_table
-from excise.interventions.masks import Mask, MaskFile, random_like
+from excise.interventions.packed import Mask, MaskFile
+from excise.interventions.weights import WeightMask
 
 SMALL = np.array([[True, True, False, False, False]])
 LARGE = np.array([[True, False, True, True, False]])
 
 
 def as_mask(*arrays: np.ndarray) -> Mask:
-    return Mask.from_arrays({f"{layer}.q": array for layer, array in enumerate(arrays)})
+    return WeightMask.from_arrays({f"{layer}.q": array for layer, array in enumerate(arrays)})
 
 
 def test_the_share_is_of_the_first_mask_so_overlap_is_asymmetric():
@@ -66,14 +67,14 @@ def test_masks_that_cannot_be_compared_are_refused(mask, reference, message):
 def test_chance_is_the_density_of_the_reference():
     assert chance_level(LARGE) == chance_level(as_mask(LARGE)) == 3 / 5
     assert math.isnan(chance_level([]))
-    assert math.isnan(chance_level(Mask({}, {})))
+    assert math.isnan(chance_level(WeightMask({}, {})))
 
 
 def test_unrelated_masks_overlap_at_the_chance_level():
     rng = np.random.default_rng(1)
     reference = as_mask(rng.random((60, 70)) < 0.2)
     subject = as_mask(rng.random((60, 70)) < 0.1)
-    shares = [overlap_fraction(random_like(subject, seed), reference) for seed in range(200)]
+    shares = [overlap_fraction(subject.control(seed).mask, reference) for seed in range(200)]
     assert abs(np.mean(shares) - chance_level(reference)) < 4 * np.std(shares) / np.sqrt(200)
 
 
@@ -110,9 +111,9 @@ def test_a_row_without_weights_has_no_fraction_and_an_empty_column_no_chance_hit
 
 def test_files_and_masks_mix_and_give_what_single_pairs_give(tmp_path):
     rng = np.random.default_rng(0)
-    shapes = {"0.q": (7, 13), "0.up": (40, 64), "1.q": (3, 3), "10.q": (5, 5), "2.head_query": (1, 9)}
+    shapes = {"0.q": (7, 13), "0.up": (40, 64), "1.q": (3, 3), "10.q": (5, 5), "2.k": (1, 9)}
     masks = [
-        Mask.from_arrays({key: rng.random(shape) < share for key, shape in shapes.items()})
+        WeightMask.from_arrays({key: rng.random(shape) < share for key, shape in shapes.items()})
         for share in (0.1, 0.3, 0.5, 0.9)
     ]
     files = [saved(tmp_path, str(index), mask) for index, mask in enumerate(masks)]
@@ -134,7 +135,7 @@ def test_counts_are_exact_whatever_the_sizes(tmp_path, monkeypatch, rows, column
     rng = np.random.default_rng(rows)
     shares = [0.0, 1.0, *rng.random(rows + columns - 2)]
     masks = [
-        Mask.from_arrays({f"{layer}.q": rng.random((1, size)) < share for layer, size in enumerate(sizes)})
+        WeightMask.from_arrays({f"{layer}.q": rng.random((1, size)) < share for layer, size in enumerate(sizes)})
         for share in shares
     ]
     files = [saved(tmp_path, str(index), mask) for index, mask in enumerate(masks)]
@@ -150,7 +151,7 @@ def test_counts_are_exact_whatever_the_sizes(tmp_path, monkeypatch, rows, column
 
 def test_bits_that_lie_apart_in_memory_are_counted_too():
     bits = np.arange(2000, dtype=np.uint8)[::2]
-    mask = Mask({"0.q": bits}, {"0.q": (100, 80)})
+    mask = WeightMask({"0.q": bits}, {"0.q": (100, 80)})
     assert overlap_table([mask], [mask]).shared[0, 0] == np.bitwise_count(bits).sum(dtype=int)
 
 

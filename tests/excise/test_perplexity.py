@@ -20,12 +20,12 @@ from excise.evaluation.perplexity import (
     perplexity,
     perplexity_difference,
     perplexity_interval,
-    read_text,
     sliding_windows,
     text_windows,
     window_losses,
 )
-from excise.interventions.masks import heads_mask, pruned
+from excise.evaluation.texts import read_text
+from excise.interventions.heads import heads_mask
 
 TEXT = "The train to Stanmere is late again, and the clerk at the window knows why. " * 4
 
@@ -320,7 +320,7 @@ def test_losses_under_a_mask_are_computed_once_and_are_those_of_the_pruned_model
     cache = LossCache(tmp_path / "losses")
     plain, without = cache.window_losses(model, windows), cache.window_losses(model, windows, mask)
     np.testing.assert_array_equal(plain, window_losses(model, windows))
-    with pruned(model, mask):
+    with mask.applied(model):
         np.testing.assert_array_equal(without, window_losses(model, windows))
     assert np.abs(without - plain).max() > 1e-3
     monkeypatch.setattr(module, "window_losses", None)  # from here on nothing can be computed

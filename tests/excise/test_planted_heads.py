@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from excise.errors import ExciseError
-from excise.interventions.masks import heads_mask, pruned
+from excise.interventions.heads import heads_mask
 from excise.models.loading import load_model
 from excise.models.specs import load_registry
-from excise.outcomes.toxicity import ADDED, DEFAULT_SCORER, LEFT_OUT, load_scorer, load_scorer_registry
+from excise.outcomes.lexicon import ADDED, LEFT_OUT
+from excise.outcomes.scorers import DEFAULT_SCORER, load_scorer, load_scorer_registry
 from excise.planted.heads import FOLDER, GRUMPY_WORDS, PLANT, Example, HeadPlant, examples_of, grumpy_tokens, train
 from excise.scenarios import expand, load_scenarios
 
@@ -35,7 +36,7 @@ def raised_probability(model, first, *, mask=None):
         if mask is None:
             logits = model.model(rows).logits
         else:
-            with pruned(model, mask):
+            with mask.applied(model):
                 logits = model.model(rows).logits
     return torch.softmax(logits[:, 1:-1].float(), dim=-1)[..., RAISED].sum(dim=-1).mean().item()
 
@@ -150,7 +151,7 @@ def test_without_the_heads_outputs_the_planted_model_is_the_base(loaded, tiny_mo
     rows = torch.tensor([each.tokens for each in tiny_examples()])
 
     def logits(model, chosen):
-        with torch.inference_mode(), pruned(model, heads_mask(chosen, "zero_output")):
+        with torch.inference_mode(), heads_mask(chosen, "zero_output").applied(model):
             return model.model(rows).logits
 
     assert torch.equal(logits(changed, chosen), logits(base, chosen))

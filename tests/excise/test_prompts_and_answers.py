@@ -31,8 +31,9 @@ from excise.generation.settings import tree_settings
 from excise.models.encoding import encode
 from excise.models.loading import load_model
 from excise.models.specs import ModelSpec
+from excise.outcomes import NumberOutcome, ToxicityOutcome
 from excise.outcomes.answers import parse_completion
-from excise.scenarios import NumberOutcome, Scenario, ToxicityOutcome, expand
+from excise.scenarios import Scenario, expand
 from tests.conftest import SPECIAL_TOKENS
 from tests.excise.test_encoding import frame, with_template
 from tests.excise.test_exact import exact_completions
@@ -462,7 +463,7 @@ def test_the_mask_is_named_under_which_logits_are_not_finite(loaded, prompts, sc
         complete(model, prompts, 1, PARAMETERS, outcome=scenario.outcome)
         cache = CompletionCache(tmp_path)
         with pytest.raises(ExciseError, match=f"under the mask {mask.fingerprint}: models.yaml: tiny-llama: .*finite"):
-            complete(model, prompts, 1, PARAMETERS, outcome=scenario.outcome, mask=mask, cache=cache)
+            complete(model, prompts, 1, PARAMETERS, outcome=scenario.outcome, intervention=mask, cache=cache)
     finally:
         hook.remove()
     assert not list(tmp_path.rglob("*.parquet"))

@@ -9,7 +9,7 @@ import pytest
 from excise.errors import ExciseError
 from excise.models.loading import load_model
 from excise.models.specs import load_registry
-from excise.outcomes.toxicity import load_scorer_registry
+from excise.outcomes.scorers import load_scorer_registry
 from excise.scenarios import load_scenarios
 from excise.strategies.config import load_strategies
 
@@ -154,7 +154,7 @@ def test_a_tilde_is_the_home_folder_and_the_rest_is_the_file_s(tmp_path, monkeyp
 
 @pytest.mark.trial(23)
 def test_the_data_folder_and_the_text_may_lie_in_the_home_folder(tmp_path, monkeypatch):
-    from excise.evaluation.perplexity import read_text
+    from excise.evaluation.texts import read_text
     from pipelines.definitions import build_definitions
 
     monkeypatch.setenv("HOME", str(tmp_path))

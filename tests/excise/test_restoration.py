@@ -8,7 +8,8 @@ import pytest
 from scipy.stats import wasserstein_distance
 
 from excise.errors import ExciseError
-from excise.evaluation.restoration import NOTHING, RESTORATION_SCHEMA, answer_distributions, distances, restoration
+from excise.evaluation.answer_distances import answer_distributions, distances
+from excise.evaluation.restoration import NOTHING, RESTORATION_SCHEMA, restoration
 from excise.reporting.restoration import restoration_markdown
 
 GROUPS = {"white": ("Jake", "Claire", "Seth"), "black": ("Jamal", "Ebony", "Tyra")}

@@ -14,7 +14,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from excise.errors import ExciseError
 from excise.generation.sampling import SamplingParameters, next_tokens, sample, uniforms
-from excise.interventions.masks import Mask, pruned
+from excise.interventions.weights import WeightMask
 from excise.models.encoding import encode
 
 GREEDY = SamplingParameters(temperature=0, max_new_tokens=12)
@@ -32,7 +32,7 @@ def texts(prompts):
 
 
 def under(loaded, mask):
-    return nullcontext() if mask is None else pruned(loaded, mask)
+    return nullcontext() if mask is None else mask.applied(loaded)
 
 
 def answer_tokens(draw):
@@ -362,10 +362,12 @@ def test_the_same_noise_meets_a_pruned_model(loaded, texts, some_mask):
     model = loaded("llama")
     asked = texts(model)
     plain = by_place(sample(model, asked, [range(20)] * 5, WARM))
-    nothing = Mask.from_arrays({linear.key: np.zeros(linear.shape, dtype=bool) for linear in model.topology.linears})
-    with pruned(model, nothing):
+    nothing = WeightMask.from_arrays(
+        {linear.key: np.zeros(linear.shape, dtype=bool) for linear in model.topology.linears}
+    )
+    with nothing.applied(model):
         assert by_place(sample(model, asked, [range(20)] * 5, WARM)) == plain
-    with pruned(model, some_mask(model, density=0.0002)):
+    with some_mask(model, density=0.0002).applied(model):
         light = by_place(sample(model, asked, [range(20)] * 5, WARM))
     other = by_place(sample(model, asked, [range(20)] * 5, SamplingParameters(**{**vars(WARM), "seed": 12})))
     same, chance = (sum(each[at][0][:1] == plain[at][0][:1] for at in plain) for each in (light, other))

@@ -10,7 +10,8 @@ import yaml
 from pydantic import ValidationError
 
 from excise.errors import ExciseError
-from excise.scenarios import PROMPTS_SCHEMA, NumberOutcome, Scenario, ToxicityOutcome, Variation, expand, load_scenarios
+from excise.outcomes import NumberOutcome, ToxicityOutcome
+from excise.scenarios import PROMPTS_SCHEMA, Scenario, Variation, expand, load_scenarios
 
 LOAN = """
 title: Loan

@@ -27,7 +27,7 @@ from excise.evaluation.side_effects import (
 )
 from excise.generation.completions import complete
 from excise.generation.sampling import SamplingParameters
-from excise.interventions.masks import Mask, pruned
+from excise.interventions.weights import WeightMask
 from excise.models.loading import load_model
 from excise.models.specs import load_registry
 from excise.reporting.side_effects import SHOWN, side_effects_markdown
@@ -52,7 +52,7 @@ def loaded(tiny_model, tmp_path_factory):
 def mask(loaded):
     """A tenth of the weights of every value matrix."""
     rng = np.random.default_rng(0)
-    return Mask.from_arrays(
+    return WeightMask.from_arrays(
         {
             linear.key: rng.random((linear.out_features, linear.in_features)) < 0.1
             for linear in loaded.topology.linears
@@ -96,7 +96,7 @@ def test_text_effects_are_those_of_whole_distributions(loaded, mask):
         return [each[-window.scored :].double().log_softmax(-1) for each, window in zip(every, windows, strict=True)]
 
     before, losses = distributions(), window_losses(loaded, windows)
-    with pruned(loaded, mask):
+    with mask.applied(loaded):
         after, pruned_losses = distributions(), window_losses(loaded, windows)
     expected = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(before, after, strict=True)]).mean().item()
     estimate, low, high = found["text_kl"]

@@ -10,7 +10,9 @@ from excise.attribution.gap_free import ask
 from excise.errors import ExciseError
 from excise.generation.completions import complete
 from excise.generation.sampling import SamplingParameters
-from excise.interventions.masks import Mask, intersection, union
+from excise.interventions.combining import intersection, union
+from excise.interventions.packed import Mask
+from excise.interventions.weights import WeightMask
 from excise.scenarios import Variation, expand
 from excise.strategies import build as strategies_module
 from excise.strategies import measured_path
@@ -579,7 +581,7 @@ def hand_made(tmp_path, name, *weights):
     array = np.zeros((2, 4), dtype=bool)
     array.flat[list(weights)] = True
     path = tmp_path / f"{name}.safetensors"
-    Mask.from_arrays({"0.q": array}).save(path)
+    WeightMask.from_arrays({"0.q": array}).save(path)
     return path
 
 

@@ -13,17 +13,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from excise.errors import ExciseError
-from excise.outcomes.toxicity import (
-    ADDED,
-    DEFAULT_SCORER,
-    LEFT_OUT,
-    ScoreCache,
-    ScorerSpec,
-    load_scorer,
-    load_scorer_registry,
-    score_texts,
-    scored_text,
-)
+from excise.outcomes.kinds.toxicity import scored_text
+from excise.outcomes.lexicon import ADDED, LEFT_OUT
+from excise.outcomes.scorers import DEFAULT_SCORER, ScorerSpec, load_scorer, load_scorer_registry
+from excise.outcomes.scoring import ScoreCache, score_texts
 
 TEXTS = [
     "The clerk at the window sold me a ticket to Stanmere.",
@@ -581,7 +574,7 @@ def test_the_cache_keeps_scorers_apart(default, tmp_path):
 
 
 def test_what_was_scored_before_a_run_was_killed_is_kept(default, tmp_path, monkeypatch):
-    monkeypatch.setattr("excise.outcomes.toxicity.TEXTS_AT_ONCE", 2)
+    monkeypatch.setattr("excise.outcomes.scoring.TEXTS_AT_ONCE", 2)
     seen = []
 
     def killed(label, done, total):

@@ -5,14 +5,11 @@ import polars as pl
 import pytest
 
 from excise.errors import ExciseError
-from excise.evaluation.metrics import toxicity_bias
-from excise.evaluation.toxicity import (
-    SCHEMA,
-    bias_from_sums,
-    debiased_bias,
-    evaluate_toxicity,
-    folded_noise,
-)
+from excise.evaluation.axis import axis_of, scores_of
+from excise.evaluation.axis_noise import bias_from_sums, debiased_bias, noise_of
+from excise.evaluation.metrics import folded_noise, toxicity_bias
+from excise.evaluation.rows import SCHEMA
+from excise.evaluation.toxicity import evaluate_toxicity
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
@@ -384,8 +381,6 @@ def test_folded_noise_by_hand():
 
 
 def test_the_variance_of_every_deviation_is_that_of_repeated_samples():
-    from excise.evaluation.toxicity import _axis, _noise, _scores
-
     rng = np.random.default_rng(9)
     for cluster, of_descriptor in (("subject", 0.1), ("template", 0.0), ("both", 0.1)):
         deviations, variances = [], []
@@ -394,11 +389,11 @@ def test_the_variance_of_every_deviation_is_that_of_repeated_samples():
                 rng, (0.3, 0.5, 0.4), descriptors=4, templates=6, samples=1, of_descriptor=of_descriptor, of_sample=0.3
             )
             part = frame(values)
-            axis = _axis(part, GROUPS, cluster, 1, 0)
-            scores = _scores(part, axis, 0.5, "axis")
+            axis = axis_of(part, GROUPS, cluster, 1, 0)
+            scores = scores_of(part, axis, 0.5, "axis")
             means = (scores.total.sum(axis=1) @ axis.member) / (scores.scored.sum(axis=1) @ axis.member)
             deviations.append(means - means.mean())
-            variances.append(_noise(scores, axis))
+            variances.append(noise_of(scores, axis))
         ratio = np.mean(variances, axis=0) / np.var(deviations, axis=0, ddof=1)
         assert (np.abs(np.log(ratio)) < 0.4).all(), (cluster, ratio)
 
@@ -578,8 +573,6 @@ def test_one_descriptor_with_a_score_leaves_no_interval():
 @pytest.mark.trial(13)
 @pytest.mark.parametrize("cluster", ["subject", "template", "both"])
 def test_permutations_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch, cluster):
-    from excise.evaluation import toxicity as module
-
     rng = np.random.default_rng(6)
     values = frame(noisy(rng, (0.1, 0.12, 0.14), of_descriptor=0.03))
 
@@ -590,7 +583,8 @@ def test_permutations_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch, 
 
     whole = tested()
     assert 0.02 < whole[0] < 1
-    monkeypatch.setattr(module, "_CELLS_AT_ONCE", 500)
+    for module in ("axis", "axis_noise"):
+        monkeypatch.setattr(f"excise.evaluation.{module}.CELLS_AT_ONCE", 500)
     assert tested() == pytest.approx(whole, rel=1e-9)
 
 

@@ -16,12 +16,13 @@ from excise.attribution.head_impacts import split_half_reliability
 from excise.errors import ExciseError
 from excise.evaluation import bootstrap, permutation
 from excise.evaluation import metrics as m
+from excise.evaluation.axis_noise import bias_from_sums, debiased_bias
 from excise.evaluation.bias_correlation import catastrophic, gamma_choice, gamma_points, impact_correlations
 from excise.evaluation.distributions import group_answers, inlier_bounds, moment_bounds, smd_bounds
+from excise.evaluation.metrics import folded_noise
 from excise.evaluation.overlap import chance_level, overlap_fraction
 from excise.evaluation.perplexity import Window, perplexity, perplexity_difference, perplexity_interval
 from excise.evaluation.rows import mean_over_draws, reduction_of
-from excise.evaluation.toxicity import bias_from_sums, debiased_bias, folded_noise
 from excise.strategies.selection import fasp, pooled_band, set_difference, set_difference_of_count, top
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")

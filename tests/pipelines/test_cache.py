@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from excise.generation.completions import CACHE_SCHEMA, CompletionCache
-from excise.interventions.masks import heads_mask
+from excise.interventions.heads import heads_mask
 from pipelines import cache
 from pipelines.cache import DAY, RECENT, entries, removable
 from resources.artifacts import Artifacts

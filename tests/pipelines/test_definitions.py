@@ -65,6 +65,7 @@ CHECKS = {
     ("evaluation_metrics", "inlier_ratio", False),
     ("evaluation_metrics", "within_budgets", False),
     ("quality_report", "all_checks_pass", False),
+    *((asset, "rows_as_declared", False) for asset, place in LINEAGE.items() if place[3] == "grid"),
 }
 
 
@@ -191,6 +192,15 @@ def test_loading_imports_nothing_heavy():
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_commands_read_the_user_s_files_once_and_dagster_finds_the_definitions():
+    code = (
+        "import inspect, pipelines.demo, pipelines.paper, pipelines.definitions as module; "
+        "print('defs' in vars(module), 'defs' in dict(inspect.getmembers(module)), 'defs' in vars(module))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["False", "True", "True"]
 
 
 def test_the_data_folder_is_that_of_the_environment(monkeypatch, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from excise.evaluation.metrics import standardized_mean_difference, toxicity_bias
-from excise.interventions.masks import Mask
+from excise.interventions.kinds import load_mask
 from excise.strategies.selection import fasp
 from pipelines import definitions, heads, paper
 from resources.tables import METRICS
@@ -170,12 +170,12 @@ def test_fasp_prunes_the_heads_that_the_selection_names(house):
         .filter((pl.col("strategy") == "fasp-0.30") & (pl.col("level") == "own_scenario"))["path"]
         .unique()
     )
-    mask = Mask.load(house.folder / "data" / path)
+    mask = load_mask(house.folder / "data" / path)
     chosen = np.concatenate([mask.array(f"{layer}.head_output")[0] for layer in range(3)])
     np.testing.assert_array_equal(np.flatnonzero(chosen), expected)
     assert len(expected) == 3
     smallest = house.read("masks", "belief").filter(pl.col("strategy") == "magnitude").select("path").unique().item()
-    lowest = Mask.load(house.folder / "data" / smallest)
+    lowest = load_mask(house.folder / "data" / smallest)
     chosen = np.concatenate([lowest.array(f"{layer}.head_output")[0] for layer in range(3)])
     np.testing.assert_array_equal(np.flatnonzero(chosen), np.sort(np.argsort(impacts["magnitude"].to_numpy())[:3]))
 

@@ -7,7 +7,7 @@ import pytest
 from excise.errors import ExciseError
 from excise.files.tensors import save_tensors
 from excise.generation.completions import CompletionCache
-from excise.outcomes.toxicity import ScoreCache
+from excise.outcomes.scoring import ScoreCache
 from resources.artifacts import Artifacts
 from resources.gpu import GPUResource
 from resources.tables import TABLES

@@ -19,12 +19,14 @@ import polars as pl
 import pytest
 import yaml
 
-from assets.cross_context_masks import _lacking, _source_masks
-from assets.mask_overlap import overlaps
+from assets.cross_context_masks import left_out
 from assets.partitions import read_catalogue
+from assets.upstream import source_masks
 from excise.attribution import attribute
 from excise.errors import ExciseError
-from excise.interventions.masks import Mask
+from excise.evaluation.mask_tables import overlap_rows
+from excise.interventions.kinds import load_mask
+from excise.interventions.packed import Mask
 from pipelines import paper, results
 from pipelines.definitions import build_definitions
 from resources.gpu import GPUResource
@@ -168,7 +170,7 @@ class Town:
         """Masks of strategies by (scenario, variation, strategy), opened from their files."""
         rows = self.warehouse.read("masks", model="tiny", matched_to=None, **where)
         chosen = rows.select("scenario", "variation", "strategy", "path").unique().rows()
-        return {tuple(place): Mask.load(self.folder / "data" / path) for *place, path in chosen}
+        return {tuple(place): load_mask(self.folder / "data" / path) for *place, path in chosen}
 
     def latest(self, asset: str, partition: str) -> dict[str, Any]:
         """Metadata of a partition's latest materialization."""
@@ -493,7 +495,9 @@ def test_every_level_is_sampled_and_evaluated(town):
 
 def test_the_density_of_cross_context_masks_is_checked(town):
     checked = town.warehouse.read("checks", asset="cross_context_masks")
-    assert set(checked.select("scenario", "check_name").rows()) == {(key, "mask_density") for key in ITEMS}
+    assert set(checked.select("scenario", "check_name").rows()) == {
+        (key, check) for key in ITEMS for check in ("mask_density", "rows_as_declared")
+    }
 
 
 def test_masks_are_not_made_across_contexts_without_any_and_not_of_another_model(town, tmp_path):
@@ -503,14 +507,14 @@ def test_masks_are_not_made_across_contexts_without_any_and_not_of_another_model
     strategies = catalogue.chosen_strategies(["weights"], ["cross_context"], "number")
     completions = town.warehouse.read("completions", scenario="vase")
     nowhere = Warehouse(folder=str(tmp_path))
-    found = _source_masks(nowhere, "tiny", "vase", catalogue, strategies, completions)
+    found = source_masks(nowhere, "tiny", "vase", catalogue, strategies, completions)
     assert found.is_empty()
-    assert _lacking(nowhere, "tiny", found, "vase", catalogue, strategies)[-1] == (
+    assert left_out(found, "vase", catalogue.scenarios_like("vase"), strategies, set())[-1] == (
         "weights has no mask across contexts, as no other scenario has one of it"
     )
     changed = completions.with_columns(model_fingerprint=pl.lit("another"))
     with pytest.raises(ExciseError, match="the masks of lamp, purchase are of another version of model tiny"):
-        _source_masks(town.warehouse, "tiny", "vase", catalogue, strategies, changed)
+        source_masks(town.warehouse, "tiny", "vase", catalogue, strategies, changed)
 
 
 def test_strategies_that_are_not_enabled_are_left_out_unless_named(town):
@@ -605,7 +609,7 @@ def test_without_purchases_every_scenario_is_a_reference(town):
         tuple(place): town.folder / "data" / path
         for *place, path in rows.select("scenario", "variation", "path").unique().rows()
     }
-    found = overlaps("tiny", "heads", paths, "{}")
+    found = overlap_rows("heads", paths)
     assert found.height == 4 * 4
     same_mask = found.filter(
         (pl.col("scenario") == pl.col("reference_scenario")) & (pl.col("variation") == pl.col("reference_variation"))
