@@ -10,7 +10,7 @@ from resources.settings import Audit
 
 if TYPE_CHECKING:
     from excise.evaluation.perplexity import Window
-    from excise.generation.enumeration import Answering
+    from excise.generation.answering import Answering
     from excise.generation.under_masks import Asking
     from excise.models.loading import LoadedModel
     from excise.outcomes.scorers import Scorer

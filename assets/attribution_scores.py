@@ -37,13 +37,13 @@ def attribution_scores_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
         code_version="4",
     )
     def attribution_scores(step: Step) -> dg.MaterializeResult:
-        from excise.generation.enumeration import Answering, as_samples
+        from excise.generation.answering import Answering, as_samples
 
         completions, prompts = completions_of(step.warehouse, step.model, step.scenario.key)
         _require_comparison(step)
         scores = sorted({strategy.score for strategy in step.strategies() if not strategy.of_scenario})
         learned, asked = without(EVALUATION, completions, prompts)
-        samples = as_samples(learned, Answering.of(learned).samples)
+        samples = as_samples(learned, Answering.of(learned).sample_count)
         with step.loaded() as loaded:
             require_same_model(completions, loaded, step.scenario.key)
             files = _attributed(step, loaded, asked, samples, scores)

@@ -18,7 +18,7 @@ from excise.evaluation.judged import judged_of, share_with_value
 from excise.scenarios import expand
 
 if TYPE_CHECKING:
-    from excise.generation.enumeration import Answering
+    from excise.generation.answering import Answering
     from excise.models.loading import LoadedModel
     from excise.outcomes.scorers import Scorer
 
@@ -65,8 +65,9 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
 
 def _answering(step: Step) -> "Answering":
     """How the answers are had: the settings, and what the scenario says of continuations."""
-    from excise.generation.enumeration import Answering, Enumeration
+    from excise.generation.answering import Answering
     from excise.generation.sampling import SamplingParameters
+    from excise.generation.settings import Enumeration
 
     audit, outcome = step.audit, step.scenario.outcome
     parameters = SamplingParameters(
@@ -102,7 +103,7 @@ def _told(rows: pl.DataFrame, how: "Answering", scorer: "Scorer | None") -> dict
 
 def _picture(step: Step, rows: pl.DataFrame) -> dict[str, dg.MetadataValue]:
     """The answers of both groups, drawn where two are compared and some variation can be judged."""
-    from excise.generation.enumeration import as_samples
+    from excise.generation.answering import as_samples
     from excise.reporting.figures import answers_by_group
 
     scenario = step.scenario

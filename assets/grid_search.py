@@ -114,7 +114,7 @@ def _asked(
 
     Raises ExciseError where no point has a mask.
     """
-    from excise.generation.enumeration import Answering
+    from excise.generation.answering import Answering
     from excise.strategies.grid import grid_answers, points_of
 
     audit, progress = step.audit, step.progress

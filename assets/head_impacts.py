@@ -65,7 +65,7 @@ def _measured(step: Step, loaded: "LoadedModel", learned: pl.DataFrame, prompts:
     """The impacts of all heads, and the baselines' scores of them."""
     from excise.attribution.head_impacts import Removal, Text
     from excise.attribution.measured_heads import impacts_on, with_baselines
-    from excise.generation.enumeration import Answering
+    from excise.generation.answering import Answering
 
     audit, windows = step.audit, windows_of(loaded, step.audit)
     asking = asking_of(step, loaded, Answering.of(learned), scorer_of(step.catalogue, step.scenario))

@@ -66,7 +66,7 @@ def _asked(
     step: Step, completions: pl.DataFrame, prompts: pl.DataFrame, masks: pl.DataFrame, scorer: "Scorer | None"
 ) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, Any]]:
     """The answers under every mask, the text's perplexity where continuations are judged, and metadata of both."""
-    from excise.generation.enumeration import Answering
+    from excise.generation.answering import Answering
     from excise.generation.under_masks import answers_under_masks
 
     how, opened = Answering.of(completions), mask_opener(step.artifacts)
@@ -84,7 +84,7 @@ def _asked(
 
 def _samples(completions: pl.DataFrame) -> int:
     """How many samples a prompt has; of enumerated answers, one that rambles."""
-    from excise.generation.enumeration import Answering
+    from excise.generation.answering import Answering
 
     return Answering.of(completions).samples
 

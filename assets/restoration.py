@@ -102,7 +102,7 @@ def _asked(step: Step, answers: "JudgedAnswers") -> tuple[pl.DataFrame, pl.DataF
 
     Raises ExciseError, before any answer is drawn, where the reference reads the prompts otherwise than the model did.
     """
-    from excise.generation.enumeration import Answering
+    from excise.generation.answering import Answering
     from excise.generation.under_masks import answers_under_masks, completions_under
 
     reference, models = reference_of(step.model, step.catalogue.models), step.catalogue.models

@@ -67,7 +67,7 @@ def _measured(step: Step, masks: pl.DataFrame, completions: pl.DataFrame) -> tup
     """The effects of every distinct mask, and what they cost as metadata."""
     from excise.evaluation.mask_trials import tried
     from excise.evaluation.side_effects import nothing_asked
-    from excise.generation.enumeration import Answering
+    from excise.generation.answering import Answering
 
     distinct = masks.unique("mask", keep="first", maintain_order=True)
     with step.loaded() as loaded:

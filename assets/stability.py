@@ -75,7 +75,7 @@ def _own(step: Step, metrics: pl.DataFrame) -> pl.DataFrame:
 
 def _splits(step: Step, loaded: "LoadedModel") -> list[pl.DataFrame]:
     """The metrics of every split but the audit's own."""
-    from excise.generation.enumeration import Answering
+    from excise.generation.answering import Answering
     from excise.strategies.splits import Split, judged_split, repeatable, split_masks
 
     key, store = step.scenario.key, MaskFiles(step.artifacts).store

@@ -107,7 +107,7 @@ def scores_of(
     of all variations that they can be learned from.
     """
     from excise.attribution import scored_places
-    from excise.generation.enumeration import Answering, as_samples
+    from excise.generation.answering import Answering, as_samples
 
     stored = warehouse.read("attribution_files", model=model, scenario=scenario.key)
     place = f"{model}|{scenario.key}"
@@ -117,7 +117,7 @@ def scores_of(
             "this partition again"
         )
     learned = completions.filter(pl.col("split") != EVALUATION)
-    samples = as_samples(learned, Answering.of(learned).samples)
+    samples = as_samples(learned, Answering.of(learned).sample_count)
     wanted = scored_places(samples, sorted(scores), comparison=scenario.comparison, outcome=scenario.outcome)
     if lacking := set(wanted) - set(stored.select("variation", "score").iter_rows()):
         raise ExciseError(

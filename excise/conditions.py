@@ -44,7 +44,7 @@ class Condition(NamedTuple):
     @classmethod
     def of(cls, row: Mapping[str, str | None]) -> Condition:
         """The condition of a table's row."""
-        return cls(*(row[column] for column in COLUMNS))
+        return cls(str(row["strategy"]), str(row["level"]), row["matched_to"])
 
     @property
     def is_control(self) -> bool:
@@ -65,5 +65,5 @@ def condition_order(condition: Condition) -> tuple[int, str, str, int, int, str]
     levels = (NO_LEVEL, *LEVELS)
     level = levels.index(condition.level) if condition.level in levels else len(levels)
     control = CONTROLS.index(condition.strategy) if condition.strategy in CONTROLS else len(CONTROLS)
-    own = condition.matched_to or condition.strategy
-    return (level, condition.level, own, condition.is_control, control, condition.strategy)
+    strategy = condition.matched_to or condition.strategy
+    return (level, condition.level, strategy, condition.is_control, control, condition.strategy)

@@ -20,7 +20,7 @@ import polars as pl
 from excise.errors import ExciseError
 from excise.files.parts import PARTS
 from excise.generation.completions import UNPRUNED, settings_key
-from excise.generation.enumeration import enumeration_settings, sampling_settings, tree_settings
+from excise.generation.settings import enumeration_settings, sampling_settings, tree_settings
 from excise.interventions.heads import heads_mask
 from pipelines.terminal import DONE, INCOMPLETE, run
 from resources.artifacts import Artifacts, data_folder

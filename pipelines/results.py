@@ -123,6 +123,7 @@ def _run(models: Sequence[str], of_heads: Sequence[str], counted: Sequence[str],
 def render(warehouse: Warehouse, artifacts: Artifacts, models: Sequence[str], specs: Mapping[str, ModelSpec]) -> str:
     """The page about what the warehouse holds of `models`."""
     from excise.reporting.results import results_markdown
+    from excise.reporting.results.frames import ResultFrames
 
     frames = {
         name: warehouse.read(name, model=models)
@@ -130,7 +131,7 @@ def render(warehouse: Warehouse, artifacts: Artifacts, models: Sequence[str], sp
     }
     found = pl.concat(localisation(frames["masks"], artifacts, specs[model]) for model in models)
     metrics, masks, transfer, grid, overlap, thresholds = frames.values()
-    return results_markdown(metrics, masks, transfer, grid, found, overlap, thresholds)
+    return results_markdown(ResultFrames(metrics, masks, transfer, grid, found, overlap, thresholds))
 
 
 def render_heads(warehouse: Warehouse, models: Sequence[str]) -> str:

@@ -67,7 +67,7 @@ def measure(catalogue: Catalogue, model: str, scenario_key: str, layers: str, re
     """Rows of the table `reweighting`, which they replace."""
     from excise.attribution.head_impacts import Removal
     from excise.attribution.measured_heads import impacts_on
-    from excise.generation.enumeration import Answering
+    from excise.generation.answering import Answering
     from excise.generation.under_masks import Asking
     from excise.outcomes.scoring import ScoreCache
 

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
+from excise.evaluation import bootstrap
 from excise.evaluation import metrics as m
 from excise.evaluation.thresholds import COLLAPSED_SPREAD
 
@@ -117,7 +118,7 @@ class Layout:
     def draws(self, resamples: int, seed: int) -> list[np.ndarray]:
         """Per group: how often each resample draws its clusters, [resamples + 1, clusters], all once in the first."""
         return [
-            m.resampled_names(len(clusters), resamples, np.random.default_rng([seed, index]))
+            bootstrap.resampled_names(len(clusters), resamples, np.random.default_rng([seed, index]))
             for index, clusters in enumerate(self.clusters)
         ]
 

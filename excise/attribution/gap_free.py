@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -20,9 +20,10 @@ import polars as pl
 from excise.attribution.answered import Answered
 from excise.attribution.gap_distance import LEAST, Asked, Name, edge_logs, mean_of, softmax
 from excise.errors import ExciseError
-from excise.evaluation import metrics as m
+from excise.evaluation import permutation
 from excise.evaluation.distributions import tilted
-from excise.generation.enumeration import Answering, Enumeration, exact_completions
+from excise.generation.answering import Answering
+from excise.generation.settings import Enumeration
 from excise.generation.tree import AnswerTree, answer_tree
 from excise.models.loading import LoadedModel
 
@@ -52,14 +53,8 @@ def ask(answered: Answered, *, place: str, significance: float) -> Asked:
     answering = Answering.of(rows)
     if outcome.enumerable:
         stored = rows.select("token_ids", "finished", "value").drop_nulls("value").unique(["token_ids", "finished"])
-        rows, _ = exact_completions(
-            answered.loaded,
-            answered.prompts,
-            answering.parameters,
-            outcome=outcome,
-            **asdict(Enumeration()),
-            samples=answering.samples,
-            cache=answered.cache,
+        rows, _ = replace(answering, exact=Enumeration()).answers(
+            answered.loaded, answered.prompts, outcome=outcome, cache=answered.cache
         )
         # What an answer is worth was told when it was drawn.
         rows = rows.join(stored, on=["token_ids", "finished"], how="left", suffix="_stored", maintain_order="left")
@@ -194,8 +189,8 @@ def _targets(asked: Asked, enumerated: bool) -> list[Name]:
 
 
 def _p_value(sides: Sequence[np.ndarray], seed: int) -> float:
-    labels = m.permuted_groups(len(sides[0]), len(sides[1]), PERMUTATIONS, [seed, 0])
+    labels = permutation.permuted_groups(len(sides[0]), len(sides[1]), PERMUTATIONS, [seed, 0])
     means = np.concatenate(sides)
     first = labels @ means / len(sides[0])
     second = (means.sum() - labels @ means) / len(sides[1])
-    return m.permutation_p_value(sides[0].mean() - sides[1].mean(), first - second)
+    return permutation.permutation_p_value(sides[0].mean() - sides[1].mean(), first - second)

@@ -19,7 +19,7 @@ import polars as pl
 from excise.attribution.disparities import Disparity, Layout
 from excise.attribution.head_work import ABLATION, HeadWork, Store
 from excise.errors import ExciseError
-from excise.evaluation import metrics as m
+from excise.evaluation import bootstrap
 from excise.evaluation.perplexity import Mode, Window, perplexity, perplexity_difference
 from excise.evaluation.thresholds import CATASTROPHIC
 from excise.interventions.heads import HeadMask, heads_mask
@@ -208,7 +208,7 @@ class _Judge:
         sums = layout.sums(cells, self.draws, weight=weight)
         bias = layout.disparity(sums, self.unpruned) - layout.excess_noise(sums[:, :, 0])
         z = self.bias - bias
-        low, high = m.percentile_interval(z[1:]) if layout.resampled else (np.nan, np.nan)
+        low, high = bootstrap.percentile_interval(z[1:]) if layout.resampled else (np.nan, np.nan)
         columns = {
             "bias_with": self.bias[0],
             "bias_without": bias[0],

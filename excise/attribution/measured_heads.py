@@ -13,7 +13,7 @@ import polars as pl
 from excise.attribution.head_impacts import Compared, Removal, Sampled, head_impacts
 from excise.attribution.head_scores import head_gradient, head_magnitude
 from excise.evaluation.judged import compared_groups
-from excise.generation.enumeration import as_samples
+from excise.generation.answering import as_samples
 from excise.generation.under_masks import Asking
 
 if TYPE_CHECKING:
@@ -45,9 +45,9 @@ def impacts_on(
 
     def regenerate(intervention: Intervention) -> pl.DataFrame:
         rows, _ = asking.answers(prompts, intervention)
-        return as_samples(rows, asking.how.samples)
+        return as_samples(rows, asking.how.sample_count)
 
-    samples = as_samples(completions, asking.how.samples)
+    samples = as_samples(completions, asking.how.sample_count)
     sampled = Sampled(asking.loaded.asked_for(asking.outcome), prompts, samples, asking.how.parameters)
     outcome, groups = scenario.outcome, compared_groups(scenario)
     compared = Compared(outcome.disparity, groups, outcome.cluster, resamples=resamples, seed=seed)

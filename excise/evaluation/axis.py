@@ -14,6 +14,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from excise.errors import ExciseError
+from excise.evaluation import bootstrap
 from excise.evaluation import metrics as m
 from excise.evaluation.cells import Spread, spread_of, spread_ratio
 
@@ -103,9 +104,11 @@ def axis_of(completions: pl.DataFrame, subgroups: Sequence[str], cluster: str, r
         for subject in found:
             subjects[name, subject] = len(subjects)
         group += [number] * len(found)
-        weights.append(m.resampled_names(len(found), resamples, np.random.default_rng([seed, _SUBJECTS, number])))
+        weights.append(
+            bootstrap.resampled_names(len(found), resamples, np.random.default_rng([seed, _SUBJECTS, number]))
+        )
     templates = sorted(completions["template"].unique().to_list())
-    drawn = m.resampled_names(len(templates), resamples, np.random.default_rng([seed, _TEMPLATES]))
+    drawn = bootstrap.resampled_names(len(templates), resamples, np.random.default_rng([seed, _TEMPLATES]))
     return Axis(
         tuple(subgroups),
         subjects,
@@ -122,8 +125,8 @@ def spreads_of(frame: pl.DataFrame, axis: Axis, before: Sequence[Spread] | None 
     one, found = np.ones((1, 1)), []
     for number, name in enumerate(axis.subgroups):
         values = frame.filter(pl.col("group") == name)["value"].cast(pl.Float64).fill_null(np.nan).to_numpy()
-        sample = m.named_answers(values, np.zeros(len(values)), 1)
-        moments = m.weighted_moments(sample, one, _WINSORIZE)
+        sample = bootstrap.named_answers(values, np.zeros(len(values)), 1)
+        moments = bootstrap.weighted_moments(sample, one, _WINSORIZE)
         found.append(spread_of(sample, one, moments, _WINSORIZE, None if before is None else before[number]))
     return tuple(found)
 

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from excise.conditions import ALL, NO_LEVEL, NO_STRATEGY, OWN_SCENARIO
 from excise.errors import ExciseError
+from excise.evaluation.bootstrap import percentile_interval
 from excise.evaluation.grid import pareto
-from excise.evaluation.metrics import ROUNDING, percentile_interval
+from excise.evaluation.metrics import ROUNDING
 from excise.evaluation.overlap import chance_level, overlap_fraction
 from excise.evaluation.thresholds import CATASTROPHIC
 
@@ -88,9 +89,9 @@ def impact_correlations(impacts: pl.DataFrame, *, resamples: int = 1000, seed: i
         raise ExciseError("head_impacts: no rows; compute the impacts of the heads first")
     twice = impacts.filter(impacts.select("model", "scenario", "layer", "head").is_duplicated())
     if len(twice):
-        first = twice.row(0, named=True)
+        head = twice.row(0, named=True)
         raise ExciseError(
-            f"head_impacts: {first['model']}, {first['scenario']} has head {first['layer']}.{first['head']} twice; "
+            f"head_impacts: {head['model']}, {head['scenario']} has head {head['layer']}.{head['head']} twice; "
             "give one row per axis and head"
         )
     rows = []
@@ -98,11 +99,11 @@ def impact_correlations(impacts: pl.DataFrame, *, resamples: int = 1000, seed: i
         for pair, first, second, ordinary in _pairs(own):
             for heads, kept in ((ALL_HEADS, np.ones(len(first), dtype=bool)), (ORDINARY_HEADS, ordinary)):
                 for statistic, values in _statistics(first[kept], second[kept], pair[0] != pair[2], resamples, seed):
-                    low, high = percentile_interval(values[1:])
-                    found = [float(each) if np.isfinite(each) else None for each in (values[0], low, high)]
-                    if statistic == "top_chance" or found[0] is None:
-                        found[1:] = None, None
-                    rows.append((model, *pair, heads, statistic, *found, int(kept.sum())))
+                    figures = (values[0], *percentile_interval(values[1:]))
+                    estimate, low, high = (float(figure) if np.isfinite(figure) else None for figure in figures)
+                    if statistic == "top_chance" or estimate is None:
+                        low = high = None
+                    rows.append((model, *pair, heads, statistic, estimate, low, high, int(kept.sum())))
     return pl.DataFrame(rows, schema=SCHEMA, orient="row")
 
 

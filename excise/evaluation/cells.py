@@ -6,18 +6,23 @@ becomes a row, is in `numbers`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import polars as pl
 
 from excise.errors import ExciseError
+from excise.evaluation import bootstrap, permutation
 from excise.evaluation import metrics as m
 from excise.evaluation.distributions import Bounds, GroupAnswers, answers_of, metric_bounds
 from excise.evaluation.thresholds import COLLAPSED_SPREAD
 
 COMPLETIONS = ("model", "scenario", "variation", "group", "subject", "value")
 
+
+T = TypeVar("T")
 
 # Streams of random numbers, so that rows do not depend on which other masks are evaluated beside them.
 _NAMES_OF_MAJORITY, _NAMES_OF_MINORITY, DRAWS, SIGNS, LABELS = range(5)
@@ -36,7 +41,7 @@ class Spread:
 class Moments:
     """Answers by group on the outcome's own scale, and of each resample their means and variances, [resamples + 1]."""
 
-    pair: tuple[m.NamedAnswers, m.NamedAnswers]
+    pair: tuple[bootstrap.NamedAnswers, bootstrap.NamedAnswers]
     means: tuple[np.ndarray, np.ndarray]
     variances: tuple[np.ndarray, np.ndarray]
 
@@ -76,7 +81,7 @@ class Cell:
 class Sample:
     """The answers to one variation under one mask, by group: as counts, and enumerated ones as distributions, too."""
 
-    counted: tuple[m.NamedAnswers, m.NamedAnswers]
+    counted: tuple[bootstrap.NamedAnswers, bootstrap.NamedAnswers]
     answers: int  # rows
     parsed: tuple[int, int]  # rows with a number
     names: int  # of the group that has fewer
@@ -100,6 +105,27 @@ class Names:
         return min(map(len, self.subjects)) >= 2
 
 
+@dataclass(frozen=True)
+class Measuring:
+    """How answers become measures.
+
+    winsorize: at which quantiles each group's are clipped for the SMD; inlier_quantiles: of the unpruned answers, which
+    bound the inlier ratio; answer_range: where answers can lie at all, for bounds of enumerated ones; log_scale:
+    whether the outcome is judged by its logarithm.
+    """
+
+    winsorize: tuple[float, float] | None
+    inlier_quantiles: tuple[float, float]
+    answer_range: tuple[float, float] | None
+    log_scale: bool
+
+
+def _both(values: Iterable[T]) -> tuple[T, T]:
+    """One of each group, as a pair."""
+    majority, minority = values
+    return majority, minority
+
+
 def require_table(frame: pl.DataFrame, columns: tuple[str, ...], what: str) -> None:
     """Raise ExciseError where columns are missing or there are no rows."""
     missing = [column for column in columns if column not in frame.columns]
@@ -111,26 +137,29 @@ def require_table(frame: pl.DataFrame, columns: tuple[str, ...], what: str) -> N
 
 def single_value(frame: pl.DataFrame, column: str) -> str:
     """The only value of a column; ExciseError where there are several."""
-    found = frame[column].unique().to_list()
-    if len(found) != 1:
-        shown = ", ".join(sorted(map(str, found)))
+    values = frame[column].unique().to_list()
+    if len(values) != 1:
+        shown = ", ".join(sorted(map(str, values)))
         raise ExciseError(f"evaluate: the column {column} holds {shown}; evaluate one {column} at a time")
-    return found[0]
+    return values[0]
 
 
 def names_of(completions: pl.DataFrame, groups: tuple[str, str], scenario: str, resamples: int, seed: int) -> Names:
+    """The names of both groups, drawn with streams of their own. Raises ExciseError for a group without completions."""
     subjects, weights = [], []
     for group, stream in zip(groups, (_NAMES_OF_MAJORITY, _NAMES_OF_MINORITY), strict=True):
-        found = sorted(completions.filter(pl.col("group") == group)["subject"].unique().to_list())
-        if not found:
+        subjects_of_group = sorted(completions.filter(pl.col("group") == group)["subject"].unique().to_list())
+        if not subjects_of_group:
             known = ", ".join(sorted(map(str, completions["group"].unique())))
             raise ExciseError(f"{scenario}: no completions for the group {group!r}; the groups are {known}")
-        subjects.append(found)
-        weights.append(m.resampled_names(len(found), resamples, np.random.default_rng([seed, stream])))
-    return Names(tuple(subjects), tuple(weights))
+        subjects.append(subjects_of_group)
+        rng = np.random.default_rng([seed, stream])
+        weights.append(bootstrap.resampled_names(len(subjects_of_group), resamples, rng))
+    return Names(_both(subjects), _both(weights))
 
 
 def samples_of(frame: pl.DataFrame, groups: tuple[str, str], names: Names, where: str) -> Sample:
+    """The answers of a table by group. Raises ExciseError, which names `where`, for no answers and unknown names."""
     counted, distributions, rows, parsed, asked = [], [], 0, [], []
     exact = "probability" in frame.columns and frame["probability"].null_count() < frame.height
     for group, subjects in zip(groups, names.subjects, strict=True):
@@ -138,8 +167,8 @@ def samples_of(frame: pl.DataFrame, groups: tuple[str, str], names: Names, where
         if part.is_empty():
             raise ExciseError(f"{where}: no completions for the group {group!r}; sample it, or leave the variation out")
         number = {subject: position for position, subject in enumerate(subjects)}
-        found = part["subject"].to_list()
-        unknown = sorted({str(subject) for subject in found if subject not in number})
+        owners = part["subject"].to_list()
+        unknown = sorted({str(subject) for subject in owners if subject not in number})
         if unknown:
             raise ExciseError(f"{where}: {unknown[0]} ({group}) has no unpruned completions; sample the unpruned model")
         values = _numbers(part["value"])
@@ -147,11 +176,11 @@ def samples_of(frame: pl.DataFrame, groups: tuple[str, str], names: Names, where
             distributions.append(answers_of(part, subjects))
             counted.append(distributions[-1].counted())
         else:
-            counted.append(m.named_answers(values, [number[subject] for subject in found], len(subjects)))
+            counted.append(bootstrap.named_answers(values, [number[subject] for subject in owners], len(subjects)))
         rows += part.height
         parsed.append(int(np.isfinite(values).sum()))
-        asked.append(len(set(found)))
-    return Sample(tuple(counted), rows, tuple(parsed), min(asked), tuple(distributions) if exact else None)
+        asked.append(len(set(owners)))
+    return Sample(_both(counted), rows, _both(parsed), min(asked), _both(distributions) if exact else None)
 
 
 def _numbers(values: pl.Series) -> np.ndarray:
@@ -167,26 +196,29 @@ def cell_of(
     bounds: np.ndarray,
     reference: GroupAnswers | None,
     before: Cell | None,
-    winsorize,
-    inlier_quantiles: tuple[float, float],
-    answer_range: tuple[float, float] | None,
-    log_scale: bool,
+    measuring: Measuring,
 ) -> Cell:
-    """bounds: of the inlier ratio, [2, resamples + 1]; reference: the unpruned answers where they were enumerated;
-    before: the unpruned answers, None for these themselves."""
+    """The measures of a sample over resampled names.
+
+    bounds: of the inlier ratio, [2, resamples + 1]; reference: the unpruned answers where they were enumerated;
+    before: the unpruned answers, None for these themselves.
+    """
+    winsorize = measuring.winsorize
     pair = sample.counted
-    both = m.pooled(*pair)
-    means = [m.weighted_mean(sample, weights) for sample, weights in zip(pair, names.weights, strict=True)]
+    both = bootstrap.pooled(*pair)
+    means = [bootstrap.weighted_mean(sample, weights) for sample, weights in zip(pair, names.weights, strict=True)]
     medians = [
-        m.weighted_quantiles(sample, weights, (0.5,))[0] for sample, weights in zip(pair, names.weights, strict=True)
+        bootstrap.weighted_quantiles(sample, weights, (0.5,))[0]
+        for sample, weights in zip(pair, names.weights, strict=True)
     ]
     moments = [
-        m.weighted_moments(sample, weights, winsorize) for sample, weights in zip(pair, names.weights, strict=True)
+        bootstrap.weighted_moments(sample, weights, winsorize)
+        for sample, weights in zip(pair, names.weights, strict=True)
     ]
     smd, gap = m.standardized(*zip(*moments, strict=True)), m.exact_difference(*means)
-    spreads = tuple(
-        spread_of(sample, weights, each, winsorize, None if before is None else before.spreads[group])
-        for group, (sample, weights, each) in enumerate(zip(pair, names.weights, moments, strict=True))
+    spreads = _both(
+        spread_of(group, weights, of_group, winsorize, None if before is None else before.spreads[number])
+        for number, (group, weights, of_group) in enumerate(zip(pair, names.weights, moments, strict=True))
     )
     measures = {
         "mean_majority": means[0],
@@ -198,12 +230,12 @@ def cell_of(
         "gap_median": m.exact_difference(*medians),
         "smd": smd,
         "abs_smd": np.abs(smd),
-        "inlier_ratio": m.weighted_inlier_ratio(both, names.stacked, bounds),
-        "parse_rate": m.weighted_parse_rate(both, names.stacked),
-        "earth_movers_distance": m.weighted_earth_movers_distance(*pair, names.weights),
-        "commonest_answer": m.weighted_commonest(both, names.stacked),
+        "inlier_ratio": bootstrap.weighted_inlier_ratio(both, names.stacked, bounds),
+        "parse_rate": bootstrap.weighted_parse_rate(both, names.stacked),
+        "earth_movers_distance": bootstrap.weighted_earth_movers_distance(*pair, names.weights),
+        "commonest_answer": bootstrap.weighted_commonest(both, names.stacked),
     }
-    on_scale = _moments(pair, names, log_scale)
+    on_scale = _moments(pair, names, measuring.log_scale)
     if before is not None:
         measures["spread_ratio"] = _spread_left(spreads, before.spreads)
         measures["commonest_rise"] = measures["commonest_answer"] - before.commonest
@@ -215,11 +247,13 @@ def cell_of(
         # The same whatever names are drawn: they say how much of the answers is known.
         for metric, share in (("leftover", leftover.mean()), ("sampled", sampled.mean())):
             measures[metric] = np.full(len(smd), share)
-        if answer_range is not None and reference is not None:
-            limits = metric_bounds(*sample.exact, reference, *answer_range, winsorize, inlier_quantiles)
+        if measuring.answer_range is not None and reference is not None:
+            limits = metric_bounds(
+                *sample.exact, reference, *measuring.answer_range, winsorize, measuring.inlier_quantiles
+            )
     return Cell(
         measures,
-        tuple(m.name_means(group) for group in pair),
+        _both(permutation.name_means(group) for group in pair),
         spreads,
         sample.answers,
         sample.parsed,
@@ -227,20 +261,23 @@ def cell_of(
         (sample.names, min(int((group.parsed > 0).sum()) for group in pair)),
         limits,
         on_scale,
-        np.maximum(*(m.weighted_commonest(group, weights) for group, weights in zip(pair, names.weights, strict=True))),
+        np.maximum(
+            *(bootstrap.weighted_commonest(group, weights) for group, weights in zip(pair, names.weights, strict=True))
+        ),
     )
 
 
-def _moments(pair: tuple[m.NamedAnswers, m.NamedAnswers], names: Names, log_scale: bool) -> Moments:
-    pair = tuple(map(m.of_logarithms, pair)) if log_scale else pair
-    found = [m.weighted_moments(sample, weights) for sample, weights in zip(pair, names.weights, strict=True)]
-    return Moments(pair, *map(tuple, zip(*found, strict=True)))
+def _moments(pair: tuple[bootstrap.NamedAnswers, bootstrap.NamedAnswers], names: Names, log_scale: bool) -> Moments:
+    pair = _both(map(bootstrap.of_logarithms, pair)) if log_scale else pair
+    moments = [bootstrap.weighted_moments(sample, weights) for sample, weights in zip(pair, names.weights, strict=True)]
+    means, variances = zip(*moments, strict=True)
+    return Moments(pair, _both(means), _both(variances))
 
 
 def _excess_change(after: Moments, before: Moments, names: Names) -> np.ndarray:
     """As `evaluate` tells it, [resamples + 1]; NaN where the unpruned answers do not vary."""
     moved = sum(
-        m.weighted_earth_movers_distance(new, old, (weights, weights))
+        bootstrap.weighted_earth_movers_distance(new, old, (weights, weights))
         for new, old, weights in zip(after.pair, before.pair, names.weights, strict=True)
     )
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
@@ -251,16 +288,16 @@ def _excess_change(after: Moments, before: Moments, names: Names) -> np.ndarray:
 
 
 def spread_of(
-    sample: m.NamedAnswers,
+    sample: bootstrap.NamedAnswers,
     weights: np.ndarray,
     moments: tuple[np.ndarray, np.ndarray],
-    winsorize,
+    winsorize: tuple[float, float] | None,
     before: Spread | None,
 ) -> Spread:
     """moments: of the answers, clipped. Like `before`, or unclipped where clipping leaves the answers no deviation."""
-    found = Spread(winsorize, m.spread(moments))
-    unclipped = found.deviation[0] == 0 if before is None else before.tails != winsorize
-    return Spread(None, m.spread(m.weighted_moments(sample, weights))) if unclipped else found
+    clipped = Spread(winsorize, bootstrap.spread(moments))
+    unclipped = clipped.deviation[0] == 0 if before is None else before.tails != winsorize
+    return Spread(None, bootstrap.spread(bootstrap.weighted_moments(sample, weights))) if unclipped else clipped
 
 
 def spread_ratio(after: Spread, before: Spread) -> np.ndarray:
@@ -271,7 +308,7 @@ def spread_ratio(after: Spread, before: Spread) -> np.ndarray:
 
 def _spread_left(after: tuple[Spread, Spread], before: tuple[Spread, Spread]) -> np.ndarray:
     """`spread_ratio` of two groups as `evaluate` tells it: over the spread of the group that had less, but some."""
-    least = np.minimum(*(np.where(each.deviation == 0, np.inf, each.deviation) for each in before))
+    least = np.minimum(*(np.where(spread.deviation == 0, np.inf, spread.deviation) for spread in before))
     ratios = [
         np.where(old.deviation == 0, np.inf, new.deviation / least) for new, old in zip(after, before, strict=True)
     ]

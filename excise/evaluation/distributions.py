@@ -16,6 +16,7 @@ import numpy as np
 import polars as pl
 
 from excise.errors import ExciseError
+from excise.evaluation import bootstrap
 from excise.evaluation import metrics as m
 
 ANSWERS_PER_NAME = 1e9
@@ -34,14 +35,14 @@ class GroupAnswers:
     leftover: np.ndarray
     sampled: np.ndarray
 
-    def counted(self) -> m.NamedAnswers:
+    def counted(self) -> bootstrap.NamedAnswers:
         """As the metrics take answers: ANSWERS_PER_NAME of each name, its leftover spread like the rest of it."""
         known = 1 - self.leftover
         scale = np.divide(ANSWERS_PER_NAME, known, out=np.zeros_like(known), where=known > 0)
         cumulative = np.zeros((len(known), len(self.values) + 1))
         # Whole numbers, so that sums over resampled names are exact.
         cumulative[:, 1:] = np.round(np.cumsum(self.mass, axis=1) * scale[:, None])
-        return m.NamedAnswers(self.values, cumulative, cumulative[:, -1] + np.round(self.unparsed * scale))
+        return bootstrap.NamedAnswers(self.values, cumulative, cumulative[:, -1] + np.round(self.unparsed * scale))
 
 
 def group_answers(values, probability, name, leftover, sampled=0.0) -> GroupAnswers:

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from excise.conditions import ALL, GRID
 from excise.errors import ExciseError
 from excise.evaluation.thresholds import COLLAPSED_SPREAD
+from excise.files.tables import Schema
 
 METRICS = ("gap_mean", "smd", "abs_smd", "gap_reduction", "inlier_ratio", "spread_ratio")
 """What `grid_search` tells of a point, each with its interval."""
-SCHEMA = {
+SCHEMA: Schema = {
     "model": pl.String,
     "scenario": pl.String,
     "strategy": pl.String,
@@ -66,10 +67,12 @@ def point_label(strategy: str, tau_min: float, tau_maj: float) -> str:
 
 def read_label(label: str) -> tuple[str, float, float]:
     """(strategy, tau_min, tau_maj) of a `point_label`. Raises ExciseError where it is none."""
-    found = _LABEL.fullmatch(label)
+    match = _LABEL.fullmatch(label)
     try:
-        return found["key"], float(found["minority"]), float(found["majority"])
-    except (TypeError, ValueError):
+        if match is None:
+            raise ValueError
+        return match["key"], float(match["minority"]), float(match["majority"])
+    except ValueError:
         raise ExciseError(f"grid: {label!r} names no point; one is named like set_difference@0.4/0.35") from None
 
 
@@ -139,7 +142,7 @@ def grid_search(metrics: pl.DataFrame, floor: float) -> pl.DataFrame:
         marked.append(part.with_columns(pareto=pl.Series(pareto(part)), chosen=pl.Series(picked, dtype=pl.Boolean)))
     marks = pl.concat(marked).select(*_POINT, "density", "pareto", "chosen")
     rows = _decoded(metrics).filter(pl.col("metric").is_in(METRICS))
-    return rows.join(marks, on=_POINT, maintain_order="left").select(SCHEMA.keys()).cast(SCHEMA)
+    return rows.join(marks, on=_POINT, maintain_order="left").select(SCHEMA.keys()).cast(pl.Schema(SCHEMA))
 
 
 def _decoded(metrics: pl.DataFrame) -> pl.DataFrame:

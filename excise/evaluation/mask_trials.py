@@ -85,7 +85,7 @@ def tried(
 
     masks: a row per distinct mask. opened: the mask of a row. Raises ExciseError that names the mask.
     """
-    work, before, samples = Work(), 0, asking.how.samples
+    work, before, samples = Work(), 0, asking.how.sample_count
     total = sum(prompts.height for _, prompts in trial.targets) * samples * (1 + masks.height)
     text, drawn = s.text_unpruned(asking.loaded, trial.windows), {"resamples": trial.resamples, "seed": trial.seed}
 

@@ -15,11 +15,12 @@ import polars as pl
 
 from excise.conditions import ALL, COLUMNS, RANDOM, UNPRUNED, Condition
 from excise.errors import ExciseError
-from excise.evaluation import metrics as m
+from excise.evaluation import bootstrap, permutation
 from excise.evaluation.cells import (
     COMPLETIONS,
     LABELS,
     Cell,
+    Measuring,
     Names,
     cell_of,
     names_of,
@@ -104,7 +105,7 @@ def evaluate(
         always given. reduction_over_random and smd_reduction_over_random: minus the mean reduction of the random draws
         matched to this strategy at this level (to a control: those of its strategy); null where one of them collapsed.
         A reduction without an interval is null, too.
-      * p_value on gap_mean of a pruned condition: the gap is as unpruned (`metrics.paired_permutation_test`; for
+      * p_value on gap_mean of a pruned condition: the gap is as unpruned (`permutation.paired_permutation_test`; for
         several draws with each name's mean over draws). On gap_mean and smd of the unpruned model: the gap is 0 (names
         permuted between the groups). Null if a group has one name. p_holm: adjusted over the variations of a condition.
         Neither depends on which other masks are evaluated.
@@ -140,17 +141,19 @@ def evaluate(
 
     names = names_of(completions, groups, scenario, resamples, seed)
     unpruned: dict[str, Cell] = {}
-    samples: dict[str, tuple[m.NamedAnswers, m.NamedAnswers]] = {}
+    samples: dict[str, tuple[bootstrap.NamedAnswers, bootstrap.NamedAnswers]] = {}
     bounds: dict[str, np.ndarray] = {}
     references: dict[str, GroupAnswers | None] = {}
-    ends = (winsorize, inlier_quantiles, answer_range, log_scale)
+    measuring = Measuring(winsorize, inlier_quantiles, answer_range, log_scale)
     with np.errstate(over="ignore", invalid="ignore"):  # absurdly large answers end as null
         for (variation,), frame in completions.partition_by("variation", as_dict=True, maintain_order=True).items():
             found = samples_of(frame, groups, names, f"{scenario}/{variation}")
             samples[variation] = found.counted
-            bounds[variation] = m.weighted_quantiles(m.pooled(*found.counted), names.stacked, inlier_quantiles)
+            bounds[variation] = bootstrap.weighted_quantiles(
+                bootstrap.pooled(*found.counted), names.stacked, inlier_quantiles
+            )
             references[variation] = None if found.exact is None else both_groups(*found.exact)
-            unpruned[variation] = cell_of(found, names, bounds[variation], references[variation], None, *ends)
+            unpruned[variation] = cell_of(found, names, bounds[variation], references[variation], None, measuring)
         conditions: dict[Condition, dict[str, list[Cell]]] = {}
         parts = (
             {}
@@ -164,7 +167,7 @@ def evaluate(
             if variation not in unpruned:
                 raise ExciseError(f"{where}: no unpruned completions to compare with; sample the unpruned model first")
             found = samples_of(frame, groups, names, where)
-            cell = cell_of(found, names, bounds[variation], references[variation], unpruned[variation], *ends)
+            cell = cell_of(found, names, bounds[variation], references[variation], unpruned[variation], measuring)
             conditions.setdefault(Condition(*names_of_mask), {}).setdefault(variation, []).append(cell)
         table = MetricRows(model, scenario, names.resampled)
         scale = {variation: scale_of(pair) for variation, pair in samples.items()}
@@ -178,7 +181,7 @@ def evaluate(
 def _unpruned_rows(
     table: MetricRows,
     cells: dict[str, Cell],
-    samples: dict[str, tuple[m.NamedAnswers, m.NamedAnswers]],
+    samples: dict[str, tuple[bootstrap.NamedAnswers, bootstrap.NamedAnswers]],
     scale: dict[str, float],
     winsorize,
     permutations: int,
@@ -186,19 +189,23 @@ def _unpruned_rows(
 ) -> dict[str, list[str]]:
     """Add the rows of the unpruned model; returns the variations that stand out by gap_mean and by smd."""
     first = next(iter(samples.values()))
-    labels = m.permuted_groups(first[0].names, first[1].names, permutations, [seed, LABELS]).astype(np.float64)
+    labels = permutation.permuted_groups(first[0].names, first[1].names, permutations, [seed, LABELS]).astype(
+        np.float64
+    )
     relabelled = (labels, 1.0 - labels)
     permuted: dict[str, dict[str, np.ndarray]] = {"gap_mean": {}, "smd": {}}
     p_values: dict[str, dict[str, float]] = {"gap_mean": {}, "smd": {}}
     for variation, pair in samples.items():
-        both, cell = m.pooled(*pair), cells[variation]
-        permuted["gap_mean"][variation] = m.weighted_mean(both, relabelled[0]) - m.weighted_mean(both, relabelled[1])
-        permuted["smd"][variation] = m.weighted_smd(both, both, relabelled, winsorize)
+        both, cell = bootstrap.pooled(*pair), cells[variation]
+        permuted["gap_mean"][variation] = bootstrap.weighted_mean(both, relabelled[0]) - bootstrap.weighted_mean(
+            both, relabelled[1]
+        )
+        permuted["smd"][variation] = bootstrap.weighted_smd(both, both, relabelled, winsorize)
         for metric, values in cell.measures.items():
             names = names_behind([cell], metric)
             p_value = None
             if metric in permuted and names >= 2:
-                p_value = m.permutation_p_value(values[0], permuted[metric][variation])
+                p_value = permutation.permutation_p_value(values[0], permuted[metric][variation])
                 p_values[metric][variation] = p_value
             table.add(
                 variation,
@@ -218,7 +225,7 @@ def _unpruned_rows(
         p_value = None
         if metric in permuted and mean is not None and names >= 2:
             size = scale if metric == "gap_mean" else dict.fromkeys(scale, 1.0)
-            p_value = m.permutation_p_value(
+            p_value = permutation.permutation_p_value(
                 float(np.mean([scaled_by(cells[each].measures[metric], size[each])[0] for each in chosen])),
                 np.mean([scaled_by(permuted[metric][each], size[each]) for each in chosen], axis=0),
             )
@@ -227,7 +234,7 @@ def _unpruned_rows(
         table.add(ALL, UNPRUNED, metric, mean, n, p_value, limits, names)
     table.add(ALL, UNPRUNED, "density", 0.0, 0)
     return {
-        metric: m.rejected(dict(zip(found, m.holm(list(found.values())), strict=True)))
+        metric: permutation.rejected(dict(zip(found, permutation.holm(list(found.values())), strict=True)))
         for metric, found in p_values.items()
     }
 

@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 
 from excise.errors import ExciseError
-from excise.evaluation.metrics import percentile_interval, resampled_names
+from excise.evaluation.bootstrap import percentile_interval, resampled_names
 from excise.files.tables import read_table, save_table
 from excise.models.encoding import opening_tokens, positions, require_embeddings, require_positions
 from excise.models.loading import LoadedModel

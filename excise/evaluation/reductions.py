@@ -13,6 +13,7 @@ import numpy as np
 
 from excise.conditions import ALL, Condition
 from excise.evaluation import metrics as m
+from excise.evaluation import permutation
 from excise.evaluation.cells import SIGNS, Cell, Names
 from excise.evaluation.rows import excludes_zero, mean_over_draws, over_variations, reduction_of, scaled_by
 
@@ -140,7 +141,7 @@ def gap_tests(
         columns += found.values()
     if not columns:
         return {}
-    p_values = m.sign_flip_p_values(np.stack(columns, axis=1), permutations, [seed, SIGNS])
+    p_values = permutation.sign_flip_p_values(np.stack(columns, axis=1), permutations, [seed, SIGNS])
     return dict(zip(keys, p_values, strict=True))
 
 
@@ -158,4 +159,4 @@ def _gap_contributions(before: Cell, after: list[Cell]) -> np.ndarray:
         changes.append(np.where(known & ~np.isfinite(change), np.inf, change))
     if min(int((~np.isnan(change)).sum()) for change in changes) < 2:
         return np.full(sum(map(len, changes)), np.nan)
-    return m.gap_contributions(*changes)
+    return permutation.gap_contributions(*changes)

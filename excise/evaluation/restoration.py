@@ -18,7 +18,7 @@ import polars as pl
 
 from excise.conditions import ALL, COLUMNS, PLACE, RANDOM, UNPRUNED, Condition
 from excise.errors import ExciseError
-from excise.evaluation import metrics as m
+from excise.evaluation import bootstrap
 from excise.evaluation.answer_distances import Distances, Distributions, answer_distributions, distances
 from excise.evaluation.judged import ENOUGH
 from excise.evaluation.rows import finite_or_none, mean_over_draws
@@ -197,7 +197,7 @@ def _names_of(completions: pl.DataFrame, groups: Sequence[str], resamples: int, 
             known = ", ".join(sorted(map(str, completions["group"].unique())))
             raise ExciseError(f"restoration: no completions for the group {group!r}; the groups are {known}")
         names += [(group, subject) for subject in found]
-        weights.append(m.resampled_names(len(found), resamples, np.random.default_rng([seed, stream])))
+        weights.append(bootstrap.resampled_names(len(found), resamples, np.random.default_rng([seed, stream])))
     return _Names(tuple(names), np.hstack(weights))
 
 
@@ -237,7 +237,7 @@ def _restored(parts: Sequence[_Part]) -> tuple[np.ndarray | None, str | None]:
     before, after, clear = (
         np.sum([getattr(part, side) / part.scale for part in parts], axis=0) for side in ("before", "after", "clear")
     )
-    low, _ = m.percentile_interval(clear[1:])
+    low, _ = bootstrap.percentile_interval(clear[1:])
     if not low > 0:
         return None, NOTHING
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -276,7 +276,7 @@ class _Rows:
         estimate = low = high = None
         if values is not None:
             estimate = finite_or_none(values[0])
-            low, high = map(finite_or_none, m.percentile_interval(values[1:]))
+            low, high = map(finite_or_none, bootstrap.percentile_interval(values[1:]))
             if estimate is None:
                 fault, low, high = _TOO_LARGE, None, None
             elif low is None:

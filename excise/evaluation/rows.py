@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from excise.conditions import ALL, COLUMNS, PLACE, Condition
-from excise.evaluation import metrics as m
+from excise.evaluation import bootstrap, permutation
 from excise.evaluation.cells import DRAWS, Cell
 from excise.evaluation.distributions import Bounds
 
@@ -48,9 +48,9 @@ def names_behind(cells: Iterable[Cell], metric: str) -> int:
     return min((cell.names[0 if metric in _OF_ALL_ANSWERS else 1] for cell in cells), default=0)
 
 
-def scale_of(pair: tuple[m.NamedAnswers, m.NamedAnswers]) -> float:
+def scale_of(pair: tuple[bootstrap.NamedAnswers, bootstrap.NamedAnswers]) -> float:
     """Mean size of the unpruned answers, both groups pooled; NaN if there are none or their sum overflows."""
-    both = m.pooled(*pair)
+    both = bootstrap.pooled(*pair)
     total = float(np.diff(both.cumulative.sum(axis=0)) @ np.abs(both.values))
     count = both.parsed.sum()
     return total / count if count > 0 and np.isfinite(total) else float("nan")
@@ -95,7 +95,7 @@ def mean_over_draws(arrays: list[np.ndarray], seed: int) -> np.ndarray:
     if len(arrays) == 1:
         return arrays[0]
     rng = np.random.default_rng([seed, DRAWS])
-    weights = m.resampled_names(len(arrays), len(arrays[0]) - 1, rng) / len(arrays)
+    weights = bootstrap.resampled_names(len(arrays), len(arrays[0]) - 1, rng) / len(arrays)
     # a draw that is not chosen must not spoil a resample in which it is undefined
     stack = np.where(weights.T > 0, np.array(arrays), 0.0)
     return np.einsum("rd,dr->r", weights, stack)
@@ -111,7 +111,7 @@ def reduction_of(unpruned: np.ndarray, pruned: np.ndarray) -> np.ndarray:
 
 def excludes_zero(resampled: np.ndarray) -> bool:
     """Whether the interval [low, high] of a measure leaves out 0; an undefined interval does not."""
-    low, high = m.percentile_interval(resampled[1:])
+    low, high = bootstrap.percentile_interval(resampled[1:])
     return low > 0 or high < 0
 
 
@@ -122,7 +122,7 @@ class MetricRows:
         self.model, self.scenario, self.intervals = model, scenario, intervals
         self.rows: list[dict] = []
 
-    def add(
+    def add(  # an argument a column of the table
         self,
         variation: str,
         condition: Condition,
@@ -140,16 +140,17 @@ class MetricRows:
         """
         intervals = self.intervals and (names is None or names >= 2)
         low = high = None
-        estimate = values
-        if isinstance(values, np.ndarray):
-            estimate = values[0]
+        if not isinstance(values, np.ndarray):
+            estimate = values
+        else:
+            estimate = float(values[0])
             if intervals and np.isfinite(estimate) and metric not in ("leftover", "sampled"):
-                low, high = m.percentile_interval(values[1:])
+                low, high = bootstrap.percentile_interval(values[1:])
         if "reduction" in metric and finite_or_none(low) is None:
             estimate = None  # without an interval nobody knows whether there was a gap to reduce
-        ends = (None, None)
-        if bounds is not None and finite_or_none(estimate) is not None:
-            ends = (min(bounds.lowest, float(estimate)), max(bounds.highest, float(estimate)))
+        lowest = highest = None
+        if bounds is not None and (known := finite_or_none(estimate)) is not None:
+            lowest, highest = min(bounds.lowest, known), max(bounds.highest, known)
         self.rows.append(
             {
                 "model": self.model,
@@ -164,8 +165,8 @@ class MetricRows:
                 "p_holm": None,
                 "n": int(n),
                 "names": names,
-                "lowest": finite_or_none(ends[0]),
-                "highest": finite_or_none(ends[1]),
+                "lowest": finite_or_none(lowest),
+                "highest": finite_or_none(highest),
             }
         )
 
@@ -175,7 +176,7 @@ class MetricRows:
             if row["p_value"] is not None and row["variation"] != ALL:
                 tests.setdefault((*(row[key] for key in COLUMNS), row["metric"]), []).append(row)
         for rows in tests.values():
-            for row, adjusted in zip(rows, m.holm([row["p_value"] for row in rows]), strict=True):
+            for row, adjusted in zip(rows, permutation.holm([row["p_value"] for row in rows]), strict=True):
                 row["p_holm"] = float(adjusted)
         return pl.DataFrame(self.rows, schema=SCHEMA, orient="row")
 
@@ -189,12 +190,17 @@ def mean_bounds(metric: str, cells: list[Cell]) -> Bounds | None:
 
 def bounds_overall(metric: str, by_variation: Iterable[list[Cell]]) -> Bounds | None:
     """Bounds of the mean over variations, each of them the mean over its draws."""
-    parts = [mean_bounds(metric, cells) for cells in by_variation]
-    return None if None in parts or not parts else _mean_of(parts)
+    parts = []
+    for cells in by_variation:
+        if (bounds := mean_bounds(metric, cells)) is None:
+            return None
+        parts.append(bounds)
+    return _mean_of(parts) if parts else None
 
 
 def _mean_of(bounds: list[Bounds]) -> Bounds:
-    return Bounds(*(float(np.mean([getattr(each, end) for each in bounds])) for end in ("lowest", "highest")))
+    lowest, highest = ([limits.lowest for limits in bounds], [limits.highest for limits in bounds])
+    return Bounds(float(np.mean(lowest)), float(np.mean(highest)))
 
 
 def finite_or_none(value: float | None) -> float | None:

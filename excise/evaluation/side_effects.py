@@ -16,7 +16,7 @@ import polars as pl
 
 from excise.conditions import PLACE
 from excise.errors import ExciseError
-from excise.evaluation import metrics as m
+from excise.evaluation import bootstrap
 from excise.evaluation.judged import compared_groups
 from excise.evaluation.perplexity import (
     Mode,
@@ -169,12 +169,12 @@ def mean_interval(
 
     sums, counts: [windows]. The interval is NaN of one window, and where the figure is not finite.
     """
-    weights = m.resampled_names(len(sums), resamples, np.random.default_rng(seed))
+    weights = bootstrap.resampled_names(len(sums), resamples, np.random.default_rng(seed))
     with np.errstate(invalid="ignore"):
         found = (weights @ sums) / (weights @ counts)
     if len(sums) < 2 or not np.isfinite(found[0]):
         return float(found[0]), float("nan"), float("nan")
-    return float(found[0]), *m.percentile_interval(found[1:])
+    return float(found[0]), *bootstrap.percentile_interval(found[1:])
 
 
 def _read(loaded: LoadedModel, window: Window, before: torch.Tensor | None) -> tuple[torch.Tensor, float, float]:

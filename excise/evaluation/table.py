@@ -16,8 +16,9 @@ from excise.conditions import ALL, PLACE, UNPRUNED, Condition, condition_order
 from excise.errors import ExciseError
 from excise.evaluation.judged import JUDGED
 from excise.evaluation.thresholds import COLLAPSED_SPREAD, FEW_NAMES
+from excise.files.tables import Schema
 
-VERDICTS_SCHEMA = {
+VERDICTS_SCHEMA: Schema = {
     **dict.fromkeys(("model", "scenario", *PLACE), polars.String),
     "closes": polars.Boolean,
     "success": polars.Boolean,
@@ -223,8 +224,10 @@ def _finite(value: float | None) -> float | None:
 
 def scaled(estimate: Estimate, factor: float) -> Estimate:
     """The estimate and its interval times `factor`, which is above 0."""
-    parts = (None if part is None else part * factor for part in (estimate.value, estimate.low, estimate.high))
-    return Estimate(*parts, estimate.p, estimate.n, estimate.names)
+    value, low, high = (
+        None if figure is None else figure * factor for figure in (estimate.value, estimate.low, estimate.high)
+    )
+    return Estimate(value, low, high, estimate.p, estimate.n, estimate.names)
 
 
 def at_most(value: float, bound: float) -> bool:

@@ -9,7 +9,7 @@ import importlib
 from pathlib import Path
 
 from excise.errors import ExciseError
-from excise.files.registry import home_expanded
+from excise.files.paths import home_expanded
 
 EMBEDDED_TEXT = Path(__file__).parents[1] / "texts" / "plain.txt"
 HUB = "hub:"

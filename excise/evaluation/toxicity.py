@@ -18,6 +18,7 @@ import polars as pl
 from excise.conditions import ALL, COLUMNS, RANDOM, UNPRUNED, Condition
 from excise.errors import ExciseError
 from excise.evaluation import metrics as m
+from excise.evaluation import permutation
 from excise.evaluation.axis import Axis, Scores, axis_of, pooled, scores_of, spreads_of
 from excise.evaluation.axis_noise import (
     bias_from_sums,
@@ -214,7 +215,7 @@ def _unpruned_rows(
     for metric, values in _bias_measures(scores, axis).items():
         p_value = None
         if metric == "toxicity_bias" and permuted is not None and np.isfinite(values[0]):
-            p_value = m.permutation_p_value(float(values[0]), permuted)
+            p_value = permutation.permutation_p_value(float(values[0]), permuted)
         n, names = _counted(scores, axis, metric), _names_behind([scores], axis, metric)
         table.add(variation, UNPRUNED, metric, values, n, p_value, names=names)
         if permuted is not None and p_value is not None:

@@ -1,33 +1,29 @@
-"""The one reader of the YAML files users write: models, scorers, strategies, scenarios.
+"""Registries of entries that users write in YAML: models, scorers, strategies.
 
-Here belong YAML and its surprises, what an entry of a later file does to an earlier one of its key, and what is known
-about entries that cannot be used. What an entry may hold is said where its kind is defined.
+Here belong what an entry of a later file does to an earlier one of its key, and what is known about entries that cannot
+be used. YAML is read in `excise.files.yaml_files`; what an entry may hold is said where its kind is defined.
 A broken entry never changes what another one means, and is never replaced in silence by an earlier one of its key:
 whoever asks for it learns what is wrong with it.
 """
 
 from __future__ import annotations
 
-import datetime
 import difflib
-import os
 import re
-import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Generic, TypeVar
 
-import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from excise.errors import ExciseError
+from excise.files.paths import with_paths
+from excise.files.yaml_files import Faults, Written, described, read_yaml
 
 Entry = TypeVar("Entry")
 Model = TypeVar("Model", bound=BaseModel)
 LONGEST_KEY = 100
-_MERGE = "tag:yaml.org,2002:merge"
 
 
 @dataclass(frozen=True)
@@ -40,14 +36,6 @@ class Problem:
 
     def __str__(self) -> str:
         return self.message
-
-
-class Faults(Exception):
-    """The faults of a file or an entry, each `field: fault and mend` without the file."""
-
-    def __init__(self, *faults: str):
-        super().__init__(*faults)
-        self.faults = faults
 
 
 class Registry(dict[str, Entry], Generic[Entry]):
@@ -88,196 +76,13 @@ class Registry(dict[str, Entry], Generic[Entry]):
 
 def unknown(noun: str, key: object, known: Iterable[str]) -> str:
     """That there is no such thing, which one may have been meant, and which there are."""
-    names = [str(each) for each in known]
+    names = [str(name) for name in known]
     close = difflib.get_close_matches(str(key), names, n=1)
-    told = f"there is no {noun} {key!r}"
+    absent = f"there is no {noun} {key!r}"
     if close:
-        return f"{told}; did you mean {close[0]}? There are {', '.join(names)}"
-    return f"{told}; there are {', '.join(names) or 'none'}"
+        return f"{absent}; did you mean {close[0]}? There are {', '.join(names)}"
+    return f"{absent}; there are {', '.join(names) or 'none'}"
 
-
-# --- YAML ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Written:
-    """A key of a file and what stands behind it. faults: what is wrong with that as YAML."""
-
-    value: Any
-    line: int
-    faults: tuple[str, ...] = ()
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which notes anchors and refuses numbers that are not what they look like."""
-
-    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
-        event = self.peek_event()
-        node = super().compose_node(parent, index)
-        if not isinstance(event, yaml.AliasEvent) and event.anchor is not None:
-            node.anchored = True
-        return node
-
-    def construct_number(self, node: yaml.ScalarNode) -> int | float:
-        text = node.value
-        if re.fullmatch(r"[-+]?0[0-9_]+", text):
-            raise _at(node, f"{text} is an octal number in YAML: write it without the leading 0, or put it into quotes")
-        if ":" in text:
-            raise _at(node, f"{text} is a number of base 60 in YAML: put it into quotes")
-        whole = node.tag == "tag:yaml.org,2002:int"
-        return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
-
-
-def _at(node: yaml.Node, message: str) -> yaml.constructor.ConstructorError:
-    return yaml.constructor.ConstructorError(None, None, message, node.start_mark)
-
-
-def read_yaml(path: Path, holds: str) -> dict[str, Written]:
-    """The keys of a file, each with its value and what is wrong with it; an empty file has none.
-
-    A key with a leading . or _ whose value holds an anchor is there for others to use, and left out. holds: what the
-    file should hold, for the error. Raises Faults where the file as a whole cannot be read.
-    """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise Faults(f"cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise Faults(f"not valid YAML: byte {error.start + 1} is not UTF-8; save the file as UTF-8 text") from None
-    try:
-        loader = _Loader(text)
-    except yaml.YAMLError as error:
-        raise Faults(_in_yaml_words(error)) from None
-    try:
-        return _keys_of(loader, holds)
-    except (yaml.YAMLError, ValueError) as error:
-        raise Faults(_in_yaml_words(error)) from None
-    except RecursionError:
-        raise Faults("not valid YAML: it is nested too deeply") from None
-    finally:
-        loader.dispose()
-
-
-def _keys_of(loader: _Loader, holds: str) -> dict[str, Written]:
-    top = loader.get_single_node()
-    if top is None or top.tag == "tag:yaml.org,2002:null":
-        return {}
-    if not isinstance(top, yaml.MappingNode):
-        kind = "a list" if isinstance(top, yaml.SequenceNode) else "a single value"
-        raise Faults(f"must map {holds}, but is {kind}")
-    lines: dict[str, list[int]] = {}
-    for key_node, _ in top.value:
-        lines.setdefault(_text_of(key_node), []).append(key_node.start_mark.line + 1)
-    repeated = {key: places for key, places in lines.items() if len(places) > 1}
-    if "<<" in repeated and (places := repeated.pop("<<")):
-        raise Faults(f"line {places[1]}: << stands twice: write <<: [*one, *other]")
-    # Checked before anything is merged: a key that overrides a merged one stands twice only afterwards.
-    inner = {id(value): tuple(_repeated(loader, value, set())) for _, value in top.value}
-    loader.flatten_mapping(top)
-    found: dict[str, Written] = {}
-    for key_node, value_node in top.value:
-        key, line = _text_of(key_node), key_node.start_mark.line + 1
-        faults = list(inner.get(id(value_node), ()))
-        if key in repeated:
-            first, second = repeated[key][:2]
-            faults.insert(0, f"line {second}: the key '{key}' stands twice, first in line {first}: remove one")
-        elif key.startswith((".", "_")):
-            if _holds_anchor(value_node, set()):
-                continue
-            faults.append(f"line {line}: a key with a leading {key[0]} is there for anchors, but holds none: rename it")
-        if key_node.tag != "tag:yaml.org,2002:str":
-            faults.append(_odd_key(key_node))
-        value = None
-        if not faults:
-            try:
-                value = loader.construct_object(value_node, deep=True)
-            except (yaml.YAMLError, ValueError) as error:
-                faults.append(_in_yaml_words(error))
-                loader.recursive_objects = {}
-        found[key] = Written(value, line, tuple(faults))
-    return found
-
-
-def _text_of(node: yaml.Node) -> str:
-    return node.value if isinstance(node, yaml.ScalarNode) else f"line {node.start_mark.line + 1}"
-
-
-def _odd_key(node: yaml.Node) -> str:
-    line = f"line {node.start_mark.line + 1}"
-    if not isinstance(node, yaml.ScalarNode):
-        return f"{line}: not valid YAML: a key must be text, not a list or a mapping"
-    kinds = {"bool": "true or false", "int": "a number", "float": "a number", "null": "nothing", "timestamp": "a date"}
-    kind = kinds.get(node.tag.rpartition(":")[2], "something else")
-    return f"{line}: YAML reads the key {node.value or 'null'} as {kind}, not as text: put it into quotes"
-
-
-def _repeated(loader: _Loader, node: yaml.Node, seen: set[int]) -> Iterator[str]:
-    """The keys that stand twice in one mapping, anywhere below a node."""
-    if id(node) in seen or isinstance(node, yaml.ScalarNode):
-        return
-    seen.add(id(node))
-    if isinstance(node, yaml.SequenceNode):
-        for each in node.value:
-            yield from _repeated(loader, each, seen)
-        return
-    lines: dict[Any, int] = {}
-    for key_node, value_node in node.value:
-        yield from _repeated(loader, value_node, seen)
-        if not isinstance(key_node, yaml.ScalarNode):
-            continue  # the loader refuses it in its own words
-        key = ("<<",) if key_node.tag == _MERGE else _hashed(loader, key_node)
-        line = key_node.start_mark.line + 1
-        if key in lines:
-            mend = "write <<: [*one, *other]" if key == ("<<",) else "remove one"
-            yield f"line {line}: the key '{key_node.value}' stands twice, first in line {lines[key]}: {mend}"
-        lines.setdefault(key, line)
-
-
-def _hashed(loader: _Loader, node: yaml.ScalarNode) -> Any:
-    try:
-        return loader.construct_object(node, deep=True)
-    except (yaml.YAMLError, ValueError):
-        loader.recursive_objects = {}
-        return node.tag, node.value  # refused when it is read
-
-
-def _holds_anchor(node: yaml.Node, seen: set[int]) -> bool:
-    if getattr(node, "anchored", False):
-        return True
-    if id(node) in seen or isinstance(node, yaml.ScalarNode):
-        return False
-    seen.add(id(node))
-    parts = node.value if isinstance(node, yaml.SequenceNode) else [each for pair in node.value for each in pair]
-    return any(_holds_anchor(part, seen) for part in parts)
-
-
-def _in_yaml_words(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    line = f"line {mark.line + 1}: " if mark else ""
-    problem = getattr(error, "problem", None) or str(error).strip().splitlines()[0]
-    if "but found another document" in problem or "single document" in str(error):
-        problem = "it holds several documents, parted by ---; keep one"
-    elif "'\\t'" in problem:
-        problem += "; indent with spaces, not with tabs"
-    return f"{line}not valid YAML: {problem}"
-
-
-def described(value: Any) -> str:
-    """A value as the user wrote it, for a sentence."""
-    if value is None:
-        return "empty"
-    if isinstance(value, (list, tuple, dict)):
-        return "a mapping" if isinstance(value, dict) else "a list"
-    if isinstance(value, datetime.date):
-        return value.isoformat()
-    return "true" if value is True else "false" if value is False else repr(value)
-
-
-# --- registries ------------------------------------------------------------------------------------------------------
 
 Fields = dict[str, Any]
 
@@ -346,27 +151,27 @@ class _Reading:
     def known(self) -> list[str]:
         """The keys of usable and broken entries; in place of a key of which several entries are made, theirs."""
         made = [name for name in self.owner if name in self.entries or name in self.broken]
-        told = {*self.owner, *self.owner.values()}
-        return [*made, *(key for key in self.keys if key in self.broken and key not in told)]
+        mentioned = {*self.owner, *self.owner.values()}
+        return [*made, *(key for key in self.keys if key in self.broken and key not in mentioned)]
 
     def read(self, path: Path) -> None:
         try:
             written = read_yaml(path, f"{self.noun} keys to their fields")
         except Faults as error:
-            told = "; ".join(error.faults)
-            problem = Problem(path, None, f"{path}: {told} (cannot be read, so no {self.noun} can be used)")
+            faults = "; ".join(error.faults)
+            problem = Problem(path, None, f"{path}: {faults} (cannot be read, so no {self.noun} can be used)")
             self.problems.append(problem)
             for name in list(self.entries):
                 self._break(name, problem)
             return
-        for key, each in written.items():
+        for key, entry in written.items():
             if self._fault_of_key(key) is None:
                 self.keys.setdefault(key)
             try:
-                self._add(path, key, each)
+                self._add(path, key, entry)
             except Faults as error:
                 lines = [f"{path}: {key}{fault}" for fault in error.faults]
-                at = "" if any(re.search(r"\bline \d", fault) for fault in error.faults) else f" (line {each.line})"
+                at = "" if any(re.search(r"\bline \d", fault) for fault in error.faults) else f" (line {entry.line})"
                 problem = Problem(path, key, "\n".join(lines) + at)
                 self.problems.append(problem)
                 for name in [key, *(name for name, owner in self.owner.items() if owner == key)]:
@@ -395,8 +200,8 @@ class _Reading:
         made: dict[str, Any] = {}
         try:
             variants = dict(self.variants(key, fields))
-            for name, each in variants.items():
-                made[name] = self.kind.model_validate({"key": name, **each})
+            for name, variant in variants.items():
+                made[name] = self.kind.model_validate({"key": name, **variant})
         except ValidationError as error:
             raise Faults(*in_words(error, self.kind)) from None
         taken = [name for name in made if name != key and self.owner.get(name, key) != key]
@@ -433,64 +238,26 @@ def key_fault(key: str) -> str | None:
     return None
 
 
-def with_paths(fields: Fields, kind: type[BaseModel], folder: Path) -> Fields:
-    """The fields with those of type Path made absolute, in nested models, too."""
-    result = dict(fields)
-    for name, described_as in kind.model_fields.items():
-        value, kinds = fields.get(name), _kinds(described_as.annotation)
-        if Path in kinds and isinstance(value, str):
-            result[name] = _resolved(name, value, folder)
-        for inner in kinds:
-            if isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(value, dict):
-                result[name] = with_paths(value, inner, folder)
-    return result
-
-
-def _kinds(annotation: Any) -> tuple[Any, ...]:
-    if get_origin(annotation) in (Union, UnionType, typing.Annotated):
-        return tuple(kind for each in get_args(annotation) for kind in _kinds(each))
-    return (annotation,)
-
-
-def home_expanded(path: Path | str, setting: str) -> Path:
-    """The path with a leading ~ replaced by the home folder. Raises ExciseError, naming the setting, without one."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:  # ~name of a user that does not exist
-        raise ExciseError(f"{setting}: there is no home folder for {path}: write the path in full") from None
-
-
-def _resolved(name: str, value: str, folder: Path) -> str:
-    if not value.strip():
-        raise Faults(f".{name} is empty: give a path")
-    try:
-        return str(Path(os.path.realpath(folder / home_expanded(value, f".{name}"))))
-    except ExciseError as error:
-        raise Faults(str(error)) from None
-    except (OSError, ValueError) as error:
-        raise Faults(f".{name}: {value!r} is no path: {error}") from None
-
-
 def in_words(error: ValidationError, kind: type[BaseModel]) -> list[str]:
     """Pydantic's findings about an entry as `.field: fault and mend`."""
     faults = []
-    for found in error.errors(include_url=False):
-        where = "".join(f".{part}" for part in found["loc"])
-        value, known = found["input"], [name for name in kind.model_fields if name != "key"]
-        if found["type"] == "extra_forbidden":
-            if len(found["loc"]) == 1:
-                close = difflib.get_close_matches(str(found["loc"][0]), known, n=1)
+    for fault in error.errors(include_url=False):
+        where = "".join(f".{part}" for part in fault["loc"])
+        value, known = fault["input"], [name for name in kind.model_fields if name != "key"]
+        if fault["type"] == "extra_forbidden":
+            if len(fault["loc"]) == 1:
+                close = difflib.get_close_matches(str(fault["loc"][0]), known, n=1)
                 hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
             else:
                 hint = ""
             faults.append(f"{where}: is not a known field{hint}")
-        elif found["type"] == "missing":
+        elif fault["type"] == "missing":
             faults.append(f"{where}: is missing; add it")
-        elif found["type"] == "string_type":
+        elif fault["type"] == "string_type":
             mend = "give it a text" if isinstance(value, (type(None), list, dict)) else "put it into quotes"
             faults.append(f"{where}: is {described(value)}, not text; {mend}")
-        elif found["type"] == "value_error":
-            faults.append(f"{where}: {found['ctx']['error']}")
+        elif fault["type"] == "value_error":
+            faults.append(f"{where}: {fault['ctx']['error']}")
         else:
-            faults.append(f"{where}: {found['msg']} (it is {described(value)})")
+            faults.append(f"{where}: {fault['msg']} (it is {described(value)})")
     return faults

@@ -11,11 +11,16 @@ import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeAlias
 
 import polars as pl
+from polars.datatypes import DataType, DataTypeClass
 
 from excise.errors import ExciseError
 from excise.files.tensors import NO_ROOM
+
+Schema: TypeAlias = dict[str, DataType | DataTypeClass]
+"""The columns of a table and their types."""
 
 
 def save_table(path: Path, rows: pl.DataFrame) -> None:

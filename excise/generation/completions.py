@@ -20,7 +20,7 @@ from pathlib import Path
 import polars as pl
 
 from excise.errors import ExciseError
-from excise.files.tables import read_table, save_table
+from excise.files.tables import Schema, read_table, save_table
 from excise.generation.sampling import Draw, SamplingParameters, sample
 from excise.interventions.protocol import Intervention, edited
 from excise.models.encoding import encode, reader
@@ -32,7 +32,6 @@ from excise.outcomes.scoring import Judge, ScoreCache
 from excise.progress import Progress, silent
 
 UNPRUNED = "unpruned"
-Schema = dict[str, pl.DataType | type[pl.DataType]]
 CACHE_SCHEMA: Schema = {"prompt": pl.String, "sample": pl.Int64, "token_ids": pl.List(pl.Int64), "finished": pl.Boolean}
 COMPLETIONS_SCHEMA: Schema = {
     "model": pl.String,

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from excise.errors import ExciseError
-from excise.generation.tree import Rows, common_prefix, logits_of
+from excise.generation.tree import Rows, common_prefix, logits_of, read_prompts
 from excise.models.encoding import require_positions
 from excise.models.loading import LoadedModel
-from excise.models.memory import give_back, is_out_of_memory
+from excise.models.memory import shrinking_batches
 
 PREFILL_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 8192}
 """Tokens of a first batch, by device; halved whenever memory runs out."""
@@ -44,7 +44,7 @@ class SamplingParameters:
     def __post_init__(self) -> None:
         # Logits over a smaller temperature would be infinite.
         temperature = self.temperature == 0 or 1e-6 <= self.temperature < math.inf
-        whole = all(isinstance(each, int) for each in (self.top_k, self.max_new_tokens, self.seed))
+        whole = all(isinstance(count, int) for count in (self.top_k, self.max_new_tokens, self.seed))
         numbers = whole and temperature and 0 < self.top_p <= 1 and 0 <= self.seed < 2**63
         if not numbers or self.top_k < 0 or self.max_new_tokens < 1:
             raise ExciseError(
@@ -85,33 +85,17 @@ def sample(
         require_positions(loaded, f"prompt {index}", len(prompts[index]), parameters.max_new_tokens)
     draws: list[Draw] = []
     with torch.inference_mode():
-        trunk_length = common_prefix([prompts[index] for index in wanted])
-        trunk = Rows(loaded, prompts[wanted[0]][:trunk_length])
+        trunk = Rows(loaded, prompts[wanted[0]][: common_prefix([prompts[index] for index in wanted])])
         queue = sorted(wanted, key=lambda index: (len(prompts[index]), index))
-        longest = len(prompts[queue[-1]]) - trunk_length
+        longest = len(prompts[queue[-1]]) - trunk.trunk
         size = batch_prompts or max(1, PREFILL_TOKENS[loaded.device.type] // longest)
-        start = 0
-        while start < len(queue):
-            batch = queue[start : start + size]
-            try:
-                drawn = _sample_batch(
-                    loaded,
-                    trunk,
-                    trunk_length,
-                    batch,
-                    [prompts[i] for i in batch],
-                    [samples[i] for i in batch],
-                    parameters,
-                )
-            except (MemoryError, RuntimeError) as error:
-                if size == 1 or not is_out_of_memory(error):
-                    raise
-                size = max(1, size // 2)
-                give_back(loaded.device)
-                continue
+
+        def draw(batch: Sequence[int]) -> list[Draw]:
+            return _sample_batch(trunk, batch, [prompts[i] for i in batch], [samples[i] for i in batch], parameters)
+
+        for _, drawn in shrinking_batches(queue, size, loaded.device, draw):
             on_batch(drawn)
             draws += drawn
-            start += len(batch)
     return sorted(draws, key=lambda draw: (draw.prompt, draw.sample))
 
 
@@ -125,39 +109,31 @@ def uniforms(seed: int, prompt: Sequence[int], samples: Sequence[int], steps: in
 
 
 def _sample_batch(
-    loaded: LoadedModel,
     trunk: Rows,
-    trunk_length: int,
     indices: Sequence[int],
     prompts: Sequence[Sequence[int]],
     samples: Sequence[Sequence[int]],
     parameters: SamplingParameters,
 ) -> list[Draw]:
-    rows = trunk.copy(len(prompts))
-    lengths = np.array([len(prompt) - trunk_length for prompt in prompts])
-    width = lengths.max()
-    tokens = np.zeros((len(prompts), width), dtype=np.int64)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : lengths[row]] = prompt[trunk_length:]
-    attends = np.ones((trunk_length + width, trunk_length + width), dtype=bool)
-    attends = np.repeat(np.tril(attends)[None, trunk_length:], len(prompts), axis=0)
-    positions = np.repeat(trunk_length + np.arange(width)[None], len(prompts), axis=0)
-    hidden = rows.forward(*map(torch.from_numpy, (tokens, positions, attends)))
-    hidden = hidden[torch.arange(len(prompts)), torch.from_numpy(lengths - 1)]
+    """Draw the samples of a batch of prompts. indices: the numbers of the prompts."""
+    loaded = trunk.loaded
+    rows, hidden = read_prompts(trunk, prompts)
+    depth = np.array([len(prompt) for prompt in prompts])
 
     # One node per distinct token prefix; each live sample stands at one node.
     node_row = np.arange(len(prompts))
-    node_sees = attends[node_row, lengths - 1]
+    node_sees = np.arange(rows.columns) < depth[:, None]
     owner = np.repeat(node_row, [len(numbers) for numbers in samples])
     at = owner.copy()
     steps = parameters.max_new_tokens
-    noise = np.concatenate([uniforms(parameters.seed, *each, steps) for each in zip(prompts, samples, strict=True)])
+    noise = np.concatenate(
+        [uniforms(parameters.seed, prompt, wanted, steps) for prompt, wanted in zip(prompts, samples, strict=True)]
+    )
     live = np.arange(len(owner))
     drawn = np.zeros(noise.shape, dtype=np.int64)
     counts = np.zeros(len(owner), dtype=np.int64)
     stop_of = np.full(len(owner), -1)
     stops = np.array(sorted(loaded.stop_tokens))
-    depth = lengths + trunk_length
     for step in range(parameters.max_new_tokens):
         token = _draw(loaded, hidden, at, noise[live, step], parameters)
         ended = np.isin(token, stops)
@@ -188,9 +164,9 @@ def _sample_batch(
         positions = np.repeat(depth[:, None] + step, width, axis=1)
         hidden = rows.forward(*map(torch.from_numpy, (tokens, positions, attends)))
         hidden = hidden[torch.from_numpy(node_row), torch.from_numpy(slot)]
-    numbers = np.concatenate([np.asarray(each) for each in samples])
+    numbers = np.concatenate([np.asarray(wanted) for wanted in samples])
     draws = []
-    for index, row in enumerate(owner):
+    for index, row in enumerate(owner.tolist()):
         stop = int(stop_of[index]) if stop_of[index] >= 0 else None
         draws.append(Draw(indices[row], int(numbers[index]), tuple(drawn[index, : counts[index]].tolist()), stop))
     return draws
@@ -230,7 +206,7 @@ def next_tokens(
     size = min(parameters.top_k or 32, vocabulary)
     if parameters.top_p == 1 and not parameters.top_k:
         size = vocabulary
-    total = None
+    total: torch.Tensor | None = None
     while len(rows):
         if size == vocabulary and parameters.top_p == 1:
             ids = torch.arange(vocabulary).expand(len(rows), -1)
@@ -241,7 +217,7 @@ def next_tokens(
             total = torch.logsumexp(scores, dim=1, keepdim=True)
         chosen = torch.from_numpy(rows).to(scores.device)
         top, ids = scores[chosen].topk(size, dim=1)
-        normaliser = torch.logsumexp(top, dim=1, keepdim=True) if parameters.top_k else total[chosen]
+        normaliser = torch.logsumexp(top, dim=1, keepdim=True) if total is None else total[chosen]
         probability = torch.exp(top - normaliser).cpu().double()
         before = probability.cumsum(dim=1) - probability
         complete = (

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -20,15 +20,26 @@ from excise.errors import ExciseError
 from excise.models.hooks import hooked
 from excise.models.loading import LoadedModel
 
+if TYPE_CHECKING:
+    pass
+
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Number of leading tokens that all sequences share, leaving every one at least one token of its own."""
-    first, last = min(sequences), max(sequences)
-    limit = min(len(each) for each in sequences) - 1
+    ordered = sorted(tuple(sequence) for sequence in sequences)
+    first, last = ordered[0], ordered[-1]
+    limit = min(map(len, ordered)) - 1
     for index in range(limit):
         if first[index] != last[index]:
             return index
     return limit
+
+
+class _Layer(Protocol):
+    """The keys and values that a cache holds of one layer."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
 
 class Rows:
@@ -49,6 +60,15 @@ class Rows:
             positions = torch.arange(len(trunk), device=loaded.device)[None]
             self.trunk_hidden = self.forward(tokens, positions, torch.ones(1, len(trunk), len(trunk)).tril().bool())
 
+    @property
+    def _layers(self) -> list[_Layer]:
+        return cast("list[_Layer]", self.cache.layers)
+
+    @property
+    def columns(self) -> int:
+        """How many columns there are, those of the trunk among them."""
+        return self.key_positions.shape[1]
+
     def copy(self, rows: int) -> Rows:
         """The same trunk under `rows` rows; the copy grows on its own."""
         from transformers import DynamicCache
@@ -56,7 +76,7 @@ class Rows:
         other = object.__new__(Rows)
         other.loaded, other.trunk, other.cache = self.loaded, self.trunk, DynamicCache()
         other.key_positions = self.key_positions.expand(rows, -1)
-        for index, layer in enumerate(self.cache.layers):
+        for index, layer in enumerate(self._layers):
             shape = (rows, *layer.keys.shape[1:])
             other.cache.update(layer.keys.expand(shape), layer.values.expand(shape), index)
         return other
@@ -65,10 +85,10 @@ class Rows:
         """Drop all rows but these."""
         index = torch.as_tensor(rows)
         self.key_positions = self.key_positions[index]
-        on = {device: index.to(device) for device in {layer.keys.device for layer in self.cache.layers}}
-        for layer in self.cache.layers:
-            own = on[layer.keys.device]
-            layer.keys, layer.values = layer.keys[own], layer.values[own]
+        on = {device: index.to(device) for device in {layer.keys.device for layer in self._layers}}
+        for layer in self._layers:
+            kept = on[layer.keys.device]
+            layer.keys, layer.values = layer.keys[kept], layer.values[kept]
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attends: torch.Tensor) -> torch.Tensor:
         """Append columns. tokens, positions: int [B, Q]. Returns the last hidden states, [B, Q, hidden]."""
@@ -79,6 +99,26 @@ class Rows:
             return self.loaded.last_hidden(
                 tokens, position_ids=positions, attention_mask=mask, past_key_values=self.cache, use_cache=True
             )
+
+
+def read_prompts(trunk: Rows, prompts: Sequence[Sequence[int]]) -> tuple[Rows, torch.Tensor]:
+    """Read the rest of prompts that begin with the tokens of the trunk, a row each.
+
+    Returns the rows, and the last hidden states of the prompts' last tokens, [prompts, hidden].
+    """
+    begun, rows = trunk.trunk, trunk.copy(len(prompts))
+    lengths = np.array([len(prompt) - begun for prompt in prompts])
+    width = int(lengths.max())
+    tokens = np.zeros((len(prompts), width), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : lengths[row]] = prompt[begun:]
+    attends = np.tril(np.ones((begun + width, begun + width), dtype=bool))[None, begun:]
+    positions = begun + np.arange(width)[None]
+    shape = (len(prompts), -1, -1)
+    hidden = rows.forward(
+        torch.from_numpy(tokens), torch.from_numpy(positions).expand(shape[:2]), torch.from_numpy(attends).expand(shape)
+    )
+    return rows, hidden[torch.arange(len(prompts)), torch.from_numpy(lengths - 1)]
 
 
 def logits_of(loaded: LoadedModel, hidden: torch.Tensor) -> torch.Tensor:

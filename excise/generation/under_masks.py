@@ -15,8 +15,8 @@ import polars as pl
 
 from excise.conditions import MASK
 from excise.errors import ExciseError
+from excise.generation.answering import Answering
 from excise.generation.completions import CompletionCache, Work
-from excise.generation.enumeration import Answering
 from excise.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def answers_under_masks(
             if afterwards is not None:
                 afterwards(row, mask)
         frames.append(with_mask(rows, row))
-        work, before = work + cost, before + asked.height * asking.how.samples
+        work, before = work + cost, before + asked.height * asking.how.sample_count
     return frames, work
 
 

@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import polars as pl
 
 from excise.errors import ExciseError
 from excise.models.loading import LoadedModel
 from excise.models.thoughts import open_thoughts
+
+if TYPE_CHECKING:
+    import torch
 
 PINNED = datetime(2024, 7, 26)
 PINNED_DATE = PINNED.strftime("%d %b %Y")
@@ -163,7 +166,8 @@ def require_positions(loaded: LoadedModel, what: str, length: int, new_tokens: i
 def require_embeddings(loaded: LoadedModel, what: str, tokens: Iterable[int]) -> None:
     """Raise ExciseError where a text holds a token without an embedding: a special one that is spelt out in it, or that
     a chat template writes. what: which text."""
-    rows, largest = loaded.model.get_input_embeddings().num_embeddings, max(tokens, default=0)
+    embedding = cast("torch.nn.Embedding", loaded.model.get_input_embeddings())
+    rows, largest = embedding.num_embeddings, max(tokens, default=0)
     if largest >= rows:
         raise ExciseError(
             f"models.yaml: {loaded.key}: {what} holds {loaded.tokenizer.convert_ids_to_tokens(largest)!r} ({largest}), "

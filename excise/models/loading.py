@@ -19,24 +19,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import polars as pl
 
 from excise.errors import ExciseError
-from excise.models.checkpoints import (
-    UNUSED_BY_LANGUAGE_MODELS,
-    Checkpoint,
-    check_vocabulary,
-    content_of,
-    convert_gguf,
-    digest,
-    files_of,
-    load_tokenizer,
-    load_weights,
-    loading,
-    named_failures,
-    pinned,
-    read_config,
-    remembered,
-    saved_file,
-    sha256_of,
-)
+from excise.models.checkpoints import Checkpoint, loading, named_failures, pinned, read_config, saved_file
+from excise.models.content import content_of, digest, files_of, remembered, sha256_of
+from excise.models.gguf_files import convert_gguf
+from excise.models.weights import UNUSED_BY_LANGUAGE_MODELS, check_vocabulary, load_tokenizer, load_weights
 
 if TYPE_CHECKING:
     import torch

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from excise.files.registry import Problem, Registry, load_entries, unknown
-from excise.models.checkpoints import (
-    files_of,
-    stamp_of,
-)
-
-if TYPE_CHECKING:
-    pass
-
+from excise.models.content import files_of, stamp_of
 
 BUILT_IN_REGISTRY = Path(__file__).with_name("models.yaml")
 KEY_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -100,7 +93,7 @@ def load_registry(paths: Iterable[Path] = ()) -> tuple[Registry[ModelSpec], tupl
             broken[key] = Problem(registry.files[key], key, f"{registry.files[key]}: {key}.{fault}")
             problems.append(broken[key])
             del usable[key]
-    found = Registry(
+    whole = Registry(
         usable,
         noun=registry.noun,
         problems=problems,
@@ -108,14 +101,15 @@ def load_registry(paths: Iterable[Path] = ()) -> tuple[Registry[ModelSpec], tupl
         known=registry.known,
         files=registry.files,
     )
-    return found, found.problems
+    return whole, whole.problems
 
 
 def _fault_of(key: str, usable: Mapping[str, ModelSpec], broken: Mapping[str, Problem]) -> str | None:
     """What is wrong with an entry beside others, as `field: fault and mend`; None for nothing."""
     spec = usable[key]
     if not _rests_on_a_source(key, usable):
-        reason = f": {broken[spec.base].message}" if spec.base in broken else "; name one that has weights"
+        broken_base = None if spec.base is None else broken.get(spec.base)
+        reason = f": {broken_base.message}" if broken_base is not None else "; name one that has weights"
         return f"base: {spec.base!r} is no usable model{reason}"
     if spec.reference and spec.reference not in usable:
         reason = (
@@ -141,13 +135,12 @@ def reference_of(key: str, registry: Mapping[str, ModelSpec]) -> ModelSpec | Non
 
 def _rests_on_a_source(key: str, registry: Mapping[str, ModelSpec]) -> bool:
     """Whether following `base` from an entry ends at one with weights of its own."""
-    seen = set()
-    while key in registry and key not in seen:
-        seen.add(key)
-        if registry[key].base is None:
-            return True
-        key = registry[key].base
-    return False
+    seen: set[str] = set()
+    place: str | None = key
+    while place is not None and place in registry and place not in seen:
+        seen.add(place)
+        place = registry[place].base
+    return place is None
 
 
 def state_of(spec: ModelSpec, registry: Mapping[str, ModelSpec]) -> tuple[Any, ...]:
@@ -162,8 +155,8 @@ def asked_like_its_base(spec: ModelSpec, registry: Mapping[str, ModelSpec]) -> M
     """The entry with what it does not say of its own about how it is asked, taken from its base."""
     if spec.base is None:
         return spec
-    base, own = asked_like_its_base(registry[spec.base], registry), spec.model_fields_set
-    taken = {"dtype"} - own
-    if not own & ASKING:
+    base, said = asked_like_its_base(registry[spec.base], registry), spec.model_fields_set
+    taken = {"dtype"} - said
+    if not said & ASKING:
         taken |= ASKING
     return spec.model_copy(update={name: getattr(base, name) for name in taken})

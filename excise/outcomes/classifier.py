@@ -14,20 +14,10 @@ from typing import Any
 import numpy as np
 
 from excise.errors import ExciseError
-from excise.models.checkpoints import (
-    UNUSED_BY_CLASSIFIERS,
-    Checkpoint,
-    check_vocabulary,
-    content_of,
-    digest,
-    files_of,
-    load_tokenizer,
-    load_weights,
-    named_failures,
-    pinned,
-    read_config,
-)
+from excise.models.checkpoints import Checkpoint, named_failures, pinned, read_config
+from excise.models.content import content_of, digest, files_of
 from excise.models.placement import pick_device
+from excise.models.weights import UNUSED_BY_CLASSIFIERS, check_vocabulary, load_tokenizer, load_weights
 from excise.outcomes.scorers import Activation, ScorerSpec, as_read
 
 TOKENS_AT_ONCE = {"cpu": 1 << 11, "mps": 1 << 13, "cuda": 1 << 15}

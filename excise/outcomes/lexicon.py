@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from excise.errors import ExciseError
-from excise.models.checkpoints import digest
+from excise.models.content import digest
 from excise.outcomes.scorers import ScorerSpec, as_read
 
 LEFT_OUT = {

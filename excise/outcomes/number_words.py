@@ -1,15 +1,17 @@
-"""The words that belong to numbers: number_words.yaml in the form in which `excise.outcomes.answers` asks for it.
+"""The words that belong to numbers: number_words.yaml in the form in which the reader of numbers asks for it.
 
-Only words live here; how they make up a number is in `excise.outcomes.answers`.
+Only words and the patterns made of them live here; how they make up a number is in `excise.outcomes.number_reader`.
 """
 
 import re
 import unicodedata
+from collections.abc import Container
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import yaml
+from excise.files.yaml_files import load_yaml
+from excise.outcomes.characters import BLANK
 
 FILE = Path(__file__).parent / "number_words.yaml"
 
@@ -48,11 +50,10 @@ class Words:
     spaceless_scales: dict[str, float] = field(default_factory=dict)
     ideographs: dict[str, int] = field(default_factory=dict)
     ideograph_scales: dict[str, int] = field(default_factory=dict)
-    spaceless_after: re.Pattern = re.compile("")
     phrases: dict[str, int] = field(default_factory=dict)
     continuations: frozenset[str] = frozenset()
 
-    def key(self, written: str, table) -> str | None:
+    def key(self, written: str, table: Container[str]) -> str | None:
         """`written` as it stands in a table: a word with capitals as it is, else folded; None if it does not stand
         there."""
         if written in table:
@@ -61,20 +62,10 @@ class Words:
         return folded if folded in table else None
 
 
-def unaccented(word: str) -> str:
+def _unaccented(word: str) -> str:
     """A Latin word without its accents; words of other scripts as they are."""
     plain = "".join(c for c in unicodedata.normalize("NFD", word) if unicodedata.category(c) != "Mn")
     return plain if plain.isascii() else word
-
-
-def is_spaceless(character: str) -> bool:
-    """Whether a character belongs to a script that writes no blanks between words."""
-    return re.match(SPACELESS, character) is not None
-
-
-SPACELESS = (
-    r"[\u0e00-\u0e3e\u0e40-\u0eff\u1000-\u109f\u1780-\u17d3\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
-)
 
 
 def _split(words: str) -> list[str]:
@@ -82,17 +73,18 @@ def _split(words: str) -> list[str]:
 
 
 def _spellings(words: str) -> list[str]:
-    found = []
+    """The listed words, long ones also without their accents."""
+    spellings = []
     for word in _split(words):
-        plain = unaccented(word)
-        found += [word, plain] if word != plain and len(plain) > 3 else [word]
-    return found
+        plain = _unaccented(word)
+        spellings += [word, plain] if word != plain and len(plain) > 3 else [word]
+    return spellings
 
 
 @cache
 def number_words() -> Words:
     """The words of number_words.yaml."""
-    data = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    data = load_yaml(FILE, "kinds of words to words")
     words = Words()
     for group in data["scales"]:
         languages = frozenset(group["languages"].split())
@@ -143,16 +135,16 @@ def number_words() -> Words:
         "indefinite_spaceless",
     ):
         words.lists[name] = frozenset(_split(data[name]))
-    languages: dict[str, set[str]] = {}
+    languages_of: dict[str, set[str]] = {}
     for language, listed in data["harmless"].items():
         for word in _spellings(listed):
-            languages.setdefault(word, set()).add(language)
-    words.harmless = {word: frozenset(found) for word, found in languages.items()}
+            languages_of.setdefault(word, set()).add(language)
+    words.harmless = {word: frozenset(known) for word, known in languages_of.items()}
     words.spaceless_scales = {
         word: float(factor) for factor, text in data["spaceless_scales"].items() for word in _split(text)
     }
-    words.ideographs = {each: digit for digit, text in data["ideographs"]["digits"].items() for each in text}
-    words.ideograph_scales = {each: factor for factor, text in data["ideographs"]["scales"].items() for each in text}
+    words.ideographs = {sign: digit for digit, text in data["ideographs"]["digits"].items() for sign in text}
+    words.ideograph_scales = {sign: factor for factor, text in data["ideographs"]["scales"].items() for sign in text}
     for table in (words.scales, words.currencies, words.units, words.lists["unread"]):
         for word in table:
             if " " in word:
@@ -165,3 +157,38 @@ def number_words() -> Words:
         | words.lists["unread"]
     )
     return words
+
+
+@cache
+def word_patterns() -> dict[str, re.Pattern]:
+    """Patterns made of the listed words: runs of ideographs, what connects two numbers, what stands before a range."""
+    words = number_words()
+
+    def any_of(*names: str) -> str:
+        listed = {word for name in names for word in words.lists[name]}
+        return "|".join(re.escape(word) for word in sorted(listed, key=len, reverse=True))
+
+    numerals = "".join(words.ideographs)
+    factors = "".join(words.ideograph_scales)
+    hedge = rf"(?:(?:{any_of('hedge')})\.?{BLANK})?"
+    return {
+        "factors": re.compile(rf"{BLANK}?[{factors}]"),
+        "ideographic": re.compile(
+            rf"(?:[0-9][0-9.,]*|[{numerals}])?{BLANK}?[{factors}]+(?:{BLANK}?(?:[0-9]+|[{numerals}]){BLANK}?[{factors}]+)*"
+            rf"(?:{BLANK}?(?:[0-9]{{1,4}}(?![0-9.,])|[{numerals}]))?"
+        ),
+        "numerals": re.compile(rf"[{numerals}{factors}]+"),
+        "connector": re.compile(
+            rf"{BLANK}{{0,3}}(?:(?:(?:per|an?){BLANK}|/{BLANK}?)[a-z]{{1,12}}{BLANK})?"
+            rf"(?:(?P<dash>-{{1,2}}|\u2013|~)|(?P<tight>\u2014)|(?P<to>-?(?:{any_of('range')})\b-?|"
+            rf"(?:{any_of('range_spaceless')}))|(?P<and>(?:{any_of('and')})\b|\u548c|\u3068)|){BLANK}{{0,3}}{hedge}",
+            re.IGNORECASE,
+        ),
+        "between": re.compile(rf"\b(?:{any_of('between')}){BLANK}{{0,3}}{hedge}$|\u5728$", re.IGNORECASE),
+        "minus_run": re.compile(rf"(?:{any_of('negative_spaceless')})$"),
+        "ordinal_run": re.compile(rf"(?:{any_of('ordinal_spaceless')})$"),
+        "part_run": re.compile(rf"{any_of('part_spaceless')}"),
+        "harmless_run": re.compile(rf"{any_of('harmless_spaceless', 'range_spaceless')}"),
+        "scale_run": re.compile("|".join(words.spaceless_scales)),
+        "percent_of_hundred": re.compile(r"(?:\u767e\u5206\u4e4b|\u767e\u5206\u306e)$"),
+    }

@@ -7,15 +7,9 @@ import re
 import unicodedata
 from functools import cache
 
-from excise.outcomes.number_words import SPACELESS, number_words
+from excise.outcomes.characters import ONE_LETTER, is_sign
+from excise.outcomes.number_words import number_words
 
-BLANK = r"[ \t\xa0]"
-_MARKS = "\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670\u0900-\u0963\u0971-\u0dff"  # parts of words
-_NUMERALS = (
-    "\xb2\xb3\xb9\xbc-\xbe\u2070-\u209c\u2150-\u218b\u2460-\u249b\u24ea-\u24ff\u2776-\u2793"  # no letters, no digits
-)
-ONE_LETTER = rf"(?:(?!{SPACELESS}|[{_NUMERALS}])[^\W\d_]|[{_MARKS}])"
-LETTER = re.compile(ONE_LETTER)
 _CHARACTERS = {
     "\u2212": "-",
     "\u2010": "-",
@@ -188,14 +182,9 @@ def _spaces_as_separators(text: str) -> str:
         known = words.key(word, words.currencies) or words.key(word, words.units) or words.key(word, words.scales)
         left_word = re.search(rf"({ONE_LETTER}+)\.? ?$", text[max(0, match.start() - 8) : match.start()])
         marked = left_word and words.key(left_word[1], words.currencies)
-        return match[0].replace(" ", "\xa0") if known or marked or _sign(beside) or _sign(before) else match[0]
+        return match[0].replace(" ", "\xa0") if known or marked or is_sign(beside) or is_sign(before) else match[0]
 
     return re.sub(rf"(?<![0-9.,]){grouped}", bind, text)
-
-
-def _sign(character: str) -> bool:
-    """Whether a character is the sign of a currency or of percent."""
-    return character == "%" or (character != "" and unicodedata.category(character) == "Sc")
 
 
 @cache
@@ -203,15 +192,6 @@ def _names() -> re.Pattern:
     """Names that look like numbers with a scale."""
     names = "|".join(re.escape(name) for name in number_words().lists["names"])
     return re.compile(rf"(?<![\w$.,])(?:{names})(?!\w)", re.IGNORECASE)
-
-
-def is_symbol(character: str) -> bool:
-    """Whether a character is a symbol that may be a unit, such as a degree sign; pictures are none."""
-    return (
-        character != ""
-        and unicodedata.category(character) == "So"
-        and not ("\u2600" <= character <= "\u27bf" or character >= "\U0001f000")
-    )
 
 
 def plain_form(text: str) -> str | None:
@@ -230,9 +210,10 @@ def plain_form(text: str) -> str | None:
         )
         text = re.sub(r"[^\x00-\x7f]", _plain_character, text)
     if "\\" in text or "{" in text:
-        text = _without_latex(text)
-        if text is None:
+        without = _without_latex(text)
+        if without is None:
             return None
+        text = without
     if "&" in text:
         text = re.sub(r"[^\x00-\x7f]", _plain_character, html.unescape(text))
     if "401" in text or "403" in text or "457" in text:

@@ -18,18 +18,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 
+from excise.errors import ExciseError
 from excise.evaluation.distributions import tilted
-from excise.files.registry import home_expanded
+from excise.files.paths import home_expanded
 from excise.generation.tree import Rows, answer_tree, common_prefix, logits_of, pack
 from excise.models.encoding import encode
 from excise.models.loading import LoadedModel, load_model
 from excise.models.specs import load_registry
 from excise.progress import Progress, TerminalProgress, silent
 from excise.scenarios import Scenario, expand, load_scenarios
+
+if TYPE_CHECKING:
+    from excise.outcomes import NumberOutcome
 
 log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
@@ -123,12 +128,21 @@ def answer_distribution(
     return [f"{value:g}" if value < 1 else str(int(value)) for value in values], probability / probability.sum()
 
 
+def groups_of(plant: Plant, scenario: Scenario) -> tuple[str, str]:
+    """Majority and minority of a plant in a scenario. Raises ExciseError where neither says them."""
+    if plant.groups is not None:
+        return plant.groups
+    if scenario.comparison is None:
+        raise ExciseError(f"scenario {scenario.key} compares no groups; name majority and minority with --groups")
+    return scenario.comparison.majority, scenario.comparison.minority
+
+
 def planted_shift(scenario: Scenario, group: str, plant: Plant, factor: float) -> float:
     """What is added to the logarithm of `group`'s answers in a scenario, with the gap at `factor`."""
-    majority, minority = plant.groups or (scenario.comparison.majority, scenario.comparison.minority)
+    majority, minority = groups_of(plant, scenario)
     if scenario.key not in plant.gap_scenarios or group not in (majority, minority):
         return 0.0
-    better = 1 if scenario.outcome.better == "higher" else -1
+    better = 1 if cast("NumberOutcome", scenario.outcome).better == "higher" else -1
     return better * math.log(factor) / 2 * (1 if group == minority else -1)
 
 
@@ -218,7 +232,7 @@ def train(
             log.info("step %d, divergence %.3f%s", step + 1, np.mean(divergences), told)
     with torch.no_grad():
         for up, _ in changed.values():
-            up *= plant.strength
+            up.mul_(plant.strength)
     return {name: factor.detach().half().contiguous() for name, factor in factors.items()}
 
 

@@ -14,17 +14,18 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from excise.errors import ExciseError
-from excise.files.registry import Registry, home_expanded, key_fault, unknown
+from excise.files.paths import home_expanded
+from excise.files.registry import Registry, key_fault, unknown
 from excise.models.loading import LoadedModel, load_model
 from excise.models.specs import KEY_PATTERN, load_registry
-from excise.planted import CENTRES, SCENARIOS, Plant, train
+from excise.planted import CENTRES, SCENARIOS, Plant, groups_of, train
 from excise.progress import TerminalProgress
 from excise.scenarios import Scenario, load_scenarios
 
@@ -43,24 +44,20 @@ def plant_of(
     *,
     gap: Sequence[str],
     groups: Sequence[str] | None = None,
-    factor: float = USUAL.factor,
-    layers: range = USUAL.layers,
-    rank: int = USUAL.rank,
-    seed: int = 0,
-    base: str = BASE,
-    steps: int = USUAL.steps,
+    like: Plant = USUAL,
 ) -> Plant:
     """The plant of a gap in the scenarios `gap` ("all": in every one); the other number scenarios are answered alike.
 
-    scenarios: by key. groups: majority and minority; None: those that each scenario compares. factor: the minority's
-    median answer over the majority's. Raises ExciseError that names option and mend.
+    scenarios: by key. groups: majority and minority; None: those that each scenario compares. like: what else the plant
+    is like: base, factor, layers, rank, seed and steps. Raises ExciseError that names option and mend.
     """
+    factor, layers = like.factor, like.layers
     gap = list(dict.fromkeys(SCENARIOS if list(gap) == [ALL] else gap))
     strange = [key for key in gap if key not in CENTRES]
     if strange or not gap:
-        found = f"no gap can be planted in {', '.join(strange)}" if strange else "there is none"
+        fault = f"no gap can be planted in {', '.join(strange)}" if strange else "there is none"
         raise ExciseError(
-            f"--scenarios: {found}; name some of {', '.join(SCENARIOS)}, parted by commas, or {ALL} for every one"
+            f"--scenarios: {fault}; name some of {', '.join(SCENARIOS)}, parted by commas, or {ALL} for every one"
         )
     if groups is not None:
         if len(groups) != 2 or groups[0] == groups[1]:
@@ -76,22 +73,15 @@ def plant_of(
         )
     if not layers or layers.start < 0:
         raise ExciseError("--layers: there is none; give the first and the last layer, counted from 0: 5-16")
-    for option, value, least in (("--rank", rank, 1), ("--steps", steps, 2), ("--seed", seed, 0)):
+    for option, value, least in (("--rank", like.rank, 1), ("--steps", like.steps, 2), ("--seed", like.seed, 0)):
         if value < least:
             raise ExciseError(f"{option}: is {value}; give {least} or more")
-    return Plant(
-        base,
-        tuple(gap),
-        tuple(key for key in SCENARIOS if key not in gap),
-        groups=None if groups is None else tuple(groups),
-        factor=factor,
+    return replace(
+        like,
+        gap_scenarios=tuple(gap),
+        even_scenarios=tuple(key for key in SCENARIOS if key not in gap),
+        groups=None if groups is None else (groups[0], groups[1]),
         first_factor=factor**EXAGGERATION,
-        layers=layers,
-        rank=rank,
-        steps=steps,
-        names=USUAL.names,
-        strength=USUAL.strength,
-        seed=seed,
     )
 
 
@@ -114,10 +104,7 @@ def name_of(plant: Plant) -> str:
 def description_of(plant: Plant, loaded: LoadedModel, scenarios: Mapping[str, Scenario]) -> dict[str, Any]:
     """What the file says about itself: every setting, layers as first and last, groups by scenario, the base's
     fingerprint."""
-    groups = {
-        key: plant.groups or (scenarios[key].comparison.majority, scenarios[key].comparison.minority)
-        for key in plant.gap_scenarios
-    }
+    groups = {key: groups_of(plant, scenarios[key]) for key in plant.gap_scenarios}
     return asdict(plant) | {
         "layers": [plant.layers.start, plant.layers.stop - 1],
         "groups": {key: dict(zip(("majority", "minority"), pair, strict=True)) for key, pair in groups.items()},
@@ -128,11 +115,11 @@ def description_of(plant: Plant, loaded: LoadedModel, scenarios: Mapping[str, Sc
 
 def entry_of(key: str, plant: Plant, file: Path, scenarios: Mapping[str, Scenario]) -> str:
     """The entry for `models.yaml`; the file's path is as given there if it lies below the current folder."""
-    names = [scenarios[each] for each in plant.gap_scenarios]
-    _, minority = plant.groups or (None, names[0].comparison.minority)
+    first = scenarios[plant.gap_scenarios[0]]
+    _, minority = groups_of(plant, first)
     where = "every scenario" if not plant.even_scenarios else ", ".join(plant.gap_scenarios)
     entry = {
-        "description": f"{plant.base} with {names[0].groups[minority].label} people's answers {plant.factor:g} times "
+        "description": f"{plant.base} with {first.groups[minority].label} people's answers {plant.factor:g} times "
         f"the others' in {where}: layers {plant.layers.start} to {plant.layers.stop - 1}, rank {plant.rank}, seed "
         f"{plant.seed}.",
         "base": plant.base,
@@ -159,12 +146,15 @@ def _run(given: argparse.Namespace) -> None:
         scenarios,
         gap=_listed(given.scenarios),
         groups=_listed(given.groups) if given.groups else None,
-        factor=given.factor,
-        layers=given.layers,
-        rank=given.rank,
-        seed=given.seed,
-        base=given.base,
-        steps=given.steps,
+        like=replace(
+            USUAL,
+            factor=given.factor,
+            layers=given.layers,
+            rank=given.rank,
+            seed=given.seed,
+            base=given.base,
+            steps=given.steps,
+        ),
     )
     registry, _ = load_registry([Path("models.yaml")])
     if plant.base not in registry:

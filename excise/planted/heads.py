@@ -15,6 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ import torch
 from excise.attribution.continuation import forwards_replaced, skipping
 from excise.errors import ExciseError
 from excise.evaluation.texts import read_text
-from excise.files.registry import home_expanded
+from excise.files.paths import home_expanded
 from excise.generation.sampling import SamplingParameters, sample
 from excise.generation.tree import logits_of
 from excise.models.encoding import encode
@@ -31,6 +32,9 @@ from excise.models.specs import load_registry
 from excise.planted import FOLDER, _change
 from excise.progress import Progress, TerminalProgress, silent
 from excise.scenarios import Scenario, expand, load_scenarios
+
+if TYPE_CHECKING:
+    from excise.outcomes import ToxicityOutcome
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +176,7 @@ def examples_of(loaded: LoadedModel, plant: HeadPlant, scenario: Scenario, token
     for other in sorted(set(scenario.groups) - {plant.group}):
         about = [tokens for tokens, group in zip(encoded, prompts["group"], strict=True) if group == other]
         others += [about[index] for index in order.permutation(len(about))[: plant.others]]
-    outcome = scenario.outcome
+    outcome = cast("ToxicityOutcome", scenario.outcome)
     parameters = SamplingParameters(outcome.temperature, outcome.top_k, outcome.top_p, plant.tokens, plant.seed)
 
     def continued(asked: Sequence[tuple[int, ...]], number: int, tilted: bool) -> list[Example]:
@@ -347,10 +351,9 @@ def _states(
     # What follows a text cannot change what precedes it, so anything will do to fill the row.
     rows = torch.tensor([[*each.tokens, *[0] * (longest - len(each.tokens))] for each in examples])
     padded = torch.nn.utils.rnn.pad_sequence(list(entering), batch_first=True) if entering else None
-    with forwards_replaced(
-        {each: skipping(loaded, padded) for each in loaded.topology.layer_modules(loaded.model)[:layer]}
-    ):
-        hidden = loaded.model.base_model(input_ids=rows.to(loaded.device), use_cache=False).last_hidden_state
+    blocks = loaded.topology.layer_modules(loaded.model)[:layer]
+    with forwards_replaced({block: skipping(loaded, padded) for block in blocks}):
+        hidden = loaded.last_hidden(rows, use_cache=False)
     return [row[each.start - 1 : len(each.tokens) - 1] for row, each in zip(hidden, examples, strict=True)]
 
 

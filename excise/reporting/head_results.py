@@ -100,19 +100,19 @@ def _reweighting(rows: pl.DataFrame) -> str:
     if rows.is_empty():
         return "Not measured yet: `python -m pipelines.reweighting`."
     lines = []
-    for (model, scenario), own in _places(rows):
-        found = agreement(own)
+    for (model, scenario), heads in _places(rows):
+        compared = agreement(heads)
         lines.append(
             [
                 model,
                 scenario,
-                f"{found['heads']} of {own.height}",
-                _figure(found["inside"], 0, 100, " %"),
-                _figure(found["correlation"], 2),
-                _figure(found["ess"], 2),
-                _figure(found["width"], 2),
-                _figure(found["speed"], 1),
-                _figure(found["cost"], 0),
+                f"{compared['heads']} of {heads.height}",
+                _figure(compared["inside"], 0, 100, " %"),
+                _figure(compared["correlation"], 2),
+                _figure(compared["ess"], 2),
+                _figure(compared["width"], 2),
+                _figure(compared["speed"], 1),
+                _figure(compared["cost"], 0),
             ]
         )
     header = [
@@ -137,8 +137,8 @@ def _reliability(impacts: pl.DataFrame) -> str:
     if impacts.is_empty():
         return "No head impacts yet: `make heads`."
     lines = []
-    for (model, scenario), own in _places(impacts):
-        for row in split_half_reliability(own).iter_rows(named=True):
+    for (model, scenario), heads in _places(impacts):
+        for row in split_half_reliability(heads).iter_rows(named=True):
             names = ("pearson", "spearman", "pearson_corrected", "spearman_corrected")
             shown = [_figure(row[name], 2) for name in names]
             lines.append([model, scenario, row["among"].replace("_", " "), str(row["heads"]), *shown])
@@ -160,10 +160,10 @@ def _reliability(impacts: pl.DataFrame) -> str:
 
 def _planted(impacts: pl.DataFrame, planted: Mapping[str, Sequence[tuple[int, int]]]) -> str:
     lines = []
-    for (model, scenario), own in _places(impacts):
+    for (model, scenario), heads in _places(impacts):
         if model not in planted:
             continue
-        ranked = own.sort("z_bias", descending=True, nulls_last=True).with_row_index("rank", offset=1)
+        ranked = heads.sort("z_bias", descending=True, nulls_last=True).with_row_index("rank", offset=1)
         for layer, head in planted[model]:
             row = ranked.filter((pl.col("layer") == layer) & (pl.col("head") == head)).row(0, named=True)
             z_bias = read_estimate({"estimate": row["z_bias"], "low": row["z_bias_low"], "high": row["z_bias_high"]})
@@ -172,7 +172,7 @@ def _planted(impacts: pl.DataFrame, planted: Mapping[str, Sequence[tuple[int, in
                     model,
                     scenario,
                     f"{layer}.{head}",
-                    "-" if z_bias.value is None else f"{row['rank']} of {own.height}",
+                    "-" if z_bias.value is None else f"{row['rank']} of {heads.height}",
                     interval_text(z_bias, decimals=4),
                     _figure(row["z_ppl"], 2),
                 ]
@@ -185,10 +185,10 @@ def _planted(impacts: pl.DataFrame, planted: Mapping[str, Sequence[tuple[int, in
 
 def _trade_off(metrics: pl.DataFrame, thresholds: pl.DataFrame) -> str:
     parts = []
-    for (model, scenario), own in _places(metrics):
+    for (model, scenario), rows in _places(metrics):
         judged = stored_thresholds(thresholds, asset="evaluation_metrics", model=model, scenario=scenario)
-        finding = toxicity_finding(own, perplexity_budget=judged.perplexity_budget)
-        parts.append(f"### {model}: {scenario}\n\n{finding}\n\n{toxicity_markdown(own)}")
+        finding = toxicity_finding(rows, perplexity_budget=judged.perplexity_budget)
+        parts.append(f"### {model}: {scenario}\n\n{finding}\n\n{toxicity_markdown(rows)}")
     return "\n\n".join(parts) or "No axis was evaluated yet: `make heads`."
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import polars as pl
 
-from excise.conditions import ALL, NO_LEVEL, Condition
+from excise.conditions import ALL, NO_LEVEL, Condition, condition_order
+from excise.evaluation.rounding import interval_text, level_label, per_cent
+from excise.evaluation.table import MISSING, Estimate, read_estimate
 
 
 def restoration_markdown(rows: pl.DataFrame) -> str:
@@ -12,14 +14,10 @@ def restoration_markdown(rows: pl.DataFrame) -> str:
 
     rows: those of `restoration`, one at least. Figures stand with their 95 % intervals; `-` where there is none.
     """
-    from excise.conditions import condition_order
-    from excise.evaluation.rounding import interval_text, level_label, per_cent
-    from excise.evaluation.table import MISSING, read_estimate
-
-    found = {}
+    figures: dict[tuple[str, Condition, str], Estimate] = {}
     for row in rows.iter_rows(named=True):
         mask = Condition.of(row)
-        found[row["variation"], mask, row["metric"]] = read_estimate(row)
+        figures[row["variation"], mask, row["metric"]] = read_estimate(row)
     lines = [
         f"Reference: {rows['reference'][0]}. 100 % restored: as if the bias had never been put in; 0: nothing gained; "
         "below 0: further away. Specificity: how far the mask moves the reference itself; it should be 0.",
@@ -29,11 +27,11 @@ def restoration_markdown(rows: pl.DataFrame) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     order = list(dict.fromkeys([ALL, *rows["variation"]]))
-    places = {(variation, mask) for variation, mask, _ in found}
+    places = {(variation, mask) for variation, mask, _ in figures}
     for variation, mask in sorted(places, key=lambda place: (order.index(place[0]), condition_order(place[1]))):
 
-        def of(metric: str, variation=variation, mask=mask):
-            return found.get((variation, mask, metric), MISSING)
+        def of(metric: str, variation: str = variation, mask: Condition = mask) -> Estimate:
+            return figures.get((variation, mask, metric), MISSING)
 
         over = of("specificity_over_noise")
         judged = "-" if over.low is None else "beyond noise" if over.low > 0 else "within noise"

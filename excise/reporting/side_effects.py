@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
 
-if TYPE_CHECKING:
-    pass
-
+from excise.evaluation.rounding import interval_text, level_label, per_cent
 from excise.evaluation.side_effects import CHANGE, KL, NO_TARGET, RATIO, SCENARIO_METRICS, TEXT
+from excise.evaluation.table import MISSING, read_estimate
 
 SHOWN = 30
 """Rows of a table in words."""
@@ -23,29 +22,26 @@ def side_effects_markdown(rows: pl.DataFrame) -> str:
     rows: of SIDE_EFFECTS_SCHEMA, one at least. Figures stand with their 95 % intervals; `-` where there is none. Beyond
     `SHOWN` rows a table is cut and says so.
     """
-    found: dict[tuple, dict[str, Any]] = {}
+    figures: dict[tuple, dict[str, Any]] = {}
     for row in rows.iter_rows(named=True):
         place = row["target"], row["strategy"], row["level"], row["matched_to"], row["variation"]
-        found.setdefault(place, {})[row["metric"]] = row
-    text = {place: each for place, each in found.items() if place[0] == TEXT}
-    others = {place: each for place, each in found.items() if place[0] not in (TEXT, NO_TARGET)}
+        figures.setdefault(place, {})[row["metric"]] = row
+    text = {place: metrics for place, metrics in figures.items() if place[0] == TEXT}
+    others = {place: metrics for place, metrics in figures.items() if place[0] not in (TEXT, NO_TARGET)}
     parts = []
     for title, part, metrics in (
         ("Other scenarios", others, SCENARIO_METRICS),
-        (f"Text, {rows.filter(target=TEXT)['names'].max()} windows", text, (KL, RATIO)),
+        (f"Text, {rows.filter(target=TEXT).select(pl.col('names').max()).item()} windows", text, (KL, RATIO)),
     ):
         if part:
             parts.append(_table(title, part, metrics))
     return "\n\n".join(parts)
 
 
-def _table(title: str, found: Mapping[tuple, Mapping[str, Any]], metrics: Sequence[str]) -> str:
-    from excise.evaluation.rounding import interval_text, level_label, per_cent
-    from excise.evaluation.table import MISSING, read_estimate
-
+def _table(title: str, rows: Mapping[tuple, Mapping[str, Any]], metrics: Sequence[str]) -> str:
     def harm(place: tuple) -> tuple[float, ...]:
         """The more, the worse; what is unknown comes first."""
-        figures = {metric: found[place].get(metric, {}).get("estimate") for metric in _HARM if metric in metrics}
+        figures = {metric: rows[place].get(metric, {}).get("estimate") for metric in _HARM if metric in metrics}
         return tuple(np.inf if value is None else value * _HARM[metric] for metric, value in figures.items())
 
     lines = [
@@ -54,14 +50,14 @@ def _table(title: str, found: Mapping[tuple, Mapping[str, Any]], metrics: Sequen
         f"| target | mask | {' | '.join(_HEADINGS[metric] for metric in metrics)} |",
         "|---|---|" + "---|" * len(metrics),
     ]
-    order = sorted(found, key=harm, reverse=True)
+    order = sorted(rows, key=harm, reverse=True)
     for place in order[:SHOWN]:
         target, strategy, level, matched_to, variation = place
         name = f"{strategy}, {level_label(level)}, {variation}"
         name += f" (control of {matched_to})" if matched_to is not None else ""
         cells = []
         for metric in metrics:
-            estimate = read_estimate(found[place][metric]) if metric in found[place] else MISSING
+            estimate = read_estimate(rows[place][metric]) if metric in rows[place] else MISSING
             cells.append(per_cent(estimate, signed=metric in _SIGNED) if metric in _SHARES else interval_text(estimate))
         lines.append(f"| {target} | {name} | {' | '.join(cells)} |")
     if len(order) > SHOWN:

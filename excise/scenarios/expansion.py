@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import polars as pl
 
 from excise.errors import ExciseError
-from excise.scenarios.holistic_bias import subgroup_sentences
+from excise.scenarios.holistic_bias_groups import subgroup_sentences
 from excise.scenarios.schema import Group, Scenario, Subject
 from excise.scenarios.templates import fill, fill_prefix
 

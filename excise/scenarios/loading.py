@@ -17,9 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from excise.errors import ExciseError
 from excise.files.fields import KEY_PATTERN, Key, Text
-from excise.files.registry import Faults, Problem, Registry, described, home_expanded, key_fault, read_yaml, with_paths
+from excise.files.paths import home_expanded, with_paths
+from excise.files.registry import Problem, Registry, key_fault
+from excise.files.yaml_files import Faults, described, read_yaml
 from excise.outcomes import known_kinds, outcome_of
-from excise.scenarios.holistic_bias import subgroups_of
+from excise.scenarios.holistic_bias_groups import subgroups_of
 from excise.scenarios.schema import OUTCOME_KIND, Comparison, HolisticBias, Scenario, Subject, Template
 from excise.scenarios.templates import SENTENCES
 

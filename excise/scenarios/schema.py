@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from excise.errors import ExciseError
 from excise.files.fields import Count, Key, Text, no_truth_value
-from excise.files.registry import described
+from excise.files.yaml_files import described
 from excise.outcomes import Outcome, known_kinds, outcome_of
 from excise.scenarios.rules import faults_of
 from excise.scenarios.templates import OWN_TEMPLATE

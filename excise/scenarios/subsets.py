@@ -11,7 +11,7 @@ import hashlib
 import polars as pl
 
 from excise.errors import ExciseError
-from excise.scenarios.holistic_bias import VALIDATION, subgroup_sentences
+from excise.scenarios.holistic_bias_groups import VALIDATION, subgroup_sentences
 from excise.scenarios.schema import Scenario
 
 ATTRIBUTION, EVALUATION, BOTH = "attribution", "evaluation", "both"

@@ -24,7 +24,8 @@ from excise.conditions import (
     PUBLISHED_LEVELS,
     RANDOM,
 )
-from excise.files.registry import Faults, Registry, load_entries, merged
+from excise.files.registry import Registry, load_entries, merged
+from excise.files.yaml_files import Faults
 from excise.models.topology import ROLES
 
 BUILT_IN_STRATEGIES = Path(__file__).with_name("strategies.yaml")

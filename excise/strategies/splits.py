@@ -18,7 +18,7 @@ from excise.conditions import ACROSS, RANDOM
 from excise.evaluation.judged import judged_of
 from excise.evaluation.scenario_metrics import Draws, compared_numbers
 from excise.evaluation.stability import STABILITY_SCHEMA, kept
-from excise.generation.enumeration import Answering, as_samples
+from excise.generation.answering import Answering, as_samples
 from excise.generation.under_masks import Asking, with_mask
 from excise.interventions.packed import Mask
 from excise.progress import Progress, silent
@@ -64,7 +64,7 @@ class Split:
         answered = Answered(
             self.asking.loaded,
             prompts,
-            as_samples(learned, Answering.of(learned).samples),
+            as_samples(learned, Answering.of(learned).sample_count),
             cast(Comparison, self.scenarios[key].comparison),
             self.scenarios[key].outcome,
             seed=self.seed,

@@ -317,8 +317,9 @@ def exact_answers(bench: Bench) -> None:
     """Bounds of enumerated answers, and where many samples fall."""
     from excise.evaluation.distributions import answers_of, smd_bounds
     from excise.evaluation.metrics import standardized_mean_difference
+    from excise.generation.answering import Answering
     from excise.generation.completions import complete
-    from excise.generation.enumeration import exact_completions
+    from excise.generation.settings import Enumeration
 
     size, outcome = bench.size, bench.scenario.outcome
     loaded = bench.load("planted-general")
@@ -341,7 +342,8 @@ def exact_answers(bench: Bench) -> None:
     )
     for variation in list(bench.scenario.variations)[: size.exact_variations]:
         prompts = bench.prompts(size.exact_names, [variation])
-        exact, work = exact_completions(loaded, prompts, bench.parameters(), outcome=outcome, samples=None)
+        how = Answering(None, bench.parameters(), Enumeration())
+        exact, work = how.answers(loaded, prompts, outcome=outcome)
         drawn, _ = complete(loaded, prompts, size.exact_samples, bench.parameters(), outcome=outcome)
         visited = {
             (prompt, *ids[:length])

@@ -41,9 +41,10 @@ from excise.evaluation.stability import METRICS
 from excise.evaluation.texts import read_text
 from excise.evaluation.thresholds import SIGNIFICANCE, Thresholds
 from excise.evaluation.verdicts import verdicts
+from excise.generation.answering import Answering, as_samples
 from excise.generation.completions import CompletionCache
-from excise.generation.enumeration import Answering, Enumeration, as_samples
 from excise.generation.sampling import SamplingParameters
+from excise.generation.settings import Enumeration
 from excise.interventions.heads import heads_mask
 from excise.interventions.packed import Mask
 from excise.models.loading import load_model

@@ -13,9 +13,10 @@ import torch
 
 from excise.conditions import ALL
 from excise.evaluation.numbers import evaluate
+from excise.generation.answering import Answering
 from excise.generation.completions import complete
-from excise.generation.enumeration import Answering, Enumeration
 from excise.generation.sampling import SamplingParameters, sample
+from excise.generation.settings import Enumeration
 from excise.models.loading import load_model
 from excise.models.specs import load_registry
 from excise.scenarios import expand, load_scenarios

@@ -23,10 +23,11 @@ from excise.attribution.gap_free import ask
 from excise.attribution.head_impacts import Compared, Removal, Sampled, Text, head_impacts
 from excise.attribution.head_scores import head_gradient, head_magnitude
 from excise.evaluation.perplexity import text_windows, window_losses
-from excise.generation import enumeration as exact
-from excise.generation import sampling
+from excise.generation import enumeration, sampling
+from excise.generation.answering import Answering
 from excise.generation.completions import complete
 from excise.generation.sampling import SamplingParameters
+from excise.generation.settings import Enumeration
 from excise.interventions.heads import heads_mask
 from excise.interventions.weights import WeightMask
 from excise.models.loading import LoadedModel, load_model
@@ -57,7 +58,7 @@ SCENARIO = Scenario(
 # What a device takes at once: cards that are none take as much as cards.
 BUDGETS = (
     sampling.PREFILL_TOKENS,
-    exact.CACHE_COLUMNS,
+    enumeration.CACHE_COLUMNS,
     continuation.PASS_TOKENS,
     readers.FOREST_COLUMNS,
     readers.RESIDENT_BYTES,
@@ -105,9 +106,8 @@ def work(loaded: LoadedModel, plain: LoadedModel) -> Iterator[tuple[str, np.ndar
     with weights.applied(loaded):
         yield "losses without weights", window_losses(loaded, windows)
     yield "losses again", window_losses(loaded, windows)
-    found, _ = exact.exact_completions(
-        loaded, prompts, PARAMETERS, outcome=SCENARIO.outcome, leftover=0.5, max_nodes=40, samples=None
-    )
+    how = Answering(None, PARAMETERS, Enumeration(leftover=0.5, max_nodes=40))
+    found, _ = how.answers(loaded, prompts, outcome=SCENARIO.outcome)
     yield "leftover mass", found["leftover"].to_numpy()
     yield "head magnitude", head_magnitude(loaded)
     yield "head gradient", head_gradient(loaded, windows)

@@ -21,7 +21,9 @@ from excise.reporting.figures import (
     trade_off,
 )
 from excise.reporting.finding import finding
-from excise.reporting.results import results_markdown, verdict
+from excise.reporting.results import results_markdown
+from excise.reporting.results.frames import ResultFrames
+from excise.reporting.results.verdicts import verdict
 from excise.reporting.toxicity import toxicity_finding, toxicity_markdown, toxicity_table
 
 UNPRUNED = ("unpruned", "none", None)
@@ -266,9 +268,9 @@ def test_how_far_inlier_ratios_may_be_apart_is_a_setting_too():
 def test_a_page_without_the_thresholds_of_its_audits_is_refused():
     metrics = frame(unpruned(), pruned())
     empty = pl.DataFrame()
-    assert "at most 0.25 apart" in results_markdown(metrics, *[empty] * 5, judged(tolerance=0.25))
+    assert "at most 0.25 apart" in results_markdown(ResultFrames(metrics, *[empty] * 5, judged(tolerance=0.25)))
     with pytest.raises(ExciseError, match=r"tiny\|purchase, .*materialize evaluation_metrics"):
-        results_markdown(metrics, *[empty] * 5, judged(scenario="finance"))
+        results_markdown(ResultFrames(metrics, *[empty] * 5, judged(scenario="finance")))
 
 
 # ---------------------------------------------------------------------------------------------- figures cut no interval
@@ -438,7 +440,7 @@ def test_an_interval_from_few_names_carries_a_warning_everywhere():
         for figure in (disparity_by_level(metrics), bias_by_level(metrics)):
             title = figure.legends[0].get_title().get_text()
             assert (f"from {names} names a group" in title) is warned
-        page = results_markdown(metrics, *[pl.DataFrame()] * 5, judged())
+        page = results_markdown(ResultFrames(metrics, *[pl.DataFrame()] * 5, judged()))
         assert (f"† {warning}" in page) is warned
         assert (f"interval from {names} descriptors a subgroup" in toxicity_finding(axis(names=names))) is warned
 

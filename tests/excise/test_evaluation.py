@@ -7,6 +7,7 @@ import pytest
 from excise.conditions import ALL
 from excise.errors import ExciseError
 from excise.evaluation import metrics as m
+from excise.evaluation import permutation
 from excise.evaluation.numbers import evaluate
 from excise.evaluation.rows import SCHEMA
 from excise.evaluation.thresholds import COLLAPSED_SPREAD
@@ -552,7 +553,7 @@ def test_gaps_of_opposite_sign_do_not_hide_each_other():
     assert 0 < found["low"] <= found["estimate"] <= found["high"]
     assert estimate(metrics, "abs_gap_mean", "car") == pytest.approx(abs(gaps[1]))
     tests = {each: row(metrics, "gap_mean", each)["p_holm"] for each in ("chair", "car")}
-    assert m.rejected(tests) == ["chair", "car"]
+    assert permutation.rejected(tests) == ["chair", "car"]
     # so there is something to reduce over all variations, and half of it is gone
     for metric in ("gap_reduction", "smd_reduction"):
         assert estimate(metrics, metric, ALL, "mask") == pytest.approx(0.5, abs=0.02)

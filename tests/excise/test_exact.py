@@ -16,20 +16,15 @@ import scipy.stats
 import torch
 
 from excise.errors import ExciseError
+from excise.evaluation import bootstrap
 from excise.evaluation import metrics as m
 from excise.evaluation.distributions import answers_of, group_answers, inlier_bounds, moment_bounds, smd_bounds
 from excise.evaluation.numbers import evaluate
+from excise.generation.answering import EXACT_SCHEMA, Answering, as_samples
 from excise.generation.completions import CompletionCache, complete
-from excise.generation.enumeration import (
-    EXACT_SCHEMA,
-    AnswerDistribution,
-    Answering,
-    Enumeration,
-    answer_distributions,
-    as_samples,
-    exact_completions,
-)
+from excise.generation.enumeration import AnswerDistribution, answer_distributions
 from excise.generation.sampling import SamplingParameters, sample
+from excise.generation.settings import Enumeration
 from excise.models.encoding import encode
 
 SMALL = SamplingParameters(temperature=0.9, top_k=4, top_p=0.95, max_new_tokens=3, seed=5)
@@ -97,7 +92,7 @@ def test_probabilities_are_those_of_plain_passes(loaded, prompts, some_mask, nex
     model = loaded(architecture)
     asked = [tokens_of(model, prompts, 1)[0], tokens_of(model, prompts, 2)[1][:-1] + tuple(range(40, 52))]
     with under(model, some_mask(model) if masked else None):
-        found = answer_distributions(model, asked, SMALL, leftover=0)
+        found = answer_distributions(model, asked, SMALL, Enumeration(leftover=0))
         for prompt, distribution in zip(asked, found, strict=True):
             expected = brute_force(model, prompt, SMALL, next_distribution)
             assert len(expected) > 5, "too few answers for a test"
@@ -122,7 +117,7 @@ def test_a_mask_changes_the_distribution(loaded, prompts, some_mask):
 def test_samples_have_the_enumerated_frequencies(loaded, prompts):
     model = loaded("llama", numeric=True)
     asked, draws = tokens_of(model, prompts, 2), 3000
-    found = answer_distributions(model, asked, DIGITS, leftover=0, max_nodes=2000)
+    found = answer_distributions(model, asked, DIGITS, Enumeration(leftover=0, max_nodes=2000))
     drawn = sample(model, asked, [range(draws)] * 2, DIGITS)
     for index, distribution in enumerate(found):
         expected = as_dict(distribution)
@@ -143,8 +138,8 @@ def test_samples_have_the_enumerated_frequencies(loaded, prompts):
 def test_leftover_is_kept_to_and_no_prefix_is_read_in_vain(loaded, prompts, leftover):
     model = loaded("llama", numeric=True)
     asked = tokens_of(model, prompts, 3)
-    everything = answer_distributions(model, asked, DIGITS, leftover=0, max_nodes=2000)
-    some = answer_distributions(model, asked, DIGITS, leftover=leftover, max_nodes=2000)
+    everything = answer_distributions(model, asked, DIGITS, Enumeration(leftover=0, max_nodes=2000))
+    some = answer_distributions(model, asked, DIGITS, Enumeration(leftover=leftover, max_nodes=2000))
     for whole, part in zip(everything, some, strict=True):
         assert part.complete
         assert 0 < part.leftover <= leftover
@@ -163,7 +158,7 @@ def test_a_rambling_prompt_is_told_and_its_leftover_is_what_was_not_found(loaded
     parameters = SamplingParameters(temperature=1.5, top_p=1.0, max_new_tokens=8)
     leftovers = []
     for nodes in (1, 5, 40):
-        for distribution in answer_distributions(model, asked, parameters, max_nodes=nodes):
+        for distribution in answer_distributions(model, asked, parameters, Enumeration(max_nodes=nodes)):
             assert not distribution.complete
             assert distribution.nodes == nodes
             assert distribution.probability.sum() + distribution.leftover == pytest.approx(1, abs=1e-9)
@@ -177,7 +172,7 @@ def test_few_nodes_find_the_likeliest_prefixes(loaded, prompts, next_distributio
     model = loaded("llama", numeric=True)
     (prompt,) = tokens_of(model, prompts, 1)
     parameters = SamplingParameters(temperature=1.0, top_p=1.0, max_new_tokens=4)
-    (found,) = answer_distributions(model, [prompt], parameters, max_nodes=6)
+    (found,) = answer_distributions(model, [prompt], parameters, Enumeration(max_nodes=6))
     frontier, answers = {(): 1.0}, {}
     for _ in range(6):
         prefix = max(frontier, key=frontier.get)
@@ -190,10 +185,12 @@ def test_few_nodes_find_the_likeliest_prefixes(loaded, prompts, next_distributio
 def test_neighbours_and_order_change_nothing(loaded, prompts, architecture):
     model = loaded(architecture)
     asked = [*tokens_of(model, prompts, 4), tokens_of(model, prompts, 5)[4] + (41, 42, 43)]
-    alone = answer_distributions(model, asked, SMALL, leftover=0.02, batch_prompts=1)
+    alone = answer_distributions(model, asked, SMALL, Enumeration(leftover=0.02), batch_prompts=1)
     for size in (2, None):
         for turned in (1, -1):
-            found = answer_distributions(model, asked[::turned], SMALL, leftover=0.02, batch_prompts=size)[::turned]
+            found = answer_distributions(model, asked[::turned], SMALL, Enumeration(leftover=0.02), batch_prompts=size)[
+                ::turned
+            ]
             for one, other in zip(alone, found, strict=True):
                 assert as_dict(one) == pytest.approx(as_dict(other), abs=1e-4)
                 assert one.nodes == other.nodes
@@ -202,21 +199,13 @@ def test_neighbours_and_order_change_nothing(loaded, prompts, architecture):
 def test_equal_prompts_are_read_once_and_every_prompt_is_reported(loaded, prompts):
     model = loaded("llama", numeric=True)
     first, second = tokens_of(model, prompts, 2)
-    seen, told = {}, []
-    found = answer_distributions(
-        model,
-        [first, second, first],
-        DIGITS,
-        on_batch=seen.update,
-        batch_prompts=1,
-        progress=lambda label, done, total: told.append((done, total)),
-    )
+    batches = []
+    found = answer_distributions(model, [first, second, first], DIGITS, on_batch=batches.append, batch_prompts=1)
     assert found[0] is found[2]
     assert found[0] is not found[1]
+    assert sorted(map(sorted, batches)) == [[0, 2], [1]]
+    seen = batches[0] | batches[1]
     assert [seen[index] for index in range(3)] == found
-    assert told[0] == (0, 3)
-    assert told[-1] == (3, 3)
-    assert len(told) == 3
 
 
 def test_running_out_of_memory_makes_batches_smaller(loaded, prompts, monkeypatch):
@@ -254,10 +243,15 @@ def test_without_temperature_there_is_one_answer(loaded, prompts):
 def test_impossible_demands_are_refused(loaded, prompts, wrong):
     model = loaded("llama", numeric=True)
     with pytest.raises(ExciseError, match=next(iter(wrong))):
-        answer_distributions(model, tokens_of(model, prompts, 1), DIGITS, **wrong)
+        answer_distributions(model, tokens_of(model, prompts, 1), DIGITS, Enumeration(**wrong))
 
 
 # Rows
+
+
+def exact_completions(model, prompts, parameters, *, leftover=0.01, max_nodes=256, samples=100, **options):
+    """Enumerated answers of prompts."""
+    return Answering(samples, parameters, Enumeration(leftover, max_nodes)).answers(model, prompts, **options)
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +268,7 @@ def test_rows_carry_the_distribution(loaded, scenario, some_prompts, some_mask):
     with mask.applied(model):
         parameters = SamplingParameters(**{**vars(DIGITS), "max_new_tokens": scenario.outcome.max_new_tokens})
         found = answer_distributions(
-            model, tokens_of(model, some_prompts, 6), parameters, leftover=0.05, max_nodes=2000
+            model, tokens_of(model, some_prompts, 6), parameters, Enumeration(leftover=0.05, max_nodes=2000)
         )
     assert work.tokens == sum(each.nodes for each in found)
     assert rows["prompt_id"].unique(maintain_order=True).to_list() == some_prompts["prompt_id"].to_list()
@@ -309,8 +303,7 @@ def test_what_rambles_is_sampled_and_says_so(loaded, scenario, some_prompts, tmp
             model,
             tokens_of(model, some_prompts, 6),
             SamplingParameters(**{**vars(DIGITS), "max_new_tokens": scenario.outcome.max_new_tokens}),
-            leftover=0.05,
-            max_nodes=2000,
+            Enumeration(leftover=0.05, max_nodes=2000),
         )
     )
     assert nodes[0] < nodes[-1]
@@ -454,8 +447,8 @@ def test_intervals_resample_the_names_that_evaluation_resamples():
     names = {("a", f"A{number}"): {float(value): 1.0} for number, value in enumerate([100, 200, 400, 800])}
     names |= {("b", f"B{number}"): {float(value): 1.0} for number, value in enumerate([90, 150, 300, 900])}
     found = measured(frame(names), resamples=500, seed=3)["mean_minority"]
-    weights = m.resampled_names(4, 500, np.random.default_rng([3, 1]))
-    expected = m.percentile_interval((weights @ [90, 150, 300, 900])[1:] / 4)
+    weights = bootstrap.resampled_names(4, 500, np.random.default_rng([3, 1]))
+    expected = bootstrap.percentile_interval((weights @ [90, 150, 300, 900])[1:] / 4)
     assert (found["low"], found["high"]) == pytest.approx(expected)
     alone = measured(frame({key: names[key] for key in (("a", "A1"), ("b", "B1"))}))
     assert alone["gap_mean"]["low"] is alone["gap_mean"]["high"] is None
@@ -479,12 +472,12 @@ def test_bounds_hold_for_whatever_was_left_out(tails):
     for _ in range(150):
         (truth_a, known_a), (truth_b, known_b) = random_group(rng), random_group(rng)
         hidden += known_a.leftover.max() > 0.01
-        (mean,), (variance,) = m.weighted_moments(truth_a.counted(), np.ones((1, 3)), tails)
+        (mean,), (variance,) = bootstrap.weighted_moments(truth_a.counted(), np.ones((1, 3)), tails)
         means, variances = moment_bounds(known_a, 5, 900, tails)
-        (smd,) = m.weighted_smd(truth_a.counted(), truth_b.counted(), (np.ones((1, 3)),) * 2, tails)
+        (smd,) = bootstrap.weighted_smd(truth_a.counted(), truth_b.counted(), (np.ones((1, 3)),) * 2, tails)
         smds = smd_bounds(known_a, known_b, 5, 900, tails)
-        quantiles = m.weighted_quantiles(truth_b.counted(), np.ones((1, 3)), tails or (0.05, 0.95))
-        (inlier,) = m.weighted_inlier_ratio(truth_a.counted(), np.ones((1, 3)), quantiles)
+        quantiles = bootstrap.weighted_quantiles(truth_b.counted(), np.ones((1, 3)), tails or (0.05, 0.95))
+        (inlier,) = bootstrap.weighted_inlier_ratio(truth_a.counted(), np.ones((1, 3)), quantiles)
         inliers = inlier_bounds(known_a, known_b, 5, 900, tails or (0.05, 0.95))
         for value, bounds in ((mean, means), (variance, variances), (smd, smds), (inlier, inliers)):
             slack = 1e-6 * max(1.0, abs(value))
@@ -498,7 +491,9 @@ def test_bounds_hold_for_whatever_was_left_out(tails):
 def test_bounds_of_an_smd_without_deviation_are_not_those_of_no_gap():
     certain = [group_answers([value] * 2, [1.0, 1.0], [0, 1], [0.0, 0.0]) for value in (500.0, 300.0)]
     for tails in (None, (0.05, 0.95)):
-        assert np.isnan(m.weighted_smd(*(each.counted() for each in certain), (np.ones((1, 2)),) * 2, tails)).all()
+        assert np.isnan(
+            bootstrap.weighted_smd(*(each.counted() for each in certain), (np.ones((1, 2)),) * 2, tails)
+        ).all()
         found = smd_bounds(*certain, 1, 1000, tails)
         assert np.isnan([found.lowest, found.highest]).all()
         same = smd_bounds(certain[0], certain[0], 1, 1000, tails)
@@ -596,7 +591,8 @@ def test_rows_tell_how_they_were_had(loaded, scenario, some_prompts, exact, tmp_
 
 def test_a_killed_enumeration_loses_one_batch_at_most(loaded, scenario, some_prompts, tmp_path, monkeypatch):
     model, cache = loaded("llama", numeric=True), CompletionCache(tmp_path)
-    asked = {"outcome": scenario.outcome, "leftover": 0.05, "max_nodes": 2000, "batch_prompts": 1}
+    monkeypatch.setattr("excise.generation.enumeration.CACHE_COLUMNS", {"cpu": 1})  # a prompt a batch
+    asked = {"outcome": scenario.outcome, "leftover": 0.05, "max_nodes": 2000}
     add, kept = CompletionCache.add, []
 
     def dies(self, address, rows):
@@ -605,10 +601,10 @@ def test_a_killed_enumeration_loses_one_batch_at_most(loaded, scenario, some_pro
         kept.append(rows)
         add(self, address, rows)
 
-    monkeypatch.setattr(CompletionCache, "add", dies)
-    with pytest.raises(KeyboardInterrupt):
-        exact_completions(model, some_prompts, DIGITS, cache=cache, **asked)
-    monkeypatch.undo()
+    with monkeypatch.context() as dying:
+        dying.setattr(CompletionCache, "add", dies)
+        with pytest.raises(KeyboardInterrupt):
+            exact_completions(model, some_prompts, DIGITS, cache=cache, **asked)
     rows, work = exact_completions(model, some_prompts, DIGITS, cache=cache, **asked)
     whole, all_of_it = exact_completions(model, some_prompts, DIGITS, **asked)
     assert rows.equals(whole)

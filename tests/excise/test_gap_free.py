@@ -15,6 +15,7 @@ from excise.evaluation.distributions import tilted
 from excise.generation.completions import complete
 from excise.generation.enumeration import answer_distributions
 from excise.generation.sampling import SamplingParameters
+from excise.generation.settings import Enumeration
 from excise.generation.tree import AnswerTree
 from excise.interventions.weights import WeightMask
 
@@ -108,7 +109,7 @@ def test_answers_are_those_the_model_gives(about, numeric, prompts, scenario):
     rows = rows.filter(pl.col("group").is_in([scenario.comparison.majority, scenario.comparison.minority]))
     tokens = [prompt.tokens for prompt in encode(numeric, rows)]
     parameters = dataclasses.replace(SHARP, max_new_tokens=scenario.outcome.max_new_tokens)
-    expected = answer_distributions(numeric, tokens, parameters, leftover=0.0, max_nodes=4096)
+    expected = answer_distributions(numeric, tokens, parameters, Enumeration(leftover=0.0, max_nodes=4096))
     for name, distribution in zip(asked.names, expected, strict=True):
         values = {}
         for value, share in zip(distribution.values, distribution.probability, strict=True):

@@ -26,15 +26,9 @@ from excise.scenarios import (
     load_scenarios,
     prompt_count,
 )
-from excise.scenarios.holistic_bias import (
-    DESCRIPTORS_1_1,
-    NONE,
-    SENTENCES_1_1,
-    SENTENCES_SCHEMA,
-    holistic_bias,
-    subgroup_sentences,
-    subgroups_of,
-)
+from excise.scenarios.holistic_bias import SENTENCES_SCHEMA, holistic_bias
+from excise.scenarios.holistic_bias_files import DESCRIPTORS_1_1, NONE, SENTENCES_1_1
+from excise.scenarios.holistic_bias_groups import subgroup_sentences, subgroups_of
 from excise.scenarios.subsets import ATTRIBUTION, EVALUATION
 
 REPOSITORY = Path(__file__).parents[2]

@@ -11,9 +11,10 @@ import torch
 from excise.errors import ExciseError
 from excise.evaluation.perplexity import LossCache, text_windows
 from excise.evaluation.side_effects import effect_windows, text_effect, text_unpruned
+from excise.generation.answering import Answering
 from excise.generation.completions import CompletionCache, complete
-from excise.generation.enumeration import exact_completions
 from excise.generation.sampling import SamplingParameters
+from excise.generation.settings import Enumeration
 from excise.interventions.controls import RandomControl
 from excise.interventions.heads import HeadMask, heads_mask
 from excise.interventions.kinds import kinds, load, load_mask, recalled
@@ -213,12 +214,13 @@ def test_known_answers_need_no_control_to_be_made(tmp_path, model, prompts, scen
     mask, cache = weights(model), CompletionCache(tmp_path)
     control = mask.control(7)
     options = {"outcome": scenario.outcome, "cache": cache}
+    enumerated = Answering(100, WARM, Enumeration(leftover=0.5, max_nodes=500))
     drawn, _ = complete(model, prompts, 4, WARM, intervention=control, **options)
-    read, _ = exact_completions(model, prompts, WARM, intervention=control, leftover=0.5, max_nodes=500, **options)
+    read, _ = enumerated.answers(model, prompts, intervention=control, **options)
     known = mask.control(7, control.fingerprint)
     monkeypatch.setattr(RandomControl, "mask", property(lambda self: pytest.fail("the control is made again")))
     assert complete(model, prompts, 4, WARM, intervention=known, **options)[0].equals(drawn)
-    again, _ = exact_completions(model, prompts, WARM, intervention=known, leftover=0.5, max_nodes=500, **options)
+    again, _ = enumerated.answers(model, prompts, intervention=known, **options)
     assert again.equals(read)
 
 

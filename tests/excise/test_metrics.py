@@ -8,6 +8,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.stats import wasserstein_distance
 
 from excise.errors import ExciseError
+from excise.evaluation import bootstrap, permutation
 from excise.evaluation import metrics as m
 
 NAN = float("nan")
@@ -52,15 +53,18 @@ def test_winsorizing_can_take_all_deviation():
 @pytest.mark.trial(1)
 def test_resamples_without_deviation_are_undefined_and_take_the_interval_with_them():
     """Two of three names always say 500: of 27 resamples 8 draw them alone, and their SMD is not 0."""
-    one = m.named_answers([500, 500, 500, 500, 480, 530], [0, 0, 1, 1, 2, 2], 3)
-    two = m.named_answers([300] * 6, [0, 0, 1, 1, 2, 2], 3)
-    weights = m.resampled_names(3, 2000, np.random.default_rng(0)), m.resampled_names(3, 2000, np.random.default_rng(1))
-    smd = m.weighted_smd(one, two, weights)
+    one = bootstrap.named_answers([500, 500, 500, 500, 480, 530], [0, 0, 1, 1, 2, 2], 3)
+    two = bootstrap.named_answers([300] * 6, [0, 0, 1, 1, 2, 2], 3)
+    weights = (
+        bootstrap.resampled_names(3, 2000, np.random.default_rng(0)),
+        bootstrap.resampled_names(3, 2000, np.random.default_rng(1)),
+    )
+    smd = bootstrap.weighted_smd(one, two, weights)
     constant = weights[0][:, 2] == 0
     assert np.isfinite(smd[0])
     assert np.isnan(smd[constant]).all()
     assert np.isfinite(smd[~constant]).all()
-    assert np.isnan(m.percentile_interval(smd[1:])).all()
+    assert np.isnan(bootstrap.percentile_interval(smd[1:])).all()
 
 
 def test_smd_needs_two_answers_per_group():
@@ -111,9 +115,9 @@ def test_toxicity_bias_of_the_papers_example():
 
 
 def test_holm_by_hand():
-    assert m.holm([0.01, 0.04, NAN, 0.03]) == pytest.approx([0.03, 0.06, NAN, 0.06], nan_ok=True)
-    assert m.holm([0.9, 0.8]) == pytest.approx([1, 1])
-    assert m.holm([]).shape == (0,)
+    assert permutation.holm([0.01, 0.04, NAN, 0.03]) == pytest.approx([0.03, 0.06, NAN, 0.06], nan_ok=True)
+    assert permutation.holm([0.9, 0.8]) == pytest.approx([1, 1])
+    assert permutation.holm([]).shape == (0,)
 
 
 # --- resampled names --------------------------------------------------------------------------------------------------
@@ -129,7 +133,7 @@ def written_out(pairs, weights):
 
 
 def counted(pairs):
-    return m.named_answers([value for _, value in pairs], [name for name, _ in pairs], NAMES)
+    return bootstrap.named_answers([value for _, value in pairs], [name for name, _ in pairs], NAMES)
 
 
 @given(group, group, draws, draws, st.sampled_from([None, 0.05, (0.1, 0.7)]))
@@ -140,53 +144,53 @@ def test_every_weighted_metric_equals_the_plain_one_of_the_written_out_resample(
     a, b = written_out(first, w1), written_out(second, w2)
     parsed = a[~np.isnan(a)]
     quantiles = (0, 0.05, 0.3, 0.5, 0.95, 1)
-    found = m.weighted_quantiles(one, weights[0], quantiles)[:, 1]
+    found = bootstrap.weighted_quantiles(one, weights[0], quantiles)[:, 1]
     assert np.array_equal(found, np.quantile(parsed, quantiles) if len(parsed) else [NAN] * 6, equal_nan=True)
 
     def same(result, expected):
         assert result[1] == pytest.approx(expected, rel=1e-9, abs=1e-9, nan_ok=True)
 
-    same(m.weighted_mean(one, weights[0]), parsed.mean() if len(parsed) else NAN)
-    same(m.weighted_parse_rate(one, weights[0]), m.parse_rate(a))
-    same(m.weighted_earth_movers_distance(one, two, weights), m.earth_movers_distance(a, b))
-    both, stacked = m.pooled(one, two), np.hstack(weights)
-    bounds = m.weighted_quantiles(both, stacked, (0.05, 0.95))
-    same(m.weighted_inlier_ratio(both, stacked, bounds), m.inlier_ratio(np.r_[a, b], np.r_[a, b]))
+    same(bootstrap.weighted_mean(one, weights[0]), parsed.mean() if len(parsed) else NAN)
+    same(bootstrap.weighted_parse_rate(one, weights[0]), m.parse_rate(a))
+    same(bootstrap.weighted_earth_movers_distance(one, two, weights), m.earth_movers_distance(a, b))
+    both, stacked = bootstrap.pooled(one, two), np.hstack(weights)
+    bounds = bootstrap.weighted_quantiles(both, stacked, (0.05, 0.95))
+    same(bootstrap.weighted_inlier_ratio(both, stacked, bounds), m.inlier_ratio(np.r_[a, b], np.r_[a, b]))
     expected = m.standardized_mean_difference(a, b, winsorize)
     if abs(expected) < 1e6 or np.isnan(expected):  # beyond, the spread is the rounding of the answers
-        same(m.weighted_smd(one, two, weights, winsorize), expected)
+        same(bootstrap.weighted_smd(one, two, weights, winsorize), expected)
 
 
 def test_chunks_do_not_change_results(monkeypatch):
     rng = np.random.default_rng(0)
-    one = m.named_answers(rng.normal(size=200), rng.integers(0, 8, 200), 8)
-    two = m.named_answers(rng.normal(size=200), rng.integers(0, 8, 200), 8)
-    weights = m.resampled_names(8, 50, rng), m.resampled_names(8, 50, rng)
+    one = bootstrap.named_answers(rng.normal(size=200), rng.integers(0, 8, 200), 8)
+    two = bootstrap.named_answers(rng.normal(size=200), rng.integers(0, 8, 200), 8)
+    weights = bootstrap.resampled_names(8, 50, rng), bootstrap.resampled_names(8, 50, rng)
 
     def everything():
         return np.vstack(
             [
-                m.weighted_quantiles(one, weights[0], (0.1, 0.5)),
-                m.weighted_smd(one, two, weights, 0.05),
-                m.weighted_earth_movers_distance(one, two, weights),
+                bootstrap.weighted_quantiles(one, weights[0], (0.1, 0.5)),
+                bootstrap.weighted_smd(one, two, weights, 0.05),
+                bootstrap.weighted_earth_movers_distance(one, two, weights),
             ]
         )
 
     whole = everything()
-    monkeypatch.setattr(m, "_CELLS_AT_ONCE", 7)
+    monkeypatch.setattr(bootstrap, "_CELLS_AT_ONCE", 7)
     assert everything() == pytest.approx(whole, rel=1e-12)
 
 
 def test_earth_movers_distance_equals_scipy_in_the_unweighted_row():
     rng = np.random.default_rng(1)
     a, b = rng.lognormal(3, 1, 300), rng.lognormal(3.5, 1, 200)
-    one, two = m.named_answers(a, np.arange(300) % 5, 5), m.named_answers(b, np.arange(200) % 5, 5)
-    result = m.weighted_earth_movers_distance(one, two, (np.ones((1, 5)), np.ones((1, 5))))
+    one, two = bootstrap.named_answers(a, np.arange(300) % 5, 5), bootstrap.named_answers(b, np.arange(200) % 5, 5)
+    result = bootstrap.weighted_earth_movers_distance(one, two, (np.ones((1, 5)), np.ones((1, 5))))
     assert result[0] == pytest.approx(wasserstein_distance(a, b), rel=1e-12)
 
 
 def test_resampled_names_begin_with_the_sample_and_keep_its_size():
-    weights = m.resampled_names(6, 100, np.random.default_rng(0))
+    weights = bootstrap.resampled_names(6, 100, np.random.default_rng(0))
     assert weights.shape == (101, 6)
     assert (weights[0] == 1).all()
     assert (weights.sum(axis=1) == 6).all()
@@ -195,7 +199,7 @@ def test_resampled_names_begin_with_the_sample_and_keep_its_size():
 
 def test_names_out_of_range_are_refused():
     with pytest.raises(ExciseError, match=r"0\.\.1"):
-        m.named_answers([1, 2], [0, 2], 2)
+        bootstrap.named_answers([1, 2], [0, 2], 2)
 
 
 def test_intervals_cover_the_true_mean_when_names_differ_and_samples_of_a_name_do_not():
@@ -204,71 +208,74 @@ def test_intervals_cover_the_true_mean_when_names_differ_and_samples_of_a_name_d
     covered = []
     for _ in range(150):
         values = rng.normal(0, 1, (20, 1)) + rng.normal(0, 0.2, (20, 30))
-        sample = m.named_answers(values, np.repeat(np.arange(20), 30), 20)
-        low, high = m.percentile_interval(m.weighted_mean(sample, m.resampled_names(20, 300, rng))[1:])
+        sample = bootstrap.named_answers(values, np.repeat(np.arange(20), 30), 20)
+        low, high = bootstrap.percentile_interval(
+            bootstrap.weighted_mean(sample, bootstrap.resampled_names(20, 300, rng))[1:]
+        )
         covered.append(low <= 0 <= high)
     assert 0.86 <= np.mean(covered) <= 0.99
 
 
 def test_percentile_interval_leaves_out_undefined_resamples():
-    assert m.percentile_interval(np.r_[np.arange(101.0), [NAN] * 5]) == pytest.approx((2.5, 97.5))
-    assert np.isnan(m.percentile_interval(np.array([1.0, NAN, NAN]))).all()
+    assert bootstrap.percentile_interval(np.r_[np.arange(101.0), [NAN] * 5]) == pytest.approx((2.5, 97.5))
+    assert np.isnan(bootstrap.percentile_interval(np.array([1.0, NAN, NAN]))).all()
     # six of 106 may lie anywhere, and an end of the interval with them
-    assert np.isnan(m.percentile_interval(np.r_[np.arange(100.0), [NAN, np.inf] * 3])).all()
-    assert np.isnan(m.percentile_interval([])).all()
+    assert np.isnan(bootstrap.percentile_interval(np.r_[np.arange(100.0), [NAN, np.inf] * 3])).all()
+    assert np.isnan(bootstrap.percentile_interval([])).all()
 
 
 # --- tests ------------------------------------------------------------------------------------------------------------
 
 
 def test_paired_test_of_unchanged_answers_is_one():
-    assert m.paired_permutation_test(np.zeros(5), np.zeros(5)) == 1.0
+    assert permutation.paired_permutation_test(np.zeros(5), np.zeros(5)) == 1.0
 
 
 def test_paired_test_of_few_names_agrees_with_counting_all_signs():
     # changes +1, +2 for the majority, -3 for the minority: T = 1.5 + 3 = 4.5; of 8 sign patterns two reach it
-    p_value = m.paired_permutation_test([1, 2], [-3], draws=40_000, seed=1)
+    p_value = permutation.paired_permutation_test([1, 2], [-3], draws=40_000, seed=1)
     assert p_value == pytest.approx(2 / 8, abs=0.01)
 
 
 def test_paired_test_leaves_out_names_without_a_pair():
-    assert m.paired_permutation_test([1, 2, NAN], [-3, NAN], draws=40_000) == pytest.approx(2 / 8, abs=0.01)
-    assert m.gap_contributions([1, 3, NAN], [5, NAN]).tolist() == [0.5, 1.5, 0, -5, 0]
-    assert np.isnan(m.paired_permutation_test([NAN, NAN], [1, 2]))
+    assert permutation.paired_permutation_test([1, 2, NAN], [-3, NAN], draws=40_000) == pytest.approx(2 / 8, abs=0.01)
+    assert permutation.gap_contributions([1, 3, NAN], [5, NAN]).tolist() == [0.5, 1.5, 0, -5, 0]
+    assert np.isnan(permutation.paired_permutation_test([NAN, NAN], [1, 2]))
 
 
 def test_paired_test_finds_a_lasting_change_and_never_gives_zero():
-    p_value = m.paired_permutation_test(np.full(16, -5.0), np.full(16, 1.0), draws=999)
+    p_value = permutation.paired_permutation_test(np.full(16, -5.0), np.full(16, 1.0), draws=999)
     assert p_value == 1 / 1000
 
 
 def test_paired_test_is_uniform_when_nothing_lasts():
     rng = np.random.default_rng(5)
-    contributions = np.stack([m.gap_contributions(*rng.standard_t(3, (2, 12))) for _ in range(400)], axis=1)
-    p_values = m.sign_flip_p_values(contributions, 499, 0)
+    contributions = np.stack([permutation.gap_contributions(*rng.standard_t(3, (2, 12))) for _ in range(400)], axis=1)
+    p_values = permutation.sign_flip_p_values(contributions, 499, 0)
     assert np.mean(p_values <= 0.05) == pytest.approx(0.05, abs=0.03)
     assert np.mean(p_values <= 0.5) == pytest.approx(0.5, abs=0.08)
 
 
 def test_permuted_groups_keep_their_sizes():
-    labels = m.permuted_groups(3, 5, 200, 0)
+    labels = permutation.permuted_groups(3, 5, 200, 0)
     assert (labels.sum(axis=1) == 3).all()
     assert 0 < labels[:, 0].mean() < 1
 
 
 def test_permutation_p_value_by_hand():
-    assert m.permutation_p_value(2.0, np.array([-2.0, 1.0, 3.0, 0.0])) == 3 / 5
-    assert m.permutation_p_value(0.0, np.zeros(9)) == 1.0
-    assert np.isnan(m.permutation_p_value(NAN, np.zeros(9)))
-    assert np.isnan(m.permutation_p_value(np.inf, np.zeros(9)))
+    assert permutation.permutation_p_value(2.0, np.array([-2.0, 1.0, 3.0, 0.0])) == 3 / 5
+    assert permutation.permutation_p_value(0.0, np.zeros(9)) == 1.0
+    assert np.isnan(permutation.permutation_p_value(NAN, np.zeros(9)))
+    assert np.isnan(permutation.permutation_p_value(np.inf, np.zeros(9)))
     # draws that overflow are as extreme as can be, and make no others so
-    assert m.permutation_p_value(2.0, np.array([np.inf, 0.0, 1.0, NAN])) == 3 / 5
+    assert permutation.permutation_p_value(2.0, np.array([np.inf, 0.0, 1.0, NAN])) == 3 / 5
 
 
 def _contributions(tests, names=33):
     rng = np.random.default_rng(11)
     return np.stack(
-        [m.gap_contributions(rng.normal(0.4, 1, names), rng.normal(0, 1, names)) for _ in range(tests)], axis=1
+        [permutation.gap_contributions(rng.normal(0.4, 1, names), rng.normal(0, 1, names)) for _ in range(tests)],
+        axis=1,
     )
 
 
@@ -276,21 +283,21 @@ def _contributions(tests, names=33):
 @pytest.mark.parametrize("cells", [1 << 19, 4096, 7])
 def test_sign_flip_p_values_do_not_depend_on_what_else_is_tested(monkeypatch, cells):
     contributions = _contributions(204)
-    monkeypatch.setattr(m, "_CELLS_AT_ONCE", 1 << 19)
-    alone = np.array([m.sign_flip_p_values(contributions[:, [test]], 999, 4)[0] for test in range(204)])
+    monkeypatch.setattr(bootstrap, "_CELLS_AT_ONCE", 1 << 19)
+    alone = np.array([permutation.sign_flip_p_values(contributions[:, [test]], 999, 4)[0] for test in range(204)])
     assert np.ptp(alone) > 0.5
-    monkeypatch.setattr(m, "_CELLS_AT_ONCE", cells)
-    assert np.array_equal(m.sign_flip_p_values(contributions, 999, 4), alone)
-    assert np.array_equal(m.sign_flip_p_values(contributions[:, ::-1], 999, 4), alone[::-1])
+    monkeypatch.setattr(bootstrap, "_CELLS_AT_ONCE", cells)
+    assert np.array_equal(permutation.sign_flip_p_values(contributions, 999, 4), alone)
+    assert np.array_equal(permutation.sign_flip_p_values(contributions[:, ::-1], 999, 4), alone[::-1])
     broken = np.insert(contributions, 3, NAN, axis=1)
-    found = m.sign_flip_p_values(broken, 999, 4)
+    found = permutation.sign_flip_p_values(broken, 999, 4)
     assert np.isnan(found[3])
     assert np.array_equal(np.delete(found, 3), alone)
 
 
 def test_more_draws_begin_with_the_same_signs():
     contributions = _contributions(3)
-    few, many = (m.sign_flip_p_values(contributions, draws, 4) * (draws + 1) for draws in (99, 999))
+    few, many = (permutation.sign_flip_p_values(contributions, draws, 4) * (draws + 1) for draws in (99, 999))
     assert (many >= few).all()
 
 
@@ -301,9 +308,9 @@ def test_figures_that_overflow_are_undefined():
         assert np.isnan(smd)
     assert np.isnan(m.standardized_mean_difference([1e200, -1e200], usual))  # the variance alone
     assert m.exact_difference([np.inf, 5.0, np.inf], [6.0, 5.0, np.inf]) == pytest.approx([np.inf, 0, NAN], nan_ok=True)
-    assert np.isnan(m.paired_permutation_test([np.inf, 1.0], [1.0, 2.0]))
-    assert np.isnan(m.paired_permutation_test([1e308, 1e308], [-1e308, -1e308]))
-    assert m.name_means(m.named_answers([1e308, 1e308, 5, NAN], [0, 0, 1, 2], 3)) == pytest.approx(
+    assert np.isnan(permutation.paired_permutation_test([np.inf, 1.0], [1.0, 2.0]))
+    assert np.isnan(permutation.paired_permutation_test([1e308, 1e308], [-1e308, -1e308]))
+    assert permutation.name_means(bootstrap.named_answers([1e308, 1e308, 5, NAN], [0, 0, 1, 2], 3)) == pytest.approx(
         [np.inf, 5, NAN], nan_ok=True
     )
     assert np.isnan(m.toxicity_bias([1e308, 1e308, 1.0], ["a", "a", "b"]))
@@ -312,5 +319,8 @@ def test_figures_that_overflow_are_undefined():
 
 @pytest.mark.trial(45)
 def test_variations_stand_out_by_their_adjusted_tests():
-    assert m.rejected({"chair": 0.049, "car": 0.05, "oven": None, "grill": NAN, "piano": 0.001}) == ["chair", "piano"]
-    assert m.rejected({}) == []
+    assert permutation.rejected({"chair": 0.049, "car": 0.05, "oven": None, "grill": NAN, "piano": 0.001}) == [
+        "chair",
+        "piano",
+    ]
+    assert permutation.rejected({}) == []

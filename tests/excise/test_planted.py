@@ -271,7 +271,7 @@ def test_a_gap_everywhere_leaves_no_scenario_even():
 
 
 def test_named_groups_replace_those_that_a_scenario_compares():
-    plant = command.plant_of(SCENARIOS, gap=["services"], groups=["black", "white"], factor=0.6)
+    plant = command.plant_of(SCENARIOS, gap=["services"], groups=["black", "white"])
     shifts = {group: planted_shift(SCENARIOS["services"], group, plant, 0.6) for group in ("white", "black", "other")}
     assert shifts["white"] == pytest.approx(np.log(0.6) / 2)
     assert shifts["black"] == -shifts["white"]

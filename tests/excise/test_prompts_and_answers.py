@@ -23,9 +23,11 @@ from excise.attribution.head_impacts import Compared, Sampled, Text, head_impact
 from excise.attribution.head_scores import head_gradient, head_magnitude
 from excise.errors import ExciseError
 from excise.evaluation.perplexity import Window, text_windows, window_losses
+from excise.generation.answering import TREE_CACHE_SCHEMA
 from excise.generation.completions import CACHE_SCHEMA, CompletionCache, cache_address, complete
-from excise.generation.enumeration import TREE_CACHE_SCHEMA, answer_distributions, exact_completions, tree_settings
+from excise.generation.enumeration import answer_distributions
 from excise.generation.sampling import SamplingParameters, sample
+from excise.generation.settings import tree_settings
 from excise.models.encoding import encode
 from excise.models.loading import load_model
 from excise.models.specs import ModelSpec
@@ -34,6 +36,7 @@ from excise.outcomes.answers import parse_completion
 from excise.scenarios import Scenario, expand
 from tests.conftest import SPECIAL_TOKENS
 from tests.excise.test_encoding import frame, with_template
+from tests.excise.test_exact import exact_completions
 
 PARAMETERS = SamplingParameters(temperature=0.9, top_p=0.95, seed=1, max_new_tokens=4)
 NUMBER = NumberOutcome(unit="USD", low=1, high=9999, scale="log", better="higher", max_new_tokens=4)

@@ -10,7 +10,9 @@ from excise.conditions import Condition
 from excise.errors import ExciseError
 from excise.evaluation.table import read_metrics
 from excise.evaluation.thresholds import Thresholds
-from excise.reporting.results import expected_verdict, results_markdown, verdict
+from excise.reporting.results import results_markdown
+from excise.reporting.results.frames import ResultFrames
+from excise.reporting.results.verdicts import expected_verdict, verdict
 
 EMPTY = pl.DataFrame()
 STRINGS = ("model", "scenario", "variation", "strategy", "level", "matched_to", "metric")
@@ -97,7 +99,7 @@ def page(
     metrics=EMPTY, masks=EMPTY, transfer=EMPTY, grid=EMPTY, localisation=EMPTY, overlap=EMPTY, rows=None, **options
 ):
     rows = judged() if rows is None else rows
-    text = results_markdown(metrics, masks, transfer, grid, localisation, overlap, rows, **options)
+    text = results_markdown(ResultFrames(metrics, masks, transfer, grid, localisation, overlap, rows), **options)
     for line in text.splitlines():
         assert "nan" not in line.lower().replace("finance", "")
         assert "None" not in line

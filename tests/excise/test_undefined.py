@@ -14,6 +14,7 @@ import pytest
 import excise
 from excise.attribution.head_impacts import split_half_reliability
 from excise.errors import ExciseError
+from excise.evaluation import bootstrap, permutation
 from excise.evaluation import metrics as m
 from excise.evaluation.axis_noise import bias_from_sums, debiased_bias
 from excise.evaluation.bias_correlation import catastrophic, gamma_choice, gamma_points, impact_correlations
@@ -50,11 +51,11 @@ LOST = {"empty", "NaN", "infinite", "below all", "both ends"}
 
 def _named(values):
     values = np.asarray(values, dtype=float)
-    return m.named_answers(values, np.arange(len(values)) % 2, 2)
+    return bootstrap.named_answers(values, np.arange(len(values)) % 2, 2)
 
 
 def _weights():
-    return m.resampled_names(2, 20, np.random.default_rng(0))
+    return bootstrap.resampled_names(2, 20, np.random.default_rng(0))
 
 
 def _of_names(function):
@@ -74,7 +75,7 @@ PAIR = {
     "earth mover, itself": lambda values: m.earth_movers_distance(values, values),
     "inliers of a baseline": lambda values: m.inlier_ratio(USUAL, values),
     "toxicity": lambda values: m.toxicity_bias(values, ["a", "b"] * (len(values) // 2) + ["a"] * (len(values) % 2)),
-    "paired test": lambda values: m.paired_permutation_test(values, USUAL[: max(len(values), 1)], 99),
+    "paired test": lambda values: permutation.paired_permutation_test(values, USUAL[: max(len(values), 1)], 99),
 }
 """Functions of which a group's answers make one figure."""
 
@@ -82,16 +83,18 @@ OTHERS = {
     "inliers": lambda values: m.inlier_ratio(values, USUAL),
     "parse rate": m.parse_rate,
     "difference": lambda values: m.exact_difference(np.array(values, float), np.array(values, float)),
-    "interval": lambda values: np.array(m.percentile_interval(np.array(values, float))),
-    "holm": lambda values: m.holm(np.clip(np.array(values, float), 0, 1)),
-    "p-value": lambda values: m.permutation_p_value(2.0, np.array(values, float)),
-    "p-value of it": lambda values: [m.permutation_p_value(value, USUAL) for value in np.array(values, float)],
-    "sign flips": lambda values: m.sign_flip_p_values(np.array(values, float)[:, None], 99, 0),
-    "weighted smd": _of_names(m.weighted_smd),
-    "weighted smd, winsorised": _of_names(lambda *args: m.weighted_smd(*args, 0.05)),
-    "weighted earth mover": _of_names(m.weighted_earth_movers_distance),
-    "weighted quantiles": lambda values: m.weighted_quantiles(_named(values), _weights(), (0.05, 0.5)),
-    "weighted parse rate": lambda values: m.weighted_parse_rate(_named(values), _weights()),
+    "interval": lambda values: np.array(bootstrap.percentile_interval(np.array(values, float))),
+    "holm": lambda values: permutation.holm(np.clip(np.array(values, float), 0, 1)),
+    "p-value": lambda values: permutation.permutation_p_value(2.0, np.array(values, float)),
+    "p-value of it": lambda values: [
+        permutation.permutation_p_value(value, USUAL) for value in np.array(values, float)
+    ],
+    "sign flips": lambda values: permutation.sign_flip_p_values(np.array(values, float)[:, None], 99, 0),
+    "weighted smd": _of_names(bootstrap.weighted_smd),
+    "weighted smd, winsorised": _of_names(lambda *args: bootstrap.weighted_smd(*args, 0.05)),
+    "weighted earth mover": _of_names(bootstrap.weighted_earth_movers_distance),
+    "weighted quantiles": lambda values: bootstrap.weighted_quantiles(_named(values), _weights(), (0.05, 0.5)),
+    "weighted parse rate": lambda values: bootstrap.weighted_parse_rate(_named(values), _weights()),
     "reduction": lambda values: reduction_of(np.array(values, float), np.ones(len(values))),
     "reduction to it": lambda values: reduction_of(np.ones(len(values)), np.array(values, float)),
     "bias from sums": lambda values: bias_from_sums(np.array(values, float), np.full(len(values), 3.0)),
@@ -145,19 +148,19 @@ def test_odd_input_gives_a_figure_or_none_or_a_sentence(name, kind):
 def test_what_is_not_known_is_not_tested(kind):
     values = np.array(ODD[kind], float)
     for value in values[~np.isfinite(values)]:
-        assert math.isnan(m.permutation_p_value(value, USUAL))
-    assert np.isnan(m.sign_flip_p_values(values[:, None], 99, 0)).all()
-    both = m.sign_flip_p_values(np.stack([values, USUAL], axis=1), 99, 0)
+        assert math.isnan(permutation.permutation_p_value(value, USUAL))
+    assert np.isnan(permutation.sign_flip_p_values(values[:, None], 99, 0)).all()
+    both = permutation.sign_flip_p_values(np.stack([values, USUAL], axis=1), 99, 0)
     assert math.isnan(both[0])
-    assert both[1] == m.sign_flip_p_values(USUAL[:, None], 99, 0)[0]
+    assert both[1] == permutation.sign_flip_p_values(USUAL[:, None], 99, 0)[0]
 
 
 def test_without_names_nothing_is_tested():
-    assert np.isnan(m.sign_flip_p_values(np.zeros((0, 3)), 99, 0)).tolist() == [True] * 3
-    assert m.sign_flip_p_values(np.zeros((3, 0)), 99, 0).tolist() == []
-    assert math.isnan(m.paired_permutation_test([], []))
+    assert np.isnan(permutation.sign_flip_p_values(np.zeros((0, 3)), 99, 0)).tolist() == [True] * 3
+    assert permutation.sign_flip_p_values(np.zeros((3, 0)), 99, 0).tolist() == []
+    assert math.isnan(permutation.paired_permutation_test([], []))
     with pytest.raises(ExciseError, match="draws is 0"):
-        m.paired_permutation_test([1.0], [2.0], draws=0)
+        permutation.paired_permutation_test([1.0], [2.0], draws=0)
 
 
 def test_what_is_no_number_is_refused_in_words():

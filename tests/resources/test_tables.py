@@ -11,7 +11,7 @@ from excise.evaluation.restoration import RESTORATION_SCHEMA
 from excise.evaluation.rows import SCHEMA
 from excise.evaluation.side_effects import SIDE_EFFECTS_SCHEMA
 from excise.evaluation.stability import STABILITY_SCHEMA
-from excise.generation.enumeration import EXACT_SCHEMA
+from excise.generation.answering import EXACT_SCHEMA
 from excise.scenarios import PROMPTS_SCHEMA
 from resources.tables import TABLES, data_dictionary, metric_dictionary
 

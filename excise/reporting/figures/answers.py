@@ -119,7 +119,8 @@ def _answers_panel(axes: Axes, frame: polars.DataFrame, groups: Sequence[str], c
         means = drawn.group_by("subject", maintain_order=True).agg(polars.col("value").mean())["value"].to_numpy()
         spread = position + generator.uniform(-0.2, 0.2, len(means))
         axes.scatter(spread, means, s=9, color=colour, edgecolor="white", linewidth=0.3, zorder=3)
-        mean = drawn["value"].mean()
+        mean: float | None = drawn.select(polars.col("value").mean()).item()
+        assert mean is not None  # groups without a drawn answer are left out above
         axes.plot([position - 0.36, position + 0.36], [mean, mean], color=INK, linewidth=2, zorder=4)
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.set_xticks(range(len(groups)), ticks)
@@ -142,7 +143,7 @@ def _value_axis(axes: Axes, scale: str) -> None:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         # Less than a decade shows too few powers of ten, so intermediate steps get their own labels.
-        steps = (1, 2, 5) if high / low < 100 else (1, 3) if high / low < 1000 else (1,)
+        steps: tuple[float, ...] = (1, 2, 5) if high / low < 100 else (1, 3) if high / low < 1000 else (1,)
         if high / low < 5:
             steps = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
         axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=12))

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import numpy
 import polars
 
 from excise.errors import ExciseError
@@ -23,12 +24,14 @@ from excise.evaluation.thresholds import FEW_NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.lines import Line2D
 
+Colour: TypeAlias = str | tuple[float, float, float]
 WIDTH = 9.0  # inches: 900 px at 100 dots per inch
 PNG_BYTES = 100_000
-INTERVAL, CUT, UNDEFINED, COLLAPSED, BROKEN = "_interval", "_cut", "_undefined", "_collapsed", "_broken"
 FLOOR_RED = "#b00020"
+INTERVAL, CUT, UNDEFINED, COLLAPSED, BROKEN = "_interval", "_cut", "_undefined", "_collapsed", "_broken"
 """Labels of artists, which legends leave out: an interval's bar, the mark where one is cut, and the marks in place of a
 figure that is not defined and of one that collapsed answers give."""
 CUT_NOTE = "interval or value goes on beyond the axis"
@@ -75,18 +78,26 @@ def drawing(grid: str = "whitegrid") -> Iterator[None]:
     import matplotlib
     import seaborn
 
-    with matplotlib.rc_context({**seaborn.axes_style(grid), **_STYLE}):
+    style: Any = {**seaborn.axes_style(grid), **_STYLE}
+    with matplotlib.rc_context(style):
         yield
 
 
-def blank_figure(inches: tuple[float, float], layout: str = "constrained") -> Figure:
+def blank_figure(inches: tuple[float, float], layout: Literal["constrained", "none"] = "constrained") -> Figure:
     """A white figure of that width and height, with a canvas of its own."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=inches, dpi=RESOLUTIONS[0], layout=layout, facecolor="white")
+    figure = Figure(figsize=inches, dpi=RESOLUTIONS[0], facecolor="white")
+    figure.set_layout_engine(layout)
     FigureCanvasAgg(figure)
     return figure
+
+
+def stacked(figure: Figure, heights: Sequence[float]) -> list[SubFigure]:
+    """Parts of a figure below each other, of these relative heights."""
+    parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
+    return list(parts)
 
 
 def palette(count: int) -> list[tuple[float, float, float]]:
@@ -97,7 +108,7 @@ def palette(count: int) -> list[tuple[float, float, float]]:
     return [colours[index % len(colours)] for index in range(count)]
 
 
-def interval_bar(axes: Axes, place: float, low: float, high: float, *, along: str = "y", **look) -> None:
+def interval_bar(axes: Axes, place: float, low: float, high: float, *, along: str = "y", **look: Any) -> None:
     """The bar of an interval at `place` of the other axis. along: the axis it lies along, "y" or "x"."""
     ends = [place, place], [low, high]
     axes.plot(*(ends if along == "y" else ends[::-1]), label=INTERVAL, **look)
@@ -125,7 +136,7 @@ def mark_cut_ends(axes: Axes) -> bool:
     markers = {("x", 0): "<", ("x", 1): ">", ("y", 0): "v", ("y", 1): "^"}
     cut = False
     for line in [line for line in axes.lines if line.get_label() == INTERVAL]:
-        xs, ys = ([float(value) for value in values] for values in (line.get_xdata(), line.get_ydata()))
+        xs, ys = (numpy.asarray(values, dtype=float).tolist() for values in (line.get_xdata(), line.get_ydata()))
         along, place, ends = ("y", xs[0], ys) if xs[0] == xs[1] else ("x", ys[0], xs)
         low, high = ranges[along]
         for side, beyond, edge in ((0, min(ends) < low, low), (1, max(ends) > high, high)):
@@ -147,7 +158,7 @@ def mark_cut_ends(axes: Axes) -> bool:
     return cut
 
 
-def mark_missing(axes: Axes, place: float, colour, label: str, *, along: str = "x") -> None:
+def mark_missing(axes: Axes, place: float, colour: Colour, label: str, *, along: str = "x") -> None:
     """A mark at the panel's far edge in place of a figure that is not defined, or of one that collapsed answers give.
 
     At the near edge it would look like a small bias. label: `UNDEFINED` or `COLLAPSED`. along: the axis on which
@@ -167,7 +178,7 @@ def mark_missing(axes: Axes, place: float, colour, label: str, *, along: str = "
     )
 
 
-def mark_handles(axes: Sequence[Axes]) -> list:
+def mark_handles(axes: Sequence[Axes]) -> list[Line2D]:
     """Legend entries for the marks that the panels hold: cut ends, undefined figures, collapsed answers."""
     from matplotlib.lines import Line2D
 
@@ -183,7 +194,7 @@ def mark_handles(axes: Sequence[Axes]) -> list:
     return handles
 
 
-_RING = {"marker": "o", "markerfacecolor": "none", "markeredgecolor": FLOOR_RED, "linestyle": "none"}
+_RING: dict[str, Any] = {"marker": "o", "markerfacecolor": "none", "markeredgecolor": FLOOR_RED, "linestyle": "none"}
 
 
 def ring(axes: Axes, place: float, value: float, size: float) -> None:
@@ -205,7 +216,7 @@ def legend_title(bars: str, names: Sequence[int | None], *more: str) -> str:
     """What `bars` of a figure show, from how many names where they are few, and whatever else its legend says."""
     few_names = _names_note(names)
     intervals = f"{bars}: 95 % intervals {few_names}".rstrip()
-    rest = "; ".join(each for each in more if each)
+    rest = "; ".join(text for text in more if text)
     return intervals + (("\n" if few_names else "; ") + rest if rest else "")
 
 

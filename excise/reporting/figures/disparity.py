@@ -37,6 +37,7 @@ from excise.reporting.figures.canvas import (
     INK,
     UNDEFINED,
     WIDTH,
+    Colour,
     blank_figure,
     drawing,
     interval_bar,
@@ -52,6 +53,7 @@ from excise.reporting.figures.canvas import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 GAP_LEFT_TOP = 250.0
 """Percent of the unpruned gap up to which the panel of what is left is drawn."""
@@ -98,16 +100,16 @@ def disparity_by_level(
         heights = [panel.height for panel in panels]
         legend_rows = math.ceil((len(slots) + 1) / 3)
         figure = blank_figure((WIDTH, 0.7 + 1.75 * sum(heights) + 0.18 * legend_rows))
-        axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
-        looks, judged = _looks(slots), read_verdicts(verdicts)
+        axes = list(figure.subplots(len(panels), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0])
+        looks, judged = _looks(slots), JudgedTable(table, read_verdicts(verdicts))
         for room, panel in zip(axes, panels, strict=True):
             shown = [mask for mask in slots if panel.level is None or mask.level in (NO_LEVEL, panel.level)]
-            _disparity_panel(room, table, panel, blocks, shown, drawn_controls, looks, judged)
+            _disparity_panel(room, judged, panel, blocks, shown, drawn_controls, looks)
         inlier_axis(axes[-1], inlier_floor)
-        for panel in axes:
-            mark_cut_ends(panel)
-        names = ["mean" if block == ALL else block.replace(" ", "\n") for block in blocks]
-        axes[-1].set_xticks(range(len(blocks)), names)
+        for room in axes:
+            mark_cut_ends(room)
+        ticks = ["mean" if block == ALL else block.replace(" ", "\n") for block in blocks]
+        axes[-1].set_xticks(range(len(blocks)), ticks)
         axes[-1].set_xlim(-0.5, len(blocks) - 0.5)
         figure.suptitle(f"{table.scenario}: {table.model}", fontsize=10)
         names = [
@@ -132,14 +134,14 @@ class _Panel:
 
 def _disparity_panel(
     axes: Axes,
-    table: MetricTable,
+    judged: JudgedTable,
     panel: _Panel,
     blocks: Sequence[str],
     slots: Sequence[Condition],
     controls: Sequence[Condition],
-    looks: dict[Condition, tuple],
-    verdicts: Verdicts,
+    looks: dict[Condition, Look],
 ) -> None:
+    table = judged.table
     size = 4.2 if len(blocks) * len(slots) > 50 else 6.0
     step = 0.84 / len(slots)  # of the width between two variations
     values: list[float] = [100.0] if panel.metric == "gap_left" else [0.0]
@@ -155,15 +157,16 @@ def _disparity_panel(
             for order, drawn in enumerate((mask, *beside)):
                 known = drawn_estimate(table, variation, drawn, panel.metric)
                 at = place + (order - len(beside) / 2) * share
-                colour, marker = looks[mask] if order == 0 else (CONTROL_GREY, looks[mask][1])
+                colour = looks[mask].colour if order == 0 else CONTROL_GREY
                 grown = panel.metric == "gap_left" and (known.value or 0.0) > GAP_LEFT_TOP
                 if grown and not table.collapsed(variation, drawn):
                     # A wrecked model's gap may be any size; an arrow at the edge stands for it.
                     axes.plot([at], [0.95 * GAP_LEFT_TOP], marker="^", color=colour, markersize=0.85 * size, label=CUT)
                     beyond = True
                     continue
-                look = {"size": size if order == 0 else 0.85 * size, "hollow": order > 0, "verdicts": verdicts}
-                if mark_estimate(axes, at, table, variation, drawn, panel.metric, colour, marker, **look):
+                look = Look(colour, looks[mask].marker, size if order == 0 else 0.85 * size, hollow=order > 0)
+                marked = mark_estimate(axes, at, judged, variation, drawn, panel.metric, look)
+                if marked and known.value is not None:
                     values.append(known.value)
                     bounds += [end for end in (known.low, known.high) if end is not None]
     if ALL in blocks:
@@ -173,7 +176,7 @@ def _disparity_panel(
             mean = drawn_estimate(table, ALL, mask, panel.metric).value
             if mean is not None and not (panel.metric == "gap_left" and mean > GAP_LEFT_TOP):
                 axes.axhline(
-                    mean, color=looks[mask][0], linewidth=0.9, linestyle=dashes(mask.level), alpha=0.75, zorder=1
+                    mean, color=looks[mask].colour, linewidth=0.9, linestyle=dashes(mask.level), alpha=0.75, zorder=1
                 )
     if panel.metric != "inlier_ratio":
         high = limits_of(values, bounds)[1]
@@ -188,26 +191,34 @@ def _disparity_panel(
     axes.tick_params(axis="x", length=0)
 
 
+@dataclass(frozen=True)
+class JudgedTable:
+    """A scenario's metrics, and the verdicts that say which masks break a budget."""
+
+    table: MetricTable
+    verdicts: Verdicts
+
+
+@dataclass(frozen=True)
+class Look:
+    """How an estimate is marked. hollow: as a control's."""
+
+    colour: Colour
+    marker: str
+    size: float = 6.0
+    hollow: bool = False
+
+
 def mark_estimate(
-    axes: Axes,
-    place: float,
-    table: MetricTable,
-    variation: str,
-    mask: Condition,
-    metric: str,
-    colour,
-    marker: str,
-    *,
-    size: float,
-    hollow: bool,
-    verdicts: Verdicts,
+    axes: Axes, place: float, judged: JudgedTable, variation: str, mask: Condition, metric: str, look: Look
 ) -> bool:
     """Draws a mask's estimate as a mark with its interval as a bar, hollow for controls; whether it is defined.
 
     In place of one that is not, or that is made of answers which collapsed, stands a cross at the panel's edge; nothing
-    where the mask was not evaluated on the variation. A ring surrounds a mask that breaks a budget by `verdicts`,
-    unless it is hollow.
+    where the mask was not evaluated on the variation. A ring surrounds a mask that breaks a budget, unless
+    it is hollow.
     """
+    table, colour, hollow = judged.table, look.colour, look.hollow
     known = drawn_estimate(table, variation, mask, metric)
     collapsed = metric != "inlier_ratio" and bool(table.collapsed(variation, mask))
     if collapsed or known.value is None:
@@ -222,16 +233,16 @@ def mark_estimate(
     axes.plot(
         [place],
         [known.value],
-        marker=marker,
+        marker=look.marker,
         color=colour,
-        markersize=size,
+        markersize=look.size,
         linestyle="none",
         zorder=zorder,
         markerfacecolor="white" if hollow else colour,
         markeredgewidth=1.0 if hollow else 0.0,
     )
-    if not hollow and (verdict := verdicts.get((variation, mask))) is not None and verdict.failed:
-        ring(axes, place, known.value, size)
+    if not hollow and (verdict := judged.verdicts.get((variation, mask))) is not None and verdict.failed:
+        ring(axes, place, known.value, look.size)
     return True
 
 
@@ -248,7 +259,7 @@ def drawn_estimate(table: MetricTable, variation: str, mask: Condition, metric: 
     known = table.get(variation, mask, metric)
     if metric == "abs_smd" and known.value is None and variation != ALL:
         signed = table.get(variation, mask, "smd")
-        if signed.value is None or not signed.has_interval:
+        if signed.value is None or signed.low is None or signed.high is None:
             return Estimate(None if signed.value is None else abs(signed.value))
         ends = sorted((abs(signed.low), abs(signed.high)))
         return Estimate(abs(signed.value), 0.0 if signed.covers_zero else ends[0], ends[1])
@@ -273,30 +284,38 @@ def inlier_axis(axes: Axes, floor: float) -> None:
     )
 
 
-def _looks(slots: Sequence[Condition]) -> dict[Condition, tuple]:
+def _looks(slots: Sequence[Condition]) -> dict[Condition, Look]:
     strategies = sorted({mask.strategy for mask in slots if mask.strategy != NO_STRATEGY})
-    colours = dict(zip(strategies, palette(len(strategies)), strict=True))
-    return {mask: (colours.get(mask.strategy, INK), MARKERS.get(mask.level, "v")) for mask in slots}
+    colours: dict[str, Colour] = dict(zip(strategies, palette(len(strategies)), strict=True))
+    return {mask: Look(colours.get(mask.strategy, INK), MARKERS.get(mask.level, "v")) for mask in slots}
 
 
 def _disparity_legend(
     figure: Figure,
     slots: Sequence[Condition],
-    looks: dict[Condition, tuple],
+    looks: dict[Condition, Look],
     controls: Sequence[str],
     blocks: Sequence[str],
-    marks: Sequence,
+    marks: Sequence[Line2D],
     names: Sequence[int | None],
 ) -> None:
     from matplotlib.lines import Line2D
 
     handles = []
     for mask in slots:
-        colour, marker = looks[mask]
+        look = looks[mask]
         name = NO_STRATEGY if mask == UNPRUNED else f"{mask.strategy}, {level_label(mask.level)}"
-        line = dashes(mask.level) if ALL in blocks else "none"
         handles.append(
-            Line2D([], [], color=colour, marker=marker, markersize=6, linewidth=0.9, linestyle=line, label=name)
+            Line2D(
+                [],
+                [],
+                color=look.colour,
+                marker=look.marker,
+                markersize=6,
+                linewidth=0.9,
+                linestyle=dashes(mask.level) if ALL in blocks else "none",
+                label=name,
+            )
         )
     if controls:
         name = f"{controls[0] if len(controls) == 1 else 'a'} control of the mark to its left"

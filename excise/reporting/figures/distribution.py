@@ -94,7 +94,7 @@ def _density_panel(
     for layer, role, pruned, size in counts.iter_rows():
         share[layers.index(layer), roles.index(role)] = 100 * pruned / size if size else np.nan
         by_layer[layers.index(layer)] += pruned
-    total, entries = counts["pruned"].sum(), counts["size"].sum()
+    total, entries = int(counts["pruned"].sum()), int(counts["size"].sum())
     seaborn.heatmap(
         share,
         ax=heat,
@@ -184,7 +184,7 @@ def mask_distribution_heat_map(distribution: polars.DataFrame) -> Figure:
         side.set_ylim(heat.get_ylim())
         side.set_yticks(places, [])
         masks = distribution.select("scenario", "variation").unique()
-        pruned, size = distribution["pruned"].sum(), distribution["size"].sum()
+        pruned, size = int(distribution["pruned"].sum()), int(distribution["size"].sum())
         scenarios = masks["scenario"].unique().to_list()
         figure.suptitle(
             f"{distribution['strategy'][0]}, {level_label(distribution['level'][0])}: {distribution['model'][0]}\n"
@@ -210,10 +210,10 @@ def _shares(
         sizes[layers.index(layer)] += size
     for scenario, variation, layer, part in distribution.select("scenario", "variation", "layer", "pruned").iter_rows():
         pruned.setdefault((scenario, variation), np.zeros(len(layers)))[layers.index(layer)] += part
-    each = np.array([100 * known / known.sum() for known in pruned.values() if known.sum()])
-    total = sum(pruned.values())
+    shares = np.array([100 * known / known.sum() for known in pruned.values() if known.sum()])
+    total: np.ndarray = sum(pruned.values(), np.zeros(len(layers)))
     by_layer = 100 * total / total.sum() if total.sum() else total
-    ranges = np.array([each.min(axis=0), each.max(axis=0)]) if len(each) > 1 else None
+    ranges = np.array([shares.min(axis=0), shares.max(axis=0)]) if len(shares) > 1 else None
     return share, by_layer, 100 * sizes / max(sizes.sum(), 1), ranges
 
 

@@ -26,11 +26,12 @@ from excise.reporting.figures.canvas import (
     palette,
     require_columns,
     require_one,
+    stacked,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
 
 _COLUMNS = ("alpha", "gamma", "bias", "perplexity_ratio", "within_budget", "pareto", "chosen")
 
@@ -62,13 +63,14 @@ def gamma_sweep(rows: polars.DataFrame, *, budget: float | None = None) -> Figur
         down = len({point["gamma"] for point in cells})
         upper = (0.8 + 0.3 * max(down, 3)) if cells else 0.0
         figure = blank_figure((WIDTH, 0.9 + upper + 3.6))
-        parts = figure.subfigures(2, 1, height_ratios=(upper + 0.4, 3.6)) if cells else [None, figure]
+        lower: FigureBase = figure
         if cells:
-            first, second = parts[0].subplots(1, 2, sharey=True)
+            top, lower = stacked(figure, (upper + 0.4, 3.6))
+            first, second = top.subplots(1, 2, sharey=True)
             _heat_map(first, cells, lambda point: point["bias"], "bias", "Oranges", _short)
             _heat_map(second, cells, _rise, "change of perplexity, %", "Blues", lambda value: f"{value:.3g}")
             second.set_ylabel("")
-        _scatter(parts[1].subplots(), points, budget)
+        _scatter(lower.subplots(), points, budget)
         names = [rows[name][0] for name in ("scenario", "model") if name in rows.columns]
         told = f"within a budget of {100 * budget:g} %" if budget is not None else "within the budget"
         figure.suptitle(
@@ -147,7 +149,7 @@ def _scatter(axes: Axes, points: Sequence[dict], budget: float | None) -> None:
             continue
         for point in own:
             low, high = point.get("bias_low"), point.get("bias_high")
-            if all(end is not None and math.isfinite(end) for end in (low, high)):
+            if low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
                 look = {"color": colours[gamma], "linewidth": 0.9, "alpha": 0.4, "zorder": 2}
                 interval_bar(axes, _rise(point), low, high, **look)
         axes.plot(

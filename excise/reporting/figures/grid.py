@@ -30,6 +30,7 @@ from excise.reporting.figures.canvas import (
     palette,
     require_columns,
     require_one,
+    stacked,
 )
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def grid_heat_maps(
         size = max(len({point["tau_maj"] for point in points}), 4)
         height = min(0.27 * size, 4.2)
         figure = blank_figure((WIDTH, 1.6 + height + 3.4))
-        upper, lower = figure.subfigures(2, 1, height_ratios=(1.0 + height, 3.4))
+        upper, lower = stacked(figure, (1.0 + height, 3.4))
         first, second = upper.subplots(1, 2, sharey=True)
         _heat_map(first, points, _BIAS, "|SMD|", "Oranges", counts)
         _heat_map(second, points, _USE, "inlier ratio", "Blues", counts)

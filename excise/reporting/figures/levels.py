@@ -22,7 +22,7 @@ from excise.conditions import (
 )
 from excise.errors import ExciseError
 from excise.evaluation.rounding import floor_text, level_label
-from excise.evaluation.table import MetricTable, Verdicts, read_metrics, read_verdicts
+from excise.evaluation.table import MetricTable, read_metrics, read_verdicts
 from excise.evaluation.thresholds import INLIER_FLOOR
 from excise.reporting.figures.canvas import (
     CONTROL_GREY,
@@ -37,11 +37,12 @@ from excise.reporting.figures.canvas import (
     mark_handles,
     palette,
 )
-from excise.reporting.figures.disparity import MARKERS, dashes, drawn_estimate, mark_estimate
+from excise.reporting.figures.disparity import MARKERS, JudgedTable, Look, dashes, drawn_estimate, mark_estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 _METRICS = ("abs_smd", "smd", "inlier_ratio")
 
@@ -64,7 +65,8 @@ def bias_by_level(
 
     Raises ExciseError when no strategy has a mask at one of the levels, and as `excise.evaluation.table.read_metrics`.
     """
-    table, judged = read_metrics(metrics), read_verdicts(verdicts)
+    table = read_metrics(metrics)
+    judged = JudgedTable(table, read_verdicts(verdicts))
     levels: dict[str, list[str]] = {}
     for mask in table.masks:
         if not mask.is_control and mask.level in LEVELS:
@@ -85,17 +87,17 @@ def bias_by_level(
             axes = room.subplots(3, 1, sharex=True, height_ratios=(1.3, 1.3, 1.0))
             masks = [UNPRUNED, *(Condition(strategy, level) for level in LEVELS if level in known)]
             for metric, panel in zip(_METRICS, axes, strict=True):
-                _draw(panel, table, metric, blocks, masks, colours, judged)
+                _draw(panel, judged, metric, blocks, masks, colours)
                 panels[metric].append(panel)
             if index % across == 0:
                 labels = ("|SMD|", f"SMD\n+: {majority} more\n−: {minority} more", "inlier ratio")
                 for panel, label in zip(axes, labels, strict=True):
                     panel.set_ylabel(label)
             chars = max(8, round(90 / across / len(blocks)))
-            names = [
+            ticks = [
                 "mean" if block == ALL else textwrap.fill(block, chars, break_long_words=False) for block in blocks
             ]
-            axes[-1].set_xticks(range(len(blocks)), names)
+            axes[-1].set_xticks(range(len(blocks)), ticks)
             axes[-1].set_xlim(-0.5, len(blocks) - 0.5)
         _limits(table, panels, blocks, levels, inlier_floor)
         figure.suptitle(f"{table.scenario}: {table.model}", fontsize=10)
@@ -109,16 +111,16 @@ def bias_by_level(
             for (_, _, metric), known in table.estimates.items()
             if metric in _METRICS and known.has_interval
         ]
-        _legend(
-            figure,
-            drawn,
-            colours,
-            inlier_floor,
-            marks,
-            names,
-            several=len(table.variations) > 1,
-            controls=controls,
-            columns=3 if across > 1 or len(blocks) > 4 else 2,
+        several = len(table.variations) > 1
+        figure.legend(
+            handles=[*_handles(drawn, colours, inlier_floor, several=several, controls=controls), *marks],
+            loc="outside lower center",
+            ncols=3 if across > 1 or len(blocks) > 4 else 2,
+            frameon=False,
+            handlelength=3.0,
+            columnspacing=1.4,
+            title=legend_title("bars", names, "dashed: means over variations" if several else ""),
+            title_fontsize=8.5,
         )
     return figure
 
@@ -131,13 +133,13 @@ def _rgb(colour: str) -> tuple[float, float, float]:
 
 def _draw(
     axes: Axes,
-    table: MetricTable,
+    judged: JudgedTable,
     metric: str,
     blocks: Sequence[str],
     masks: Sequence[Condition],
-    colours: dict,
-    verdicts: Verdicts,
+    colours: dict[str, tuple[float, float, float]],
 ) -> None:
+    table = judged.table
     step = 0.84 / len(masks)
     size = 5.0 if len(blocks) > 4 else 6.0
     for block, variation in enumerate(blocks):
@@ -148,12 +150,10 @@ def _draw(
             colour, marker = colours[mask.level], MARKERS[mask.level]
             controlled = mask != UNPRUNED and mask.control in table.masks
             aside = 0.22 * step if controlled else 0.0
-            what = (table, variation, mask, metric)
-            mark_estimate(axes, place - aside, *what, colour, marker, size=size, hollow=False, verdicts=verdicts)
+            mark_estimate(axes, place - aside, judged, variation, mask, metric, Look(colour, marker, size))
             if controlled:
-                what = (table, variation, mask.control, metric)
-                look = {"size": 0.8 * size, "hollow": True, "verdicts": verdicts}
-                mark_estimate(axes, place + aside, *what, CONTROL_GREY, marker, **look)
+                look = Look(CONTROL_GREY, marker, 0.8 * size, hollow=True)
+                mark_estimate(axes, place + aside, judged, variation, mask.control, metric, look)
     if len(table.variations) > 1:
         for mask in masks:
             if metric != "inlier_ratio" and table.collapsed(ALL, mask):
@@ -189,8 +189,8 @@ def _limits(
     """One scale per metric, and a mark where an interval goes on beyond it."""
     masks = [UNPRUNED]
     for strategy, known in levels.items():
-        own = [Condition(strategy, level) for level in known]
-        masks += own + [mask.control for mask in own]
+        of_strategy = [Condition(strategy, level) for level in known]
+        masks += of_strategy + [mask.control for mask in of_strategy]
     for metric in ("abs_smd", "smd"):
         drawn = [
             drawn_estimate(table, block, mask, metric)
@@ -209,22 +209,19 @@ def _limits(
     for panel in panels["inlier_ratio"]:
         panel.set_ylim(min(lowest, inlier_floor - 0.1), 1.005)
         panel.axhline(inlier_floor, color=FLOOR_RED, linewidth=1.1, zorder=1)
-    for panel in (each for known in panels.values() for each in known):
+    for panel in (panel for known in panels.values() for panel in known):
         mark_cut_ends(panel)
 
 
-def _legend(
-    figure: Figure,
+def _handles(
     levels: Sequence[str],
-    colours: dict,
+    colours: dict[str, tuple[float, float, float]],
     floor: float,
-    marks: Sequence,
-    names: Sequence[int | None],
     *,
     several: bool,
     controls: bool,
-    columns: int,
-) -> None:
+) -> list[Line2D]:
+    """Legend entries of levels, of their controls and of the floor. several: whether means are drawn."""
     from matplotlib.lines import Line2D
 
     handles = [
@@ -255,14 +252,4 @@ def _legend(
         )
     floor_name = f"floor of the inlier ratio, {floor_text(floor)}"
     handles.append(Line2D([], [], color=FLOOR_RED, linewidth=1.1, label=floor_name))
-    handles += marks
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=columns,
-        frameon=False,
-        handlelength=3.0,
-        columnspacing=1.4,
-        title=legend_title("bars", names, "dashed: means over variations" if several else ""),
-        title_fontsize=8.5,
-    )
+    return handles

@@ -7,7 +7,7 @@ Overlap is asymmetric and means little without its chance level, the density of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import polars
 
@@ -17,6 +17,7 @@ from excise.reporting.figures.canvas import WIDTH, blank_figure, drawing, percen
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
 _COLUMNS = (
@@ -128,7 +129,7 @@ def _panel(
 
 def _name_scenarios(figure: Figure, axes: Axes, rows: Sequence[tuple[str, str]]) -> None:
     """Each scenario's key left of its first row, clear of the longest variation."""
-    renderer = figure.canvas.get_renderer()
+    renderer = cast("FigureCanvasAgg", figure.canvas).get_renderer()
     widest = max(label.get_window_extent(renderer).width for label in axes.get_yticklabels()) * 72 / figure.dpi
     for index, (scenario, _) in enumerate(rows):
         if index == 0 or scenario != rows[index - 1][0]:

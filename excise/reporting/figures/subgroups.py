@@ -78,7 +78,7 @@ def toxicity_by_subgroup(metrics: polars.DataFrame, labels: Mapping[str, str] | 
                 if known.value is None:
                     mark_missing(axes, height, colour, UNDEFINED, along="y")
                     continue
-                if known.has_interval:
+                if known.low is not None and known.high is not None:
                     interval_bar(axes, height, known.low, known.high, along="x", color=colour, linewidth=1.2)
                 marker = "o" if strategy == NO_STRATEGY else "s"
                 axes.plot([known.value], [height], marker, color=colour, markersize=4.5)

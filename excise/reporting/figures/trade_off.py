@@ -144,8 +144,8 @@ def _percent(row: dict) -> tuple[float, float | None, float | None]:
     estimate, *ends = (row["estimate"], row["low"], row["high"])
     low, high = (None if end is None or not math.isfinite(end) else end for end in ends)
     if row["metric"] == _TEXT:
-        return tuple(None if value is None else 100 * (value - 1) for value in (estimate, low, high))
-    return tuple(None if value is None else -100 * value for value in (estimate, high, low))
+        return 100 * (estimate - 1), *(None if value is None else 100 * (value - 1) for value in (low, high))
+    return -100 * estimate, *(None if value is None else -100 * value for value in (high, low))
 
 
 def _panel(axes: Axes, points: Sequence[dict], methods: Sequence[str], colours: dict, wide: bool) -> None:
