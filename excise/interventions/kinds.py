@@ -26,10 +26,14 @@ GROUP = "excise.interventions"
 
 def kinds() -> dict[str, type[StoredIntervention]]:
     """The kinds of this room's modules and of installed packages, by name."""
-    return with_extensions(GROUP, cast("type[type[StoredIntervention]]", type), _built_in(), lambda kind: kind.kind)
+    return cast("dict[str, type[StoredIntervention]]", with_extensions(GROUP, type, _built_in(), _name_of))
 
 
-def _built_in() -> Iterator[type[StoredIntervention]]:
+def _name_of(kind: type) -> str:
+    return cast("type[StoredIntervention]", kind).kind
+
+
+def _built_in() -> Iterator[type]:
     for module in pkgutil.iter_modules(excise.interventions.__path__, f"{GROUP}."):
         kind = getattr(importlib.import_module(module.name), "KIND", None)
         if kind is not None:
