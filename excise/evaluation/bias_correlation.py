@@ -8,7 +8,7 @@ of weights (`excise.evaluation.overlap`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import combinations
 
 import numpy as np
@@ -44,9 +44,6 @@ _IMPACTS = ("model", "scenario", "layer", "head", "perplexity_without", "z_ppl",
 _POINTS = ("alpha", "gamma", "bias", "perplexity_ratio")
 _ROUNDING = 1e-9
 _CELLS_AT_ONCE = 1 << 20
-
-Statistic = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
-"""From two measures [resamples, heads] to [resamples]."""
 
 
 def catastrophic(
