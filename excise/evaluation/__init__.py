@@ -9,8 +9,11 @@ from excise.lazily import lazily
 _PLACES = {
     "MetricTable": "excise.evaluation.table",
     "Thresholds": "excise.evaluation.thresholds",
+    "earth_movers_distance": "excise.evaluation.metrics",
     "evaluate": "excise.evaluation.numbers",
     "inlier_ratio": "excise.evaluation.metrics",
+    "paired_permutation_test": "excise.evaluation.permutation",
+    "parse_rate": "excise.evaluation.metrics",
     "read_metrics": "excise.evaluation.table",
     "standardized_mean_difference": "excise.evaluation.metrics",
     "toxicity_bias": "excise.evaluation.metrics",
