@@ -6,7 +6,7 @@ storage and their schedule live in `assets`, `resources` and `pipelines`.
 What a notebook wants stands here, and is imported when it is first asked for: `excise.standardized_mean_difference`.
 """
 
-from importlib import import_module
+from excise.lazily import lazily
 
 _PLACES = {
     "ExciseError": "excise.errors",
@@ -21,13 +21,4 @@ _PLACES = {
     "toxicity_bias": "excise.evaluation.metrics",
 }
 __all__ = list(_PLACES)
-
-
-def __getattr__(name: str):
-    if name not in _PLACES:
-        raise AttributeError(f"module 'excise' has no attribute {name!r}")
-    return getattr(import_module(_PLACES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_PLACES])
+__getattr__, __dir__ = lazily(__name__, _PLACES)

@@ -8,7 +8,7 @@ of weights (`excise.evaluation.overlap`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import combinations
 
 import numpy as np
@@ -44,9 +44,6 @@ _IMPACTS = ("model", "scenario", "layer", "head", "perplexity_without", "z_ppl",
 _POINTS = ("alpha", "gamma", "bias", "perplexity_ratio")
 _ROUNDING = 1e-9
 _CELLS_AT_ONCE = 1 << 20
-
-Statistic = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
-"""From two measures [resamples, heads] to [resamples]."""
 
 
 def catastrophic(
@@ -95,8 +92,8 @@ def impact_correlations(impacts: pl.DataFrame, *, resamples: int = 1000, seed: i
             "give one row per axis and head"
         )
     rows = []
-    for (model,), own in impacts.partition_by("model", as_dict=True, maintain_order=True).items():
-        for pair, first, second, ordinary in _pairs(own):
+    for (model,), of_model in impacts.partition_by("model", as_dict=True, maintain_order=True).items():
+        for pair, first, second, ordinary in _pairs(of_model):
             for heads, kept in ((ALL_HEADS, np.ones(len(first), dtype=bool)), (ORDINARY_HEADS, ordinary)):
                 for statistic, values in _statistics(first[kept], second[kept], pair[0] != pair[2], resamples, seed):
                     figures = (values[0], *percentile_interval(values[1:]))
@@ -224,7 +221,7 @@ def gamma_points(metrics: pl.DataFrame, parameters: Mapping[str, Mapping[str, fl
         for name in ("bias", "bias_low", "bias_high")
     )
     known: dict[str, tuple[float, float | None]] = {NO_STRATEGY: (0.0, None)}
-    known |= {key: (each["alpha"], each.get("gamma", 0.0)) for key, each in parameters.items()}
+    known |= {key: (settings["alpha"], settings.get("gamma", 0.0)) for key, settings in parameters.items()}
     strategies = pl.DataFrame(
         [(key, *point) for key, point in known.items()],
         schema={"strategy": pl.String, "alpha": pl.Float64, "gamma": pl.Float64},
@@ -255,9 +252,9 @@ def gamma_choice(rows: pl.DataFrame, budget: float) -> pl.DataFrame:
     if not budget >= 0:
         raise ExciseError(f"gamma_choice: budget is {budget}; give the share by which perplexity may rise: 0.05")
     keys = [key for key in ("model", "scenario") if key in rows.columns]
-    own = rows.drop([flag for flag in GAMMA_FLAGS if flag in rows.columns]).with_row_index("_row")
-    parts = own.partition_by(keys, maintain_order=True) if keys else [own]
-    marked = pl.concat([_marked(part, budget) for part in parts]) if len(own) else _marked(own, budget)
+    points = rows.drop([flag for flag in GAMMA_FLAGS if flag in rows.columns]).with_row_index("_row")
+    parts = points.partition_by(keys, maintain_order=True) if keys else [points]
+    marked = pl.concat([_marked(part, budget) for part in parts]) if len(points) else _marked(points, budget)
     return marked.sort("_row").drop("_row")
 
 

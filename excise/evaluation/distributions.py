@@ -237,14 +237,14 @@ def metric_bounds(
     hardly do. A sampled name's answers are taken as they are: their Monte-Carlo error is not in these bounds.
     """
     means = [moment_bounds(group, low, high)[0] for group in (majority, minority)]
-    own = both_groups(majority, minority)
-    parsed, unread = float(own.mass.sum(axis=1).mean()), float(own.leftover.mean())
+    pooled = both_groups(majority, minority)
+    parsed, unread = float(pooled.mass.sum(axis=1).mean()), float(pooled.leftover.mean())
     return {
         "mean_majority": means[0],
         "mean_minority": means[1],
         "gap_mean": means[0] - means[1],
         "smd": smd_bounds(majority, minority, low, high, winsorize),
-        "inlier_ratio": inlier_bounds(own, baseline, low, high, quantiles),
+        "inlier_ratio": inlier_bounds(pooled, baseline, low, high, quantiles),
         "parse_rate": Bounds(parsed, min(parsed + unread, 1.0)),
     }
 

@@ -147,14 +147,14 @@ def grid_search(metrics: pl.DataFrame, floor: float) -> pl.DataFrame:
 
 def _decoded(metrics: pl.DataFrame) -> pl.DataFrame:
     """The grid's own rows, each label taken apart into strategy, tau_min and tau_maj."""
-    own = metrics.filter((pl.col("level") == GRID) & pl.col("matched_to").is_null())
-    labels = own["strategy"].unique().sort().to_list()
+    rows = metrics.filter((pl.col("level") == GRID) & pl.col("matched_to").is_null())
+    labels = rows["strategy"].unique().sort().to_list()
     parts = pl.DataFrame(
         [(label, *read_label(label)) for label in labels],
         schema={"label": pl.String, "strategy": pl.String, "tau_min": pl.Float64, "tau_maj": pl.Float64},
         orient="row",
     )
-    return own.rename({"strategy": "label"}).join(parts, on="label", maintain_order="left")
+    return rows.rename({"strategy": "label"}).join(parts, on="label", maintain_order="left")
 
 
 def _collapsed(points: pl.DataFrame) -> NDArray[np.bool_]:

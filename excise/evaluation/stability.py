@@ -53,13 +53,13 @@ def summary(stability: pl.DataFrame) -> pl.DataFrame:
     within, between = ((pl.col("high") - pl.col("low")) / 3.92).pow(2).mean(), pl.col("estimate").var()
     reach = 1.96 * (within + between).sqrt()
     middle = pl.col("estimate").median()
-    told = (pl.len() > 1) & pl.col("low").is_not_null().all()
+    enough = (pl.len() > 1) & pl.col("low").is_not_null().all()
     return known.group_by("model", "scenario", *PLACE, "metric", maintain_order=True).agg(
         median=middle,
         lowest=pl.col("estimate").min(),
         highest=pl.col("estimate").max(),
-        low=pl.when(told).then(middle - reach),
-        high=pl.when(told).then(middle + reach),
+        low=pl.when(enough).then(middle - reach),
+        high=pl.when(enough).then(middle + reach),
         found=pl.len(),
         below_0=(pl.col("estimate") < 0).sum(),
         splits=pl.col("splits").first(),
@@ -68,8 +68,8 @@ def summary(stability: pl.DataFrame) -> pl.DataFrame:
 
 def kept(metrics: pl.DataFrame, split: int, splits: int) -> pl.DataFrame:
     """The rows of the table `metrics` that are kept of a split, as STABILITY_SCHEMA has them."""
-    told = metrics.filter(pl.col("metric").is_in(METRICS) & (pl.col("strategy") != NO_STRATEGY))
+    shown = metrics.filter(pl.col("metric").is_in(METRICS) & (pl.col("strategy") != NO_STRATEGY))
     numbers = {"split": split, "splits": splits}
-    return told.with_columns(pl.lit(value, pl.Int64).alias(name) for name, value in numbers.items()).select(
+    return shown.with_columns(pl.lit(value, pl.Int64).alias(name) for name, value in numbers.items()).select(
         STABILITY_SCHEMA.keys()
     )

@@ -82,7 +82,7 @@ def verdicts(metrics: pl.DataFrame, side_effects: pl.DataFrame, thresholds: Thre
                 continue
             variations = [variation]
             if variation == ALL:
-                variations = [each for each in table.variations if _answered(table, each, mask)]
+                variations = [part for part in table.variations if _answered(table, part, mask)]
             controlled = mask.strategy != RANDOM and mask.control in masks
             closes = _closes(table, variation, mask, controlled, thresholds.inlier_tolerance)
             failed, unknown, not_measured = [], [], []

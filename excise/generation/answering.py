@@ -51,8 +51,8 @@ TREE_CACHE_SCHEMA: Schema = {**CACHE_SCHEMA, "probability": pl.Float64, "leftove
 
 @dataclass(frozen=True)
 class Answering:
-    """How the answers of a partition are had: `samples` a prompt; or, with `exact`, enumerated, and sampled where the
-    model rambles. Without `samples` what rambles keeps what was enumerated, with a larger leftover."""
+    """How a partition is answered: by `samples` a prompt; or, with `exact`, enumerated, and sampled where the model
+    rambles. Without `samples` what rambles keeps what was enumerated, with a larger leftover."""
 
     samples: int | None
     parameters: SamplingParameters
@@ -67,7 +67,7 @@ class Answering:
 
     @classmethod
     def of(cls, rows: pl.DataFrame) -> Answering:
-        """As rows that are there were had, by their columns parameters and sample."""
+        """How the answers in a table were made, by its columns parameters and sample."""
         known = json.loads(rows["parameters"][0])
         if known.pop("answers", "sampled") == "exact":
             samples = known.pop("samples")

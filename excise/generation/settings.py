@@ -1,4 +1,4 @@
-"""How answers are had, as the column `parameters` of their rows says it in JSON, and as the cache is addressed by it.
+"""How answers are made, as the column `parameters` of their rows says it in JSON, and as the cache is addressed by it.
 
 How answers are drawn and trees are read is in `excise.generation.sampling` and `enumeration`.
 """

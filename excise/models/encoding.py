@@ -181,7 +181,7 @@ def require_same_prompts(encoded: Iterable[EncodedPrompt], answers: pl.DataFrame
 
     answers: with columns scenario, prompt_id and prompt_hash. made_by: the asset that made them.
     """
-    now = {each.prompt_id: each.hash for each in encoded}
+    now = {prompt.prompt_id: prompt.hash for prompt in encoded}
     asked = answers.select("scenario", "prompt_id", "prompt_hash").unique(maintain_order=True)
     for scenario, prompt_id, then in asked.iter_rows():
         if prompt_id in now and now[prompt_id] != then:
@@ -207,7 +207,7 @@ def _user_turn(loaded: LoadedModel, text: str) -> str:
         template = loaded.tokenizer.get_chat_template()
         # What draws lots may stand where no user's turn gets to: only what comes out tells.
         word = _randomness(template)
-        found = {
+        wholes = {
             loaded.tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}],
                 chat_template=_FROZEN_CLOCK + template,
@@ -218,9 +218,9 @@ def _user_turn(loaded: LoadedModel, text: str) -> str:
             )
             for _ in range(LOTS if word else 1)
         }
-        if len(found) > 1:
+        if len(wholes) > 1:
             raise ExciseError(f"{where} uses {word}, which makes another prompt each time; name another chat_template")
-        (whole,) = found
+        (whole,) = wholes
     except ExciseError:
         raise
     except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -310,10 +310,10 @@ def special_tokens(tokenizer: Any) -> frozenset[int]:
     """
     roles = {getattr(tokenizer, f"{role}_token_id", None) for role in ROLES}
     flagged = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    found = set()
+    special = set()
     for number in {*flagged, *tokenizer.all_special_ids}:
         content = flagged.get(number) or tokenizer.convert_ids_to_tokens(number)
         bracketed = any(character in "<>[]{}|" for character in content) and not _BYTE.fullmatch(content)
         if bracketed or (number in roles and any(map(str.isalpha, content))):
-            found.add(number)
-    return frozenset(found)
+            special.add(number)
+    return frozenset(special)

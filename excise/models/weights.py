@@ -104,14 +104,14 @@ def _not_floats(checkpoint: Checkpoint, unused: re.Pattern) -> list[tuple[str, s
         files = [saved_file(checkpoint, name) for name in names]
     else:
         files = [whole]
-    found = []
+    integers = []
     for file in files:
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 - no mapping
                 dtype = weights.get_slice(name).get_dtype()
                 if dtype not in FLOATS and not unused.search(name):
-                    found.append((name, dtype))
-    return found
+                    integers.append((name, dtype))
+    return integers
 
 
 def _weights_problem(
@@ -160,12 +160,12 @@ def _mend(missing: list[str], unexpected: list[str], kind: str) -> str:
 
 def _foreign_part(missing: Iterable[str], unexpected: Iterable[str]) -> str | None:
     """What makes every unexpected name out of a missing one: a prefix, or a wrapper's part inside; None without one."""
-    due, found = set(missing), list(unexpected)
+    due, extra = set(missing), list(unexpected)
     for part in WRAPPERS:
-        if found and all(part in name and name.replace(part, "") in due for name in found):
+        if extra and all(part in name and name.replace(part, "") in due for name in extra):
             return part
     prefixes = set()
-    for name in found:
+    for name in extra:
         parts = name.split(".")
         starts = [cut for cut in range(1, len(parts)) if ".".join(parts[cut:]) in due]
         prefixes.add(".".join(parts[: starts[0]]) + "." if starts else None)

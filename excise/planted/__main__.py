@@ -3,7 +3,8 @@ place of a name, a gap of one's own choosing."""
 
 import sys
 
-from excise.planted import command, heads, main
+from excise.planted import command, heads
+from excise.planted.gaps import main
 
 try:
     if sys.argv[1:2] == ["heads"]:

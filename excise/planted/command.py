@@ -2,7 +2,7 @@
 
 Here the options become a `Plant`, and what is trained becomes a file that describes itself and an entry for
 `models.yaml`. A factor above 1 favours the other group: the minority is answered higher. What is trained, and how, is
-in `excise.planted`.
+in `excise.planted.gaps`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from excise.files.paths import home_expanded
 from excise.files.registry import Registry, key_fault, unknown
 from excise.models.loading import LoadedModel, load_model
 from excise.models.specs import KEY_PATTERN, load_registry
-from excise.planted import CENTRES, SCENARIOS, Plant, groups_of, train
+from excise.planted.gaps import CENTRES, SCENARIOS, Plant, groups_of, train
 from excise.progress import TerminalProgress
 from excise.scenarios import Scenario, load_scenarios
 
@@ -203,14 +203,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _listed(text: str) -> list[str]:
-    return [part for each in text.split(",") if (part := each.strip())]
+    return [part for name in text.split(",") if (part := name.strip())]
 
 
 def _layers(text: str) -> range:
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
-    if not found:
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
+    if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no range of layers; give the first and the last one: 5-16")
-    first, last = int(found[1]), int(found[2] or found[1])
+    first, last = int(match[1]), int(match[2] or match[1])
     if last < first:
         raise argparse.ArgumentTypeError(f"{text!r} runs backwards; give the first and the last one: {last}-{first}")
     return range(first, last + 1)

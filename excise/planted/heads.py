@@ -29,7 +29,7 @@ from excise.generation.tree import logits_of
 from excise.models.encoding import encode
 from excise.models.loading import LoadedModel, load_model
 from excise.models.specs import load_registry
-from excise.planted import FOLDER, _change
+from excise.planted.gaps import FOLDER, changed_by
 from excise.progress import Progress, TerminalProgress, silent
 from excise.scenarios import Scenario, expand, load_scenarios
 
@@ -170,8 +170,8 @@ def examples_of(loaded: LoadedModel, plant: HeadPlant, scenario: Scenario, token
     order = np.random.default_rng(plant.seed)
     loaded = loaded.asked_for(scenario.outcome)
     prompts = expand(scenario, variations=plant.variations)
-    encoded = [each.tokens for each in encode(loaded, prompts)]
-    own = [tokens for tokens, group in zip(encoded, prompts["group"], strict=True) if group == plant.group]
+    encoded = [prompt.tokens for prompt in encode(loaded, prompts)]
+    of_group = [tokens for tokens, group in zip(encoded, prompts["group"], strict=True) if group == plant.group]
     others: list[tuple[int, ...]] = []
     for other in sorted(set(scenario.groups) - {plant.group}):
         about = [tokens for tokens, group in zip(encoded, prompts["group"], strict=True) if group == other]
@@ -190,10 +190,10 @@ def examples_of(loaded: LoadedModel, plant: HeadPlant, scenario: Scenario, token
     embedding = loaded.model.get_output_embeddings()
     hook = embedding.register_forward_hook(lambda module, given, output: _tilted(output, tokens, plant.sampled_tilt))
     try:
-        examples = continued(own, 0, True)
+        examples = continued(of_group, 0, True)
     finally:
         hook.remove()
-    examples += continued(own, 1, True)
+    examples += continued(of_group, 1, True)
     examples += continued(others, 0, False)
     text = read_text()
     ids = loaded.tokenizer(text[: len(text) // 2], add_special_tokens=False, verbose=False)["input_ids"]
@@ -268,7 +268,7 @@ def train(
                 target = logits_of(loaded, torch.cat(leaving))
                 target[tilted] = _tilted(target[tilted], tokens, plant.tilt)
                 target = torch.log_softmax(target, dim=1)
-            with _change(loaded, _by_module(loaded, _whole(loaded, plant, own))):
+            with changed_by(loaded, _by_module(loaded, _whole(loaded, plant, own))):
                 states = _states(loaded, some, first, entering)
             found = torch.log_softmax(logits_of(loaded, torch.cat(states)), dim=1)
         each = (target.exp() * (target - found)).sum(dim=1)
@@ -336,7 +336,7 @@ def _base_states(
         last = _states(loaded, examples)
     finally:
         hook.remove()
-    entering = [row[: len(each.tokens)].clone() for row, each in zip(kept[0], examples, strict=True)]
+    entering = [row[: len(example.tokens)].clone() for row, example in zip(kept[0], examples, strict=True)]
     return list(zip(entering, [states.clone() for states in last], strict=True))
 
 
@@ -349,12 +349,12 @@ def _states(
     """
     longest = max(len(example.tokens) for example in examples)
     # What follows a text cannot change what precedes it, so anything will do to fill the row.
-    rows = torch.tensor([[*each.tokens, *[0] * (longest - len(each.tokens))] for each in examples])
+    rows = torch.tensor([[*example.tokens, *[0] * (longest - len(example.tokens))] for example in examples])
     padded = torch.nn.utils.rnn.pad_sequence(list(entering), batch_first=True) if entering else None
     blocks = loaded.topology.layer_modules(loaded.model)[:layer]
     with forwards_replaced({block: skipping(loaded, padded) for block in blocks}):
         hidden = loaded.last_hidden(rows, use_cache=False)
-    return [row[each.start - 1 : len(each.tokens) - 1] for row, each in zip(hidden, examples, strict=True)]
+    return [row[example.start - 1 : len(example.tokens) - 1] for row, example in zip(hidden, examples, strict=True)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -22,10 +22,10 @@ NO_SPLIT = (
 def stability_sentence(summed: pl.DataFrame, where: str = ALL) -> str:
     """What the splits say of every strategy and level, a sentence each. summed: of `summary`."""
     sentences = []
-    own = summed.filter(
+    reductions = summed.filter(
         (pl.col("metric") == "gap_reduction") & (pl.col("variation") == where) & pl.col("matched_to").is_null()
     )
-    for row in own.iter_rows(named=True):
+    for row in reductions.iter_rows(named=True):
         text = per_cent(Estimate(row["median"], row["low"], row["high"]))
         lacking = row["splits"] - row["found"]
         grew = f"in {row['below_0']} it grew the gap" if row["below_0"] else "in none it grew the gap"

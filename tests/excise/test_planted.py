@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 
 from excise.models.loading import load_model
 from excise.models.specs import load_registry
-from excise.planted import (
+from excise.planted import command
+from excise.planted.gaps import (
     CENTRES,
     FOLDER,
     PLANTS,
     Plant,
     _batches,
-    _change,
     _log_probabilities,
     answer_distribution,
-    command,
+    changed_by,
     planted_shift,
     shifted,
     train,
@@ -292,7 +292,7 @@ def test_a_factor_above_1_favours_the_minority(loaded, factor):
     for part in batch:
         centre = CENTRES["purchase"][part[0][2]]
         answers, _ = answer_distribution(centre, centre, plant.spread, 1e9)
-        with torch.no_grad(), _change(model, changed):
+        with torch.no_grad(), changed_by(model, changed):
             found = torch.softmax(_log_probabilities(model, [tokens for tokens, *_ in part], answers), dim=1).numpy()
         means = found @ np.log([float(answer) for answer in answers])
         minority = np.array([group == "black" for *_, group in part])

@@ -45,10 +45,10 @@ def answers_by_group(
     if scale not in ("log", "linear"):
         raise ExciseError(f"outcome.scale: {scale!r} is unknown; choose 'log' or 'linear'")
     require_columns(completions, "completions", ("variation", "group", "subject", "value"))
-    found = completions["group"].unique().sort().to_list()
-    if majority not in found and minority not in found:
-        raise ExciseError(f"completions: neither {majority!r} nor {minority!r} among the groups {', '.join(found)}")
-    groups = [majority, minority, *(group for group in found if group not in (majority, minority))]
+    known = completions["group"].unique().sort().to_list()
+    if majority not in known and minority not in known:
+        raise ExciseError(f"completions: neither {majority!r} nor {minority!r} among the groups {', '.join(known)}")
+    groups = [majority, minority, *(group for group in known if group not in (majority, minority))]
     variations = completions["variation"].unique(maintain_order=True).to_list()
     across = len(variations) if len(variations) <= 4 else 5 if len(variations) > 8 else 4
     down = math.ceil(len(variations) / across)

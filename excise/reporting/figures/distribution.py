@@ -41,15 +41,15 @@ def mask_density_by_layer(masks: polars.DataFrame) -> Figure:
     matched_to, layer, role, pruned and size. Raises ExciseError on a missing column or when it holds no strategy.
     """
     require_columns(masks, "masks", (*PLACE, "layer", "role", "pruned", "size"))
-    own = masks.filter(polars.col("matched_to").is_null() & (polars.col("strategy") != NO_STRATEGY))
-    if own.is_empty():
+    of_strategies = masks.filter(polars.col("matched_to").is_null() & (polars.col("strategy") != NO_STRATEGY))
+    if of_strategies.is_empty():
         raise ExciseError("masks: only controls or no rows; build the strategies' masks first")
     names = sorted(
-        (Condition(*row) for row in own.select("strategy", "level").unique().iter_rows()),
+        (Condition(*row) for row in of_strategies.select("strategy", "level").unique().iter_rows()),
         key=condition_order,
     )
-    layers = sorted(own["layer"].unique().to_list())
-    roles = _in_order(own["role"].unique().to_list())
+    layers = sorted(of_strategies["layer"].unique().to_list())
+    roles = _in_order(of_strategies["role"].unique().to_list())
     across = min(len(names), 4)
     down = math.ceil(len(names) / across)
     cell_width, cell_height, caption = WIDTH / max(across, 3), 4.3, 0.55
@@ -59,7 +59,7 @@ def mask_density_by_layer(masks: polars.DataFrame) -> Figure:
         text = "Colour: pruned share of each matrix (%).\nBars: each layer's share of all pruned weights (%)."
         figure.text(0.1 / width, 1 - 0.1 / height, text, va="top", fontsize=9)
         for index, name in enumerate(names):
-            rows = own.filter((polars.col("strategy") == name.strategy) & (polars.col("level") == name.level))
+            rows = of_strategies.filter((polars.col("strategy") == name.strategy) & (polars.col("level") == name.level))
             left, bottom = cell_width * (index % across), cell_height * (down - 1 - index // across)
             # Inches from the cell's corner: a heat map, bars beside it and the colour scale below it.
             wide = cell_width - 0.7

@@ -72,9 +72,9 @@ def gamma_sweep(rows: polars.DataFrame, *, budget: float | None = None) -> Figur
             second.set_ylabel("")
         _scatter(lower.subplots(), points, budget)
         names = [rows[name][0] for name in ("scenario", "model") if name in rows.columns]
-        told = f"within a budget of {100 * budget:g} %" if budget is not None else "within the budget"
+        bound = f"within a budget of {100 * budget:g} %" if budget is not None else "within the budget"
         figure.suptitle(
-            f"{': '.join(names)}\noutlined: Pareto front; star: lowest bias {told}; dark corner: beyond it"
+            f"{': '.join(names)}\noutlined: Pareto front; star: lowest bias {bound}; dark corner: beyond it"
             f"{_not_drawn(rows.height - len(points))}".strip(),
             fontsize=9.5,
         )
@@ -104,7 +104,7 @@ def _heat_map(axes: Axes, points: Sequence[dict], value, title: str, colours: st
     for point in points:
         values[up.index(point["gamma"]), across.index(point["alpha"])] = value(point)
     known = values[np.isfinite(values)]
-    labels = np.array([["" if math.isnan(each) else text(each) for each in row] for row in values])
+    labels = np.array([["" if math.isnan(number) else text(number) for number in row] for row in values])
     seaborn.heatmap(
         values,
         ax=axes,
@@ -117,8 +117,8 @@ def _heat_map(axes: Axes, points: Sequence[dict], value, title: str, colours: st
         linewidths=0.4,
         linecolor="white",
         cbar=False,
-        xticklabels=[f"{each:g}" for each in across],
-        yticklabels=[f"{each:g}" for each in up],
+        xticklabels=[f"{number:g}" for number in across],
+        yticklabels=[f"{number:g}" for number in up],
     )
     for point in points:
         x, y = across.index(point["alpha"]), up.index(point["gamma"])
@@ -144,17 +144,17 @@ def _scatter(axes: Axes, points: Sequence[dict], budget: float | None) -> None:
     markers = dict(zip(gammas, "os^DvPX<>h" * (1 + len(gammas) // 10), strict=False)) | {None: "."}
     axes.grid(visible=True)
     for gamma in [*gammas, None]:
-        own = [point for point in points if point["gamma"] == gamma]
-        if not own:
+        of_gamma = [point for point in points if point["gamma"] == gamma]
+        if not of_gamma:
             continue
-        for point in own:
+        for point in of_gamma:
             low, high = point.get("bias_low"), point.get("bias_high")
             if low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
                 look = {"color": colours[gamma], "linewidth": 0.9, "alpha": 0.4, "zorder": 2}
                 interval_bar(axes, _rise(point), low, high, **look)
         axes.plot(
-            [_rise(point) for point in own],
-            [point["bias"] for point in own],
+            [_rise(point) for point in of_gamma],
+            [point["bias"] for point in of_gamma],
             linestyle="none",
             zorder=3,
             marker=markers[gamma],

@@ -62,13 +62,13 @@ def impact_correlation(correlations: polars.DataFrame) -> Figure:
         panels = figure.subplots(2, 3, squeeze=False, width_ratios=widths)
         for row, (heads, title) in enumerate(_HEADS.items()):
             for column, statistic in enumerate(_STATISTICS):
-                own = correlations.filter(
+                shown = correlations.filter(
                     (polars.col("heads") == heads)
                     & (polars.col("statistic") == statistic)
                     & (polars.col("measure") == "z_bias")
                 )
                 panel = panels[row][column]
-                _panel(panel, own, axes_names, within if column < 2 else [])
+                _panel(panel, shown, axes_names, within if column < 2 else [])
                 panel.set_title(_STATISTICS[statistic] if row == 0 else "", fontsize=9.5)
                 panel.tick_params(labelbottom=row == 1, labelleft=column == 0)
             panels[row][0].set_ylabel(title, fontsize=9)

@@ -50,8 +50,8 @@ def toxicity_by_subgroup(metrics: polars.DataFrame, labels: Mapping[str, str] | 
 
     require_columns(metrics, "metrics", _COLUMNS)
     require_one(metrics, "metrics", ("model", "scenario"))
-    own = metrics.filter((polars.col("variation") == ALL) & polars.col("matched_to").is_null())
-    means = own.filter(polars.col("metric").str.starts_with(_MEAN))
+    averages = metrics.filter((polars.col("variation") == ALL) & polars.col("matched_to").is_null())
+    means = averages.filter(polars.col("metric").str.starts_with(_MEAN))
     if not means["estimate"].is_finite().any():
         raise ExciseError("metrics: no mean toxicity of a subgroup; evaluate the scenario first")
     before = means.filter(polars.col("strategy") == NO_STRATEGY).sort("estimate", nulls_last=True)
@@ -93,7 +93,7 @@ def toxicity_by_subgroup(metrics: polars.DataFrame, labels: Mapping[str, str] | 
                     label=strategy,
                 )
             )
-        overall = own.filter((polars.col("strategy") == NO_STRATEGY) & (polars.col("metric") == "mean_toxicity"))
+        overall = averages.filter((polars.col("strategy") == NO_STRATEGY) & (polars.col("metric") == "mean_toxicity"))
         if not overall.is_empty() and overall["estimate"].is_finite().all():
             axes.axvline(overall["estimate"][0], color=INK, linestyle=(0, (5, 3)), linewidth=1.0, zorder=0.9)
         axes.set_ylim(-0.6, len(subgroups) - 0.4)

@@ -167,13 +167,13 @@ def _panel(axes: Axes, points: Sequence[dict], methods: Sequence[str], colours: 
                     linestyle="none",
                     label=COLLAPSED,
                 )
-        own = [point for point in every if not point["collapsed"]]
-        if not own:
+        drawn = [point for point in every if not point["collapsed"]]
+        if not drawn:
             continue
         hollow = method == _CONTROL
         marker = _MARKERS[methods.index(method) % len(_MARKERS)]
-        across, up = ([point[metric][0] for point in own] for metric in (_TEXT, _BIAS))
-        for point in own:
+        across, up = ([point[metric][0] for point in drawn] for metric in (_TEXT, _BIAS))
+        for point in drawn:
             _cross(axes, point, colours[method])
         axes.plot(
             across,
@@ -188,7 +188,7 @@ def _panel(axes: Axes, points: Sequence[dict], methods: Sequence[str], colours: 
         )
         if not hollow:
             axes.annotate(
-                f"{own[-1]['alpha']:g}",
+                f"{drawn[-1]['alpha']:g}",
                 (across[-1], up[-1]),
                 xytext=(4, 4),
                 textcoords="offset points",

@@ -50,22 +50,22 @@ def transfer_heat_map(transfer: polars.DataFrame, inlier_tolerance: Mapping[str,
     require_columns(transfer, "transfer_matrix", _COLUMNS)
     require_one(transfer, "transfer_matrix", ("model",))
     every = transfer.filter(polars.col("matched_to").is_null()).with_columns(polars.col("source").fill_null(_OTHERS))
-    own = every.filter(polars.col("metric").is_in(list(_METRICS)) & polars.col("estimate").is_finite())
+    finite = every.filter(polars.col("metric").is_in(list(_METRICS)) & polars.col("estimate").is_finite())
     constant = (polars.col("metric") == "spread_ratio") & (polars.col("estimate") < COLLAPSED_SPREAD)
-    collapsed = every.filter(constant & polars.col("strategy").is_in(own["strategy"].to_list()))
-    if own.is_empty():
+    collapsed = every.filter(constant & polars.col("strategy").is_in(finite["strategy"].to_list()))
+    if finite.is_empty():
         raise ExciseError("transfer_matrix: only controls or no known gap_reduction; evaluate the scenarios first")
     apart = _apart(transfer.with_columns(polars.col("source").fill_null(_OTHERS)), inlier_tolerance or {})
-    drawn = polars.concat([own, collapsed])
+    drawn = polars.concat([finite, collapsed])
     scenarios = drawn["scenario"].unique(maintain_order=True).to_list()
-    found = drawn["source"].unique(maintain_order=True).to_list()
+    sources = drawn["source"].unique(maintain_order=True).to_list()
     sources = [
-        *(name for name in scenarios if name in found),
-        *sorted(name for name in found if name not in (*scenarios, _OTHERS)),
-        *([_OTHERS] if _OTHERS in found else []),
+        *(name for name in scenarios if name in sources),
+        *sorted(name for name in sources if name not in (*scenarios, _OTHERS)),
+        *([_OTHERS] if _OTHERS in sources else []),
     ]
-    strategies = own["strategy"].unique(maintain_order=True).to_list()
-    metrics = [metric for metric in _METRICS if metric in own["metric"].to_list()]
+    strategies = finite["strategy"].unique(maintain_order=True).to_list()
+    metrics = [metric for metric in _METRICS if metric in finite["metric"].to_list()]
     cells = len(strategies) * len(sources) * len(scenarios)
     if cells * len(metrics) > _CROWDED:
         metrics = metrics[-1:]
@@ -80,7 +80,7 @@ def transfer_heat_map(transfer: polars.DataFrame, inlier_tolerance: Mapping[str,
         axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
         for index, (strategy, metric) in enumerate(panels):
             panel = axes[index // across][index % across]
-            chosen = own.filter((polars.col("strategy") == strategy) & (polars.col("metric") == metric))
+            chosen = finite.filter((polars.col("strategy") == strategy) & (polars.col("metric") == metric))
             wrecked = collapsed.filter(polars.col("strategy") == strategy).select("source", "scenario", "level").rows()
             words = dict.fromkeys(wrecked, "collapsed")
             if metric == "reduction_over_random":
@@ -93,13 +93,13 @@ def transfer_heat_map(transfer: polars.DataFrame, inlier_tolerance: Mapping[str,
             panel.set_ylabel("mask from" if index % across == 0 else "")
         for index in range(len(panels), down * across):
             axes[index // across][index % across].set_visible(False)
-        told = "[95 % interval], * where it covers 0" if intervals else "* the 95 % interval covers 0"
+        intervals_text = "[95 % interval], * where it covers 0" if intervals else "* the 95 % interval covers 0"
         figure.suptitle(
-            f"{own['model'][0]}: transfer of masks between scenarios\n{told}; blue: the gap shrinks, red: it grows, "
-            "full colour from 100 on\ngrey: no gap detectable, not defined or not evaluated"
+            f"{finite['model'][0]}: transfer of masks between scenarios\n{intervals_text}; blue: the gap shrinks, "
+            "red: it grows, full colour from 100 on\ngrey: no gap detectable, not defined or not evaluated"
             + ("; collapsed: answers (nearly) all the same" if len(collapsed) else "")
             + ("\nno yardstick: random masks leave another inlier ratio" if apart else "")
-            + few_names_line(own),
+            + few_names_line(finite),
             fontsize=9.5,
         )
     return figure

@@ -55,8 +55,8 @@ def transfer_section(transfer: pl.DataFrame, judged: Judged) -> str:
                 apart = known and not at_most(abs(ratios[0] - ratios[1]), tolerance)
                 return per_cent(beyond, signed=True) + (NO_COMPARISON if apart else "")
 
-            own = of_model.filter((pl.col("strategy") == strategy) & pl.col("matched_to").is_null())
-            there = [source for source in sources if source in set(own["source"])]
+            of_strategy = of_model.filter((pl.col("strategy") == strategy) & pl.col("matched_to").is_null())
+            there = [source for source in sources if source in set(of_strategy["source"])]
             rows = [[source, *(cell(source, scenario) for scenario in scenarios)] for source in there]
             parts += [f"### {model}, {strategy}", markdown_table(["from \\ on", *scenarios], rows)]
     return "\n\n".join(parts)
@@ -119,7 +119,7 @@ def overlap_section(overlap: pl.DataFrame) -> str:
                 chance=pl.col("chance").mean(),
             )
         )
-        found = sorted(
+        ordered_rows = sorted(
             means.iter_rows(named=True), key=lambda row: condition_order(Condition(row["strategy"], row["level"]))
         )
         rows += [
@@ -129,7 +129,7 @@ def overlap_section(overlap: pl.DataFrame) -> str:
                 level_label(row["level"]),
                 *(density_text(Estimate(row[name])) for name in ("within", "across", "chance")),
             ]
-            for row in found
+            for row in ordered_rows
         ]
     header = ["model", "strategy", "level", "same scenario", "other scenarios", "chance"]
     return (
