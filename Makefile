@@ -91,6 +91,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis
