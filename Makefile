@@ -35,7 +35,7 @@ help:
 	@echo "make test     the test suite on all cores (ARGS=... goes to pytest: ARGS="-n 0 -k name" for one process)"
 	@echo "make bench    time Excise beside the usual ways and write docs/benchmarks.md (ARGS=--size small, --only masks, --all)"
 	@echo "make cache    what completed work takes on disk (ARGS=--prune [--older-than DAYS] [--yes])"
-	@echo "make lint     ruff, and the direction of imports"
+	@echo "make lint     ruff, layout, the direction of imports, types"
 	@echo "make clean    remove caches and builds; results in data/ and the history of runs stay"
 	@echo "demo, paper, heads and results fail if something asked for was not computed; with ARGS=\"--fail-on checks\" checks count, too"
 

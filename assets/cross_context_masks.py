@@ -85,7 +85,7 @@ def _masks(
     followed: "Paths | None",
 ) -> Iterator["NamedMask"]:
     """The masks for the variations that were asked."""
-    from excise.strategies.build import build_cross_context_masks
+    from excise.strategies.build import Making, build_cross_context_masks
 
     asked = set(completions["variation"])
     return build_cross_context_masks(
@@ -93,11 +93,8 @@ def _masks(
         source_files(sources, step.artifacts),
         step.scenario.key,
         [variation for variation in step.scenario.variations if variation in asked],
+        Making(step.audit.random_draws, step.audit.seed, paths=followed, progress=step.progress),
         per_source=step.audit.per_source,
-        random_draws=step.audit.random_draws,
-        seed=step.audit.seed,
-        paths=followed,
-        progress=step.progress,
     )
 
 

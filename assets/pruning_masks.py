@@ -100,22 +100,19 @@ def _weight_masks(
     paths: PathRows,
 ) -> Iterator["NamedMask"]:
     """The masks of the other strategies, of the scores that are stored."""
-    from excise.strategies.build import build_masks
+    from excise.strategies.build import Making, build_masks
 
     if stored is None:
         return iter(())
-    return build_masks(
-        loaded,
-        strategies,
-        score_files(stored, step.artifacts),
-        scenario=step.scenario.key,
-        random_draws=step.audit.random_draws,
+    making = Making(
+        step.audit.random_draws,
+        step.audit.seed,
         permutations=min([step.audit.relabellings, *stored["relabellings"]]),
-        seed=step.audit.seed,
-        store=files.store,
         paths=paths_of(step, loaded, paths.note, learned_of(step, loaded), step.audit.seed),
         progress=step.progress,
     )
+    sources = score_files(stored, step.artifacts)
+    return build_masks(loaded, strategies, sources, making, scenario=step.scenario.key, store=files.store)
 
 
 def _within_the_scenario(strategy: Strategy) -> Strategy:

@@ -16,6 +16,9 @@ from excise.evaluation.metrics import ROUNDING, Winsorize, floats, standardized,
 
 _CELLS_AT_ONCE = 1 << 19  # of a resamples x values table, so that it stays in the processor's cache
 
+CONFIDENCE = 0.95
+"""Of every interval."""
+
 
 @dataclass(frozen=True)
 class NamedAnswers:
@@ -236,17 +239,17 @@ def weighted_commonest(sample: NamedAnswers, weights: np.ndarray) -> np.ndarray:
     return shares
 
 
-def percentile_interval(resamples: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval, (low, high).
+def percentile_interval(resamples: np.ndarray) -> tuple[float, float]:
+    """95 % percentile bootstrap interval, (low, high).
 
     Undefined resamples (NaN, infinite) are left out. They may lie anywhere, so where they are more than the interval
-    leaves out, 1 - confidence, it is (NaN, NaN).
+    leaves out, 1 - CONFIDENCE, it is (NaN, NaN).
     """
     resamples = np.asarray(resamples, dtype=np.float64)
     defined = resamples[np.isfinite(resamples)]
-    if not len(defined) or len(resamples) - len(defined) > (1 - confidence) * len(resamples):
+    if not len(defined) or len(resamples) - len(defined) > (1 - CONFIDENCE) * len(resamples):
         return float("nan"), float("nan")
-    tail = (1 - confidence) / 2
+    tail = (1 - CONFIDENCE) / 2
     with np.errstate(over="ignore", invalid="ignore"):
         low, high = np.quantile(defined, (tail, 1 - tail))
     return float(low), float(high)

@@ -293,7 +293,6 @@ def perplexity_interval(
     mode: Mode = "sliding",
     *,
     resamples: int = 2000,
-    confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
     """Perplexity with a bootstrap interval over windows.
@@ -304,7 +303,7 @@ def perplexity_interval(
     """
     losses = _checked(losses, windows)
     statistic = _statistic(mode, windows)
-    return _interval(lambda weights: statistic(weights, losses), len(losses), resamples, confidence, seed)
+    return _interval(lambda weights: statistic(weights, losses), len(losses), resamples, seed)
 
 
 def perplexity_difference(
@@ -315,7 +314,6 @@ def perplexity_difference(
     *,
     relative: bool = False,
     resamples: int = 2000,
-    confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
     """Perplexity of a less that of b on the same windows, paired: every resample draws the same windows for both.
@@ -331,7 +329,7 @@ def perplexity_difference(
         with np.errstate(invalid="ignore"):
             return np.where(np.isfinite(a) & np.isfinite(b), a / b - 1 if relative else a - b, np.nan)
 
-    return _interval(difference, len(losses_a), resamples, confidence, seed)
+    return _interval(difference, len(losses_a), resamples, seed)
 
 
 def _checked(losses: np.ndarray, windows: Sequence[Window]) -> np.ndarray:
@@ -356,15 +354,13 @@ def _statistic(mode: Mode, windows: Sequence[Window]) -> Callable[[np.ndarray, n
     return statistic
 
 
-def _interval(
-    of_weights: Callable[[np.ndarray], np.ndarray], windows: int, resamples: int, confidence: float, seed: int
-) -> Interval:
+def _interval(of_weights: Callable[[np.ndarray], np.ndarray], windows: int, resamples: int, seed: int) -> Interval:
     if resamples < 2:
         raise ExciseError(f"resamples: {resamples} are too few for an interval; give at least 2")
     figures = of_weights(resampled_names(windows, resamples, np.random.default_rng(seed)))
     estimate, drawn = figures[0], figures[1:]
     if windows < 2:
         return Interval(float(estimate), float("nan"), float("nan"), float("nan"))
-    low, high = percentile_interval(drawn, confidence) if np.isfinite(estimate) else (np.nan, np.nan)
+    low, high = percentile_interval(drawn) if np.isfinite(estimate) else (np.nan, np.nan)
     deviation = np.std(drawn, ddof=1) if np.isfinite(drawn).all() else np.nan
     return Interval(float(estimate), low, high, float(deviation))

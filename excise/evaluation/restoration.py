@@ -80,6 +80,7 @@ class _Part:
     scale: float
 
 
+# A function for notebooks, too: settings by name, each with a default or an error of its own.
 def restoration(
     completions: pl.DataFrame,
     pruned: pl.DataFrame,

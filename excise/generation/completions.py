@@ -128,6 +128,7 @@ def cache_address(loaded: LoadedModel, intervention: Intervention | None, settin
     return "/".join([loaded.fingerprint, done, settings_key(settings)])
 
 
+# A function for notebooks, too: settings by name, each with a default or an error of its own.
 def complete(
     loaded: LoadedModel,
     prompts: pl.DataFrame,

@@ -92,23 +92,31 @@ class Paths:
     progress: Progress = silent
 
 
+@dataclass(frozen=True)
+class Making:
+    """How masks are made beside their strategies: draws of the random and of the `permuted` controls, the seed of all
+    draws, and what measured paths are made with."""
+
+    random_draws: int
+    seed: int
+    permutations: int = 0
+    paths: Paths | None = None
+    progress: Progress = silent
+
+
 def build_masks(
     loaded: LoadedModel,
     strategies: Iterable[Strategy],
     files: Iterable[AttributionFile],
+    making: Making,
     *,
     scenario: str,
-    random_draws: int,
-    permutations: int,
-    seed: int,
     store: Callable[[Mask], Path],
-    paths: Paths | None = None,
-    progress: Progress = silent,
 ) -> Iterator[NamedMask]:
     """Make every strategy's masks and their controls, one at a time.
 
     files: the attribution files of one model and `scenario`. store: keeps a mask and returns where, as prompt-specific
-    masks are read again for the within-context level. random_draws and permutations: draws of those controls.
+    masks are read again for the within-context level.
     The within-context mask of a variation combines the other variations' masks as `combine` says: the intersection
     (BDB, section 4), the union, or what enough of them hold. A `measured_path` needs `paths`, and its mask is that of
     one path for all others together; where no mask closes their gap within the budgets there is none. Cross-context
@@ -122,16 +130,16 @@ def build_masks(
         variations = [variation for score, variation in there if score == strategy.score]
         sources = {variation: there[strategy.score, variation] for variation in variations}
         if strategy.selection == "set_difference":
-            made = _set_difference_masks(loaded, strategy, sources, permutations, store)
+            made = _set_difference_masks(loaded, strategy, sources, making.permutations, store)
         else:
-            made = _measured_path_masks(strategy, sources, paths, scenario)
+            made = _measured_path_masks(strategy, sources, making.paths, scenario)
         total, done = len(variations) * len(_levels(strategy, variations)), 0
         for named in made:
             yield named
             if named.matched_to is None:
-                yield from _random_controls(named, strategy, random_draws, seed)
+                yield from _random_controls(named, strategy, making.random_draws, making.seed)
                 done += 1
-                progress(f"masks {strategy.key}", done, total)
+                making.progress(f"masks {strategy.key}", done, total)
 
 
 def build_head_masks(
@@ -198,20 +206,17 @@ def build_cross_context_masks(
     sources: Sequence[SourceMask],
     scenario: str,
     variations: Sequence[str],
+    making: Making,
     *,
     per_source: bool,
-    random_draws: int,
-    seed: int,
-    paths: Paths | None = None,
-    progress: Progress = silent,
 ) -> Iterator[NamedMask]:
     """Masks for the `variations` of `scenario` that need other scenarios (BDB, section 4), and their random controls.
 
     sources: what all variations of all scenarios lend, the target's among them. Level `cross_context` combines all
     other scenarios, `cross_context/SCENARIO`, where `per_source` asks for it, takes one, and `all_contexts` the
     target's own, too; all variations of the target get the same mask. A strategy without a source in any other scenario
-    has no mask, and none at the level `all_contexts` without one in the target itself. paths: as in `build_masks`; the
-    other strategies need no model.
+    has no mask, and none at the level `all_contexts` without one in the target itself. Only measured paths need a
+    model.
     """
     chosen = [strategy for strategy in strategies if set(ACROSS) & set(strategy.levels)]
     for number, strategy in enumerate(chosen):
@@ -227,17 +232,17 @@ def build_cross_context_masks(
                 pools.setdefault(f"{CROSS_CONTEXT}/{source.scenario}", []).append(source)
         for level, pool in pools.items():
             if strategy.selection == MEASURED_PATH:
-                mask = follow_path(strategy, pool, paths, level, "").mask
+                mask = follow_path(strategy, pool, making.paths, level, "").mask
                 if mask is None:
                     continue
             else:
                 mask = combined(strategy, [source.mask for source in pool if source.mask is not None])
             # A draw serves all variations, as the mask itself does. Single sources are many, so one draw each.
-            draws = random_draws if level in ACROSS else min(1, random_draws)
+            draws = making.random_draws if level in ACROSS else min(1, making.random_draws)
             named = NamedMask("", strategy.key, level, None, 0, mask)
-            made = [named, *_random_controls(named, strategy, draws, seed)]
+            made = [named, *_random_controls(named, strategy, draws, making.seed)]
             yield from (replace(each, variation=variation) for variation in variations for each in made)
-        progress("cross-context masks", number + 1, len(chosen))
+        making.progress("cross-context masks", number + 1, len(chosen))
 
 
 def grid_masks(

@@ -24,7 +24,7 @@ from excise.interventions.packed import Mask
 from excise.progress import Progress, silent
 from excise.scenarios.schema import Comparison, Scenario
 from excise.scenarios.subsets import ATTRIBUTION, EVALUATION, held_out_split, without
-from excise.strategies.build import NamedMask, Paths, SourceMask, build_cross_context_masks, build_masks
+from excise.strategies.build import Making, NamedMask, Paths, SourceMask, build_cross_context_masks, build_masks
 from excise.strategies.config import MEASURED_PATH, Strategy
 from excise.strategies.mask_rows import counted
 
@@ -105,18 +105,8 @@ def split_masks(
     asked, the scenario's own among them, for paths across contexts. store: as in `build_masks`."""
     own = split.attributed(key, {strategy.score for strategy in strategies})
     within = [_within(strategy) for strategy in strategies if set(strategy.levels) - set(ACROSS)]
-    yield from build_masks(
-        split.asking.loaded,
-        within,
-        own,
-        scenario=key,
-        random_draws=1,
-        permutations=0,
-        seed=split.seed,
-        store=store,
-        paths=paths,
-        progress=split.progress,
-    )
+    making = Making(random_draws=1, seed=split.seed, paths=paths, progress=split.progress)
+    yield from build_masks(split.asking.loaded, within, own, making, scenario=key, store=store)
     across = [
         strategy
         for strategy in strategies
@@ -130,17 +120,7 @@ def split_masks(
         if file.score == strategy.score
     ]
     variations = list(dict.fromkeys(file.variation for file in own))
-    yield from build_cross_context_masks(
-        across,
-        lent,
-        key,
-        variations,
-        per_source=False,
-        random_draws=1,
-        seed=split.seed,
-        paths=paths,
-        progress=split.progress,
-    )
+    yield from build_cross_context_masks(across, lent, key, variations, making, per_source=False)
 
 
 def judged_split(split: Split, key: str, masks: Iterator[NamedMask], draws: Draws, splits: int) -> pl.DataFrame:

@@ -547,7 +547,7 @@ def masks(bench: Bench) -> None:
 def masks_of_a_scenario(bench: Bench) -> None:
     """All masks that the published strategy needs for a scenario, against the sampling of one batch of its prompts."""
     from excise.generation.sampling import sample
-    from excise.strategies.build import build_masks
+    from excise.strategies.build import Making, build_masks
     from excise.strategies.config import load_strategies
 
     prompts = bench.prompts(1)
@@ -565,8 +565,7 @@ def masks_of_a_scenario(bench: Bench) -> None:
                 mask.save(path)
                 return path
 
-            options = {"random_draws": 0, "permutations": 0, "seed": 0, "store": store}
-            masks = build_masks(bench.loaded, [strategy], files, scenario="purchase", **options)
+            masks = build_masks(bench.loaded, [strategy], files, Making(0, 0), scenario="purchase", store=store)
             made.append(sum(1 for _ in masks))
 
     asked = bench.tokens(bench.prompts(bench.size.batch_names))

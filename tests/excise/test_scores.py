@@ -11,7 +11,7 @@ from excise.generation.completions import complete
 from excise.generation.sampling import SamplingParameters
 from excise.interventions.packed import Mask
 from excise.models.encoding import encode
-from excise.strategies.build import build_masks
+from excise.strategies.build import Making, build_masks
 from excise.strategies.config import load_strategies
 from excise.strategies.selection import set_difference
 
@@ -163,8 +163,8 @@ def test_its_masks_are_the_set_differences_of_what_it_measures(
         mask.save(path := tmp_path / f"{mask.fingerprint}.safetensors")
         return path
 
-    options = {"scenario": "purchase", "random_draws": 1, "permutations": 0, "seed": 0, "store": store}
-    masks = list(build_masks(model, [load_strategies([strategies])["mine"]], files, **options))
+    strategy = load_strategies([strategies])["mine"]
+    masks = list(build_masks(model, [strategy], files, Making(1, 0), scenario="purchase", store=store))
     for variation in ("car", "oven"):
         for role in ("q", "up"):
             weight = model.topology.linear(f"1.{role}").weight(model.model).detach().numpy()

@@ -1,5 +1,7 @@
 """Strategies become masks: which weights, at which level, and controls of exactly the same size."""
 
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
@@ -21,6 +23,7 @@ from excise.scenarios import Variation, expand
 from excise.strategies import build as strategies_module
 from excise.strategies import measured_path
 from excise.strategies.build import (
+    Making,
     Paths,
     SourceMask,
     build_cross_context_masks,
@@ -266,9 +269,9 @@ def build(attributed, paths, tmp_path):
             stored.append(path)
             return path
 
-        options = {"random_draws": DRAWS, "permutations": PERMUTATIONS, "seed": SEED, "scenario": "purchase"} | options
-        options = {"paths": paths(architecture)} | options
-        return list(build_masks(model, strategies, every if files is None else files, store=store, **options))
+        making = Making(DRAWS, SEED, permutations=PERMUTATIONS, paths=paths(architecture))
+        making, every = replace(making, **options), every if files is None else files
+        return list(build_masks(model, strategies, every, making, scenario="purchase", store=store))
 
     return run
 
@@ -593,8 +596,8 @@ def test_a_cross_context_mask_is_what_all_other_scenarios_masks_share(tmp_path):
         SourceMask("services", "chef", "other", hand_made(tmp_path, 4, 7), None),
         SourceMask("purchase", "car", "mine", hand_made(tmp_path, 5, 3, 6), None),
     ]
-    options = {"random_draws": 2, "seed": 0}
-    made = build_cross_context_masks([strategy()], sources, "purchase", ["car", "oven"], per_source=True, **options)
+    making = Making(2, 0)
+    made = build_cross_context_masks([strategy()], sources, "purchase", ["car", "oven"], making, per_source=True)
     masks = list(made)
     own = {(each.level, each.variation): set(as_sets(each.mask)["0.q"]) for each in masks if each.matched_to is None}
     assert own == {
@@ -610,13 +613,13 @@ def test_a_cross_context_mask_is_what_all_other_scenarios_masks_share(tmp_path):
     assert len(controls) == (2 + 1 + 1) * 2  # one draw for a single source
     counts = {level: len(weights) for (level, _), weights in own.items()}
     assert all(each.mask.count == counts[each.level] and each.matched_to == "mine" for each in controls)
-    pooled = list(build_cross_context_masks([strategy()], sources, "purchase", ["car"], per_source=False, **options))
+    pooled = list(build_cross_context_masks([strategy()], sources, "purchase", ["car"], making, per_source=False))
     assert {each.level for each in pooled} == {"cross_context"}
     votes = strategy(combine="votes", parameters=SOUND["parameters"] | {"votes": 0.6})
-    (mask,) = build_cross_context_masks([votes], sources, "purchase", ["car"], per_source=False, random_draws=0, seed=0)
+    (mask,) = build_cross_context_masks([votes], sources, "purchase", ["car"], Making(0, 0), per_source=False)
     assert as_sets(mask.mask)["0.q"] == {1, 2, 3}
     # Without a source in another scenario there is nothing to make a mask of.
-    alone = build_cross_context_masks([strategy()], sources[3:], "purchase", ["car"], per_source=True, **options)
+    alone = build_cross_context_masks([strategy()], sources[3:], "purchase", ["car"], making, per_source=True)
     assert not list(alone)
 
 
@@ -647,10 +650,8 @@ def test_a_cross_context_mask_of_gap_gradient_is_one_path_for_all_sources(attrib
         sources,
         "games",
         ["chess", "go"],
+        Making(0, 0, paths=paths("llama", noted=noted)),
         per_source=False,
-        random_draws=0,
-        seed=0,
-        paths=paths("llama", noted=noted),
     )
     masks = {(each.level, each.variation): each.mask for each in made}
     assert set(masks) == {(level, name) for level in ("cross_context", "all_contexts") for name in ("chess", "go")}
@@ -664,10 +665,8 @@ def test_a_cross_context_mask_of_gap_gradient_is_one_path_for_all_sources(attrib
         sources,
         "games",
         ["chess"],
+        Making(0, 0, paths=paths("llama", measured_path.Budgets(1.0, 0.0, 0.0))),
         per_source=False,
-        random_draws=0,
-        seed=0,
-        paths=paths("llama", measured_path.Budgets(1.0, 0.0, 0.0)),
     )
     assert list(none) == []
 
