@@ -26,7 +26,7 @@ def with_extensions(
     record.
     """
     records = {name_of(record): record for record in built_in}
-    for point, record in _offered(group, tuple(sys.path)):
+    for point, record in offered(group):
         if not isinstance(record, kind):
             raise ExciseError(f"{group}: the entry point {point} is {record!r}; name a {kind.__name__}")
         if name_of(record) in records:
@@ -35,6 +35,11 @@ def with_extensions(
             )
         records[name_of(record)] = record
     return records
+
+
+def offered(group: str) -> tuple[tuple[str, object], ...]:
+    """Names and objects of a group's entry points, by name. Raises ExciseError for one that cannot be imported."""
+    return _offered(group, tuple(sys.path))
 
 
 @functools.lru_cache(maxsize=64)

@@ -5,7 +5,7 @@ the scorers of continuations. Not here: how answers are drawn (`generation`), an
 about groups (`evaluation`); both ask the outcome, and nobody asks which one it is.
 """
 
-from excise.outcomes.kinds import known_kinds, outcome_of
+from excise.outcomes.kinds import known_outcomes, outcome_of
 from excise.outcomes.kinds.number import NumberOutcome
 from excise.outcomes.kinds.toxicity import ToxicityOutcome
 from excise.outcomes.outcome import Answer, Decoding, Outcome, Words
@@ -17,6 +17,6 @@ __all__ = [
     "Outcome",
     "ToxicityOutcome",
     "Words",
-    "known_kinds",
+    "known_outcomes",
     "outcome_of",
 ]

@@ -20,7 +20,7 @@ from excise.files.fields import KEY_PATTERN, Key, Text
 from excise.files.paths import home_expanded, with_paths
 from excise.files.registry import Problem, Registry, key_fault
 from excise.files.yaml_files import Faults, described, read_yaml
-from excise.outcomes import known_kinds, outcome_of
+from excise.outcomes import outcome_of
 from excise.scenarios.holistic_bias_groups import subgroups_of
 from excise.scenarios.schema import OUTCOME_KIND, Comparison, HolisticBias, Scenario, Subject, Template
 from excise.scenarios.templates import SENTENCES
@@ -297,8 +297,7 @@ def _model_of(part: str, data: Any) -> tuple[type[BaseModel], ...]:
     """What the fields of a part of a scenario file are the fields of; empty where they are free."""
     if part == "comparison":
         return (Comparison,)
-    kind = _at(data, ("outcome", "kind")) if part == "outcome" else None
-    return (outcome_of(kind),) if kind in known_kinds() else ()
+    return (outcome_of(_at(data, ("outcome", "kind"))),) if part == "outcome" else ()
 
 
 def _in_words(error: ValidationError, data: Any, model: type[BaseModel] = Scenario) -> list[str]:

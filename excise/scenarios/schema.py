@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from excise.errors import ExciseError
 from excise.files.fields import Count, Key, Text, no_truth_value
 from excise.files.yaml_files import described
-from excise.outcomes import Outcome, known_kinds, outcome_of
+from excise.outcomes import Outcome, outcome_of
 from excise.scenarios.rules import faults_of
 from excise.scenarios.templates import OWN_TEMPLATE
 
@@ -26,16 +26,11 @@ def _of_its_kind(data: Any) -> Any:
     """An outcome as a file has it as one of its kind. What is no mapping is left to the schema."""
     if not isinstance(data, Mapping):
         return data
-    kinds = ", ".join(known_kinds()[:-1]) + f" or {known_kinds()[-1]}"
-    if "kind" not in data:
-        raise PydanticCustomError(OUTCOME_KIND, "{fault}", {"fault": f"is missing: write {kinds}"})
-    kind = data["kind"]
-    if kind not in known_kinds():
-        raise PydanticCustomError(OUTCOME_KIND, "{fault}", {"fault": f"is {described(kind)}: write {kinds}"})
     try:
-        outcome = outcome_of(kind)
+        outcome = outcome_of(data.get("kind"))
     except ExciseError as error:
-        raise PydanticCustomError(OUTCOME_KIND, "{fault}", {"fault": f"is {described(kind)}: {error}"}) from error
+        written = f"is {described(data['kind'])}" if "kind" in data else "is missing"
+        raise PydanticCustomError(OUTCOME_KIND, "{fault}", {"fault": f"{written}: {error}"}) from None
     return outcome.model_validate(data)
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from excise.evaluation.numbers import evaluate
-from excise.outcomes import Answer, Outcome, Words, known_kinds, outcome_of
+from excise.outcomes import Answer, NumberOutcome, Outcome, Words, known_outcomes, outcome_of
 from excise.scenarios import load_scenarios
 from tests.conftest import SMALL_SCENARIO
 
@@ -28,35 +28,40 @@ class LengthOutcome(Outcome):
         return [float(min(self.most, sum(map(str.isalnum, answer.text)))) for answer in answers]
 
 
+class NumberAgain(NumberOutcome):
+    """A kind that there is already."""
+
+
 OUTCOME = {"kind": "length", "max_new_tokens": 6}
 LENGTHS = SMALL_SCENARIO | {"title": "Lengths", "outcome": OUTCOME}
 
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """`installed(kind, place)`: a package with an entry point of that name, as `pip install` would leave it."""
+    """`installed(name, place)`: a package with an entry point of that name, as `pip install` would leave it."""
 
-    def install(kind: str = "length", place: str = f"{__name__}:LengthOutcome") -> None:
-        package = tmp_path / "packages" / f"{kind}-1.0.dist-info"
+    def install(name: str = "length", place: str = f"{__name__}:LengthOutcome") -> None:
+        package = tmp_path / "packages" / f"{name}-1.0.dist-info"
         package.mkdir(parents=True)
-        (package / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {kind}\nVersion: 1.0\n")
-        (package / "entry_points.txt").write_text(f"[excise.outcomes]\n{kind} = {place}\n")
+        (package / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (package / "entry_points.txt").write_text(f"[excise.outcomes]\n{name} = {place}\n")
         monkeypatch.syspath_prepend(package.parent)
 
     return install
 
 
-def problems_of(folder, **outcome) -> list[str]:
+def problems_of(folder, **outcome) -> list:
+    """What is wrong with a file of that outcome, in words; the outcome itself where nothing is."""
     (folder / "words.yaml").write_text(yaml.safe_dump(LENGTHS | {"outcome": outcome}), encoding="utf-8")
     scenarios, problems = load_scenarios([folder])
     return [str(problem) for problem in problems] if problems else [scenarios["words"].outcome]
 
 
 def test_an_installed_outcome_is_known_by_its_kind(installed, tmp_path):
-    assert known_kinds() == ("number", "toxicity")
+    assert list(known_outcomes()) == ["number", "toxicity"]
     assert "outcome.kind is 'length': write number or toxicity" in problems_of(tmp_path, kind="length")[0]
     installed()
-    assert known_kinds() == ("number", "toxicity", "length")
+    assert list(known_outcomes()) == ["number", "toxicity", "length"]
     assert outcome_of("length") is LengthOutcome
     assert problems_of(tmp_path, kind="length", most=7) == [LengthOutcome(most=7)]
     assert "outcome.kind is missing: write number, toxicity or length" in problems_of(tmp_path, most=7)[0]
@@ -65,26 +70,22 @@ def test_an_installed_outcome_is_known_by_its_kind(installed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "place", "fault"),
+    ("name", "place", "fault"),
     [
-        ("length", "no_such_package:LengthOutcome", "fails: No module named 'no_such_package'"),
-        ("length", f"{__name__}:LENGTHS", "is no Outcome of that kind"),
-        ("letters", f"{__name__}:LengthOutcome", "is no Outcome of that kind"),
+        ("length", "no_such_package:LengthOutcome", "(no_such_package:LengthOutcome) cannot be imported: No module"),
+        ("length", f"{__name__}:OUTCOME", "name a class of Outcome"),
+        ("number", f"{__name__}:NumberAgain", "is a second outcome number; rename it"),
     ],
 )
-def test_an_outcome_that_cannot_be_used_is_named_and_takes_no_other_down(installed, tmp_path, kind, place, fault):
-    installed(kind, place)
-    (problem,) = problems_of(tmp_path, kind=kind)
-    assert f"outcome.kind is '{kind}': " in problem
-    assert place in problem
+def test_an_outcome_that_cannot_be_used_is_named_and_takes_no_scenario_of_ours_down(
+    installed, tmp_path, name, place, fault
+):
+    installed(name, place)
+    (problem,) = problems_of(tmp_path, kind="length")
+    assert "outcome.kind is 'length': excise.outcomes: the entry point " in problem
     assert fault in problem
     assert "purchase" in load_scenarios([tmp_path])[0]
-
-
-def test_a_package_cannot_take_the_place_of_a_kind_of_our_own(installed):
-    installed("number")
-    assert known_kinds() == ("number", "toxicity")
-    assert outcome_of("number") is not LengthOutcome
+    assert outcome_of("number") is NumberOutcome
 
 
 def test_an_outcome_nobody_knew_goes_through_the_whole_chain(house, installed):
