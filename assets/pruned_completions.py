@@ -75,7 +75,7 @@ def _asked(
         require_same_prompts(completions, prompts, loaded, step.scenario)
         windows = windows_of(loaded, step.audit) if scorer else []
         losses, measure = _losses(step, loaded, windows)
-        asking, so_far = asking_of(step, loaded, how, scorer), _watched(step, masks, prompts, how.samples)
+        asking, so_far = asking_of(step, loaded, how, scorer), _watched(step, masks, prompts, how.sample_count)
         frames, work = answers_under_masks(asking, prompts, masks, opened, so_far=so_far, afterwards=measure)
         device = step.gpu.report(loaded)
     rows = pl.concat(frames) if frames else pl.DataFrame(schema=TABLES["pruned_completions"].schema)

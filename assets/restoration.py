@@ -108,8 +108,8 @@ def _asked(step: Step, answers: "JudgedAnswers") -> tuple[pl.DataFrame, pl.DataF
     reference, models = reference_of(step.model, step.catalogue.models), step.catalogue.models
     completions, prompts = answers.completions.filter(answers.able), answers.prompts.filter(answers.able)
     how, masks, progress = Answering.of(answers.completions), _masks_for_reference(answers), step.progress
-    alone = prompts.height * how.samples
-    total = alone + completions_under(masks, prompts, how.samples)
+    alone = prompts.height * how.sample_count
+    total = alone + completions_under(masks, prompts, how.sample_count)
 
     def so_far(done: int) -> None:
         progress("answers of the reference", done, total)
