@@ -60,15 +60,15 @@ def completions_complete_and_balanced(
             ),
         ],
     )
-    told = completions.unique(identity) if exact else completions
+    distributions = completions.unique(identity) if exact else completions
     unmet += unmet_expectations(
-        told.select("text", "prompt_id"),
+        distributions.select("text", "prompt_id"),
         [
             gxe.ExpectTableRowCountToEqual(value=wanted.height * samples),
             gxe.ExpectColumnValuesToNotBeNull(column="text"),
         ],
     )
-    sizes = _group_sizes(told, list(MASK) if masked else ["variation"])
+    sizes = _group_sizes(distributions, list(MASK) if masked else ["variation"])
     if balanced:
         unmet += unmet_expectations(
             sizes.select("smallest", "largest"),
@@ -83,8 +83,8 @@ def completions_complete_and_balanced(
     elif not unbalanced.is_empty():
         worst = place_of(unbalanced.row(0, named=True))
     if not unmet:
-        each = "their answers enumerated" if exact else f"{samples} samples each"
-        message = f"{wanted.height:,} prompts with {each}" + ("; the groups are of equal size." if balanced else ".")
+        answers = "their answers enumerated" if exact else f"{samples} samples each"
+        message = f"{wanted.height:,} prompts with {answers}" + ("; the groups are of equal size." if balanced else ".")
     elif wanted.is_empty():
         message = "There are no prompts."
     elif not incomplete.is_empty() and exact:
@@ -120,15 +120,15 @@ def judged_variations(completions: pl.DataFrame, scenario: Scenario) -> Outcome:
         return Outcome("judged_variations", True, WARN, message, float(count), float(asked))
     of_them = completions.filter(pl.col("variation").is_in(unjudged["variation"].implode()))
     words = scenario.outcome.words
-    told = "; ".join(
+    reasons = "; ".join(
         f"{row['variation']} ({percent(row['parse_rate'])} of the {words.answers} {words.hold}: {row['examples']})"
         for row in unjudged.iter_rows(named=True)
     )
     if silence := nothing_written(of_them):
-        told = f"{', '.join(unjudged['variation'])}: {silence}"
+        reasons = f"{', '.join(unjudged['variation'])}: {silence}"
     enough = f"answers about two {words.units} that {words.hold}"
     message = f"{unjudged.height} of {asked} variations cannot be judged, which takes {enough}:"
-    message += f" {told}. {mend(of_them, scenario)}"
+    message += f" {reasons}. {mend(of_them, scenario)}"
     return Outcome(
         "judged_variations",
         False,
@@ -148,12 +148,12 @@ def judged_under_masks(pruned: pl.DataFrame, scenario: Scenario, judged: Sequenc
     figures are null where they have no answers. An error only where there is nothing to judge at all.
     """
     unjudged, places = [], 0
-    own = pruned.filter(pl.col("matched_to").is_null())
-    for (strategy, level, _), rows in own.partition_by(*COLUMNS, as_dict=True, maintain_order=True).items():
-        found = judgements(rows, compared_groups(scenario), scenario.outcome.cluster)
-        places += found.height
+    of_strategies = pruned.filter(pl.col("matched_to").is_null())
+    for (strategy, level, _), rows in of_strategies.partition_by(*COLUMNS, as_dict=True, maintain_order=True).items():
+        verdicts = judgements(rows, compared_groups(scenario), scenario.outcome.cluster)
+        places += verdicts.height
         unjudged += [
-            {**row, "strategy": strategy, "level": level} for row in found.filter(~pl.col("judged")).to_dicts()
+            {**row, "strategy": strategy, "level": level} for row in verdicts.filter(~pl.col("judged")).to_dicts()
         ]
     count = float(len(judged))
     if not judged:
@@ -164,9 +164,9 @@ def judged_under_masks(pruned: pl.DataFrame, scenario: Scenario, judged: Sequenc
     if not unjudged:
         message = f"{len(judged)} variations can be judged under every mask.{left_out}"
         return Outcome("judged_variations", not left_out, WARN, message, count, float(asked))
-    told = "; ".join(f"{place_of(row)} ({percent(row['parse_rate'])} with a value)" for row in unjudged[:5])
+    reasons = "; ".join(f"{place_of(row)} ({percent(row['parse_rate'])} with a value)" for row in unjudged[:5])
     more = f"; and {len(unjudged) - 5} more" if len(unjudged) > 5 else ""
-    message = f"{len(unjudged)} of {places} masks leave a variation too few answers to be judged: {told}{more}. "
+    message = f"{len(unjudged)} of {places} masks leave a variation too few answers to be judged: {reasons}{more}. "
     message += f"Their figures are null: prune less.{left_out}"
     return Outcome("judged_variations", False, WARN, message, count, float(asked), unjudged[0]["variation"], unjudged)
 

@@ -262,13 +262,13 @@ def split_half_reliability(impacts: pl.DataFrame, catastrophic: float = CATASTRO
     known = impacts["perplexity_without"].drop_nulls().to_numpy()
     limit = catastrophic * float(np.median(known)) if len(known) else np.inf
     rows = []
-    for among, some in (
+    for among, subset in (
         ("all heads", halves),
         ("without catastrophic heads", halves.filter(pl.col("perplexity_without").fill_null(0) <= limit)),
     ):
-        first, second = (some[f"z_bias_half_{half}"].to_numpy() for half in (1, 2))
-        row: dict[str, object] = {"among": among, "heads": some.height}
-        if some.height >= 3 and min(np.ptp(first), np.ptp(second)) > 0:
+        first, second = (subset[f"z_bias_half_{half}"].to_numpy() for half in (1, 2))
+        row: dict[str, object] = {"among": among, "heads": subset.height}
+        if subset.height >= 3 and min(np.ptp(first), np.ptp(second)) > 0:
             for name, correlation in (("pearson", pearsonr), ("spearman", spearmanr)):
                 r = float(correlation(first, second).statistic)
                 row |= {name: r, f"{name}_corrected": 2 * r / (1 + r) if r > -1 / 3 else None}
