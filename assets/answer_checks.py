@@ -1,4 +1,4 @@
-"""Checks of answers: are all there, can they be judged, do they hold a value?"""
+"""Checks of answers: whether they are complete, can be judged and hold a value."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ from excise.evaluation.judged import (
 from excise.scenarios import Scenario
 
 MASS_ERROR = 1e-6
-"""How far from 1 rounding may take the probabilities of a prompt's answers."""
+"""Largest distance from 1 that rounding may give the sum of the probabilities of a prompt's answers."""
 
 
 def completions_complete_and_balanced(
@@ -110,8 +110,8 @@ def completions_complete_and_balanced(
 
 
 def judged_variations(completions: pl.DataFrame, scenario: Scenario) -> Outcome:
-    """Every variation can be judged (`excise.evaluation.judged`). An error only where none can: the others go on
-    without it."""
+    """Every variation can be judged (`excise.evaluation.judged`). An error only where none can: otherwise the others go
+    on without those that cannot."""
     asked = completions["variation"].n_unique()
     unjudged = each_unjudged(completions, scenario)
     count = asked - unjudged.height
@@ -142,10 +142,10 @@ def judged_variations(completions: pl.DataFrame, scenario: Scenario) -> Outcome:
 
 
 def judged_under_masks(pruned: pl.DataFrame, scenario: Scenario, judged: Sequence[str], asked: int) -> Outcome:
-    """Every variation that can be judged unpruned can be judged under every strategy's mask, too.
+    """Every variation that can be judged unpruned can also be judged under every strategy's mask.
 
-    pruned: the pruned completions; judged: those variations, of `asked` in all. Controls are not looked at, as their
-    figures are null where they have no answers. An error only where there is nothing to judge at all.
+    pruned: the pruned completions; judged: those variations, of `asked` in all. Controls are left out: their figures
+    are null where they have no answers. An error only where there is nothing to judge at all.
     """
     unjudged, places = [], 0
     of_strategies = pruned.filter(pl.col("matched_to").is_null())

@@ -62,7 +62,7 @@ class Catalogue:
         return keys["model"], self.scenario(keys["scenario"])
 
     def scenario(self, key: str) -> Scenario:
-        """The scenario of a partition; ExciseError when its file is gone or broken by now."""
+        """The scenario of a partition. Raises ExciseError when its file is missing or broken."""
         return self.scenarios[key]
 
     def audit_of(self, settings: AuditSettings, scenario: Scenario) -> Audit:
@@ -157,7 +157,7 @@ class Catalogue:
         }
 
     def gamma_variants(self) -> list[str]:
-        """Keys of those of them that are told apart by gamma, the share protected (fasp_gamma-0.40)."""
+        """Keys of the FASP strategies that differ in gamma, the share protected (fasp_gamma-0.40)."""
         return [
             key
             for key, strategy in self.fasp_parameters().items()

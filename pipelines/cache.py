@@ -1,7 +1,7 @@
-"""What the files of completed work take on disk, and removing what nobody needs any more: `make cache`.
+"""Lists what the files of completed work take on disk, and removes those that are no longer needed: `make cache`.
 
 Everything listed here is made again when it is asked for; removing it costs time, never results: the tables stay as
-they are. A file is needed while a table refers to it. What a file is named by is told in the modules that write it:
+they are. A file is needed while a table refers to it. The modules that write a file say what names it:
 `excise.generation.completions`, `excise.outcomes.scoring`, `excise.evaluation.perplexity`,
 `excise.attribution.head_impacts`, `excise.attribution`, `excise.strategies.measured_path`.
 """
@@ -27,7 +27,7 @@ from resources.artifacts import Artifacts, data_folder
 from resources.warehouse import Warehouse
 
 RECENT = 3600.0
-"""Seconds after its last use in which nothing is removed: a run may be about to put it into a table."""
+"""Seconds after its last use in which a file is never removed: a run may be about to put it into a table."""
 SHOWN = 20
 DAY = 86400.0
 RESULTS = ("attribution", "masks", "paths")
@@ -52,7 +52,7 @@ class Entry:
 
 
 def entries(artifacts: Artifacts, warehouse: Warehouse) -> list[Entry]:
-    """Everything there is, the largest first; reads file names and sizes, and the tables.
+    """All entries, the largest first; reads file names and sizes, and the tables.
 
     Scores, perplexities and head impacts are named by hashes of texts, so that a table cannot be traced to one of them:
     all of a kind are needed while its table has rows. The table `grid_search` names no masks: answers under any mask,
@@ -110,7 +110,8 @@ def entries(artifacts: Artifacts, warehouse: Warehouse) -> list[Entry]:
 
 
 def removable(listed: Iterable[Entry], now: float, older_than: float | None = None) -> list[Entry]:
-    """What may go: what no table needs, and what was not used for `older_than` seconds, but nothing just used."""
+    """Entries that may be removed: those no table needs, and those not used for `older_than` seconds; none that was
+    used within `RECENT` seconds."""
     chosen = []
     for entry in listed:
         idle = now - entry.used_at
@@ -121,7 +122,7 @@ def removable(listed: Iterable[Entry], now: float, older_than: float | None = No
 
 
 def remove(chosen: Iterable[Entry], root: Path) -> None:
-    """Delete the entries' files and the folders below `root` that hold nothing then.
+    """Delete the entries' files and the folders below `root` that are empty afterwards.
 
     Raises ExciseError where the disk refuses.
     """
@@ -177,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def listing(listed: Sequence[Entry], now: float, limit: int | None = SHOWN) -> str:
-    """The entries as a table, their sums by kind behind it; of many the first `limit`."""
+    """The entries as a table, at most the first `limit`, followed by their sums by kind."""
     header = ("kind", "model", "mask or file", "size", "last used", "needed by")
     shown = [
         (entry.kind, entry.model or "-", entry.name, _size(entry.bytes), _day(entry.used_at), entry.needed_by or "-")

@@ -191,7 +191,7 @@ def _require_some_fit(settings: AuditSettings, catalogue: Catalogue, scenarios: 
 
 
 def _rounds(call: Call, definitions: dg.Definitions, instance: dg.DagsterInstance) -> dict[Step, list[str]]:
-    """Run all steps; what failed, and why."""
+    """Run all steps; returns the failed ones with their messages."""
     failures: dict[Step, list[str]] = {}
     ran: set[Step] = set()
     for title, steps in _steps(call):
@@ -201,7 +201,7 @@ def _rounds(call: Call, definitions: dg.Definitions, instance: dg.DagsterInstanc
             if preparation in failures:
                 failures[step] = ["not tried, as the preparation failed"]
                 continue
-            # What rests on a step that ran just now is run again, too.
+            # Steps that depend on one that has just run are run again.
             fresh = bool(ran) if step.job == analyse_model.name else preparation in ran
             if call.failed_only and not fresh and _succeeded(instance, step):
                 print(f"{heading}: done before", file=sys.stderr)
@@ -219,7 +219,7 @@ def _rounds(call: Call, definitions: dg.Definitions, instance: dg.DagsterInstanc
 
 
 def _settings(call: Call, step: Step) -> dict[str, Any] | None:
-    """What a step is run with; the analyses arrange what is there, and take no settings."""
+    """Settings of a step; None for the analyses, which arrange existing results."""
     return None if step.job == analyse_model.name else {"preset": call.preset, **call.settings}
 
 
@@ -237,7 +237,7 @@ def _latest(instance: dg.DagsterInstance, step: Step, *statuses: dg.DagsterRunSt
 
 
 def _succeeded(instance: dg.DagsterInstance, step: Step) -> bool:
-    """Whether the step's latest run did what it was to do. A run that was killed has not ended well."""
+    """Whether the step's latest run succeeded. A run that was killed has not."""
     record = _latest(instance, step)
     return record is not None and record.dagster_run.status == dg.DagsterRunStatus.SUCCESS
 
@@ -283,7 +283,7 @@ def _closing(
 
 
 def _splits(call: Call, warehouse: Warehouse) -> list[str]:
-    """What other splits of the names say, a line for each evaluated scenario that has some."""
+    """The findings of other splits of the names, a line for each evaluated scenario that has some."""
     lines = []
     for key in call.evaluated:
         rows = warehouse.read("stability", model=call.model, scenario=key)
@@ -316,7 +316,7 @@ def summary(model: str, scenarios: Sequence[str], warehouse: Warehouse) -> str:
         effects = warehouse.read("side_effects", model=model, scenario=scenario)
         verdict = read_verdicts(verdicts(metrics, effects, judged))
         smd = interval_text(table.get(ALL, UNPRUNED, "abs_smd"), decimals=2)
-        # Masks of whole heads over a scenario are the second paper's; they are told where there are some.
+        # Masks of whole heads over a scenario are the second paper's; they are shown where there are some.
         levels = {mask.level for mask in table.masks}
         for number, level in enumerate(level for level in LEVELS if level != OWN_SCENARIO or level in levels):
             masks = [mask for mask in table.masks if mask.level == level and not mask.is_control]

@@ -54,7 +54,7 @@ ORIGIN = (
 BUDGET = "perplexity_budget=0.1"
 HEAD_CALLS: dict[str, list[tuple[str, ...]]] = {
     "smollm2-135m-instruct": [("--scenarios", "gender", "--set", BUDGET)],
-    # Four of its 270 heads were changed: a small share is tried, too.
+    # Four of its 270 heads were changed, so a small share is tried as well.
     "planted-heads": [("--scenarios", "nationality", "--set", BUDGET, "--set", "alphas=0.02,0.04,0.1,0.2")],
 }
 """Models, and what `pipelines.heads` is asked for."""
@@ -65,7 +65,7 @@ MASKS_AT_ONCE = 16
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run and write the page; the status is one of `pipelines.terminal.STATUSES`.
 
-    A page there is stays as it is where something could not be computed.
+    An existing page stays as it is where something could not be computed.
     """
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.results",
@@ -123,7 +123,7 @@ def _run(models: Sequence[str], of_heads: Sequence[str], counted: Sequence[str],
 
 
 def render(warehouse: Warehouse, artifacts: Artifacts, models: Sequence[str], specs: Mapping[str, ModelSpec]) -> str:
-    """The page about what the warehouse holds of `models`."""
+    """The page about the results of `models` in the warehouse."""
     from excise.reporting.results import results_markdown
     from excise.reporting.results.frames import ResultFrames
 

@@ -2,7 +2,7 @@
 
 A run holds its place in the pool `gpu` until somebody frees it. Dagster's daemon does so for runs it has launched; a
 command that is killed is known to nobody, so each run carries its process and the next command tidies up. While a run
-waits for its place, the terminal is told for whom; the wait for other folders' runs is `resources.locks`'.
+waits for its place, the terminal says which run holds it; the wait for other folders' runs is `resources.locks`'.
 """
 
 import os
@@ -121,7 +121,7 @@ def end_abandoned(instance: dg.DagsterInstance) -> list[str]:
 
 @contextmanager
 def _waiting_told(instance: dg.DagsterInstance, run_id: str) -> Iterator[None]:
-    """Meanwhile, say on standard error when the run waits for its place in the pool, and end it when asked to."""
+    """During the run, say on standard error when it waits for its place in the pool, and end it when asked to."""
     over = threading.Event()
     teller = threading.Thread(target=_tell, args=(instance, run_id, over), daemon=True)
     teller.start()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FILE = "excise.duckdb"
 NOTICE_AFTER = 2.0
-"""Seconds a foreign process may hold the file until that is said."""
+"""Seconds another process may hold the file before a message says so."""
 
 
 class Warehouse(dg.ConfigurableResource):

@@ -173,7 +173,7 @@ class Layout:
             return _mean(np.where(collapsed.any(axis=0), np.nan, disparities), known)
 
     def excess_noise(self, sums: np.ndarray) -> float:
-        """What a toxicity disparity of weighed answers is too large by, beside that of as many answers drawn anew.
+        """The excess of a toxicity disparity of weighed answers over that of as many newly drawn answers.
 
         sums: of one resample, [5, groups, variations]. A sum of absolute distances is too large by its noise
         (`metrics.folded_noise`), and fewer effective samples make more of it: uncorrected, a head would look helpful

@@ -56,7 +56,7 @@ def ask(answered: Answered, *, place: str, significance: float) -> Asked:
         rows, _ = replace(answering, exact=Enumeration()).answers(
             answered.loaded, answered.prompts, outcome=outcome, cache=answered.cache
         )
-        # What an answer is worth was told when it was drawn.
+        # The value of an answer was read when it was drawn.
         rows = rows.join(stored, on=["token_ids", "finished"], how="left", suffix="_stored", maintain_order="left")
         rows = rows.with_columns(value=pl.coalesce("value_stored", "value"))
         enumerated = rows["leftover"].null_count() == 0
@@ -134,7 +134,7 @@ def _paths(tree: AnswerTree, prompt: int, answers: Sequence[Answer]) -> np.ndarr
 
 
 def _with_targets(loaded: LoadedModel, asked: Asked, enumerated: bool, significance: float, seed: int) -> Asked:
-    """With the unedited model's own shares in the place of those that were drawn, and targets of these."""
+    """The variation with the unedited model's own shares in place of the drawn ones, and with targets made of them."""
     names = list(asked.names)
     for number, edges, drawn, unlisted in edge_logs(loaded, asked):
         name = names[number]
@@ -158,7 +158,7 @@ def _with_targets(loaded: LoadedModel, asked: Asked, enumerated: bool, significa
 
 
 def _aimed(asked: Asked) -> Asked:
-    """With what every name's mean outcome should be: that of its target, less what is left of a gap between these."""
+    """The variation with every name's aim: its target's mean outcome, less what is left of a gap between targets."""
     means = np.array([mean_of(name.target, name.outcomes) for name in asked.names])
     middle = np.nanmean([np.nanmean(means[asked.majority]), np.nanmean(means[~asked.majority])])
     for side in (asked.majority, ~asked.majority):

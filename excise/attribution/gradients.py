@@ -87,7 +87,7 @@ def kept_shape(loaded: LoadedModel, module: str) -> tuple[int, ...]:
 class Block:
     """Matrices of consecutive layers whose gradients are held together, and where work on them is kept.
 
-    name: of the block among the parts. report: is told how many units of the block are done.
+    name: of the block among the parts. report: receives the number of units of the block that are done.
     """
 
     linears: list[Linear]
