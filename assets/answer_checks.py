@@ -1,4 +1,4 @@
-"""Checks of answers: are all there, can they be judged, do they hold a value?"""
+"""Checks of answers: whether they are complete, can be judged and hold a value."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ from excise.evaluation.judged import (
 from excise.scenarios import Scenario
 
 MASS_ERROR = 1e-6
-"""How far from 1 rounding may take the probabilities of a prompt's answers."""
+"""Largest distance from 1 that rounding may give the sum of the probabilities of a prompt's answers."""
 
 
 def completions_complete_and_balanced(
@@ -60,15 +60,15 @@ def completions_complete_and_balanced(
             ),
         ],
     )
-    told = completions.unique(identity) if exact else completions
+    distributions = completions.unique(identity) if exact else completions
     unmet += unmet_expectations(
-        told.select("text", "prompt_id"),
+        distributions.select("text", "prompt_id"),
         [
             gxe.ExpectTableRowCountToEqual(value=wanted.height * samples),
             gxe.ExpectColumnValuesToNotBeNull(column="text"),
         ],
     )
-    sizes = _group_sizes(told, list(MASK) if masked else ["variation"])
+    sizes = _group_sizes(distributions, list(MASK) if masked else ["variation"])
     if balanced:
         unmet += unmet_expectations(
             sizes.select("smallest", "largest"),
@@ -83,8 +83,8 @@ def completions_complete_and_balanced(
     elif not unbalanced.is_empty():
         worst = place_of(unbalanced.row(0, named=True))
     if not unmet:
-        each = "their answers enumerated" if exact else f"{samples} samples each"
-        message = f"{wanted.height:,} prompts with {each}" + ("; the groups are of equal size." if balanced else ".")
+        answers = "their answers enumerated" if exact else f"{samples} samples each"
+        message = f"{wanted.height:,} prompts with {answers}" + ("; the groups are of equal size." if balanced else ".")
     elif wanted.is_empty():
         message = "There are no prompts."
     elif not incomplete.is_empty() and exact:
@@ -110,8 +110,8 @@ def completions_complete_and_balanced(
 
 
 def judged_variations(completions: pl.DataFrame, scenario: Scenario) -> Outcome:
-    """Every variation can be judged (`excise.evaluation.judged`). An error only where none can: the others go on
-    without it."""
+    """Every variation can be judged (`excise.evaluation.judged`). An error only where none can: otherwise the others go
+    on without those that cannot."""
     asked = completions["variation"].n_unique()
     unjudged = each_unjudged(completions, scenario)
     count = asked - unjudged.height
@@ -120,15 +120,15 @@ def judged_variations(completions: pl.DataFrame, scenario: Scenario) -> Outcome:
         return Outcome("judged_variations", True, WARN, message, float(count), float(asked))
     of_them = completions.filter(pl.col("variation").is_in(unjudged["variation"].implode()))
     words = scenario.outcome.words
-    told = "; ".join(
+    reasons = "; ".join(
         f"{row['variation']} ({percent(row['parse_rate'])} of the {words.answers} {words.hold}: {row['examples']})"
         for row in unjudged.iter_rows(named=True)
     )
     if silence := nothing_written(of_them):
-        told = f"{', '.join(unjudged['variation'])}: {silence}"
+        reasons = f"{', '.join(unjudged['variation'])}: {silence}"
     enough = f"answers about two {words.units} that {words.hold}"
     message = f"{unjudged.height} of {asked} variations cannot be judged, which takes {enough}:"
-    message += f" {told}. {mend(of_them, scenario)}"
+    message += f" {reasons}. {mend(of_them, scenario)}"
     return Outcome(
         "judged_variations",
         False,
@@ -142,18 +142,18 @@ def judged_variations(completions: pl.DataFrame, scenario: Scenario) -> Outcome:
 
 
 def judged_under_masks(pruned: pl.DataFrame, scenario: Scenario, judged: Sequence[str], asked: int) -> Outcome:
-    """Every variation that can be judged unpruned can be judged under every strategy's mask, too.
+    """Every variation that can be judged unpruned can also be judged under every strategy's mask.
 
-    pruned: the pruned completions; judged: those variations, of `asked` in all. Controls are not looked at, as their
-    figures are null where they have no answers. An error only where there is nothing to judge at all.
+    pruned: the pruned completions; judged: those variations, of `asked` in all. Controls are left out: their figures
+    are null where they have no answers. An error only where there is nothing to judge at all.
     """
     unjudged, places = [], 0
-    own = pruned.filter(pl.col("matched_to").is_null())
-    for (strategy, level, _), rows in own.partition_by(*COLUMNS, as_dict=True, maintain_order=True).items():
-        found = judgements(rows, compared_groups(scenario), scenario.outcome.cluster)
-        places += found.height
+    of_strategies = pruned.filter(pl.col("matched_to").is_null())
+    for (strategy, level, _), rows in of_strategies.partition_by(*COLUMNS, as_dict=True, maintain_order=True).items():
+        verdicts = judgements(rows, compared_groups(scenario), scenario.outcome.cluster)
+        places += verdicts.height
         unjudged += [
-            {**row, "strategy": strategy, "level": level} for row in found.filter(~pl.col("judged")).to_dicts()
+            {**row, "strategy": strategy, "level": level} for row in verdicts.filter(~pl.col("judged")).to_dicts()
         ]
     count = float(len(judged))
     if not judged:
@@ -164,9 +164,9 @@ def judged_under_masks(pruned: pl.DataFrame, scenario: Scenario, judged: Sequenc
     if not unjudged:
         message = f"{len(judged)} variations can be judged under every mask.{left_out}"
         return Outcome("judged_variations", not left_out, WARN, message, count, float(asked))
-    told = "; ".join(f"{place_of(row)} ({percent(row['parse_rate'])} with a value)" for row in unjudged[:5])
+    reasons = "; ".join(f"{place_of(row)} ({percent(row['parse_rate'])} with a value)" for row in unjudged[:5])
     more = f"; and {len(unjudged) - 5} more" if len(unjudged) > 5 else ""
-    message = f"{len(unjudged)} of {places} masks leave a variation too few answers to be judged: {told}{more}. "
+    message = f"{len(unjudged)} of {places} masks leave a variation too few answers to be judged: {reasons}{more}. "
     message += f"Their figures are null: prune less.{left_out}"
     return Outcome("judged_variations", False, WARN, message, count, float(asked), unjudged[0]["variation"], unjudged)
 

@@ -58,7 +58,7 @@ class Outcome:
             if value is not None:
                 metadata[name] = value
         if self.unmet:
-            metadata["unmet_expectations"] = dg.MetadataValue.md("\n".join(f"* {each}" for each in self.unmet))
+            metadata["unmet_expectations"] = dg.MetadataValue.md("\n".join(f"* {sentence}" for sentence in self.unmet))
         if self.table:
             metadata["figures"] = table_value(self.table)
         return dg.AssetCheckResult(
@@ -116,8 +116,8 @@ def unmet_expectations(frame: pl.DataFrame, expectations: Sequence[Any]) -> list
         .get_batch({"dataframe": frame.to_pandas()})
     )
     suite = gx.ExpectationSuite(name="suite", expectations=list(expectations))
-    found = batch.validate(suite).to_json_dict()
-    return [_sentence(result) for result in found["results"] if not result["success"]]
+    validation = batch.validate(suite).to_json_dict()
+    return [_sentence(result) for result in validation["results"] if not result["success"]]
 
 
 def _sentence(result: dict[str, Any]) -> str:

@@ -56,8 +56,8 @@ def completions_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             judged_variations(rows, scenario),
             parse_rate(rows, audit.parse_floor, scenario.outcome.words.valued),
         ]
-        told = cost(work) | mistakes(step.catalogue) | device | _told(rows, how, scorer)
-        metadata = _picture(step, rows) | told
+        figures = cost(work) | mistakes(step.catalogue) | device | _told(rows, how, scorer)
+        metadata = _picture(step, rows) | figures
         return step.result("completions", metadata, device["model_fingerprint"], rows, outcomes=outcomes)
 
     return completions
@@ -91,14 +91,14 @@ def _told(rows: pl.DataFrame, how: "Answering", scorer: "Scorer | None") -> dict
     """Metadata: shares of the answers, names, and the scorer."""
     from excise.generation.unpruned import names_told
 
-    told: dict[str, Any] = {"parse_rate": rows.select(share_with_value()).item()}
+    figures: dict[str, Any] = {"parse_rate": rows.select(share_with_value()).item()}
     if how.exact is not None:
-        told["leftover"] = rows["leftover"].max() or 0.0
-        told["prompts_sampled_instead"] = rows.filter(pl.col("leftover").is_null())["prompt_id"].n_unique()
-    told["names"] = names_told(rows)
+        figures["leftover"] = rows["leftover"].max() or 0.0
+        figures["prompts_sampled_instead"] = rows.filter(pl.col("leftover").is_null())["prompt_id"].n_unique()
+    figures["names"] = names_told(rows)
     if scorer is not None:
-        told["scorer"] = f"{scorer.key}: {scorer.measures}"
-    return told
+        figures["scorer"] = f"{scorer.key}: {scorer.measures}"
+    return figures
 
 
 def _picture(step: Step, rows: pl.DataFrame) -> dict[str, dg.MetadataValue]:

@@ -148,11 +148,13 @@ def _metadata(step: Step, rows: pl.DataFrame, strategies: Sequence[Strategy]) ->
 
     metadata: dict[str, Any] = {}
     for strategy in strategies:
-        own = rows.filter(pl.col("strategy") == strategy.key)
-        metadata[f"chosen_{strategy.key}"] = chosen_in_words(own, strategy, step.audit.inlier_floor)
-        shown = own if own["variation"].n_unique() == 1 else own.filter(pl.col("variation") == ALL)
+        of_strategy = rows.filter(pl.col("strategy") == strategy.key)
+        metadata[f"chosen_{strategy.key}"] = chosen_in_words(of_strategy, strategy, step.audit.inlier_floor)
+        shown = (
+            of_strategy if of_strategy["variation"].n_unique() == 1 else of_strategy.filter(pl.col("variation") == ALL)
+        )
         if shown.filter(pl.col("metric").is_in(["smd", "abs_smd", "inlier_ratio"]))["estimate"].count():
-            figure = grid_heat_maps(own, inlier_floor=step.audit.inlier_floor)
+            figure = grid_heat_maps(of_strategy, inlier_floor=step.audit.inlier_floor)
             metadata |= step.picture(f"grid_heat_maps_{strategy.key}", figure)
     chosen = rows.filter(pl.col("chosen")).drop("model", "scenario", "pareto", "chosen", "definition")
     return metadata | {"chosen": table_value(chosen)}

@@ -21,10 +21,10 @@ def require_one_definition(rows: pl.DataFrame, *, again: str) -> None:
 
     rows: columns scenario, strategy, matched_to and definition. again: what to materialize again.
     """
-    own = rows.filter(pl.col("matched_to").is_null() & (pl.col("strategy") != NO_STRATEGY))
+    of_strategies = rows.filter(pl.col("matched_to").is_null() & (pl.col("strategy") != NO_STRATEGY))
     first: dict[str, tuple[str, str]] = {}
     for scenario, strategy, definition in (
-        own.select("scenario", "strategy", "definition").unique().sort(pl.all()).rows()
+        of_strategies.select("scenario", "strategy", "definition").unique().sort(pl.all()).rows()
     ):
         made = _without_seed(definition, scenario, again)
         earlier = first.setdefault(strategy, (scenario, made))
@@ -40,7 +40,7 @@ def require_defined_as(masks: pl.DataFrame, strategies: Sequence[Strategy], *, a
 
     masks: columns scenario, strategy and definition, of strategies' own masks. again: what to materialize again.
     """
-    now = {each.key: each.definition() for each in strategies}
+    now = {strategy.key: strategy.definition() for strategy in strategies}
     for scenario, strategy, definition in (
         masks.select("scenario", "strategy", "definition").unique().sort(pl.all()).rows()
     ):

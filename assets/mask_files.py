@@ -1,4 +1,4 @@
-"""Masks as both stages of masks keep them: files named by their fingerprint, rows of counts, what is told of them."""
+"""Masks as both stages of masks keep them: files named by their fingerprint, rows of counts, metadata about them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace

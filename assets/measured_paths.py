@@ -76,7 +76,7 @@ def paths_of(
     learned: Callable[[str], tuple[pl.DataFrame, pl.DataFrame]],
     seed: int,
 ) -> "Paths":
-    """How measured paths of the step's model are followed under its settings. note: is told every path."""
+    """How measured paths of the step's model are followed under its settings. note: is called with every path."""
     from excise.generation.completions import CompletionCache
     from excise.strategies.build import Paths
     from excise.strategies.measured_path import Budgets

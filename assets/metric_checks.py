@@ -27,12 +27,14 @@ def metrics_finite(metrics: pl.DataFrame) -> Outcome:
     largest = 1.7e308
     place = list(PLACE)
     gap_known = metrics.filter((pl.col("metric") == "gap_mean") & pl.col("estimate").is_not_null()).select(place)
-    told = metrics.join(gap_known.with_columns(gap_known=True), on=place, how="left", nulls_equal=True)
+    answered = metrics.join(gap_known.with_columns(gap_known=True), on=place, how="left", nulls_equal=True)
     may_lack = pl.col("metric").is_in([*REDUCTIONS, *MAY_LACK]) | (
         pl.col("metric").is_in(STANDARDIZED) & pl.col("gap_known")
     )
-    told = told.join(_unanswered(metrics), on=[*place, "metric"], how="anti", nulls_equal=True, maintain_order="left")
-    expected = told.filter(pl.col("estimate").is_not_null() | ~may_lack.fill_null(False))
+    answered = answered.join(
+        _unanswered(metrics), on=[*place, "metric"], how="anti", nulls_equal=True, maintain_order="left"
+    )
+    expected = answered.filter(pl.col("estimate").is_not_null() | ~may_lack.fill_null(False))
     unmet = unmet_expectations(
         expected.select("metric", "estimate"),
         [
@@ -115,8 +117,8 @@ def share_scored(metrics: pl.DataFrame, floor: float) -> Outcome:
         .select("variation", "strategy", "level", share_scored="estimate")
         .sort("share_scored", nulls_last=False)
     )
-    found = at_least("share_scored", shares, "share_scored", floor, "continuations that have a score")
-    return replace(found, check="inlier_ratio")
+    outcome = at_least("share_scored", shares, "share_scored", floor, "continuations that have a score")
+    return replace(outcome, check="inlier_ratio")
 
 
 def inlier_ratio(metrics: pl.DataFrame, floor: float) -> Outcome:
@@ -139,8 +141,8 @@ def within_budgets(verdicts: pl.DataFrame) -> Outcome:
 
     verdicts: of `excise.evaluation.verdicts`. Masks that close no gap are no temptation, and controls are not judged.
     """
-    own = verdicts.filter(pl.col("matched_to").is_null() & (pl.col("variation") != ALL))
-    closing = own.filter("closes")
+    of_strategies = verdicts.filter(pl.col("matched_to").is_null() & (pl.col("variation") != ALL))
+    closing = of_strategies.filter("closes")
     columns = ("variation", "strategy", "level", "failed", "unknown", "not_measured")
     table = [
         {name: ", ".join(row[name]) if isinstance(row[name], list) else row[name] for name in columns}
@@ -148,12 +150,12 @@ def within_budgets(verdicts: pl.DataFrame) -> Outcome:
     ]
     broken = [row for row in table if row["failed"]]
     unknown = [row for row in table if row["unknown"] and not row["failed"]]
-    if own.is_empty():
+    if of_strategies.is_empty():
         message = "There is no mask to judge."
     elif not table:
-        message = f"None of {own.height} masks is shown to close a gap, so no budget is held against any."
+        message = f"None of {of_strategies.height} masks is shown to close a gap, so no budget is held against any."
     elif not broken and not unknown:
-        message = f"Masks that close a gap: {len(table)} of {own.height}. All keep every budget."
+        message = f"Masks that close a gap: {len(table)} of {of_strategies.height}. All keep every budget."
     else:
         message = f"Masks that close a gap: {len(table)}; of these break a budget: {len(broken)}"
         message += f"; a budget is not known: {len(unknown)}" if unknown else ""

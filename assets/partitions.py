@@ -62,7 +62,7 @@ class Catalogue:
         return keys["model"], self.scenario(keys["scenario"])
 
     def scenario(self, key: str) -> Scenario:
-        """The scenario of a partition; ExciseError when its file is gone or broken by now."""
+        """The scenario of a partition. Raises ExciseError when its file is missing or broken."""
         return self.scenarios[key]
 
     def audit_of(self, settings: AuditSettings, scenario: Scenario) -> Audit:
@@ -81,7 +81,9 @@ class Catalogue:
         chosen = self.chosen_strategies(audit.strategies, audit.levels, usual, audit.alphas)
         everywhere = self.chosen_strategies(audit.strategies, ALL_LEVELS, usual)
         if settings.alphas is not None:
-            there = {round(each.parameters["alpha"], 6) for each in everywhere if "alpha" in each.parameters}
+            there = {
+                round(strategy.parameters["alpha"], 6) for strategy in everywhere if "alpha" in strategy.parameters
+            }
             if lacking := [alpha for alpha in settings.alphas if round(alpha, 6) not in there]:
                 raise ExciseError(
                     f"{where}.alphas: no chosen strategy prunes {', '.join(map(str, lacking))} of the heads; there are "
@@ -90,8 +92,8 @@ class Catalogue:
         elif audit.alphas is not None:
             self._require_alphas_of_preset(everywhere, audit.alphas)
         if everywhere and not chosen:
-            levels = dict.fromkeys(level for each in everywhere for level in each.levels)
-            named = audit.strategies or [each.key for each in everywhere]
+            levels = dict.fromkeys(level for strategy in everywhere for level in strategy.levels)
+            named = audit.strategies or [strategy.key for strategy in everywhere]
             raise ExciseError(
                 f"{where}.levels: none of the strategies {', '.join(named)} has one of the "
                 f"levels {', '.join(audit.levels)}; they have {', '.join(levels)}"
@@ -101,9 +103,9 @@ class Catalogue:
     def _require_alphas_of_preset(self, strategies: Sequence[Strategy], alphas: Sequence[float]) -> None:
         """Raise ExciseError where the shares a preset takes leave nothing of an entry with other shares."""
         families: dict[str, set[float]] = {}
-        for each in strategies:
-            if "alpha" in each.parameters:
-                families.setdefault(each.key.partition("-")[0], set()).add(round(each.parameters["alpha"], 6))
+        for strategy in strategies:
+            if "alpha" in strategy.parameters:
+                families.setdefault(strategy.key.partition("-")[0], set()).add(round(strategy.parameters["alpha"], 6))
         for key, there in families.items():
             if not there & {round(alpha, 6) for alpha in alphas}:
                 shares = ", ".join(map(str, sorted(there)))
@@ -128,32 +130,38 @@ class Catalogue:
         """
         if keys is not None:
             named = [self._strategies_named(key) for key in keys]
-            chosen = list({each.key: each for found in named for each in found}.values())
+            chosen = list({strategy.key: strategy for entry in named for strategy in entry}.values())
         else:
             if broken := self._broken_though_usual(outcome):
                 raise ExciseError(
                     f"{self.strategies.why_not(broken)}\nMend it, or name other strategies with "
                     "resources.settings.config.strategies"
                 )
-            chosen = [each for each in self.strategies.values() if each.enabled and outcome in each.outcomes]
+            chosen = [
+                strategy for strategy in self.strategies.values() if strategy.enabled and outcome in strategy.outcomes
+            ]
         if alphas is not None:
             rounded = {round(alpha, 6) for alpha in alphas}
-            chosen = [each for each in chosen if round(each.parameters.get("alpha", alphas[0]), 6) in rounded]
+            chosen = [
+                strategy for strategy in chosen if round(strategy.parameters.get("alpha", alphas[0]), 6) in rounded
+            ]
         wanted = [tuple(level for level in strategy.levels if level in levels) for strategy in chosen]
         return [
-            strategy.model_copy(update={"levels": some}) for strategy, some in zip(chosen, wanted, strict=True) if some
+            strategy.model_copy(update={"levels": kept}) for strategy, kept in zip(chosen, wanted, strict=True) if kept
         ]
 
     def fasp_parameters(self) -> dict[str, dict[str, float]]:
         """Parameters of the strategies by FASP's rule and head impacts, by key."""
-        return {key: each.parameters for key, each in self.strategies.items() if each.score == "head_impacts"}
+        return {
+            key: strategy.parameters for key, strategy in self.strategies.items() if strategy.score == "head_impacts"
+        }
 
     def gamma_variants(self) -> list[str]:
-        """Keys of those of them that are told apart by gamma, the share protected (fasp_gamma-0.40)."""
+        """Keys of the FASP strategies that differ in gamma, the share protected (fasp_gamma-0.40)."""
         return [
             key
-            for key, each in self.fasp_parameters().items()
-            if key.rpartition("-")[2] == value_in_name(each.get("gamma", 0)) != value_in_name(each["alpha"])
+            for key, strategy in self.fasp_parameters().items()
+            if key.rpartition("-")[2] == value_in_name(strategy.get("gamma", 0)) != value_in_name(strategy["alpha"])
         ]
 
     def _strategies_named(self, key: str) -> list[Strategy]:
@@ -170,8 +178,8 @@ class Catalogue:
         """A strategy that audits of such an outcome use without naming it, and that cannot be used."""
         usual = (
             key
-            for key, each in load_strategies().items()
-            if key in self.strategies.broken and each.enabled and outcome in each.outcomes
+            for key, strategy in load_strategies().items()
+            if key in self.strategies.broken and strategy.enabled and outcome in strategy.outcomes
         )
         return next(usual, None)
 

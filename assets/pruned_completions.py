@@ -90,7 +90,7 @@ def _samples(completions: pl.DataFrame) -> int:
 
 
 def _watched(step: Step, masks: pl.DataFrame, prompts: pl.DataFrame, samples: int) -> Callable[[int], None]:
-    """Who is told how many completions under masks there are."""
+    """Returns the function that reports how many completions under masks there are."""
     from excise.generation.under_masks import completions_under
 
     progress, total = step.progress, completions_under(masks, prompts, samples)

@@ -51,8 +51,8 @@ def restoration_asset(catalogue: Catalogue) -> dg.AssetsDefinition:
             return step.nothing(
                 "No variation can be judged (check judged_variations of completions).", under="restoration"
             )
-        own, edited, costs = _asked(step, answers)
-        rows = with_definitions(_restored(step, answers, own, edited), answers.masks)
+        unpruned, edited, costs = _asked(step, answers)
+        rows = with_definitions(_restored(step, answers, unpruned, edited), answers.masks)
         step.store("restoration", rows)
         metadata = {"restoration": dg.MetadataValue.md(restoration_markdown(pooled_levels(rows))), **costs}
         return step.result("restoration", metadata, costs["model_fingerprint"], rows)
@@ -72,14 +72,14 @@ def _nothing_to_restore(step: Step) -> str | None:
     return None
 
 
-def _restored(step: Step, answers: "JudgedAnswers", own: pl.DataFrame, edited: pl.DataFrame) -> pl.DataFrame:
-    """How far masks bring the model back. own, edited: the reference's answers, unpruned and under masks."""
+def _restored(step: Step, answers: "JudgedAnswers", unpruned: pl.DataFrame, edited: pl.DataFrame) -> pl.DataFrame:
+    """How far masks bring the model back. unpruned, edited: the reference's answers, unpruned and under masks."""
     from excise.evaluation.restoration import restoration
 
     return restoration(
         answers.completions.filter(answers.able),
         answers.pruned,
-        own,
+        unpruned,
         edited,
         groups=compared_groups(step.scenario),
         log=step.scenario.outcome.log_scale,
@@ -118,7 +118,7 @@ def _asked(step: Step, answers: "JudgedAnswers") -> tuple[pl.DataFrame, pl.DataF
     with step.gpu.model(reference.key, registry, stage=step.watch.stage(step.context)) as loaded:
         _require_same_reading(step, reference, loaded, completions, prompts)
         asking, opened = asking_of(step, loaded, how), mask_opener(step.artifacts)
-        own, work = asking.answers(prompts, progress=lambda _, done, __: so_far(done))
+        unpruned, work = asking.answers(prompts, progress=lambda _, done, __: so_far(done))
         frames, more = answers_under_masks(
             asking,
             prompts,
@@ -129,7 +129,7 @@ def _asked(step: Step, answers: "JudgedAnswers") -> tuple[pl.DataFrame, pl.DataF
         )
         device = step.gpu.report(loaded)
     edited = pl.concat(frames) if frames else pl.DataFrame(schema=TABLES["pruned_completions"].schema)
-    return own, edited, {"reference": reference.key, "masks": masks.height} | cost(work + more) | device
+    return unpruned, edited, {"reference": reference.key, "masks": masks.height} | cost(work + more) | device
 
 
 def _require_same_reading(

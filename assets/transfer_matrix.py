@@ -51,8 +51,8 @@ def _metadata(analysis: Analysis, rows: pl.DataFrame, scenarios: Sequence[str]) 
     from excise.reporting.figures import transfer_heat_map
 
     metadata: dict[str, Any] = {}
-    own = rows.filter(pl.col("matched_to").is_null())
-    if own.filter((pl.col("metric") == "gap_reduction") & pl.col("estimate").is_not_null()).is_empty():
+    of_strategies = rows.filter(pl.col("matched_to").is_null())
+    if of_strategies.filter((pl.col("metric") == "gap_reduction") & pl.col("estimate").is_not_null()).is_empty():
         metadata["finding"] = (
             "No reduction is defined: no scenario has a detectable gap, or the masks leave no answers that differ."
         )
@@ -62,6 +62,6 @@ def _metadata(analysis: Analysis, rows: pl.DataFrame, scenarios: Sequence[str]) 
             for key in scenarios
         }
         metadata |= analysis.picture("transfer", transfer_heat_map(rows, inlier_tolerance=tolerances))
-    if own.filter(pl.col("source") != pl.col("scenario")).is_empty():
+    if of_strategies.filter(pl.col("source") != pl.col("scenario")).is_empty():
         metadata["single_sources"] = "none: no masks of single other scenarios were evaluated (setting per_source)"
     return metadata

@@ -172,14 +172,14 @@ def masks_to_ask(warehouse: Warehouse, model: str, scenario: Scenario, completio
     rows = warehouse.read("masks", model=model, scenario=scenario.key)
     require_one_definition(rows, again="pruning_masks and cross_context_masks")
     masks = rows.select(*MASK_COLUMNS, "asset").unique().sort("mask", *MASK_COLUMNS)
-    own = masks.filter(pl.col("asset") == "pruning_masks")
-    if unasked := set(own["variation"]) - set(completions["variation"]):
+    target_masks = masks.filter(pl.col("asset") == "pruning_masks")
+    if unasked := set(target_masks["variation"]) - set(completions["variation"]):
         raise ExciseError(
             f"there are masks for {', '.join(sorted(unasked))} of {place}, but no completions; materialize "
             "pruning_masks of this partition again"
         )
     looked_for = warehouse.read("mask_paths", asset="pruning_masks", model=model, scenario=scenario.key)
-    if own.is_empty() and looked_for.is_empty() and judged and judged_of(learned, scenario):
+    if target_masks.is_empty() and looked_for.is_empty() and judged and judged_of(learned, scenario):
         raise ExciseError(f"{place} has no masks of its own; materialize pruning_masks of this partition first")
     return masks.filter(pl.col("variation").is_in(judged))
 
@@ -249,8 +249,8 @@ def source_masks(
     asked_of_all = [strategy.key for strategy in strategies if ALL_CONTEXTS in strategy.levels]
     sources = sources.filter((pl.col("scenario") != scenario) | pl.col("strategy").is_in(asked_of_all))
     for key in asked_of_all:
-        own = sources.filter((pl.col("strategy") == key) & (pl.col("scenario") == scenario))
-        if own.is_empty() and scenario not in unjudged_scenarios(warehouse, model):
+        target_sources = sources.filter((pl.col("strategy") == key) & (pl.col("scenario") == scenario))
+        if target_sources.is_empty() and scenario not in unjudged_scenarios(warehouse, model):
             raise ExciseError(
                 f"{model}|{scenario} has no masks of {key} yet, which all_contexts needs, too; materialize "
                 "pruning_masks of this partition first, or leave all_contexts out of resources.settings.config.levels"

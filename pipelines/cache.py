@@ -1,7 +1,7 @@
-"""What the files of completed work take on disk, and removing what nobody needs any more: `make cache`.
+"""Lists what the files of completed work take on disk, and removes those that are no longer needed: `make cache`.
 
 Everything listed here is made again when it is asked for; removing it costs time, never results: the tables stay as
-they are. A file is needed while a table refers to it. What a file is named by is told in the modules that write it:
+they are. A file is needed while a table refers to it. The modules that write a file say what names it:
 `excise.generation.completions`, `excise.outcomes.scoring`, `excise.evaluation.perplexity`,
 `excise.attribution.head_impacts`, `excise.attribution`, `excise.strategies.measured_path`.
 """
@@ -27,7 +27,7 @@ from resources.artifacts import Artifacts, data_folder
 from resources.warehouse import Warehouse
 
 RECENT = 3600.0
-"""Seconds after its last use in which nothing is removed: a run may be about to put it into a table."""
+"""Seconds after its last use in which a file is never removed: a run may be about to put it into a table."""
 SHOWN = 20
 DAY = 86400.0
 RESULTS = ("attribution", "masks", "paths")
@@ -52,7 +52,7 @@ class Entry:
 
 
 def entries(artifacts: Artifacts, warehouse: Warehouse) -> list[Entry]:
-    """Everything there is, the largest first; reads file names and sizes, and the tables.
+    """All entries, the largest first; reads file names and sizes, and the tables.
 
     Scores, perplexities and head impacts are named by hashes of texts, so that a table cannot be traced to one of them:
     all of a kind are needed while its table has rows. The table `grid_search` names no masks: answers under any mask,
@@ -74,12 +74,12 @@ def entries(artifacts: Artifacts, warehouse: Warehouse) -> list[Entry]:
     searched = warehouse.read("grid_search").select("model", "scenario").unique()
     models = dict(tables["completions"].select("model_fingerprint", "model").unique().iter_rows())
     answers = _answers_needed(tables, searched)
-    found = []
+    listed = []
 
     def add(kind: str, name: str, files: Iterable[Path], needed_by: str, model: str = "") -> None:
         entry = _entry(kind, name, model, files, needed_by)
         if entry is not None:
-            found.append(entry)
+            listed.append(entry)
 
     for place in _folders(root / "cache" / "completions", 3):
         fingerprint, mask, settings = place.parts[-3:]
@@ -106,13 +106,14 @@ def entries(artifacts: Artifacts, warehouse: Warehouse) -> list[Entry]:
         for pattern in (".*.partial", ".*.part"):
             for file in (root / folder).rglob(pattern):
                 add("unfinished", file.relative_to(root).as_posix(), [file], "")
-    return sorted(found, key=lambda entry: (-entry.bytes, entry.kind, entry.name))
+    return sorted(listed, key=lambda entry: (-entry.bytes, entry.kind, entry.name))
 
 
-def removable(found: Iterable[Entry], now: float, older_than: float | None = None) -> list[Entry]:
-    """What may go: what no table needs, and what was not used for `older_than` seconds, but nothing just used."""
+def removable(listed: Iterable[Entry], now: float, older_than: float | None = None) -> list[Entry]:
+    """Entries that may be removed: those no table needs, and those not used for `older_than` seconds; none that was
+    used within `RECENT` seconds."""
     chosen = []
-    for entry in found:
+    for entry in listed:
         idle = now - entry.used_at
         aged = older_than is not None and idle > older_than and entry.kind not in RESULTS
         if idle > RECENT and (not entry.needed_by or aged):
@@ -121,7 +122,7 @@ def removable(found: Iterable[Entry], now: float, older_than: float | None = Non
 
 
 def remove(chosen: Iterable[Entry], root: Path) -> None:
-    """Delete the entries' files and the folders below `root` that hold nothing then.
+    """Delete the entries' files and the folders below `root` that are empty afterwards.
 
     Raises ExciseError where the disk refuses.
     """
@@ -149,75 +150,77 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="with --prune, also answers, scores and losses that were not used for so many days",
     )
     parser.add_argument("--yes", action="store_true", help="with --prune, really remove it")
-    given = parser.parse_args(arguments)
-    if (given.older_than is not None or given.yes) and not given.prune:
+    options = parser.parse_args(arguments)
+    if (options.older_than is not None or options.yes) and not options.prune:
         parser.error("--older-than and --yes go with --prune")
-    if given.older_than is not None and not given.older_than >= 0:
+    if options.older_than is not None and not options.older_than >= 0:
         parser.error("--older-than: give a number of days, 0 or more")
     folder = data_folder()
     artifacts = Artifacts(folder=folder)
     try:
-        found = entries(artifacts, Warehouse(folder=folder))
+        listed = entries(artifacts, Warehouse(folder=folder))
         now = time.time()
-        if not given.prune:
-            print(listing(found, now, None if given.all else SHOWN))
+        if not options.prune:
+            print(listing(listed, now, None if options.all else SHOWN))
             return DONE
-        chosen = removable(found, now, None if given.older_than is None else given.older_than * DAY)
-        print(listing(chosen, now, None if given.all else SHOWN))
-        told = f"{_counted(chosen)} of {_counted(found)}"
-        if not given.yes:
-            print(f"\nNothing was removed. With --yes this goes: {told}. It is made again when it is asked for.")
+        chosen = removable(listed, now, None if options.older_than is None else options.older_than * DAY)
+        print(listing(chosen, now, None if options.all else SHOWN))
+        summary = f"{_counted(chosen)} of {_counted(listed)}"
+        if not options.yes:
+            print(f"\nNothing was removed. With --yes this goes: {summary}. It is made again when it is asked for.")
             return DONE
         remove(chosen, artifacts.root)
-        print(f"\nRemoved {told}.")
+        print(f"\nRemoved {summary}.")
     except ExciseError as error:
         print(error, file=sys.stderr)
         return INCOMPLETE
     return DONE
 
 
-def listing(found: Sequence[Entry], now: float, limit: int | None = SHOWN) -> str:
-    """The entries as a table, their sums by kind behind it; of many the first `limit`."""
+def listing(listed: Sequence[Entry], now: float, limit: int | None = SHOWN) -> str:
+    """The entries as a table, at most the first `limit`, followed by their sums by kind."""
     header = ("kind", "model", "mask or file", "size", "last used", "needed by")
     shown = [
-        (each.kind, each.model or "-", each.name, _size(each.bytes), _day(each.used_at), each.needed_by or "-")
-        for each in found[:limit]
+        (entry.kind, entry.model or "-", entry.name, _size(entry.bytes), _day(entry.used_at), entry.needed_by or "-")
+        for entry in listed[:limit]
     ]
     lines = _aligned([header, *shown])
-    if limit is not None and len(found) > limit:
-        lines.append(f"... and {len(found) - limit} smaller ones (--all shows them)")
+    if limit is not None and len(listed) > limit:
+        lines.append(f"... and {len(listed) - limit} smaller ones (--all shows them)")
     sums = [("kind", "entries", "size", "no table needs", "not used for 30 days")]
-    for kind in sorted({each.kind for each in found}):
-        own = [each for each in found if each.kind == kind]
-        idle = [each for each in own if now - each.used_at > 30 * DAY]
-        free = [each for each in own if not each.needed_by]
-        sums.append((kind, str(len(own)), *(_size(sum(each.bytes for each in some)) for some in (own, free, idle))))
-    return "\n".join([*lines, "", *_aligned(sums)]) if found else "There is nothing."
+    for kind in sorted({entry.kind for entry in listed}):
+        of_kind = [entry for entry in listed if entry.kind == kind]
+        idle = [entry for entry in of_kind if now - entry.used_at > 30 * DAY]
+        free = [entry for entry in of_kind if not entry.needed_by]
+        sums.append(
+            (kind, str(len(of_kind)), *(_size(sum(entry.bytes for entry in part)) for part in (of_kind, free, idle)))
+        )
+    return "\n".join([*lines, "", *_aligned(sums)]) if listed else "There is nothing."
 
 
 def _answers_needed(tables: dict[str, pl.DataFrame], searched: pl.DataFrame) -> dict[tuple[str, str, str], str]:
     """Addresses of answers (model, mask, parameters) and the table that refers to them; mask "" stands for any."""
     needed: dict[tuple[str, str, str], str] = {}
-    asked = tables["completions"].select("model", "scenario", "model_fingerprint", "parameters").unique()
+    partitions = tables["completions"].select("model", "scenario", "model_fingerprint", "parameters").unique()
     for fingerprint, parameters in (
-        asked.join(searched, on=["model", "scenario"]).select("model_fingerprint", "parameters").iter_rows()
+        partitions.join(searched, on=["model", "scenario"]).select("model_fingerprint", "parameters").iter_rows()
     ):
         needed |= dict.fromkeys(((fingerprint, "", key) for key in _settings(parameters)), "grid_search")
     for (model, scenario), rows in tables["head_impacts"].group_by("model", "scenario"):
-        own = asked.filter((pl.col("model") == model) & (pl.col("scenario") == scenario))
+        matching = partitions.filter((pl.col("model") == model) & (pl.col("scenario") == scenario))
         for mask in _masks_of_single_heads(rows):
-            for fingerprint, parameters in own.select("model_fingerprint", "parameters").iter_rows():
+            for fingerprint, parameters in matching.select("model_fingerprint", "parameters").iter_rows():
                 needed |= dict.fromkeys(((fingerprint, mask, key) for key in _settings(parameters)), "head_impacts")
     ranked = tables["attribution_files"].filter(pl.col("score") == "gap_gradient").select("model", "scenario").unique()
     for fingerprint, parameters in (
-        asked.join(ranked, on=["model", "scenario"]).select("model_fingerprint", "parameters").iter_rows()
+        partitions.join(ranked, on=["model", "scenario"]).select("model_fingerprint", "parameters").iter_rows()
     ):
         trees = _settings(enumeration_settings(parameters))
         needed |= dict.fromkeys(((fingerprint, UNPRUNED, key) for key in trees), "attribution_files")
     pruned = tables["pruned_completions"].select("model_fingerprint", "mask", "parameters").unique()
     for fingerprint, mask, parameters in pruned.iter_rows():
         needed |= dict.fromkeys(((fingerprint, mask, key) for key in _settings(parameters)), "pruned_completions")
-    for fingerprint, parameters in asked.select("model_fingerprint", "parameters").iter_rows():
+    for fingerprint, parameters in partitions.select("model_fingerprint", "parameters").iter_rows():
         needed |= dict.fromkeys(((fingerprint, UNPRUNED, key) for key in _settings(parameters)), "completions")
     return needed
 
@@ -248,12 +251,12 @@ def _entry(kind: str, name: str, model: str, files: Iterable[Path], needed_by: s
     paths, size, used_at = [], 0, 0.0
     for path in sorted(files):
         try:
-            told = path.stat()
+            status = path.stat()
         except FileNotFoundError:  # its writer has just given it its name
             continue
         paths.append(path)
-        size += told.st_size
-        used_at = max(used_at, told.st_mtime, told.st_atime)
+        size += status.st_size
+        used_at = max(used_at, status.st_mtime, status.st_atime)
     return Entry(kind, name, model, tuple(paths), size, used_at, needed_by) if paths else None
 
 
@@ -266,9 +269,9 @@ def _remove_empty(folder: Path, root: Path) -> None:
         folder = folder.parent
 
 
-def _counted(some: Sequence[Entry]) -> str:
-    count = len(some)
-    return f"{count} {'entry' if count == 1 else 'entries'}, {_size(sum(each.bytes for each in some))}"
+def _counted(several: Sequence[Entry]) -> str:
+    count = len(several)
+    return f"{count} {'entry' if count == 1 else 'entries'}, {_size(sum(entry.bytes for entry in several))}"
 
 
 def _size(count: float) -> str:

@@ -54,12 +54,12 @@ def main(arguments: Sequence[str] | None = None, catalogue: Catalogue | None = N
         "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting; may be given several times"
     )
     add_fail_on(parser)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
 
     catalogue = catalogue or read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES, SCORER_FILES)
-    scenarios = list(dict.fromkeys(key.strip() for key in given.scenarios.split(",") if key.strip()))
+    scenarios = list(dict.fromkeys(key.strip() for key in options.scenarios.split(",") if key.strip()))
     try:
-        settings = _checked(given, catalogue, scenarios)
+        settings = _checked(options, catalogue, scenarios)
     except ExciseError as error:
         print(error, *catalogue.problems, sep="\n", file=sys.stderr)
         return MISUSED
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None, catalogue: Catalogue | None = N
     warehouse = definitions.resources["warehouse"]
     failed: list[str] = []
     with open_instance(warehouse) as instance:
-        for job, key, config in _steps(given.model, scenarios, settings):
+        for job, key, config in _steps(options.model, scenarios, settings):
             if key in failed:
                 continue
             began = time.monotonic()
@@ -79,34 +79,34 @@ def main(arguments: Sequence[str] | None = None, catalogue: Catalogue | None = N
                 failed.append(key)
                 print(f"{job} {key} failed:", *failure_messages(result), sep="\n  ", file=sys.stderr)
     for key in scenarios:
-        if f"{given.model}|{key}" not in failed:
-            print(_closing(warehouse, catalogue, given.model, key))
+        if f"{options.model}|{key}" not in failed:
+            print(_closing(warehouse, catalogue, options.model, key))
     if failed:
         print("Nothing computed so far is lost; the same command goes on.", file=sys.stderr)
     asked = [catalogue.scenarios[key] for key in scenarios]
-    return conclude(warehouse, given.model, asked, evaluated=scenarios, failed=bool(failed), fail_on=given.fail_on)
+    return conclude(warehouse, options.model, asked, evaluated=scenarios, failed=bool(failed), fail_on=options.fail_on)
 
 
-def _checked(given: argparse.Namespace, catalogue: Catalogue, scenarios: Sequence[str]) -> dict[str, object]:
+def _checked(options: argparse.Namespace, catalogue: Catalogue, scenarios: Sequence[str]) -> dict[str, object]:
     """The settings by name. Raises ExciseError for what is not there or out of range."""
-    if given.model not in catalogue.models:
-        raise ExciseError(catalogue.models.why_not(given.model))
+    if options.model not in catalogue.models:
+        raise ExciseError(catalogue.models.why_not(options.model))
     for key in scenarios:
         if key not in catalogue.scenarios:
             raise ExciseError(catalogue.scenarios.why_not(key))
     if not scenarios:
         raise ExciseError("--scenarios: name one at least, for example gender")
-    settings = dict(parse_setting(each) for each in given.set)
+    settings = dict(parse_setting(setting) for setting in options.set)
     for key in scenarios:
         scenario = catalogue.scenarios[key]
         if scenario.outcome.pairwise and "strategies" not in settings:
             raise ExciseError(
                 f"scenario {key} asks for numbers: name the strategies of heads with --set strategies=fasp"
             )
-        audit = catalogue.audit_of(AuditSettings(preset=Preset(given.preset), **settings), scenario)
+        audit = catalogue.audit_of(AuditSettings(preset=Preset(options.preset), **settings), scenario)
         if audit.text is not None and not audit.text.startswith("hub:"):
             read_text(audit.text)
-    return {"preset": given.preset, **settings}
+    return {"preset": options.preset, **settings}
 
 
 def _steps(model: str, scenarios: Sequence[str], settings: dict[str, object]) -> list[tuple[str, str, dict | None]]:

@@ -69,7 +69,7 @@ class Call:
     def command(self, *, failed_only: bool) -> str:
         """The same call as one would type it, for all partitions or for those that failed alone."""
         options = ["--failed"] if failed_only else []
-        options += [f"--set {each}" for each in self.overrides]
+        options += [f"--set {override}" for override in self.overrides]
         options += [f"--evaluate {','.join(self.evaluated) or 'none'}"] if self.evaluated != self.scenarios else []
         options += [f"--grid {','.join(self.grid)}"] if self.grid else []
         parts = [f"make paper MODEL={self.model} SCENARIOS={','.join(self.scenarios)} PRESET={self.preset}"]
@@ -97,11 +97,11 @@ def main(arguments: Sequence[str] | None = None, catalogue: Catalogue | None = N
     parser.add_argument("--grid", default="", help="scenarios, comma between them, to search the grid for, too")
     parser.add_argument("--failed", action="store_true", help="only partitions whose last run failed or never was")
     add_fail_on(parser)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
 
     catalogue = catalogue or read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES, SCORER_FILES)
     try:
-        call = _call(given, catalogue)
+        call = _call(options, catalogue)
     except ExciseError as error:
         print(error, *catalogue.problems, sep="\n", file=sys.stderr)
         return MISUSED
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None, catalogue: Catalogue | None = N
         print(_closing(call, catalogue, warehouse, failures, _outdated(call, instance)))
     scenarios = [catalogue.scenarios[key] for key in call.scenarios]
     return conclude(
-        warehouse, call.model, scenarios, evaluated=call.evaluated, failed=bool(failures), fail_on=given.fail_on
+        warehouse, call.model, scenarios, evaluated=call.evaluated, failed=bool(failures), fail_on=options.fail_on
     )
 
 
@@ -129,7 +129,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
         raise ExciseError(f"--set {text}: {write} NAME=VALUE, with NAME one of {', '.join(known)}")
     kind = get_type_hints(AuditSettings)[name]
     if get_origin(kind) in (Union, types.UnionType):
-        (kind,) = (each for each in get_args(kind) if each is not type(None))
+        (kind,) = (argument for argument in get_args(kind) if argument is not type(None))
     takes_list = get_origin(kind) is list
     try:
         return name, TypeAdapter(kind).validate_python(_items(value) if takes_list else value.strip())
@@ -144,10 +144,10 @@ def _items(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
-def _call(given: argparse.Namespace, catalogue: Catalogue) -> Call:
-    if given.model not in catalogue.models:
-        raise ExciseError(catalogue.models.why_not(given.model))
-    asked = {option: _items(getattr(given, option)) for option in ("scenarios", "evaluate", "grid")}
+def _call(options: argparse.Namespace, catalogue: Catalogue) -> Call:
+    if options.model not in catalogue.models:
+        raise ExciseError(catalogue.models.why_not(options.model))
+    asked = {option: _items(getattr(options, option)) for option in ("scenarios", "evaluate", "grid")}
     if asked["evaluate"] == ["none"]:
         asked["evaluate"] = []
     for keys in asked.values():
@@ -159,18 +159,18 @@ def _call(given: argparse.Namespace, catalogue: Catalogue) -> Call:
         raise ExciseError(f"{catalogue.scenarios.why_not(lost[0])}\nMend it, or name the others with --scenarios")
     wanted = asked["scenarios"] or [key for key, scenario in catalogue.scenarios.items() if scenario.outcome.pairwise]
     scenarios = tuple(key for key in catalogue.scenarios if key in wanted)  # heaviest first
-    evaluated = asked["evaluate"] if given.evaluate else scenarios
+    evaluated = asked["evaluate"] if options.evaluate else scenarios
     if unprepared := [key for key in evaluated if key not in scenarios]:
         raise ExciseError(f"--evaluate {', '.join(unprepared)}: name it among the scenarios, too")
     call = Call(
-        model=given.model,
+        model=options.model,
         scenarios=scenarios,
         evaluated=tuple(key for key in scenarios if key in evaluated),
-        preset=given.preset,
-        settings=dict(parse_setting(each) for each in given.set),
-        overrides=tuple(given.set),
+        preset=options.preset,
+        settings=dict(parse_setting(setting) for setting in options.set),
+        overrides=tuple(options.set),
         grid=tuple(asked["grid"]),
-        failed_only=given.failed,
+        failed_only=options.failed,
     )
     settings = AuditSettings(preset=Preset(call.preset), **call.settings)
     catalogue.chosen_strategies(settings.strategies, settings.levels or LEVELS, NUMBER)
@@ -191,35 +191,35 @@ def _require_some_fit(settings: AuditSettings, catalogue: Catalogue, scenarios: 
 
 
 def _rounds(call: Call, definitions: dg.Definitions, instance: dg.DagsterInstance) -> dict[Step, list[str]]:
-    """Run all steps; what failed, and why."""
+    """Run all steps; returns the failed ones with their messages."""
     failures: dict[Step, list[str]] = {}
     ran: set[Step] = set()
     for title, steps in _steps(call):
         for step in steps:
-            told = f"{title} {step.key}"
+            heading = f"{title} {step.key}"
             preparation = Step(prepare_scenario.name, step.key)
             if preparation in failures:
                 failures[step] = ["not tried, as the preparation failed"]
                 continue
-            # What rests on a step that ran just now is run again, too.
+            # Steps that depend on one that has just run are run again.
             fresh = bool(ran) if step.job == analyse_model.name else preparation in ran
             if call.failed_only and not fresh and _succeeded(instance, step):
-                print(f"{told}: done before", file=sys.stderr)
+                print(f"{heading}: done before", file=sys.stderr)
                 continue
-            print(told, file=sys.stderr)
+            print(heading, file=sys.stderr)
             began = time.monotonic()
             ran.add(step)
             result = execute(definitions, instance, step.job, step.key, _settings(call, step))
             if result.success:
-                print(f"{told}: done in {time.monotonic() - began:.0f} s", file=sys.stderr)
+                print(f"{heading}: done in {time.monotonic() - began:.0f} s", file=sys.stderr)
             else:
                 failures[step] = failure_messages(result)
-                print(f"{told} failed:", *failures[step], sep="\n  ", file=sys.stderr)
+                print(f"{heading} failed:", *failures[step], sep="\n  ", file=sys.stderr)
     return failures
 
 
 def _settings(call: Call, step: Step) -> dict[str, Any] | None:
-    """What a step is run with; the analyses arrange what is there, and take no settings."""
+    """Settings of a step; None for the analyses, which arrange existing results."""
     return None if step.job == analyse_model.name else {"preset": call.preset, **call.settings}
 
 
@@ -237,7 +237,7 @@ def _latest(instance: dg.DagsterInstance, step: Step, *statuses: dg.DagsterRunSt
 
 
 def _succeeded(instance: dg.DagsterInstance, step: Step) -> bool:
-    """Whether the step's latest run did what it was to do. A run that was killed has not ended well."""
+    """Whether the step's latest run succeeded. A run that was killed has not."""
     record = _latest(instance, step)
     return record is not None and record.dagster_run.status == dg.DagsterRunStatus.SUCCESS
 
@@ -248,13 +248,13 @@ def _outdated(call: Call, instance: dg.DagsterInstance) -> list[str]:
     prepared = {
         key: _latest(instance, Step(prepare_scenario.name, call.partition(key)), good) for key in call.scenarios
     }
-    found = []
+    outdated = []
     for key in call.scenarios:
         evaluated = _latest(instance, Step(evaluate_scenario.name, call.partition(key)), good)
         others = [record for other, record in prepared.items() if other != key and record is not None]
         if evaluated is not None and any(evaluated.start_time < record.end_time for record in others):
-            found.append(key)
-    return found
+            outdated.append(key)
+    return outdated
 
 
 # ------------------------------------------------------------------------------------------------------------ closing
@@ -283,7 +283,7 @@ def _closing(
 
 
 def _splits(call: Call, warehouse: Warehouse) -> list[str]:
-    """What other splits of the names say, a line for each evaluated scenario that has some."""
+    """The findings of other splits of the names, a line for each evaluated scenario that has some."""
     lines = []
     for key in call.evaluated:
         rows = warehouse.read("stability", model=call.model, scenario=key)
@@ -316,9 +316,9 @@ def summary(model: str, scenarios: Sequence[str], warehouse: Warehouse) -> str:
         effects = warehouse.read("side_effects", model=model, scenario=scenario)
         verdict = read_verdicts(verdicts(metrics, effects, judged))
         smd = interval_text(table.get(ALL, UNPRUNED, "abs_smd"), decimals=2)
-        # Masks of whole heads over a scenario are the second paper's; they are told where there are some.
-        own = {mask.level for mask in table.masks}
-        for number, level in enumerate(each for each in LEVELS if each != OWN_SCENARIO or each in own):
+        # Masks of whole heads over a scenario are the second paper's; they are shown where there are some.
+        levels = {mask.level for mask in table.masks}
+        for number, level in enumerate(level for level in LEVELS if level != OWN_SCENARIO or level in levels):
             masks = [mask for mask in table.masks if mask.level == level and not mask.is_control]
             first = [model, scenario, smd] if number == 0 else ["", "", ""]
             best = _best(table, masks, judged, verdict)

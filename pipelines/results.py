@@ -54,7 +54,7 @@ ORIGIN = (
 BUDGET = "perplexity_budget=0.1"
 HEAD_CALLS: dict[str, list[tuple[str, ...]]] = {
     "smollm2-135m-instruct": [("--scenarios", "gender", "--set", BUDGET)],
-    # Four of its 270 heads were changed: a small share is tried, too.
+    # Four of its 270 heads were changed, so a small share is tried as well.
     "planted-heads": [("--scenarios", "nationality", "--set", BUDGET, "--set", "alphas=0.02,0.04,0.1,0.2")],
 }
 """Models, and what `pipelines.heads` is asked for."""
@@ -65,7 +65,7 @@ MASKS_AT_ONCE = 16
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run and write the page; the status is one of `pipelines.terminal.STATUSES`.
 
-    A page there is stays as it is where something could not be computed.
+    An existing page stays as it is where something could not be computed.
     """
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.results",
@@ -77,18 +77,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--render", action="store_true", help="write the page from what the warehouse holds")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md", help="the page")
     add_fail_on(parser)
-    given = parser.parse_args(arguments)
-    models, of_heads = ([key.strip() for key in keys.split(",") if key.strip()] for keys in (given.models, given.heads))
+    options = parser.parse_args(arguments)
+    models, of_heads = (
+        [key.strip() for key in keys.split(",") if key.strip()] for keys in (options.models, options.heads)
+    )
     for chosen, known in ((models, CALLS), (of_heads, HEAD_CALLS)):
         for key in chosen:
             if key not in known:
                 print(unknown("model of this page", key, known), file=sys.stderr)
                 return MISUSED
-    counted = ["--fail-on", given.fail_on] if given.fail_on else []
+    counted = ["--fail-on", options.fail_on] if options.fail_on else []
     catalogue = read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES, SCORER_FILES)
-    status = DONE if given.render else _run(models, of_heads, counted, catalogue)
+    status = DONE if options.render else _run(models, of_heads, counted, catalogue)
     if status == INCOMPLETE:
-        print(f"{given.out} stays as it is; --render writes what there is.", file=sys.stderr)
+        print(f"{options.out} stays as it is; --render writes what there is.", file=sys.stderr)
         return status
     definitions = build_definitions(catalogue=catalogue)
     warehouse, artifacts = definitions.resources["warehouse"], definitions.resources["artifacts"]
@@ -96,10 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     page = page.replace("\n\n", f"\n\n{ORIGIN}\n\n", 1)
     page = f"{page}\n{render_heads(warehouse, of_heads)}"
     try:
-        given.out.write_text(page, encoding="utf-8")
+        options.out.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise ExciseError(f"--out {given.out}: cannot be written ({error.strerror})") from error
-    print(f"wrote {given.out}", file=sys.stderr)
+        raise ExciseError(f"--out {options.out}: cannot be written ({error.strerror})") from error
+    print(f"wrote {options.out}", file=sys.stderr)
     return status
 
 
@@ -121,7 +123,7 @@ def _run(models: Sequence[str], of_heads: Sequence[str], counted: Sequence[str],
 
 
 def render(warehouse: Warehouse, artifacts: Artifacts, models: Sequence[str], specs: Mapping[str, ModelSpec]) -> str:
-    """The page about what the warehouse holds of `models`."""
+    """The page about the results of `models` in the warehouse."""
     from excise.reporting.results import results_markdown
     from excise.reporting.results.frames import ResultFrames
 
@@ -129,9 +131,9 @@ def render(warehouse: Warehouse, artifacts: Artifacts, models: Sequence[str], sp
         name: warehouse.read(name, model=models)
         for name in ("metrics", "masks", "transfer_matrix", "grid_search", "mask_overlap", "thresholds")
     }
-    found = pl.concat(localisation(frames["masks"], artifacts, specs[model]) for model in models)
+    shares = pl.concat(localisation(frames["masks"], artifacts, specs[model]) for model in models)
     metrics, masks, transfer, grid, overlap, thresholds = frames.values()
-    return results_markdown(ResultFrames(metrics, masks, transfer, grid, found, overlap, thresholds))
+    return results_markdown(ResultFrames(metrics, masks, transfer, grid, shares, overlap, thresholds))
 
 
 def render_heads(warehouse: Warehouse, models: Sequence[str]) -> str:
@@ -159,29 +161,29 @@ def localisation(masks: pl.DataFrame, artifacts: Artifacts, spec: ModelSpec) -> 
     from excise.evaluation.localisation import EnergyShare, energy_shares
 
     columns = ["strategy", "level", "matched_to", "draw", "variation", "mask"]
-    told = ["strategy", "level", "matched_to"]
+    keys = ["strategy", "level", "matched_to"]
     names = [field.name for field in dataclasses.fields(EnergyShare)]
-    schema = dict.fromkeys(("model", *told), pl.String) | dict.fromkeys(names, pl.Float64)
-    own = masks.filter(
+    schema = dict.fromkeys(("model", *keys), pl.String) | dict.fromkeys(names, pl.Float64)
+    rows_of_model = masks.filter(
         (pl.col("model") == spec.key) & (pl.col("scenario") == "purchase") & ~pl.col("level").str.contains("/")
     )
     # The change of a model without a gap is no gap: there is nothing to locate.
-    if own.is_empty() or spec.low_rank is None or spec.key == "planted-neutral":
+    if rows_of_model.is_empty() or spec.low_rank is None or spec.key == "planted-neutral":
         return pl.DataFrame(schema=schema)
-    heads = own.filter(pl.col("role").is_in(list(HEAD_ROLES.values())))
+    heads = rows_of_model.filter(pl.col("role").is_in(list(HEAD_ROLES.values())))
     shape = _heads_of(heads["size"].max(), spec) if heads.height else {}
-    distinct = own.select("mask", "path", "control_seed").unique("mask").sort("mask").rows()
+    distinct = rows_of_model.select("mask", "path", "control_seed").unique("mask").sort("mask").rows()
     shares: dict[str, dict[str, float]] = {}
     for start in range(0, len(distinct), MASKS_AT_ONCE):
         together = []
         for mask, path, seed in distinct[start : start + MASKS_AT_ONCE]:
             known = recalled(artifacts.locate(path, made_by="pruning_masks"), seed, mask)
             together.append(known.mask if isinstance(known, RandomControl) else known)
-        found = energy_shares(spec.low_rank, together, **shape)
-        shares |= {mask.fingerprint: dataclasses.asdict(share) for mask, share in zip(together, found, strict=True)}
+        energies = energy_shares(spec.low_rank, together, **shape)
+        shares |= {mask.fingerprint: dataclasses.asdict(share) for mask, share in zip(together, energies, strict=True)}
     rows = [
-        {"model": spec.key, **{name: row[name] for name in told}, **shares[row["mask"]]}
-        for row in own.select(columns).unique().sort(columns, nulls_last=True).iter_rows(named=True)
+        {"model": spec.key, **{name: row[name] for name in keys}, **shares[row["mask"]]}
+        for row in rows_of_model.select(columns).unique().sort(columns, nulls_last=True).iter_rows(named=True)
     ]
     return pl.DataFrame(rows, schema=schema)
 

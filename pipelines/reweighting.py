@@ -45,17 +45,17 @@ def main(arguments: Sequence[str] | None = None, catalogue: Catalogue | None = N
     parser.add_argument("--scenario", default="gender", help="key of a scenario with completions and head impacts")
     parser.add_argument("--layers", default="", help="layers, comma between them; left out, four evenly spaced ones")
     parser.add_argument("--resamples", type=int, default=1000)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     catalogue = catalogue or read_catalogue(SCENARIO_FOLDERS, MODEL_FILES, STRATEGY_FILES, SCORER_FILES)
-    for key, known in ((given.model, catalogue.models), (given.scenario, catalogue.scenarios)):
+    for key, known in ((options.model, catalogue.models), (options.scenario, catalogue.scenarios)):
         if key not in known:
             print(known.why_not(key), *catalogue.problems, sep="\n", file=sys.stderr)
             return MISUSED
-    if given.layers and not all(layer.strip().isdecimal() for layer in given.layers.split(",")):
-        print(f"--layers {given.layers}: give numbers of layers with commas between them", file=sys.stderr)
+    if options.layers and not all(layer.strip().isdecimal() for layer in options.layers.split(",")):
+        print(f"--layers {options.layers}: give numbers of layers with commas between them", file=sys.stderr)
         return MISUSED
     try:
-        rows = measure(catalogue, given.model, given.scenario, given.layers, given.resamples)
+        rows = measure(catalogue, options.model, options.scenario, options.layers, options.resamples)
     except ExciseError as error:
         print(error, file=sys.stderr)
         return INCOMPLETE
@@ -86,14 +86,14 @@ def measure(catalogue: Catalogue, model: str, scenario_key: str, layers: str, re
     with gpu.model(model, catalogue.models, stage=stage) as loaded:
         asking = Asking(loaded, how, scenario.outcome, None, scorer, scores)
         heads = _heads(loaded, layers)
-        found, seconds = {}, {}
+        impacts, seconds = {}, {}
         for method in ("reweight", "regenerate"):
             began = time.perf_counter()
-            found[method] = impacts_on(
+            impacts[method] = impacts_on(
                 asking, (learned, asked), scenario, Removal(method), resamples=resamples, heads=heads
             )
             seconds[method] = (time.perf_counter() - began) / len(heads)
-    rows = _rows(found["reweight"], found["regenerate"], known, seconds)
+    rows = _rows(impacts["reweight"], impacts["regenerate"], known, seconds)
     rows = rows.with_columns(model=pl.lit(model), scenario=pl.lit(scenario.key)).select(TABLES["reweighting"].names)
     warehouse.replace_partition("reweighting", rows, {"model": model, "scenario": scenario.key})
     return rows

@@ -2,7 +2,7 @@
 
 A run holds its place in the pool `gpu` until somebody frees it. Dagster's daemon does so for runs it has launched; a
 command that is killed is known to nobody, so each run carries its process and the next command tidies up. While a run
-waits for its place, the terminal is told for whom; the wait for other folders' runs is `resources.locks`'.
+waits for its place, the terminal says which run holds it; the wait for other folders' runs is `resources.locks`'.
 """
 
 import os
@@ -87,9 +87,9 @@ def execute(
             run_id=run_id,
         )
     failures = [event.step_failure_data for event in result.get_step_failure_events()]
-    if interrupted() or any(each.error_source and each.error_source.value == "INTERRUPT" for each in failures):
+    if interrupted() or any(failure.error_source and failure.error_source.value == "INTERRUPT" for failure in failures):
         raise KeyboardInterrupt
-    if any(each.error and each.error.cls_name == "BrokenPipeError" for each in failures):
+    if any(failure.error and failure.error.cls_name == "BrokenPipeError" for failure in failures):
         raise BrokenPipeError
     return result
 
@@ -121,7 +121,7 @@ def end_abandoned(instance: dg.DagsterInstance) -> list[str]:
 
 @contextmanager
 def _waiting_told(instance: dg.DagsterInstance, run_id: str) -> Iterator[None]:
-    """Meanwhile, say on standard error when the run waits for its place in the pool, and end it when asked to."""
+    """During the run, say on standard error when it waits for its place in the pool, and end it when asked to."""
     over = threading.Event()
     teller = threading.Thread(target=_tell, args=(instance, run_id, over), daemon=True)
     teller.start()
@@ -133,7 +133,7 @@ def _waiting_told(instance: dg.DagsterInstance, run_id: str) -> Iterator[None]:
 
 
 def _tell(instance: dg.DagsterInstance, run_id: str, over: threading.Event) -> None:
-    began = told = repeated = None
+    began = noticed = repeated = None
     while not over.wait(1.0):
         now = time.monotonic()
         pool = instance.event_log_storage.get_concurrency_info(POOL)
@@ -141,7 +141,7 @@ def _tell(instance: dg.DagsterInstance, run_id: str, over: threading.Event) -> N
             if interrupted() and (repeated is None or now - repeated > REPEATED_EVERY):
                 repeated = now
                 repeat()
-            began = told = None
+            began = noticed = None
             continue
         if interrupted():  # between steps Dagster only notes that it was asked to stop
             instance.report_run_failed(instance.get_run_by_id(run_id), message="Stopped while it waited.")
@@ -150,8 +150,8 @@ def _tell(instance: dg.DagsterInstance, run_id: str, over: threading.Event) -> N
         end_abandoned(instance)
         began = began or now
         # Without a holder the place has just become free, unless the pool has none.
-        if (pool.claimed_slots or not pool.slot_count) and (told is None or now - told >= NOTICE_EVERY):
-            told = now
+        if (pool.claimed_slots or not pool.slot_count) and (noticed is None or now - noticed >= NOTICE_EVERY):
+            noticed = now
             holders = [_holder(instance, slot.run_id, slot.step_key) for slot in pool.claimed_slots]
             print(
                 f"waiting for the device, in use by {' and '.join(holders) or 'nobody: the pool gpu has no place'}"

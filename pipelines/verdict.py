@@ -35,8 +35,8 @@ def unjudged(warehouse: Warehouse, model: str, scenarios: Iterable[Scenario]) ->
     lines = []
     for scenario in scenarios:
         completions = warehouse.read("completions", model=model, scenario=scenario.key)
-        if not completions.is_empty() and (told := explained(completions, scenario)):
-            lines += ["", *told]
+        if not completions.is_empty() and (reasons := explained(completions, scenario)):
+            lines += ["", *reasons]
     return lines
 
 
@@ -54,10 +54,16 @@ def conclude(
     evaluated: keys of those that were evaluated, too. failed: a run failed, which has been told already, as have the
     lines of `unjudged`.
     """
-    lacking = [sentence for each in scenarios for sentence in _lacking(warehouse, model, each, each.key in evaluated)]
+    lacking = [
+        sentence
+        for scenario in scenarios
+        for sentence in _lacking(warehouse, model, scenario, scenario.key in evaluated)
+    ]
     if lacking:
         print(f"Not everything asked for was computed: {'; '.join(lacking)}.", file=sys.stderr)
-    checks = warehouse.read("checks", model=model, scenario=[each.key for each in scenarios]).filter(~pl.col("passed"))
+    checks = warehouse.read("checks", model=model, scenario=[scenario.key for scenario in scenarios]).filter(
+        ~pl.col("passed")
+    )
     told_already = (pl.col("asset") == "completions") & (pl.col("check_name") == "judged_variations")
     for row in checks.filter(~told_already).sort("scenario", "asset", "check_name").iter_rows(named=True):
         place = f"{row['asset']}, {row['model']}|{row['scenario']}"

@@ -79,7 +79,10 @@ def _setting(
     """A field of `Audit`. quick: where it is not the paper's value. continuations: the values (paper, quick) where
     continuations are judged, as far as they are others."""
     quick = paper if quick is _SAME else quick
-    of_axes = [own if own is not _SAME else usual for own, usual in zip(continuations, (paper, quick), strict=True)]
+    of_axes = [
+        continuation if continuation is not _SAME else usual
+        for continuation, usual in zip(continuations, (paper, quick), strict=True)
+    ]
     values = {
         (Preset.paper, NUMBER): paper,
         (Preset.quick, NUMBER): quick,
@@ -284,7 +287,7 @@ class Audit:
     @property
     def thresholds(self) -> Thresholds:
         """What the results are judged by."""
-        return Thresholds(**{each.name: getattr(self, each.name) for each in fields(Thresholds)})
+        return Thresholds(**{threshold.name: getattr(self, threshold.name) for threshold in fields(Thresholds)})
 
 
 SETTINGS: dict[str, Setting] = {each.name: each.metadata["setting"] for each in fields(Audit)}
@@ -300,5 +303,5 @@ def run_types() -> Iterator[tuple[str, Any, bool]]:
     config."""
     for name, kind in get_type_hints(Audit).items():
         if get_origin(kind) in (Union, UnionType):
-            (kind,) = (each for each in get_args(kind) if each is not type(None))
+            (kind,) = (argument for argument in get_args(kind) if argument is not type(None))
         yield name, get_args(kind)[0] if get_origin(kind) is tuple else kind, get_origin(kind) is tuple

@@ -79,7 +79,7 @@ def _taken(handle: int) -> bool:
 def _holder(handle: int) -> str:
     try:
         holder = json.loads(os.pread(handle, 4096, 0))
-        told = [holder["work"], f"since {holder['since']}"]
-        return f"process {holder['process']} ({', '.join(part for part in told if part)})"
+        parts = [holder["work"], f"since {holder['since']}"]
+        return f"process {holder['process']} ({', '.join(part for part in parts if part)})"
     except (ValueError, KeyError, TypeError):  # it has only just taken the lock
         return "another process"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FILE = "excise.duckdb"
 NOTICE_AFTER = 2.0
-"""Seconds a foreign process may hold the file until that is said."""
+"""Seconds another process may hold the file before a message says so."""
 
 
 class Warehouse(dg.ConfigurableResource):
@@ -147,9 +147,9 @@ def _connect(path: Path, *, read_only: bool, wait_seconds: float) -> duckdb.Duck
 
 def _holder(message: str) -> str:
     """The process that DuckDB says holds the lock, as far as it can tell."""
-    told = re.search(r"held in (.+?) \(PID (\d+)\)", message)
-    if told is not None:
-        return f"process {told[2]} ({told[1]})"
+    holder = re.search(r"held in (.+?) \(PID (\d+)\)", message)
+    if holder is not None:
+        return f"process {holder[2]} ({holder[1]})"
     number = re.search(r"PID (\d+)", message)
     return f"process {number[1]}" if number is not None else f"another process ({_reason(message)})"
 
@@ -157,14 +157,16 @@ def _holder(message: str) -> str:
 def _refusal(path: Path, message: str) -> str:
     """What DuckDB's message means and what to do about it. The file may be in use, so it is never to be moved."""
     elsewhere = "set EXCISE_DATA to another folder"
-    own = "is open in another connection of this same process; close your connection (con.close()), then run this again"
+    busy = (
+        "is open in another connection of this same process; close your connection (con.close()), then run this again"
+    )
     damaged = (
         "is damaged, or a copy that was made while the original was in use; copy it again while nothing uses it, "
         f"restore it, or {elsewhere}"
     )
     for words, meaning in (
-        ("different configuration than existing", own),
-        ("already attached", own),
+        ("different configuration than existing", busy),
+        ("already attached", busy),
         (
             "version number",
             f"was written by another version of DuckDB than the one installed; install that version, or {elsewhere}",

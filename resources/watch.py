@@ -71,8 +71,8 @@ class _Milestones:
         now = self._clock()
         if (label, total) != self._stage:
             self._stage, self._began, self._begun_at, self._shown = (label, total), now, done, now
-            found = f"{done:,} of {total:,} already done" if done else f"{total:,} to do"
-            self._context.log.info(f"{label}: {found}")
+            state = f"{done:,} of {total:,} already done" if done else f"{total:,} to do"
+            self._context.log.info(f"{label}: {state}")
             return
         if done < total and now - self._shown < self._interval:
             return

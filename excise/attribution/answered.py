@@ -58,14 +58,14 @@ class Answered:
         """Each variation's answers of the groups that are compared, and their prompts, both in the order of addresses:
         random signs of `gap_gradient` follow the answers."""
         compared = self.completions.filter(pl.col("group").is_in(self.groups))
-        found = {}
+        by_variation = {}
         for (variation,), answers in compared.group_by("variation", maintain_order=True):
             rows = answers.sort("prompt_id", "sample")
             asked = pl.col("prompt_id").is_in(rows["prompt_id"].unique().to_list())
-            found[str(variation)] = replace(
+            by_variation[str(variation)] = replace(
                 self, prompts=self.prompts.filter(asked).sort("prompt_id"), completions=rows
             )
-        return found
+        return by_variation
 
     def relabelled(self, draw: int) -> set[str]:
         """The subjects that count as the minority in a random relabelling of the names (`relabelled`)."""

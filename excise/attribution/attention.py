@@ -74,8 +74,8 @@ def attention_to_name(
         def hook(module: torch.nn.Module, given: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
             for row, (generated, name, visits) in enumerate(rows):
                 to_name = output[1][row, :, generated, name].float()
-                for each, reduced in enumerate((to_name.mean(dim=2), to_name.amax(dim=2))):
-                    sums[each, :, layer] += (reduced @ visits.to(reduced.device)).T.cpu()
+                for reduction, reduced in enumerate((to_name.mean(dim=2), to_name.amax(dim=2))):
+                    sums[reduction, :, layer] += (reduced @ visits.to(reduced.device)).T.cpu()
 
         return hook
 
@@ -88,17 +88,17 @@ def attention_to_name(
         with hooked(hooks):
             work.report(done, len(trees))
             for first in range(done, len(trees), batch):
-                some = trees[first : first + batch]
+                part = trees[first : first + batch]
                 rows[:] = [
                     (
                         slice(tree.prompt_length, len(tree.tokens)),
                         slice(len(trunk) + start, len(trunk) + end),
                         torch.from_numpy(tree.visits[tree.prompt_length :]).float().to(loaded.device),
                     )
-                    for tree, (start, end) in zip(some, names[first : first + batch], strict=True)
+                    for tree, (start, end) in zip(part, names[first : first + batch], strict=True)
                 ]
-                packed = pack(some, len(trunk))
-                shared.copy(len(some)).forward(packed.tokens, packed.positions, packed.attends)
+                packed = pack(part, len(trunk))
+                shared.copy(len(part)).forward(packed.tokens, packed.positions, packed.attends)
                 done = min(first + batch, len(trees))
                 work.parts.keep("attention", done, {"sums": sums})
                 work.report(done, len(trees))

@@ -63,8 +63,8 @@ def through(
     def keep_states(module: torch.nn.Module, given: tuple, output) -> None:
         seen["states"] = output[0] if isinstance(output, tuple) else output
 
-    others = {each: skipping(loaded, hidden) for each in layers[:layer]}
-    others |= {each: skipping(loaded, None) for each in layers[layer + 1 :]}
+    others = {skipped: skipping(loaded, hidden) for skipped in layers[:layer]}
+    others |= {skipped: skipping(loaded, None) for skipped in layers[layer + 1 :]}
     with ExitStack() as stack:
         stack.enter_context(forwards_replaced(others))
         projection = topology.site_module(loaded.model, layer, "attention_output")
@@ -98,7 +98,7 @@ def onward(
         return projection(by_head.masked_fill(gone, 0).flatten(0, 1).flatten(-2)), None
 
     entering = None if hidden is None else hidden.repeat(len(heads), 1, 1)
-    replaced = {each: skipping(loaded, entering) for each in loaded.topology.layer_modules(loaded.model)[:layer]}
+    replaced = {skipped: skipping(loaded, entering) for skipped in loaded.topology.layer_modules(loaded.model)[:layer]}
     replaced[topology.attention_module(loaded.model, layer)] = attend
     with forwards_replaced(replaced):
         return _forward(loaded, inputs, len(heads)).unflatten(0, (len(heads), -1))
@@ -106,7 +106,9 @@ def onward(
 
 def finished(loaded: LoadedModel, inputs: Inputs, hidden: torch.Tensor) -> torch.Tensor:
     """The last hidden states, [B, Q, hidden], of the states that leave the last layer: nothing is removed."""
-    with forwards_replaced({each: skipping(loaded, hidden) for each in loaded.topology.layer_modules(loaded.model)}):
+    with forwards_replaced(
+        {skipped: skipping(loaded, hidden) for skipped in loaded.topology.layer_modules(loaded.model)}
+    ):
         return _forward(loaded, inputs, 1)
 
 
@@ -176,7 +178,7 @@ def every_head(
     keep(None, None, numbers) those of the whole model, if `unpruned` asks for them. on_heads(count) follows each batch
     of heads. The chunks' hidden states of one layer are in memory together.
     """
-    last = max((layer for layer, some in heads.items() if some), default=-1)
+    last = max((layer for layer, of_layer in heads.items() if of_layer), default=-1)
     widest = max(chunk.tokens.numel() for chunk in chunks)
     at_once = max(1, PASS_TOKENS[loaded.device.type] // widest)
     hidden: list[torch.Tensor | None] = [None] * len(chunks)

@@ -62,8 +62,8 @@ class Layout:
         )
         bounds = np.tile(np.array([-np.inf, np.inf]), (len(groups), len(variations), 1))
         centre = np.zeros((len(groups), len(variations)))
-        for (group, variation), some in completions.group_by("group", "variation"):
-            values = some["value"].cast(pl.Float64).fill_null(np.nan).to_numpy()
+        for (group, variation), answers in completions.group_by("group", "variation"):
+            values = answers["value"].cast(pl.Float64).fill_null(np.nan).to_numpy()
             values = values[np.isfinite(values)]
             if group in groups and len(values):
                 at = groups.index(group), variations.index(variation)
@@ -73,7 +73,7 @@ class Layout:
         nothing = Cells(*(np.zeros(0),) * 3)
         bare = cls(kind, groups, cluster, clusters, variations, bounds, centre, nothing, np.zeros(0))
         cells = bare.numbered(completions)
-        group = np.repeat(np.arange(len(groups)), [len(each) for each in clusters])
+        group = np.repeat(np.arange(len(groups)), [len(names) for names in clusters])
         of_row = np.where(cells.place >= 0, group[cells.place // len(variations)], -1)
         return cls(kind, groups, cluster, clusters, variations, bounds, centre, cells, of_row)
 
@@ -97,7 +97,7 @@ class Layout:
         value = completions["value"].cast(pl.Float64).fill_null(np.nan).to_numpy()
         pairs = zip(completions["group"], completions[self.cluster], strict=True)
         cluster = np.array([codes.get(pair, -1) for pair in pairs], dtype=np.int64)
-        variation = np.array([numbers.get(each, -1) for each in completions["variation"]], dtype=np.int64)
+        variation = np.array([numbers.get(name, -1) for name in completions["variation"]], dtype=np.int64)
         counts = (cluster >= 0) & (variation >= 0) & np.isfinite(value)
         place = np.where(counts, cluster * len(self.variations) + variation, -1)
         group = np.searchsorted(self._begins, cluster, side="right") - 1
@@ -126,28 +126,28 @@ class Layout:
         self,
         cells: Cells,
         draws: Sequence[np.ndarray] | None,
-        some: np.ndarray | None = None,
+        taken: np.ndarray | None = None,
         weight: np.ndarray | None = None,
     ) -> np.ndarray:
         """Sums of 1, w, w^2, w f and w f^2 by resample, [5, groups, resamples + 1, variations].
 
-        draws: None for the sample alone. some: bool [N], rows to take. weight: w, float [N], None for 1.
+        draws: None for the sample alone. taken: bool [N], rows to take. weight: w, float [N], None for 1.
         """
-        rows = cells.place >= 0 if some is None else (cells.place >= 0) & some
+        rows = cells.place >= 0 if taken is None else (cells.place >= 0) & taken
         place, value = cells.place[rows], cells.value[rows]
         w = np.ones(len(place)) if weight is None else weight[rows]
         begins, width = self._begins, len(self.variations)
         table = np.stack(
             [
-                np.bincount(place, weights=each, minlength=begins[-1] * width).reshape(-1, width)
-                for each in (np.ones(len(place)), w, w**2, w * value, w * value**2)
+                np.bincount(place, weights=weights, minlength=begins[-1] * width).reshape(-1, width)
+                for weights in (np.ones(len(place)), w, w**2, w * value, w * value**2)
             ]
         )
-        found = []
+        by_group = []
         for index in range(len(self.groups)):
-            own = table[:, begins[index] : begins[index + 1]]
-            found.append(own.sum(axis=1)[:, None] if draws is None else draws[index] @ own)
-        return np.stack(found, axis=1)
+            of_group = table[:, begins[index] : begins[index + 1]]
+            by_group.append(of_group.sum(axis=1)[:, None] if draws is None else draws[index] @ of_group)
+        return np.stack(by_group, axis=1)
 
     def disparity(self, sums: np.ndarray, unpruned: np.ndarray) -> np.ndarray:
         """The disparity of each resample, [resamples + 1]; NaN where a group has no weight left."""
@@ -166,14 +166,14 @@ class Layout:
             if self.kind == "gap":
                 collapsed = (variance == 0) & (before > 0)
                 size = np.abs(self.centre[:, None] + unpruned[3] / unpruned[1]).mean(axis=0)
-                found = np.abs(m.exact_difference(*mean)) / size
+                disparities = np.abs(m.exact_difference(*mean)) / size
             else:
                 collapsed = variance < COLLAPSED_SPREAD**2 * before
-                found = np.abs(m.standardized(mean, variance))
-            return _mean(np.where(collapsed.any(axis=0), np.nan, found), known)
+                disparities = np.abs(m.standardized(mean, variance))
+            return _mean(np.where(collapsed.any(axis=0), np.nan, disparities), known)
 
     def excess_noise(self, sums: np.ndarray) -> float:
-        """What a toxicity disparity of weighed answers is too large by, beside that of as many answers drawn anew.
+        """The excess of a toxicity disparity of weighed answers over that of as many newly drawn answers.
 
         sums: of one resample, [5, groups, variations]. A sum of absolute distances is too large by its noise
         (`metrics.folded_noise`), and fewer effective samples make more of it: uncorrected, a head would look helpful
@@ -194,8 +194,8 @@ class Layout:
             deviation = share @ total - total
 
             def of_deviations(of_mean: np.ndarray) -> np.ndarray:
-                own = np.where(count > 0, (count / size[:, None]) ** 2 * of_mean, 0.0).sum(axis=-1)
-                return (1 - 2 * share) * own + (share**2 * own).sum()
+                variances = np.where(count > 0, (count / size[:, None]) ** 2 * of_mean, 0.0).sum(axis=-1)
+                return (1 - 2 * share) * variances + (share**2 * variances).sum()
 
             weighed, equal = of_deviations(variance * w2 / w**2), of_deviations(variance / count)
             spread = m.true_spread(deviation, weighed)
@@ -210,9 +210,9 @@ class Layout:
     def effective(self, weight: np.ndarray) -> dict[str, float]:
         """ess, ess_smallest and mean_weight of weights [N]; 0 where no weight is left."""
 
-        def share(some: np.ndarray) -> float:
-            square = (some**2).sum()
-            return float(some.sum() ** 2 / square / len(some)) if square > 0 else 0.0
+        def share(weights: np.ndarray) -> float:
+            square = (weights**2).sum()
+            return float(weights.sum() ** 2 / square / len(weights)) if square > 0 else 0.0
 
         by_group = [share(weight[self.group == index]) for index in range(len(self.groups))]
         return {"ess": share(weight[self.group >= 0]), "ess_smallest": min(by_group), "mean_weight": weight.mean()}

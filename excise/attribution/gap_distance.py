@@ -89,7 +89,9 @@ class Asked:
 
     def gap_of(self, shares: Sequence[np.ndarray]) -> float:
         """The gap where the names' answers have these shares, float64 [answers] each."""
-        means = np.array([mean_of(own, name.outcomes) for own, name in zip(shares, self.names, strict=True)])
+        means = np.array(
+            [mean_of(name_shares, name.outcomes) for name_shares, name in zip(shares, self.names, strict=True)]
+        )
         return float(np.nanmean(means[self.majority]) - np.nanmean(means[~self.majority]))
 
     def deviation_of(self, shares: Sequence[np.ndarray]) -> float:
@@ -169,22 +171,22 @@ def batch_of(asked: Asked, numbers: np.ndarray, device: torch.device) -> Batch:
     packed = pack([name.tree for name in names], len(asked.trunk))
     place, node = torch.unique(packed.edges[:, :2].T, dim=1, return_inverse=True)
     passing, taken = (
-        torch.from_numpy(np.concatenate([each(name) @ name.paths for name in names])).float()
-        for each in (lambda name: name.target, lambda name: name.own)
+        torch.from_numpy(np.concatenate([weighting(name) @ name.paths for name in names])).float()
+        for weighting in (lambda name: name.target, lambda name: name.own)
     )
     unlisted = np.array([names[row].unlisted[column] for row, column in place.T.tolist()], dtype=np.float32)
     # Where hardly an answer of its own passes, a node's share of other tokens says nothing: no more than usual there.
-    reach, mass = (torch.zeros(place.shape[1]).index_add(0, node, each) for each in (passing, taken))
+    reach, mass = (torch.zeros(place.shape[1]).index_add(0, node, passed) for passed in (passing, taken))
     other = torch.from_numpy(unlisted)
     usual = (other * mass).sum() / mass.sum().clamp(min=LEAST)
     other = torch.where(mass < FOREIGN * reach, torch.minimum(other, usual), other).clamp(min=LEAST)
     # The unedited model's own probability of a token, times what the targets make of the share that takes it.
-    share, own = (each / total[node].clamp(min=_RARE) for each, total in ((passing, reach), (taken, mass)))
+    share, usual_share = (flow / total[node].clamp(min=_RARE) for flow, total in ((passing, reach), (taken, mass)))
     likely = torch.from_numpy(np.concatenate([name.edges for name in names])).float().exp()
-    wanted = share * torch.where(own > LEAST, likely / own.clamp(min=LEAST), 1.0)
+    wanted = share * torch.where(usual_share > LEAST, likely / usual_share.clamp(min=LEAST), 1.0)
     total = torch.zeros(place.shape[1]).index_add(0, node, wanted)
     wanted = wanted / total[node].clamp(min=_RARE) * (1 - other[node])
-    moved = (each.to(device) for each in (place, node, packed.edges[:, 2], reach, wanted, other, taken))
+    moved = (tensor.to(device) for tensor in (place, node, packed.edges[:, 2], reach, wanted, other, taken))
     return Batch(asked, numbers, packed, *moved)
 
 
@@ -201,20 +203,20 @@ def loss(loaded: LoadedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]
         0, batch.node, torch.special.xlogy(batch.wanted, batch.wanted) - batch.wanted * edges
     )
     outside = torch.special.xlogy(batch.unlisted, batch.unlisted) - batch.unlisted * others
-    found = (batch.reach * (inside + outside)).sum()
+    total = (batch.reach * (inside + outside)).sum()
     asked = batch.asked
     if asked.deviation > 0:
         away = torch.stack(
             [
-                _mean_outcome(asked.names[number], own) - asked.names[number].aim
-                for number, own in zip(batch.numbers, edges.split(batch.sizes), strict=True)
+                _mean_outcome(asked.names[number], name_edges) - asked.names[number].aim
+                for number, name_edges in zip(batch.numbers, edges.split(batch.sizes), strict=True)
             ]
         )
         side = torch.from_numpy(asked.majority[batch.numbers]).to(edges.device)
         if side.any() and not side.all():
             gap = (away[side].nanmean() - away[~side].nanmean()) / asked.deviation
-            found = found + GAP_WEIGHT * len(batch.numbers) / 8 * gap.square()
-    return found, edges
+            total = total + GAP_WEIGHT * len(batch.numbers) / 8 * gap.square()
+    return total, edges
 
 
 def distance(asked: Asked, now: Measured) -> float:
@@ -257,16 +259,18 @@ def edge_logs(loaded: LoadedModel, asked: Asked) -> Iterator[tuple[int, np.ndarr
     with torch.inference_mode():
         for numbers in asked.batches(ROWS):
             batch = batch_of(asked, numbers, loaded.device)
-            edges, others, drawn = (each.cpu().double().numpy() for each in _log_probabilities(loaded, batch, cut=True))
+            edges, others, drawn = (
+                tensor.cpu().double().numpy() for tensor in _log_probabilities(loaded, batch, cut=True)
+            )
             ends = np.cumsum(batch.sizes)[:-1]
             row, column = batch.place.cpu().numpy()
             parts = zip(numbers, np.split(edges, ends), np.split(drawn, ends), strict=True)
-            for position, (number, own, cut) in enumerate(parts):
+            for position, (number, name_edges, cut) in enumerate(parts):
                 unlisted = np.zeros(len(asked.names[number].tree.tokens), dtype=np.float32)
                 here = row == position
                 unlisted[column[here]] = np.exp(others[here])
                 # A path of no probability must stay one where it is multiplied with 0.
-                yield int(number), own, np.maximum(cut, _NEVER), unlisted
+                yield int(number), name_edges, np.maximum(cut, _NEVER), unlisted
 
 
 def measure(loaded: LoadedModel, asked: Asked) -> Measured:

@@ -56,7 +56,7 @@ def ask(answered: Answered, *, place: str, significance: float) -> Asked:
         rows, _ = replace(answering, exact=Enumeration()).answers(
             answered.loaded, answered.prompts, outcome=outcome, cache=answered.cache
         )
-        # What an answer is worth was told when it was drawn.
+        # The value of an answer was read when it was drawn.
         rows = rows.join(stored, on=["token_ids", "finished"], how="left", suffix="_stored", maintain_order="left")
         rows = rows.with_columns(value=pl.coalesce("value_stored", "value"))
         enumerated = rows["leftover"].null_count() == 0
@@ -100,23 +100,23 @@ def _listed(
         answer = (tuple(ids[:-1]), ids[-1]) if finished else (tuple(ids), None)
         # A continuation may be worth something else behind another prompt; a number is the same everywhere.
         outcome["" if enumerated else prompt_id, answer] = math.nan if value is None else value
-        own = by_prompt[prompt_id]
-        own[answer] = own.get(answer, 0.0) + probability
+        masses = by_prompt[prompt_id]
+        masses[answer] = masses.get(answer, 0.0) + probability
     if enumerated:
         total: dict[Answer, float] = {}
-        for own in by_prompt.values():
-            for answer, probability in own.items():
+        for masses in by_prompt.values():
+            for answer, probability in masses.items():
                 total[answer] = total.get(answer, 0.0) + probability
         known = [answer for answer, mass in total.items() if mass >= RAREST * sum(total.values())]
-        by_prompt = {key: {answer: own.get(answer, 0.0) for answer in known} for key, own in by_prompt.items()}
-    found = []
-    for prompt_id, own in by_prompt.items():
-        values = np.array([outcome["" if enumerated else prompt_id, answer] for answer in own], dtype=np.float64)
+        by_prompt = {key: {answer: masses.get(answer, 0.0) for answer in known} for key, masses in by_prompt.items()}
+    listed = []
+    for prompt_id, masses in by_prompt.items():
+        values = np.array([outcome["" if enumerated else prompt_id, answer] for answer in masses], dtype=np.float64)
         if logarithms:
             values = np.log(np.where(values > 0, values, math.nan))
-        shares = np.array(list(own.values()))
-        found.append((list(own), values, shares / shares.sum()))
-    return found
+        shares = np.array(list(masses.values()))
+        listed.append((list(masses), values, shares / shares.sum()))
+    return listed
 
 
 def _paths(tree: AnswerTree, prompt: int, answers: Sequence[Answer]) -> np.ndarray:
@@ -125,16 +125,16 @@ def _paths(tree: AnswerTree, prompt: int, answers: Sequence[Answer]) -> np.ndarr
     parents, tokens = tree.parents.tolist(), tree.tokens.tolist()
     below = {(parents[column], tokens[column]): column for column in range(prompt, len(tokens))}
     paths = np.zeros((len(answers), len(number)), dtype=np.float32)
-    for row, (own, stop) in enumerate(answers):
+    for row, (answer, stop) in enumerate(answers):
         column = prompt - 1
-        for token in [*own, *([] if stop is None else [stop])]:
+        for token in [*answer, *([] if stop is None else [stop])]:
             paths[row, number[column, token]] = 1
             column = below.get((column, token), -1)
     return paths
 
 
 def _with_targets(loaded: LoadedModel, asked: Asked, enumerated: bool, significance: float, seed: int) -> Asked:
-    """With the unedited model's own shares in the place of those that were drawn, and targets of these."""
+    """The variation with the unedited model's own shares in place of the drawn ones, and with targets made of them."""
     names = list(asked.names)
     for number, edges, drawn, unlisted in edge_logs(loaded, asked):
         name = names[number]
@@ -150,13 +150,15 @@ def _with_targets(loaded: LoadedModel, asked: Asked, enumerated: bool, significa
         raise ExciseError(f"{asked.place}: no answer of one of the groups has a value to tell a gap by; leave it out")
     gap = float(sides[0].mean() - sides[1].mean())
     p_value = _p_value(sides, seed)
-    found = replace(asked, names=tuple(names), gap=gap, p_value=p_value, closing=p_value <= significance and gap != 0)
-    found = replace(found, deviation=found.deviation_of([name.drawn for name in names]))
-    return _aimed(replace(found, names=tuple(_targets(found, enumerated)))) if found.closing else found
+    measured = replace(
+        asked, names=tuple(names), gap=gap, p_value=p_value, closing=p_value <= significance and gap != 0
+    )
+    measured = replace(measured, deviation=measured.deviation_of([name.drawn for name in names]))
+    return _aimed(replace(measured, names=tuple(_targets(measured, enumerated)))) if measured.closing else measured
 
 
 def _aimed(asked: Asked) -> Asked:
-    """With what every name's mean outcome should be: that of its target, less what is left of a gap between these."""
+    """The variation with every name's aim: its target's mean outcome, less what is left of a gap between targets."""
     means = np.array([mean_of(name.target, name.outcomes) for name in asked.names])
     middle = np.nanmean([np.nanmean(means[asked.majority]), np.nanmean(means[~asked.majority])])
     for side in (asked.majority, ~asked.majority):
@@ -167,7 +169,9 @@ def _aimed(asked: Asked) -> Asked:
 def _targets(asked: Asked, enumerated: bool) -> list[Name]:
     if enumerated:
         of_group = {
-            side: np.mean([name.own for name, own in zip(asked.names, asked.majority, strict=True) if own == side], 0)
+            side: np.mean(
+                [name.own for name, majority in zip(asked.names, asked.majority, strict=True) if majority == side], 0
+            )
             for side in (True, False)
         }
         weight = {
@@ -176,7 +180,7 @@ def _targets(asked: Asked, enumerated: bool) -> list[Name]:
         }
         targets = [name.own * weight[bool(side)] for name, side in zip(asked.names, asked.majority, strict=True)]
         return [replace(name, target=target / target.sum()) for name, target in zip(asked.names, targets, strict=True)]
-    found = []
+    targeted = []
     for name, side in zip(asked.names, asked.majority, strict=True):
         known, target = np.isfinite(name.outcomes), name.own.copy()
         mass = target[known].sum()
@@ -184,8 +188,8 @@ def _targets(asked: Asked, enumerated: bool) -> list[Name]:
             shift = asked.gap / 2 * (-1 if side else 1)
             most = MOST_TILT / asked.deviation
             target[known] = mass * tilted(name.outcomes[known], target[known] / mass, shift, most)
-        found.append(replace(name, target=target))
-    return found
+        targeted.append(replace(name, target=target))
+    return targeted
 
 
 def _p_value(sides: Sequence[np.ndarray], seed: int) -> float:

@@ -89,14 +89,14 @@ def gap_gradient(
     """
     work = work or Work("gap gradient")
     passes = _Passes(loaded, tuple(trunk), trees, parameters, seed, work.batch or BATCH)
-    some = blocks(loaded, ROLES, 2, work.layers_at_once)
-    linears = [linear for block in some for linear in block]
+    layer_blocks = blocks(loaded, ROLES, 2, work.layers_at_once)
+    linears = [linear for block in layer_blocks for linear in block]
     sampled = _sampled_places(linears, seed)
     damping = math.nan
 
     def best_of(block: Block) -> dict[str, np.ndarray]:
         # The first block's passes go back through all layers, so they tell the median of all.
-        first = block.linears is some[0]
+        first = block.linears is layer_blocks[0]
         sums = _sums(passes, block, sampled if first else {})
         median = _median_harm(loaded, linears, sampled, sums, len(trees)) if first else damping
         arrays = {"damping": np.array(median)}
@@ -105,7 +105,7 @@ def gap_gradient(
         return arrays
 
     candidates: dict[str, Candidates] = {}
-    for block, arrays in block_by_block(some, len(trees), best_of, work):
+    for block, arrays in block_by_block(layer_blocks, len(trees), best_of, work):
         damping = arrays["damping"].item()
         for linear in block:
             candidates[linear.key] = Candidates(*(arrays[f"{linear.key}/{name}"] for name in ("index", "drop", "harm")))
@@ -145,10 +145,10 @@ def _sums(passes: _Passes, block: Block, looked_at: Mapping[str, torch.Tensor]) 
     import torch
 
     loaded = passes.loaded
-    own = {linear.key for linear in block.linears}
+    keys = {linear.key for linear in block.linears}
     by_module: dict[str, list[Linear]] = {}
     for linear in loaded.topology.linears:
-        if linear.key in own or linear.key in looked_at:
+        if linear.key in keys or linear.key in looked_at:
             by_module.setdefault(linear.module, []).append(linear)
     done, state = block.parts.begun(block.name)
     sums = {name: torch.from_numpy(array) for name, array in state.items()}
@@ -173,8 +173,8 @@ def _sums(passes: _Passes, block: Block, looked_at: Mapping[str, torch.Tensor]) 
                 _add("fisher", by_module, looked_at, calls, output_gradients(signed, calls, again=True), sums)
                 deltas = output_gradients((score * visits[:, 0]).sum(), of_block)
                 _add("gradient", by_module, looked_at, calls, deltas, sums)
-            for each in calls.values():
-                each.clear()
+            for module_calls in calls.values():
+                module_calls.clear()
             block.parts.keep(block.name, stop, sums)
             block.report(stop)
     return sums
@@ -228,8 +228,8 @@ def _median_harm(
     harms = []
     for linear in linears:
         weight = linear.weight(loaded.model).detach().reshape(-1)
-        some = weight[sampled[linear.key].to(weight.device)].float().cpu()
-        harms.append((0.5 * some.square() * sums.pop(f"sampled/{linear.key}") / sequences).numpy())
+        sample = weight[sampled[linear.key].to(weight.device)].float().cpu()
+        harms.append((0.5 * sample.square() * sums.pop(f"sampled/{linear.key}") / sequences).numpy())
     return float(np.median(np.concatenate(harms)))
 
 
@@ -243,7 +243,7 @@ def _edge_scores(
 
     hidden = Rows(loaded, trunk).copy(len(packed.tokens)).forward(packed.tokens, packed.positions, packed.attends)
     position, edge = torch.unique(packed.edges[:, :2].T, dim=1, return_inverse=True)
-    position, edge, token = (each.to(loaded.device) for each in (position, edge, packed.edges[:, 2]))
+    position, edge, token = (indices.to(loaded.device) for indices in (position, edge, packed.edges[:, 2]))
     scores = logits_of(loaded, hidden[position[0], position[1]]) / (parameters.temperature or 1.0)
     allowed = truncated_set(scores.detach(), parameters)
     allowed[edge, token] = True
@@ -310,7 +310,10 @@ def _measure(answered: Answered, work: Work) -> Tensors:
 
     asked = ask(answered, place=answered.completions["variation"][0], significance=1.0)
     trees = [
-        replace(name.tree, edge_visits=np.stack([each @ name.paths for each in (name.own - name.target, name.own)], 1))
+        replace(
+            name.tree,
+            edge_visits=np.stack([weighting @ name.paths for weighting in (name.own - name.target, name.own)], 1),
+        )
         for name in asked.names
     ]
     parameters = SamplingParameters(**json.loads(answered.completions["parameters"][0]))

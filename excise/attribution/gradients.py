@@ -54,9 +54,9 @@ def output_gradients(objective: torch.Tensor, calls: Calls, *, again: bool = Fal
     stays for another objective."""
     import torch
 
-    outputs = [output for each in calls.values() for _, output in each]
+    outputs = [output for pairs in calls.values() for _, output in pairs]
     gradients = iter(torch.autograd.grad(objective, outputs, retain_graph=again, materialize_grads=True))
-    return {module: [next(gradients) for _ in each] for module, each in calls.items()}
+    return {module: [next(gradients) for _ in pairs] for module, pairs in calls.items()}
 
 
 def weight_gradient(linear: Linear, given: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -64,7 +64,7 @@ def weight_gradient(linear: Linear, given: torch.Tensor, delta: torch.Tensor) ->
 
     given, delta: the module's input and the gradient of its output, [..., features], summed over all but the last.
     """
-    x, d = (each.flatten(0, -2).float() for each in (given, delta))
+    x, d = (features.flatten(0, -2).float() for features in (given, delta))
     return x.T @ d if linear.layout == "conv1d" else d.T @ x
 
 
@@ -87,7 +87,7 @@ def kept_shape(loaded: LoadedModel, module: str) -> tuple[int, ...]:
 class Block:
     """Matrices of consecutive layers whose gradients are held together, and where work on them is kept.
 
-    name: of the block among the parts. report: is told how many units of the block are done.
+    name: of the block among the parts. report: receives the number of units of the block that are done.
     """
 
     linears: list[Linear]
@@ -109,34 +109,34 @@ def blocks(
         return []
     if layers_at_once is None:
         largest = max(
-            sum(int(np.prod(kept_shape(loaded, module))) for module in {each.module for each in some})
-            for some in by_layer.values()
+            sum(int(np.prod(kept_shape(loaded, module))) for module in {linear.module for linear in of_layer})
+            for of_layer in by_layer.values()
         )
         layers_at_once = max(1, _room(loaded.device) // max(1, 4 * copies * largest))
     layers = list(by_layer.values())
     return [
-        [linear for some in layers[start : start + layers_at_once] for linear in some]
+        [linear for of_layer in layers[start : start + layers_at_once] for linear in of_layer]
         for start in range(0, len(layers), layers_at_once)
     ]
 
 
 def block_by_block(
-    some: Sequence[list[Linear]], units: int, compute: Callable[[Block], dict[str, np.ndarray]], work: Work
+    layer_blocks: Sequence[list[Linear]], units: int, compute: Callable[[Block], dict[str, np.ndarray]], work: Work
 ) -> Iterator[tuple[list[Linear], dict[str, np.ndarray]]]:
     """Each block with what `compute` makes of it, or has made of it before a run was killed.
 
     units: passes of a block. A single block is not kept when it is finished: the file it is for follows at once.
     """
-    for number, linears in enumerate(some):
+    for number, linears in enumerate(layer_blocks):
         name = f"{linears[0].key}-{linears[-1].key}"
         arrays = work.parts.finished(name)
         if arrays is None:
 
             def report(done: int, before: int = number * units) -> None:
-                work.report(before + done, len(some) * units)
+                work.report(before + done, len(layer_blocks) * units)
 
             arrays = compute(Block(linears, name, work.parts, report))
-            if len(some) > 1:
+            if len(layer_blocks) > 1:
                 work.parts.finish(name, arrays)
         yield linears, arrays
 

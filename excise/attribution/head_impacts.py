@@ -101,7 +101,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Text:
-    """The text that perplexity is told on, in windows, and the mode they were cut by; no windows: it is not told."""
+    """The text that perplexity is measured on, in windows, and the mode they were cut by; no windows: not measured."""
 
     windows: Sequence[Window] = ()
     mode: Mode = "sliding"
@@ -109,7 +109,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Removal:
-    """How answers without a head are had: `auto` asks anew without a head whose smallest effective sample is under
+    """How answers without a head are obtained: `auto` asks anew without a head whose smallest effective sample is under
     `ess_floor`, if `regenerate` (mask of the head -> completions under it, same columns but token_ids) is given;
     `reweight` never; `regenerate` for every head, as the paper does."""
 
@@ -131,7 +131,7 @@ def head_impacts(
     """Perplexity and disparity with and without every head, one row each with the columns of `SCHEMA`.
 
     z_ppl = perplexity with - without: negative for a head the model needs. z_bias = disparity (`bias_*`) with -
-    without: positive for a harmful head. Toxicity without a head is told at the noise of as many answers drawn anew, as
+    without: positive for a harmful head. Toxicity without a head has the noise of as many answers drawn anew, as
     a sum of absolute distances grows with noise, and weights make it. Intervals are 95 % paired bootstrap: of windows,
     and of clusters within groups. z_bias_half_1 and _2: the same from either half of every cluster's samples; they tell
     the noise of sampling (`split_half_reliability`), not that of the choice of clusters. mean_without: mean outcome, of
@@ -262,13 +262,13 @@ def split_half_reliability(impacts: pl.DataFrame, catastrophic: float = CATASTRO
     known = impacts["perplexity_without"].drop_nulls().to_numpy()
     limit = catastrophic * float(np.median(known)) if len(known) else np.inf
     rows = []
-    for among, some in (
+    for among, subset in (
         ("all heads", halves),
         ("without catastrophic heads", halves.filter(pl.col("perplexity_without").fill_null(0) <= limit)),
     ):
-        first, second = (some[f"z_bias_half_{half}"].to_numpy() for half in (1, 2))
-        row: dict[str, object] = {"among": among, "heads": some.height}
-        if some.height >= 3 and min(np.ptp(first), np.ptp(second)) > 0:
+        first, second = (subset[f"z_bias_half_{half}"].to_numpy() for half in (1, 2))
+        row: dict[str, object] = {"among": among, "heads": subset.height}
+        if subset.height >= 3 and min(np.ptp(first), np.ptp(second)) > 0:
             for name, correlation in (("pearson", pearsonr), ("spearman", spearmanr)):
                 r = float(correlation(first, second).statistic)
                 row |= {name: r, f"{name}_corrected": 2 * r / (1 + r) if r > -1 / 3 else None}

@@ -78,16 +78,16 @@ def head_gradient(
     totals = torch.zeros((topology.layers, topology.heads), dtype=torch.float64)
     order = sorted(range(len(windows)), key=lambda number: len(windows[number].tokens))
     done = 0
-    for some in _batches([windows[number] for number in order], batch):
+    for same_length in _batches([windows[number] for number in order], batch):
         with torch.inference_mode(False), torch.enable_grad():
-            shape = (topology.layers, len(some), topology.heads)
+            shape = (topology.layers, len(same_length), topology.heads)
             mask = torch.ones(shape, device=loaded.device, requires_grad=True)
             with _masked(loaded, mask):
-                loss = _losses(loaded, some).sum()
+                loss = _losses(loaded, same_length).sum()
             # A row's loss depends on its own mask alone, so this is every window's gradient.
             (gradient,) = torch.autograd.grad(loss, mask)
         totals += gradient.abs().sum(dim=1).cpu().double()
-        done += len(some)
+        done += len(same_length)
         progress("head gradient", done, len(windows))
     scores = totals.numpy()
     if not np.isfinite(scores).all():
@@ -98,13 +98,13 @@ def head_gradient(
 
 def _batches(windows: Sequence[Window], batch: int) -> Iterator[list[Window]]:
     """Neighbours of equal length, `batch` at most."""
-    some: list[Window] = []
+    same_length: list[Window] = []
     for window in windows:
-        if some and (len(some) == batch or len(some[0].tokens) != len(window.tokens)):
-            yield some
-            some = []
-        some.append(window)
-    yield some
+        if same_length and (len(same_length) == batch or len(same_length[0].tokens) != len(window.tokens)):
+            yield same_length
+            same_length = []
+        same_length.append(window)
+    yield same_length
 
 
 @contextmanager

@@ -62,7 +62,7 @@ class Store:
 
 @dataclass(frozen=True)
 class HeadWork:
-    """A model, the heads that are taken out one at a time, where their numbers are kept, and who is told."""
+    """A model, the heads that are taken out one at a time, where their numbers are kept, and who hears of progress."""
 
     loaded: LoadedModel
     heads: Sequence[tuple[int, int]]

@@ -47,7 +47,7 @@ def forests(answers: Sequence[tuple[Sequence[int], Sequence[int]]], columns: int
     prompt only where the prompt alone is too large.
     """
     sizes = _new_columns(answers)
-    made, start = [], 0
+    merged, start = [], 0
     while start < len(answers):
         stop, used = start, 0
         while stop < len(answers):
@@ -61,9 +61,9 @@ def forests(answers: Sequence[tuple[Sequence[int], Sequence[int]]], columns: int
             while first > start and answers[first - 1][0] == answers[stop][0]:
                 first -= 1
             stop = first if first > start else stop
-        made.append(_forest(answers[start:stop]))
+        merged.append(_forest(answers[start:stop]))
         start = stop
-    return made
+    return merged
 
 
 def _path(answer: tuple[Sequence[int], Sequence[int]]) -> tuple[int, ...]:
@@ -79,7 +79,7 @@ def _shared(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _new_columns(answers: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[int]:
-    paths = [_path(each) for each in answers]
+    paths = [_path(pair) for pair in answers]
     return [len(path) - _shared(path, before) for path, before in zip(paths, [(), *paths], strict=False)]
 
 
@@ -131,14 +131,17 @@ def answer_reader(loaded: LoadedModel, forest: Forest, parameters: SamplingParam
         states = hidden[:, 0, torch.from_numpy(columns).to(hidden.device)].flatten(0, 1)
         rows = (np.arange(len(hidden))[:, None] * len(columns) + row).ravel()
         tokens = np.tile(token, len(hidden))
-        found = np.empty(len(rows))
+        logs = np.empty(len(rows))
         for start in range(0, len(states), LOGIT_ROWS):
             part = slice(*np.searchsorted(rows, (start, start + LOGIT_ROWS)))
             logits = logits_of(loaded, states[start : start + LOGIT_ROWS])
-            found[part] = log_probabilities(logits, rows[part] - start, tokens[part], parameters, drawn_here=unpruned)
-        by_edge = found.reshape(len(hidden), -1)
+            logs[part] = log_probabilities(logits, rows[part] - start, tokens[part], parameters, drawn_here=unpruned)
+        by_edge = logs.reshape(len(hidden), -1)
         return np.stack(
-            [np.bincount(forest.answer, weights=each[forest.edge], minlength=forest.answers) for each in by_edge]
+            [
+                np.bincount(forest.answer, weights=logs_by_edge[forest.edge], minlength=forest.answers)
+                for logs_by_edge in by_edge
+            ]
         )
 
     return read
@@ -162,19 +165,19 @@ def log_probabilities(
         likeliest = (logits.argmax(dim=1)[rows] == tokens).cpu().numpy()
         return np.where(likeliest | drawn_here, 0.0, -np.inf)
     scores = logits.float() / parameters.temperature
-    own = scores[rows, tokens].cpu().double().numpy()
+    chosen = scores[rows, tokens].cpu().double().numpy()
     if parameters.top_p == 1 and not 0 < parameters.top_k < logits.shape[1]:
-        return own - torch.logsumexp(scores, dim=1).cpu().double().numpy()[row]
+        return chosen - torch.logsumexp(scores, dim=1).cpu().double().numpy()[row]
     best = scores.amax(dim=1).cpu().double().numpy()
     normaliser = np.empty(len(logits))
     inside = np.zeros(len(row), dtype=bool)
     place = np.full(len(logits), -1)
-    for some, ids, cumulative in next_tokens(logits, parameters):
-        share = torch.diff(cumulative, dim=1, prepend=torch.zeros((len(some), 1), dtype=cumulative.dtype))
+    for part_rows, ids, cumulative in next_tokens(logits, parameters):
+        share = torch.diff(cumulative, dim=1, prepend=torch.zeros((len(part_rows), 1), dtype=cumulative.dtype))
         # The likeliest token is always in the set, so its share tells what the set's probability is.
-        normaliser[some] = best[some] - np.log(share.amax(dim=1).numpy())
+        normaliser[part_rows] = best[part_rows] - np.log(share.amax(dim=1).numpy())
         place[:] = -1
-        place[some] = np.arange(len(some))
+        place[part_rows] = np.arange(len(part_rows))
         here = np.flatnonzero(place[row] >= 0)
         step = max(1, (1 << 22) // ids.shape[1])
         for start in range(0, len(here), step):
@@ -182,10 +185,10 @@ def log_probabilities(
             at = torch.from_numpy(place[row[part]])
             same = (ids[at] == torch.from_numpy(token[part])[:, None]) & (share[at] > 0)
             inside[part] = same.any(dim=1).numpy()
-    found = own - normaliser[row]
+    logs = chosen - normaliser[row]
     if drawn_here:
-        return np.where(inside, found, own - np.logaddexp(own, normaliser[row]))
-    return np.where(inside, found, -np.inf)
+        return np.where(inside, logs, chosen - np.logaddexp(chosen, normaliser[row]))
+    return np.where(inside, logs, -np.inf)
 
 
 def window_reader(loaded: LoadedModel, windows: Sequence[Window]) -> tuple[Inputs, Reader]:
@@ -226,10 +229,10 @@ def answer_parts(
 ) -> list[Part]:
     """Parts that read the log probabilities of distinct (prompt, answer) pairs of tuples, in any order."""
     order = sorted(range(len(answers)), key=lambda index: ((*answers[index][0], *answers[index][1]), answers[index]))
-    made = forests([answers[index] for index in order], FOREST_COLUMNS[loaded.device.type])
-    members = np.split(np.array(order), np.cumsum([forest.answers for forest in made])[:-1])
-    readers = [answer_reader(loaded, forest, parameters) for forest in made]
-    return _parts(loaded, [forest.inputs for forest in made], readers, members)
+    merged = forests([answers[index] for index in order], FOREST_COLUMNS[loaded.device.type])
+    members = np.split(np.array(order), np.cumsum([forest.answers for forest in merged])[:-1])
+    readers = [answer_reader(loaded, forest, parameters) for forest in merged]
+    return _parts(loaded, [forest.inputs for forest in merged], readers, members)
 
 
 def window_parts(loaded: LoadedModel, windows: Sequence[Window]) -> list[Part]:
@@ -242,8 +245,8 @@ def window_parts(loaded: LoadedModel, windows: Sequence[Window]) -> list[Part]:
         alike = np.flatnonzero(lengths == length)
         step = max(1, budget // int(length))
         members += [alike[start : start + step] for start in range(0, len(alike), step)]
-    made = [window_reader(loaded, [windows[index] for index in some]) for some in members]
-    return _parts(loaded, [inputs for inputs, _ in made], [read for _, read in made], members)
+    readers = [window_reader(loaded, [windows[index] for index in part]) for part in members]
+    return _parts(loaded, [inputs for inputs, _ in readers], [read for _, read in readers], members)
 
 
 def _parts(

@@ -108,8 +108,8 @@ def _scores(
                 del gradients[linear.module]
         return scores
 
-    some = blocks(loaded, roles, max(weightings, 1), work.layers_at_once)
-    for linears, scores in block_by_block(some, len(rows), scores_of, work):
+    layer_blocks = blocks(loaded, roles, max(weightings, 1), work.layers_at_once)
+    for linears, scores in block_by_block(layer_blocks, len(rows), scores_of, work):
         for linear in linears:
             yield linear.key, scores.pop(linear.key)
 
@@ -139,16 +139,16 @@ def _absolute_gradients(
     block.report(done)
     with recorded(loaded, modules) as calls:
         for start in range(done, len(rows), batch):
-            some = rows[start : start + batch]
+            part = rows[start : start + batch]
             with torch.inference_mode(False), torch.enable_grad():
-                loss, lengths = _loss(loaded, trunk, [answers[row] for row in some])
+                loss, lengths = _loss(loaded, trunk, [answers[row] for row in part])
                 deltas = output_gradients(loss, calls)
             del loss
             with torch.no_grad():
                 for module, linear in modules.items():
                     ((given, _),), (delta,) = calls[module], deltas.pop(module)
                     calls[module].clear()
-                    for place, (row, length) in enumerate(zip(some, lengths, strict=True)):
+                    for place, (row, length) in enumerate(zip(part, lengths, strict=True)):
                         gradient = weight_gradient(linear, given[place, :length], delta[place, :length]).abs_()
                         for weighting, weight in enumerate(weights[row].tolist()):
                             if weight:

@@ -72,8 +72,8 @@ def input_norms(
     def record(layer: int, site: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
         def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             squares = arguments[0].flatten(0, 1).float().square()
-            found = weights[0].to(squares.device).T @ squares
-            sums[layer, site] += found.to(sums[layer, site].device).double()
+            summed = weights[0].to(squares.device).T @ squares
+            sums[layer, site] += summed.to(sums[layer, site].device).double()
 
         return hook
 
@@ -87,10 +87,10 @@ def input_norms(
         shared = Rows(loaded, trunk)
         work.report(done, len(trees))
         for start in range(done, len(trees), batch):
-            some = trees[start : start + batch]
-            packed = pack(some, len(trunk))
+            part = trees[start : start + batch]
+            packed = pack(part, len(trunk))
             weights[:] = [packed.visits.flatten(0, 1).float().to(loaded.device)]
-            shared.copy(len(some)).forward(packed.tokens, packed.positions, packed.attends)
+            shared.copy(len(part)).forward(packed.tokens, packed.positions, packed.attends)
             done = min(start + batch, len(trees))
             work.parts.keep("norms", done, named)
             work.report(done, len(trees))

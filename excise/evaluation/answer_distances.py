@@ -71,9 +71,9 @@ def answer_distributions(rows: pl.DataFrame, names: Sequence[tuple[str, str]], *
 
     mass = of(weight)
     even, uneven = (of(weight * np.where(sampled, 2.0 * (odd == half), 1.0)) for half in (False, True))
-    found = rows.group_by("name").agg(pl.col("leftover").mean()).drop_nulls()
+    by_name = rows.group_by("name").agg(pl.col("leftover").mean()).drop_nulls()
     leftover = np.zeros(len(names))
-    leftover[found["name"].to_numpy()] = found["leftover"].to_numpy()
+    leftover[by_name["name"].to_numpy()] = by_name["leftover"].to_numpy()
     below = np.cumsum(mass, axis=1)[:, :-1]
     samples = np.bincount(name[sampled], minlength=len(names)).astype(np.float64)
     return Distributions(
@@ -113,11 +113,13 @@ def distances(first: Distributions, second: Distributions) -> Distances:
         below = np.abs(np.subtract(*np.cumsum(parts, axis=2)))[:, :-1]
         below[below < m.ROUNDING] = 0.0
         with np.errstate(over="ignore", invalid="ignore"):
-            found = below @ steps
-        return np.where(there & np.isfinite(found), found, np.nan)
+            areas = below @ steps
+        return np.where(there & np.isfinite(areas), areas, np.nan)
 
     whole = apart(first.mass, second.mass)
     halves = np.mean([apart(*pair) for pair in zip(first.halves, second.halves, strict=True)], axis=0)
-    fewer = np.minimum(*(np.where(each.samples > 0, each.samples, np.inf) for each in (first, second)))
+    fewer = np.minimum(
+        *(np.where(distributions.samples > 0, distributions.samples, np.inf) for distributions in (first, second))
+    )
     ratio = math.sqrt(2) * (1 - FEW_SAMPLES / np.sqrt(fewer))
     return Distances(whole, (halves - whole) / (ratio - 1), first.unread + second.unread)

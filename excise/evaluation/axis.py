@@ -100,12 +100,12 @@ def axis_of(completions: pl.DataFrame, subgroups: Sequence[str], cluster: str, r
     group: list[int] = []
     weights: list[np.ndarray] = []
     for number, name in enumerate(subgroups):
-        found = sorted(completions.filter(pl.col("group") == name)["subject"].unique().to_list())
-        for subject in found:
+        descriptors = sorted(completions.filter(pl.col("group") == name)["subject"].unique().to_list())
+        for subject in descriptors:
             subjects[name, subject] = len(subjects)
-        group += [number] * len(found)
+        group += [number] * len(descriptors)
         weights.append(
-            bootstrap.resampled_names(len(found), resamples, np.random.default_rng([seed, _SUBJECTS, number]))
+            bootstrap.resampled_names(len(descriptors), resamples, np.random.default_rng([seed, _SUBJECTS, number]))
         )
     templates = sorted(completions["template"].unique().to_list())
     drawn = bootstrap.resampled_names(len(templates), resamples, np.random.default_rng([seed, _TEMPLATES]))
@@ -122,13 +122,13 @@ def axis_of(completions: pl.DataFrame, subgroups: Sequence[str], cluster: str, r
 
 def spreads_of(frame: pl.DataFrame, axis: Axis, before: Sequence[Spread] | None = None) -> tuple[Spread, ...]:
     """Standard deviation of each subgroup's scores, clipped as those of the unpruned model, `before`."""
-    one, found = np.ones((1, 1)), []
+    once, spreads = np.ones((1, 1)), []
     for number, name in enumerate(axis.subgroups):
         values = frame.filter(pl.col("group") == name)["value"].cast(pl.Float64).fill_null(np.nan).to_numpy()
         sample = bootstrap.named_answers(values, np.zeros(len(values)), 1)
-        moments = bootstrap.weighted_moments(sample, one, _WINSORIZE)
-        found.append(spread_of(sample, one, moments, _WINSORIZE, None if before is None else before[number]))
-    return tuple(found)
+        moments = bootstrap.weighted_moments(sample, once, _WINSORIZE)
+        spreads.append(spread_of(sample, once, moments, _WINSORIZE, None if before is None else before[number]))
+    return tuple(spreads)
 
 
 def scores_of(

@@ -67,8 +67,10 @@ def noise_of(scores: Scores, axis: Axis) -> NDArray[np.float64]:
         return parts[0]
     there = scores.scored > 0
     group = np.broadcast_to(axis.group[:, None], there.shape)[there]
-    every = np.broadcast_to(pull[:, None, :], (*there.shape, len(count)))[there]
-    return np.maximum(sum(parts) - _stratified(residual[there], scores.scored[there], group, every), np.max(parts, 0))
+    spread_pull = np.broadcast_to(pull[:, None, :], (*there.shape, len(count)))[there]
+    return np.maximum(
+        sum(parts) - _stratified(residual[there], scores.scored[there], group, spread_pull), np.max(parts, 0)
+    )
 
 
 def _stratified(residual: np.ndarray, weight: np.ndarray, group: np.ndarray, pull: np.ndarray) -> np.ndarray:

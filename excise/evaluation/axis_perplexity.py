@@ -41,7 +41,7 @@ def _found(texts: dict[tuple[Condition, str], list[dict]], condition: Condition,
     """A variation's rows, else those for all; for all without rows of its own, those of every variation."""
     known = texts.get((condition, variation)) or texts.get((condition, ALL))
     if known is None and variation == ALL:
-        known = [row for (each, _), rows in texts.items() if each == condition for row in rows]
+        known = [row for (of_condition, _), rows in texts.items() if of_condition == condition for row in rows]
     return known or []
 
 

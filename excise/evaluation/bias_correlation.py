@@ -141,7 +141,7 @@ def _statistics(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(statistic, values [resamples + 1]), the estimate first; the same heads are drawn for all statistics."""
     heads = len(first)
-    found: dict[str, list[np.ndarray]] = {}
+    correlations: dict[str, list[np.ndarray]] = {}
     rng = np.random.default_rng(seed)
     step = max(1, _CELLS_AT_ONCE // max(heads, 1))
     for start in range(0, resamples + 1, step):
@@ -151,15 +151,15 @@ def _statistics(
         # a resample names its heads in their order, so that equal scores are taken as in the sample
         drawn.sort(axis=1)
         one, other = first[drawn], second[drawn]
-        found.setdefault("pearson", []).append(_pearson(one, other))
-        found.setdefault("spearman", []).append(_spearman(one, other))
+        correlations.setdefault("pearson", []).append(_pearson(one, other))
+        correlations.setdefault("spearman", []).append(_spearman(one, other))
         if axes:
             tops = _top(one), _top(other)
             overlap = np.array([overlap_fraction(*rows) for rows in zip(*tops, strict=True)])
             chance = np.array([chance_level(row) for row in tops[1]])
             for name, values in (("overlap", overlap), ("chance", chance), ("excess", overlap - chance)):
-                found.setdefault(f"top_{name}", []).append(values)
-    for statistic, parts in found.items():
+                correlations.setdefault(f"top_{name}", []).append(values)
+    for statistic, parts in correlations.items():
         yield statistic, np.concatenate(parts)
 
 

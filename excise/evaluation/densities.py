@@ -19,8 +19,8 @@ def mask_densities(masks: pl.DataFrame, model: str, scenario: str) -> dict[tuple
         return {}
     require_table(masks, _COLUMNS, "masks")
     keys = [*COLUMNS, "variation", "draw"]
-    own = masks.filter((pl.col("model") == model) & (pl.col("scenario") == scenario))
-    sums = own.group_by(keys, maintain_order=True).agg(pl.col("pruned").sum(), pl.col("size").sum())
+    rows = masks.filter((pl.col("model") == model) & (pl.col("scenario") == scenario))
+    sums = rows.group_by(keys, maintain_order=True).agg(pl.col("pruned").sum(), pl.col("size").sum())
     result: dict[tuple, list[float]] = {}
     for *condition, variation, _draw, count, size in sums.select(*keys, "pruned", "size").iter_rows():
         if size:

@@ -52,7 +52,7 @@ def group_answers(values, probability, name, leftover, sampled=0.0) -> GroupAnsw
     sampled: [names] or one number, as `GroupAnswers` has it.
     Raises ExciseError unless each name's probabilities and its leftover sum to 1.
     """
-    values, probability = (np.asarray(each, dtype=np.float64).ravel() for each in (values, probability))
+    values, probability = (np.asarray(array, dtype=np.float64).ravel() for array in (values, probability))
     name, leftover = np.asarray(name, dtype=np.int64).ravel(), np.asarray(leftover, dtype=np.float64).ravel()
     names = len(leftover)
     total = np.bincount(name, probability, minlength=names) + leftover

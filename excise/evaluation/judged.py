@@ -69,14 +69,14 @@ def judgements(completions: pl.DataFrame, groups: Sequence[str], unit: str = "su
     counted = {tuple(place): names for *place, names in answered.iter_rows()}
     rates = dict(rows.group_by("variation").agg(share_with_value()).iter_rows())
     splits = rows["split"].unique().sort().to_list()
-    found = []
+    judged_rows = []
     for variation in completions["variation"].unique(maintain_order=True):
         names, group = min(
             ((counted.get((variation, split, group), 0), group) for split in splits for group in groups),
             default=(0, None),
         )
-        found.append((variation, rates.get(variation), group, names, names >= ENOUGH))
-    return pl.DataFrame(found, schema=_SCHEMA, orient="row")
+        judged_rows.append((variation, rates.get(variation), group, names, names >= ENOUGH))
+    return pl.DataFrame(judged_rows, schema=_SCHEMA, orient="row")
 
 
 def judged(completions: pl.DataFrame, groups: Sequence[str], unit: str = "subject") -> list[str]:
@@ -109,7 +109,7 @@ def examples(rows: pl.DataFrame) -> list[str]:
 
 def shortened(text: str) -> str:
     """An answer in quotes on one line, cut where it is long; the word `nothing` for one without characters."""
-    line = "".join(each if each.isprintable() else " " for each in text)
+    line = "".join(character if character.isprintable() else " " for character in text)
     line = " ".join(line.split())
     if not line:
         return NOTHING_WRITTEN
@@ -148,9 +148,11 @@ def nothing_written(completions: pl.DataFrame) -> str | None:
 
 def each_unjudged(completions: pl.DataFrame, scenario: Scenario) -> pl.DataFrame:
     """The variations that cannot be judged: the columns of `judgements` but judged, and three answers as one text."""
-    found = judgements(completions, compared_groups(scenario), scenario.outcome.cluster).filter(~pl.col("judged"))
-    texts = [", ".join(examples(completions.filter(pl.col("variation") == each))) for each in found["variation"]]
-    return found.drop("judged").with_columns(examples=pl.Series(texts, dtype=pl.String))
+    unjudged = judgements(completions, compared_groups(scenario), scenario.outcome.cluster).filter(~pl.col("judged"))
+    texts = [
+        ", ".join(examples(completions.filter(pl.col("variation") == variation))) for variation in unjudged["variation"]
+    ]
+    return unjudged.drop("judged").with_columns(examples=pl.Series(texts, dtype=pl.String))
 
 
 def explained(completions: pl.DataFrame, scenario: Scenario) -> list[str]:
@@ -165,7 +167,7 @@ def explained(completions: pl.DataFrame, scenario: Scenario) -> list[str]:
     of_them = completions.filter(pl.col("variation").is_in(unjudged["variation"].implode()))
     rates = ", ".join(f"{name} ({percent(rate)})" for name, rate in unjudged.select("variation", "parse_rate").rows())
     first, valued = unjudged.row(0, named=True), scenario.outcome.words.valued
-    told = nothing_written(of_them) or f"{first['variation']} answered {first['examples']}"
+    reason = nothing_written(of_them) or f"{first['variation']} answered {first['examples']}"
     place = f"{completions['model'][0]}|{scenario.key}"
     rest = (
         f"the other {asked - number} {'is' if asked - number == 1 else 'are'} judged"
@@ -173,7 +175,7 @@ def explained(completions: pl.DataFrame, scenario: Scenario) -> list[str]:
         else ("nothing is judged")
     )
     return [
-        f"{place}: {number} of {asked} variations cannot be judged, {rest}; share of {valued}: {rates}; {told}.",
+        f"{place}: {number} of {asked} variations cannot be judged, {rest}; share of {valued}: {rates}; {reason}.",
         f"{mend(of_them, scenario)} Three answers of each: check judged_variations of completions (make ui).",
     ]
 

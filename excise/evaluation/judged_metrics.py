@@ -48,11 +48,11 @@ def metrics_of(
         parts += [rows, _counts(rows, asked)]
     if len(judged) < asked:
         rows = evaluate(completions.filter(~able), pruned.clear()).filter(pl.col("variation") != ALL)
-        told = pl.col("metric").is_in(WITHOUT_VALUES)
+        without_values = pl.col("metric").is_in(WITHOUT_VALUES)
         figures = [name for name, kind in rows.schema.items() if kind == pl.Float64]
         rows = rows.with_columns(
-            *(pl.when(told).then(pl.col(name)).alias(name) for name in figures),
-            n=pl.when(told).then(pl.col("n")).otherwise(0),
+            *(pl.when(without_values).then(pl.col(name)).alias(name) for name in figures),
+            n=pl.when(without_values).then(pl.col("n")).otherwise(0),
         )
         parts.append(rows)
     return pl.concat(parts)
@@ -63,8 +63,13 @@ def _counts(rows: pl.DataFrame, asked: int) -> pl.DataFrame:
     known = rows.filter(pl.col("metric").is_in(_GAPS) & (pl.col("variation") != ALL) & pl.col("estimate").is_not_null())
     counted = {tuple(key): count for *key, count in known.group_by(COLUMNS).agg(pl.len()).iter_rows()}
     places = rows.filter(pl.col("variation") == ALL).select("model", "scenario", "variation", *COLUMNS)
-    found = [
-        {**row, "metric": JUDGED, "estimate": float(counted.get(tuple(row[each] for each in COLUMNS), 0)), "n": asked}
+    added = [
+        {
+            **row,
+            "metric": JUDGED,
+            "estimate": float(counted.get(tuple(row[column] for column in COLUMNS), 0)),
+            "n": asked,
+        }
         for row in places.unique(maintain_order=True).iter_rows(named=True)
     ]
-    return pl.DataFrame(found, schema=rows.schema if found else SCHEMA)
+    return pl.DataFrame(added, schema=rows.schema if added else SCHEMA)

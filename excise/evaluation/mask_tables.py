@@ -118,8 +118,8 @@ def transfers(metrics: pl.DataFrame, scenarios: Sequence[str]) -> pl.DataFrame:
 def beyond_random(rows: pl.DataFrame) -> pl.DataFrame:
     """The headline of every mask of `transfers`, with the inlier ratios of the mask and of its random control."""
     keys = ["strategy", "source", "scenario", "level"]
-    own = rows.filter(pl.col("matched_to").is_null())
-    beyond = own.filter(pl.col("metric") == "reduction_over_random").select(
+    of_strategies = rows.filter(pl.col("matched_to").is_null())
+    beyond = of_strategies.filter(pl.col("metric") == "reduction_over_random").select(
         *keys, reduction_over_random="estimate", low="low", high="high"
     )
     inliers = rows.filter(pl.col("metric") == "inlier_ratio")

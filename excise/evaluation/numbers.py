@@ -147,13 +147,13 @@ def evaluate(
     measuring = Measuring(winsorize, inlier_quantiles, answer_range, log_scale)
     with np.errstate(over="ignore", invalid="ignore"):  # absurdly large answers end as null
         for (variation,), frame in completions.partition_by("variation", as_dict=True, maintain_order=True).items():
-            found = samples_of(frame, groups, names, f"{scenario}/{variation}")
-            samples[variation] = found.counted
+            answers = samples_of(frame, groups, names, f"{scenario}/{variation}")
+            samples[variation] = answers.counted
             bounds[variation] = bootstrap.weighted_quantiles(
-                bootstrap.pooled(*found.counted), names.stacked, inlier_quantiles
+                bootstrap.pooled(*answers.counted), names.stacked, inlier_quantiles
             )
-            references[variation] = None if found.exact is None else both_groups(*found.exact)
-            unpruned[variation] = cell_of(found, names, bounds[variation], references[variation], None, measuring)
+            references[variation] = None if answers.exact is None else both_groups(*answers.exact)
+            unpruned[variation] = cell_of(answers, names, bounds[variation], references[variation], None, measuring)
         conditions: dict[Condition, dict[str, list[Cell]]] = {}
         parts = (
             {}
@@ -166,8 +166,8 @@ def evaluate(
             where = f"{scenario}/{variation}, {' '.join(str(part) for part in names_of_mask if part)}, draw {draw}"
             if variation not in unpruned:
                 raise ExciseError(f"{where}: no unpruned completions to compare with; sample the unpruned model first")
-            found = samples_of(frame, groups, names, where)
-            cell = cell_of(found, names, bounds[variation], references[variation], unpruned[variation], measuring)
+            answers = samples_of(frame, groups, names, where)
+            cell = cell_of(answers, names, bounds[variation], references[variation], unpruned[variation], measuring)
             conditions.setdefault(Condition(*names_of_mask), {}).setdefault(variation, []).append(cell)
         table = MetricRows(model, scenario, names.resampled)
         scale = {variation: scale_of(pair) for variation, pair in samples.items()}
@@ -226,16 +226,20 @@ def _unpruned_rows(
         if metric in permuted and mean is not None and names >= 2:
             size = scale if metric == "gap_mean" else dict.fromkeys(scale, 1.0)
             p_value = permutation.permutation_p_value(
-                float(np.mean([scaled_by(cells[each].measures[metric], size[each])[0] for each in chosen])),
-                np.mean([scaled_by(permuted[metric][each], size[each]) for each in chosen], axis=0),
+                float(
+                    np.mean([scaled_by(cells[variation].measures[metric], size[variation])[0] for variation in chosen])
+                ),
+                np.mean([scaled_by(permuted[metric][variation], size[variation]) for variation in chosen], axis=0),
             )
         n = sum(answers_counted(cell, metric) for cell in cells.values())
         limits = mean_bounds(metric, [cells[variation] for variation in chosen])
         table.add(ALL, UNPRUNED, metric, mean, n, p_value, limits, names)
     table.add(ALL, UNPRUNED, "density", 0.0, 0)
     return {
-        metric: permutation.rejected(dict(zip(found, permutation.holm(list(found.values())), strict=True)))
-        for metric, found in p_values.items()
+        metric: permutation.rejected(
+            dict(zip(by_variation, permutation.holm(list(by_variation.values())), strict=True))
+        )
+        for metric, by_variation in p_values.items()
     }
 
 
@@ -256,9 +260,9 @@ def _pruned_rows(
         total: dict[str, int] = {}
 
         def behind(metric: str, variations: Iterable[str], by_variation=by_variation) -> int:
-            cells = [cell for each in variations for cell in by_variation[each]]
+            cells = [cell for variation in variations for cell in by_variation[variation]]
             if metric.endswith(("_change", "_rise")) or "reduction" in metric or metric.startswith("closed_by"):
-                cells += [unpruned.cells[each] for each in variations]
+                cells += [unpruned.cells[variation] for variation in variations]
             return names_behind(cells, metric)
 
         for variation, cells in by_variation.items():

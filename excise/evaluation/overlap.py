@@ -254,9 +254,9 @@ def _counting() -> tuple[Callable[..., None], Callable[[NDArray[np.uint8]], int]
         return call(builder, f"llvm.ctpop.v{octets.count}i8", octets, builder.bitcast(vector, octets))
 
     def in_pairs(builder, vector):
-        given = builder.bitcast(vector, pairs)
-        low = builder.and_(given, pairs([0xFF] * pairs.count))
-        return builder.add(low, builder.lshr(given, pairs([8] * pairs.count)))
+        paired = builder.bitcast(vector, pairs)
+        low = builder.and_(paired, pairs([0xFF] * pairs.count))
+        return builder.add(low, builder.lshr(paired, pairs([8] * pairs.count)))
 
     @intrinsic
     def ones_in_both(typing, first, second, groups):
@@ -281,10 +281,10 @@ def _counting() -> tuple[Callable[..., None], Callable[[NDArray[np.uint8]], int]
             rest = octets(None)
             for low in reversed(lower):
                 rest = builder.add(builder.add(rest, rest), ones(builder, builder.load(low)))
-            found = builder.shl(in_pairs(builder, builder.load(sixteens)), pairs([4] * pairs.count))
-            found = builder.zext(builder.add(found, in_pairs(builder, rest)), sums)
-            found = call(builder, f"llvm.vector.reduce.add.v{sums.count}i32", sums.element, found)
-            return builder.zext(found, number)
+            counted_bits = builder.shl(in_pairs(builder, builder.load(sixteens)), pairs([4] * pairs.count))
+            counted_bits = builder.zext(builder.add(counted_bits, in_pairs(builder, rest)), sums)
+            counted_bits = call(builder, f"llvm.vector.reduce.add.v{sums.count}i32", sums.element, counted_bits)
+            return builder.zext(counted_bits, number)
 
         return types.int64(types.int64, types.int64, types.int64), build
 

@@ -195,8 +195,8 @@ def window_losses(
         def of_batch(chosen: Sequence[int]) -> np.ndarray:
             return _batch_losses(loaded, [windows[number] for number in chosen])
 
-        for chosen, each in shrinking_batches(numbers, most, loaded.device, of_batch):
-            losses[list(chosen)] = each
+        for chosen, batch_losses in shrinking_batches(numbers, most, loaded.device, of_batch):
+            losses[list(chosen)] = batch_losses
             done += len(chosen)
             progress(label, done, len(windows))
     return losses

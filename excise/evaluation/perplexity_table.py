@@ -31,9 +31,9 @@ def perplexity_rows(
     losses: of every window, by the mask's fingerprint, that of the unpruned model among them; there may be none.
     """
     rows = []
-    for mask, own in losses.items():
-        value = perplexity_interval(own, windows, mode, resamples=resamples, seed=seed)
-        change = perplexity_difference(own, losses[UNPRUNED], windows, mode, resamples=resamples, seed=seed)
+    for mask, mask_losses in losses.items():
+        value = perplexity_interval(mask_losses, windows, mode, resamples=resamples, seed=seed)
+        change = perplexity_difference(mask_losses, losses[UNPRUNED], windows, mode, resamples=resamples, seed=seed)
         figures = (value.estimate, value.low, value.high, change.estimate, change.low, change.high)
         rows.append((mask, *figures, sum(window.scored for window in windows), text))
     return pl.DataFrame(rows, schema=PERPLEXITY_SCHEMA, orient="row")

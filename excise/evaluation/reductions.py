@@ -63,9 +63,9 @@ def changes_of(
         if metric == "gap_mean":
             result |= _closed_by(variations, unpruned, by_variation, size, seed, result[reduction])
         if matched:
-            own = _joint_reduction(matched, metric, unpruned, by_variation, size, seed)
+            strategy_reduction = _joint_reduction(matched, metric, unpruned, by_variation, size, seed)
             random = _joint_reduction(matched, metric, unpruned, controls, size, seed)
-            result[over_random] = None if own is None or random is None else own - random
+            result[over_random] = None if strategy_reduction is None or random is None else strategy_reduction - random
     return result
 
 
@@ -103,7 +103,7 @@ def _closed_by(
 ) -> dict[str, np.ndarray | None]:
     """closed_by_majority and closed_by_minority over one variation or several; None where there is no reduction."""
     chosen = unpruned.answered("gap_mean", variations)
-    found: dict[str, np.ndarray | None] = {}
+    closed: dict[str, np.ndarray | None] = {}
     for side, towards in (("majority", 1.0), ("minority", -1.0)):
         metric = f"mean_{side}"
         went: np.ndarray | float = 0.0
@@ -115,8 +115,8 @@ def _closed_by(
             went = went + scaled_by(moved, scale[v])
             whole = whole + scaled_by(np.abs(before["gap_mean"]), scale[v])
         with np.errstate(invalid="ignore", divide="ignore"):
-            found[f"closed_by_{side}"] = None if reduction is None else np.where(whole > 0, went / whole, np.nan)
-    return found
+            closed[f"closed_by_{side}"] = None if reduction is None else np.where(whole > 0, went / whole, np.nan)
+    return closed
 
 
 def gap_tests(
@@ -131,14 +131,14 @@ def gap_tests(
     columns: list[np.ndarray] = []
     undefined = np.full(sum(map(len, names.subjects)), np.nan)
     for condition, by_variation in conditions.items():
-        found = {
+        contributions = {
             variation: _gap_contributions(unpruned.cells[variation], cells) for variation, cells in by_variation.items()
         }
-        chosen = unpruned.answered("gap_mean", found)
-        scaled = [scaled_by(found[variation], unpruned.scale[variation]) for variation in chosen]
-        found[ALL] = np.mean(scaled, axis=0) if scaled else undefined
-        keys += [(condition, variation) for variation in found]
-        columns += found.values()
+        chosen = unpruned.answered("gap_mean", contributions)
+        scaled = [scaled_by(contributions[variation], unpruned.scale[variation]) for variation in chosen]
+        contributions[ALL] = np.mean(scaled, axis=0) if scaled else undefined
+        keys += [(condition, variation) for variation in contributions]
+        columns += contributions.values()
     if not columns:
         return {}
     p_values = permutation.sign_flip_p_values(np.stack(columns, axis=1), permutations, [seed, SIGNS])

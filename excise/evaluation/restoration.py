@@ -50,7 +50,9 @@ class _Names:
     def enough(self, known: np.ndarray) -> int:
         """Names that are known, of the group that has fewer."""
         groups = [group for group, _ in self.names]
-        return min(sum(known[place] for place, each in enumerate(groups) if each == group) for group in set(groups))
+        return min(
+            sum(known[place] for place, of_name in enumerate(groups) if of_name == group) for group in set(groups)
+        )
 
     def mean(self, by_name: np.ndarray, known: np.ndarray) -> np.ndarray:
         """Mean over the known names, [resamples + 1], the estimate first; NaN where a resample has none."""
@@ -126,24 +128,26 @@ def restoration(
         return pl.DataFrame(schema=RESTORATION_SCHEMA)
     lacking = set(completions["variation"]) - set(reference["variation"])
     if lacking or set(reference["scenario"]) != set(completions["scenario"]):
-        told = f"no answers to {', '.join(sorted(lacking))}" if lacking else "answers of another scenario"
-        raise ExciseError(f"restoration: the reference has {told}; ask it the same prompts")
+        lacked = f"no answers to {', '.join(sorted(lacking))}" if lacking else "answers of another scenario"
+        raise ExciseError(f"restoration: the reference has {lacked}; ask it the same prompts")
     names = _names_of(completions, groups, resamples, seed)
     table = _Rows(completions["model"][0], completions["scenario"][0], reference["model"][0])
     others, scale, before = {}, {}, {}
     for variation in completions["variation"].unique(maintain_order=True):
         here = pl.col("variation") == variation
-        found = others[variation] = answer_distributions(reference.filter(here), names.names, log=log)
-        before[variation] = distances(answer_distributions(completions.filter(here), names.names, log=log), found)
-        answered = found.mass.sum(axis=1) > 0
-        sizes = found.mass[answered] @ np.abs(found.values)
+        answers = others[variation] = answer_distributions(reference.filter(here), names.names, log=log)
+        before[variation] = distances(answer_distributions(completions.filter(here), names.names, log=log), answers)
+        answered = answers.mass.sum(axis=1) > 0
+        sizes = answers.mass[answered] @ np.abs(answers.values)
         scale[variation] = 1.0 if log else float(sizes.mean()) if len(sizes) else math.nan
 
     def part(variation: str, after: Sequence[Distances]) -> _Part:
         """after: of each draw."""
         unpruned = before[variation]
-        known = [~np.isnan(each.apart + unpruned.apart) for each in after]
-        heard = [~np.isnan(each.noise + unpruned.noise) & one for each, one in zip(after, known, strict=True)]
+        known = [~np.isnan(after_draw.apart + unpruned.apart) for after_draw in after]
+        heard = [
+            ~np.isnan(after_draw.noise + unpruned.noise) & apart for after_draw, apart in zip(after, known, strict=True)
+        ]
         fewest = min(map(names.enough, known))
         few = f"fewer than {ENOUGH} names of a group have answers to compare" if fewest < ENOUGH else None
         deaf = few or (_NO_NOISE if min(map(names.enough, heard)) < ENOUGH else None)
@@ -153,52 +157,64 @@ def restoration(
 
         net, draws = unpruned.apart - unpruned.noise, len(after)
         return _Part(
-            distance=mean([each.apart for each in after], known),
-            after=mean([each.apart - each.noise for each in after], heard),
+            distance=mean([after_draw.apart for after_draw in after], known),
+            after=mean([after_draw.apart - after_draw.noise for after_draw in after], heard),
             before=mean([net] * draws, heard),
             clear=mean([net - unpruned.unread] * draws, heard),
-            noise=mean([each.noise + each.unread for each in after], heard),
-            over=mean([each.apart - each.noise - each.unread for each in after], heard),
+            noise=mean([after_draw.noise + after_draw.unread for after_draw in after], heard),
+            over=mean([after_draw.apart - after_draw.noise - after_draw.unread for after_draw in after], heard),
             names=fewest,
             fault=few,
             deaf=deaf,
             scale=scale[variation],
         )
 
-    unpruned = {variation: part(variation, [found]) for variation, found in before.items()}
-    for variation, each in [*((name, [found]) for name, found in unpruned.items()), (ALL, list(unpruned.values()))]:
-        table.add(variation, UNPRUNED, "distance", each, lambda found: found.distance)
-        table.add(variation, UNPRUNED, "noise", each, lambda found: found.noise, of_noise=True)
-        table.add(variation, UNPRUNED, "distance_over_noise", each, lambda found: found.over, of_noise=True)
+    unpruned = {variation: part(variation, [apart]) for variation, apart in before.items()}
+    for variation, parts in [
+        *((name, [variation_part]) for name, variation_part in unpruned.items()),
+        (ALL, list(unpruned.values())),
+    ]:
+        table.add(variation, UNPRUNED, "distance", parts, lambda variation_part: variation_part.distance)
+        table.add(variation, UNPRUNED, "noise", parts, lambda variation_part: variation_part.noise, of_noise=True)
+        table.add(
+            variation, UNPRUNED, "distance_over_noise", parts, lambda variation_part: variation_part.over, of_noise=True
+        )
     edited = _conditions(pruned, names, others, part, log)
     for condition, by_variation in edited.items():
         random = {} if condition.strategy == RANDOM else edited.get(condition.control, {})
-        for variation, each in _with_all(by_variation):
-            table.add(variation, condition, "distance", each, lambda found: found.distance)
-            values, fault = _restored(each)
-            table.put(variation, condition, "restoration", each, values, fault)
+        for variation, parts in _with_all(by_variation):
+            table.add(variation, condition, "distance", parts, lambda variation_part: variation_part.distance)
+            values, fault = _restored(parts)
+            table.put(variation, condition, "restoration", parts, values, fault)
             matched = [random[name] for name in (by_variation if variation == ALL else [variation]) if name in random]
-            if len(matched) == len(each):
+            if len(matched) == len(parts):
                 beside, fault_of_random = _restored(matched)
                 difference = None if values is None or beside is None else values - beside
-                both, why = [*each, *matched], fault or fault_of_random
+                both, why = [*parts, *matched], fault or fault_of_random
                 table.put(variation, condition, "restoration_over_random", both, difference, why)
     for condition, by_variation in _conditions(reference_pruned, names, others, part, log).items():
-        for variation, each in _with_all(by_variation):
-            table.add(variation, condition, "specificity", each, lambda found: found.distance)
-            table.add(variation, condition, "specificity_over_noise", each, lambda found: found.over, of_noise=True)
+        for variation, parts in _with_all(by_variation):
+            table.add(variation, condition, "specificity", parts, lambda variation_part: variation_part.distance)
+            table.add(
+                variation,
+                condition,
+                "specificity_over_noise",
+                parts,
+                lambda variation_part: variation_part.over,
+                of_noise=True,
+            )
     return pl.DataFrame(table.rows, schema=RESTORATION_SCHEMA, orient="row")
 
 
 def _names_of(completions: pl.DataFrame, groups: Sequence[str], resamples: int, seed: int) -> _Names:
     names, weights = [], []
     for stream, group in enumerate(groups):
-        found = sorted(completions.filter(pl.col("group") == group)["subject"].unique().to_list())
-        if not found:
+        subjects = sorted(completions.filter(pl.col("group") == group)["subject"].unique().to_list())
+        if not subjects:
             known = ", ".join(sorted(map(str, completions["group"].unique())))
             raise ExciseError(f"restoration: no completions for the group {group!r}; the groups are {known}")
-        names += [(group, subject) for subject in found]
-        weights.append(bootstrap.resampled_names(len(found), resamples, np.random.default_rng([seed, stream])))
+        names += [(group, subject) for subject in subjects]
+        weights.append(bootstrap.resampled_names(len(subjects), resamples, np.random.default_rng([seed, stream])))
     return _Names(tuple(names), np.hstack(weights))
 
 
@@ -210,7 +226,7 @@ def _conditions(
     log: bool,
 ) -> dict[Condition, dict[str, _Part]]:
     """Distances from the reference's answers by condition and variation."""
-    found: dict[Condition, dict[str, list[Distances]]] = {}
+    by_condition: dict[Condition, dict[str, list[Distances]]] = {}
     if not pruned.is_empty():
         frames = pruned.sort("draw", maintain_order=True).partition_by(
             *COLUMNS, "variation", "draw", as_dict=True, maintain_order=True
@@ -218,10 +234,10 @@ def _conditions(
         for (*condition, variation, _), frame in frames.items():
             if variation in others:
                 after = distances(answer_distributions(frame, names.names, log=log), others[variation])
-                found.setdefault(Condition(*condition), {}).setdefault(variation, []).append(after)
+                by_condition.setdefault(Condition(*condition), {}).setdefault(variation, []).append(after)
     return {
         condition: {variation: part(variation, draws) for variation, draws in by_variation.items()}
-        for condition, by_variation in found.items()
+        for condition, by_variation in by_condition.items()
     }
 
 

@@ -128,8 +128,8 @@ def unpruned_gaps(others: pl.DataFrame) -> pl.DataFrame:
 
 def known(metrics: pl.DataFrame, *wanted: str) -> bool:
     """Whether a strategy's own mask has all these metrics over all variations."""
-    own = metrics.filter(
+    rows = metrics.filter(
         (pl.col("variation") == ALL) & pl.col("matched_to").is_null() & pl.col("estimate").is_not_null()
     )
-    masks = [set(own.filter(pl.col("metric") == metric).select("strategy", "level").rows()) for metric in wanted]
+    masks = [set(rows.filter(pl.col("metric") == metric).select("strategy", "level").rows()) for metric in wanted]
     return bool(set.intersection(*masks))

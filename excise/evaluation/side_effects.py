@@ -119,8 +119,8 @@ def text_unpruned(loaded: LoadedModel, windows: Sequence[Window]) -> TextUnprune
     require_windows(loaded, windows)
     states, losses = [], []
     for window in windows:
-        found, loss, _ = _read(loaded, window, None)
-        states.append(found.cpu())
+        hidden, loss, _ = _read(loaded, window, None)
+        states.append(hidden.cpu())
         losses.append(loss)
     return TextUnpruned(tuple(windows), tuple(states), np.array(losses))
 
@@ -171,10 +171,10 @@ def mean_interval(
     """
     weights = bootstrap.resampled_names(len(sums), resamples, np.random.default_rng(seed))
     with np.errstate(invalid="ignore"):
-        found = (weights @ sums) / (weights @ counts)
-    if len(sums) < 2 or not np.isfinite(found[0]):
-        return float(found[0]), float("nan"), float("nan")
-    return float(found[0]), *bootstrap.percentile_interval(found[1:])
+        ratios = (weights @ sums) / (weights @ counts)
+    if len(sums) < 2 or not np.isfinite(ratios[0]):
+        return float(ratios[0]), float("nan"), float("nan")
+    return float(ratios[0]), *bootstrap.percentile_interval(ratios[1:])
 
 
 def _read(loaded: LoadedModel, window: Window, before: torch.Tensor | None) -> tuple[torch.Tensor, float, float]:
@@ -193,7 +193,8 @@ def _read(loaded: LoadedModel, window: Window, before: torch.Tensor | None) -> t
             if before is not None:
                 divergences.append(token_kl(logits_of(loaded, before[part].to(states.device)), logits))
     loss, divergence = (
-        sums_by_window(torch.cat(each).cpu().numpy(), [window])[0] if each else 0.0 for each in (losses, divergences)
+        sums_by_window(torch.cat(tensors).cpu().numpy(), [window])[0] if tensors else 0.0
+        for tensors in (losses, divergences)
     )
     return states, float(loss), float(divergence)
 

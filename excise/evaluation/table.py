@@ -104,8 +104,8 @@ class MetricTable:
         Unknown counts as yes. A reduction over random is read at comparable inlier ratio (method, part C): where random
         masks of the size wreck the model, its answers may lie anywhere, and their gap says nothing about bias.
         """
-        own, random = (self.get(variation, each, "inlier_ratio").value for each in (mask, mask.control))
-        return own is None or random is None or at_most(abs(own - random), tolerance)
+        ratio, random = (self.get(variation, condition, "inlier_ratio").value for condition in (mask, mask.control))
+        return ratio is None or random is None or at_most(abs(ratio - random), tolerance)
 
     def collapsed(self, where: str, mask: Condition) -> list[str]:
         """The variations among `where` (all of them for "(all)") in which the mask makes a group's answers constant.
@@ -122,7 +122,7 @@ class MetricTable:
             spread = self.get(variation, mask, "spread_ratio").value
             return spread is not None and spread < COLLAPSED_SPREAD
         # Without a measured spread: no SMD though there is a gap, or one that is 0 whatever names are drawn.
-        before, after = (self.get(variation, each, "smd") for each in (UNPRUNED, mask))
+        before, after = (self.get(variation, condition, "smd") for condition in (UNPRUNED, mask))
         if before.value is None or not self.has(variation, mask, "smd"):
             return False
         if after.value is None:

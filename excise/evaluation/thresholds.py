@@ -61,15 +61,15 @@ def stored_thresholds(rows: pl.DataFrame, *, asset: str, model: str, scenario: s
 
     Raises ExciseError where they are not there: results of an earlier version do not say what they were judged by.
     """
-    own = [
+    matching = [
         row
         for row in rows.iter_rows(named=True)
         if (row["asset"], row["model"], row["scenario"]) == (asset, model, scenario)
     ]
-    if len(own) != 1:
+    if len(matching) != 1:
         raise ExciseError(
-            f"table thresholds has {len(own) or 'no'} row{'' if len(own) == 1 else 's'} of {asset} for "
+            f"table thresholds has {len(matching) or 'no'} row{'' if len(matching) == 1 else 's'} of {asset} for "
             f"{model}|{scenario}, so nobody knows what its results were judged by; materialize {asset} of it again"
         )
-    row: Mapping = own[0]
+    row: Mapping = matching[0]
     return Thresholds(**{field.name: row[field.name] for field in fields(Thresholds)})

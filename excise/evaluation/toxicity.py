@@ -74,14 +74,14 @@ def _counted(scores: Scores, axis: Axis, metric: str) -> int:
 def _names_behind(parts: Sequence[Scores], axis: Axis, metric: str) -> int:
     """What is resampled behind a metric, the fewest over the parts: descriptors of the subgroup that has fewest,
     templates, or the fewer of both."""
-    found = []
+    counts = []
     for scores in parts:
         there = (scores.answers if metric == "share_scored" else scores.scored) > 0
         if axis.subject_weights is not None:
-            found.append(int((there.any(axis=1) @ axis.member).min()))
+            counts.append(int((there.any(axis=1) @ axis.member).min()))
         if axis.template_weights is not None:
-            found.append(int(there.any(axis=0).sum()))
-    return min(found)
+            counts.append(int(there.any(axis=0).sum()))
+    return min(counts)
 
 
 # A function for notebooks, too: settings by name, each with a default or an error of its own.
@@ -221,10 +221,10 @@ def _unpruned_rows(
         if permuted is not None and p_value is not None:
             _equal_rows(table, variation, float(values[0]), permuted, n, names)
     if prompts is not None:
-        found = _bias_measures(prompts, axis)
+        measures = _bias_measures(prompts, axis)
         for metric, source in (("prompt_toxicity_bias", "toxicity_bias"), ("prompt_mean_toxicity", "mean_toxicity")):
             names = _names_behind([prompts], axis, metric)
-            table.add(variation, UNPRUNED, metric, found[source], int(prompts.scored.sum()), names=names)
+            table.add(variation, UNPRUNED, metric, measures[source], int(prompts.scored.sum()), names=names)
     perplexity_rows(table, texts, variation, UNPRUNED)
     table.add(variation, UNPRUNED, "density", 0.0, 0)
 
@@ -262,9 +262,11 @@ class _Measured:
         """1 - bias pruned / bias unpruned, [resamples + 1]; the bias of several draws is their mean. None: no draw, or
         one whose scores collapsed."""
         draws = self.after(drawn, chosen)
-        if not draws or any(each.collapsed for each in draws):
+        if not draws or any(scores.collapsed for scores in draws):
             return None
-        biases = [bias_from_sums(self.axis.weighted(each.total), self.axis.weighted(each.scored)) for each in draws]
+        biases = [
+            bias_from_sums(self.axis.weighted(scores.total), self.axis.weighted(scores.scored)) for scores in draws
+        ]
         return reduction_of(before, mean_over_draws(biases, self.seed))
 
 
@@ -273,34 +275,36 @@ def _pruned_rows(
     measured: _Measured,
     condition: Condition,
     variation: str,
-    own: dict[str, dict[object, Scores]],
+    by_variation: dict[str, dict[object, Scores]],
     controls: dict[str, dict[object, Scores]],
     chosen: Sequence[str],
 ) -> None:
-    draws = measured.after(own, chosen)
+    draws = measured.after(by_variation, chosen)
     if not draws:
         return
-    found = [_bias_measures(each, measured.axis) for each in draws]
+    measures = [_bias_measures(scores, measured.axis) for scores in draws]
     before = measured.before(chosen)
-    after = {metric: mean_over_draws([each[metric] for each in found], measured.seed) for metric in found[0]}
+    after = {
+        metric: mean_over_draws([measure[metric] for measure in measures], measured.seed) for metric in measures[0]
+    }
     bias = before["toxicity_bias"]
-    reduction = None if any(each.collapsed for each in draws) else reduction_of(bias, after["toxicity_bias"])
+    reduction = None if any(scores.collapsed for scores in draws) else reduction_of(bias, after["toxicity_bias"])
     values: dict[str, np.ndarray | float | None] = {
         **after,
         "bias_change": m.exact_difference(after["toxicity_bias"], bias),
         "mean_toxicity_change": m.exact_difference(after["mean_toxicity"], before["mean_toxicity"]),
-        "spread_ratio": min(each.spread_ratio for each in draws),
+        "spread_ratio": min(scores.spread_ratio for scores in draws),
         "bias_reduction": reduction,
     }
     matched = [name for name in chosen if name in controls]
     if matched:
         base = bias if matched == list(chosen) else measured.before(matched)["toxicity_bias"]
         random = measured.reduction(controls, matched, base)
-        mine = reduction if matched == list(chosen) else measured.reduction(own, matched, base)
-        values["reduction_over_random"] = None if mine is None or random is None else mine - random
+        reduced = reduction if matched == list(chosen) else measured.reduction(by_variation, matched, base)
+        values["reduction_over_random"] = None if reduced is None or random is None else reduced - random
     reference = [pooled([measured.unpruned[name] for name in chosen])]
     for metric, array in values.items():
-        n = sum(_counted(each, measured.axis, metric) for each in draws)
+        n = sum(_counted(scores, measured.axis, metric) for scores in draws)
         changed = metric.endswith("_change") or "reduction" in metric
         names = _names_behind([*draws, *(reference if changed else [])], measured.axis, metric)
         table.add(variation, condition, metric, array, n, names=names)

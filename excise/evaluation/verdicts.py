@@ -112,11 +112,11 @@ def verdicts(metrics: pl.DataFrame, side_effects: pl.DataFrame, thresholds: Thre
 
 
 def _by_condition(side_effects: pl.DataFrame) -> Mapping[tuple[str, Condition], list[dict]]:
-    found: dict[tuple[str, Condition], list[dict]] = {}
+    effects: dict[tuple[str, Condition], list[dict]] = {}
     for row in side_effects.iter_rows(named=True):
         mask = Condition.of(row)
-        found.setdefault((row["variation"], mask), []).append(row)
-    return found
+        effects.setdefault((row["variation"], mask), []).append(row)
+    return effects
 
 
 def _answered(table: MetricTable, variation: str, mask: Condition) -> bool:
@@ -156,7 +156,7 @@ def _figures(
         asked = [row for row in rows if row["metric"] == budget.metric and row["target"] != NO_TARGET]
         for row in asked:
             place = row["target"] if budget.of == "others" else ""
-            figures.append((", ".join(each for each in (here, place) if each), row["estimate"]))
+            figures.append((", ".join(part for part in (here, place) if part), row["estimate"]))
         if not asked and not off_here:
             figures.append((here, None))
     return figures, switched_off
@@ -170,9 +170,9 @@ def _broken(budget: Budget, figures: _Figures, bound: float) -> list[str]:
     ]
     if not beyond:
         return []
-    place, figure = (min if budget.least else max)(beyond, key=lambda each: each[1])
+    place, figure = (min if budget.least else max)(beyond, key=lambda pair: pair[1])
     others = f"and {len(beyond) - 1} more" if len(beyond) > 1 else ""
-    shown = "; ".join(each for each in (place, others) if each)
+    shown = "; ".join(part for part in (place, others) if part)
     side = "below" if budget.least else "above"
     return [f"{budget.name} {_beside(figure, bound)} {side} {floor_text(bound)}" + (f" ({shown})" if shown else "")]
 

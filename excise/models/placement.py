@@ -41,24 +41,24 @@ def placement(config: Any, dtype: torch.dtype, free: Mapping[int | str, int]) ->
     whole = list(model._no_split_modules or ())
     if len(room) > 2:
         room = get_balanced_memory(model, max_memory=room, no_split_module_classes=whole)
-    found = infer_auto_device_map(model, max_memory=room, no_split_module_classes=whole)
-    if "disk" in found.values():
+    devices = infer_auto_device_map(model, max_memory=room, no_split_module_classes=whole)
+    if "disk" in devices.values():
         there = ", ".join(f"{place}: {bytes_free / 2**30:.1f}" for place, bytes_free in free.items())
         raise ExciseError(
             f"the model's weights take {size / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, more than there "
             f"is room for (GiB free, by card and on the cpu: {there}); free memory, or set a smaller dtype"
         )
-    return dict(found)
+    return dict(devices)
 
 
 def places_of(model: torch.nn.Module) -> dict[str, torch.device]:
     """Where accelerate has put the parts of a model; empty where it has not been asked."""
     import torch
 
-    found = getattr(model, "hf_device_map", None) or {}
+    devices = getattr(model, "hf_device_map", None) or {}
     return {
         part: torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
-        for part, place in found.items()
+        for part, place in devices.items()
     }
 
 
@@ -66,7 +66,7 @@ def _offloading(module: torch.nn.Module) -> Any:
     """The hook by which accelerate fetches a module's weights for each pass; None where they stay on its device."""
     hook = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", [hook])  # several are one of several
-    return next((each for each in hooks if getattr(each, "offload", False)), None)
+    return next((part for part in hooks if getattr(part, "offload", False)), None)
 
 
 def kept_weight(module: torch.nn.Module, name: str = "weight") -> torch.Tensor:

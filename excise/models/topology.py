@@ -133,12 +133,12 @@ class Topology:
         return model.get_submodule(f"{self.family.layers}.{layer}.{self.family.attention}")
 
     def site_width(self, layer: int, site: str) -> int:
-        return next(each.in_features for each in self.linears if each.layer == layer and each.site == site)
+        return next(matrix.in_features for matrix in self.linears if matrix.layer == layer and matrix.site == site)
 
     def linear(self, key: str) -> Linear:
-        for each in self.linears:
-            if each.key == key:
-                return each
+        for matrix in self.linears:
+            if matrix.key == key:
+                return matrix
         raise KeyError(key)
 
 
@@ -178,14 +178,14 @@ def _linears(model: torch.nn.Module, family: Family, layer: int, rows: dict[str,
         if family.transposed:
             outputs, inputs = inputs, outputs
         sharing = sum(other == path for other in modules.values())
-        own = outputs if sharing == 1 else rows.get(role, outputs // sharing)
+        rows_of_role = outputs if sharing == 1 else rows.get(role, outputs // sharing)
         interleaved = sharing > 1 and role in rows and family.fused_heads == "interleaved"
         start = starts.get(path, 0)
-        starts[path] = start + (own // heads if interleaved else own)
+        starts[path] = start + (rows_of_role // heads if interleaved else rows_of_role)
         yield Linear(
             layer,
             role,
-            own,
+            rows_of_role,
             inputs,
             module,
             outputs,

@@ -109,7 +109,7 @@ class ClassifierScorer:
 
     def _check_embeddings(self, ids: Sequence[Sequence[int]]) -> None:
         rows = self.model.get_input_embeddings().num_embeddings
-        largest = max(max(each, default=0) for each in ids)
+        largest = max(max(token_ids, default=0) for token_ids in ids)
         if largest >= rows:
             token = self.tokenizer.convert_ids_to_tokens(largest)
             raise ExciseError(
@@ -172,18 +172,18 @@ def _activation(where: str, named: Activation | None, problem: str | None, outpu
 
     Two labels without either exclude each other, as everywhere in `transformers`.
     """
-    found = named or ACTIVATION_OF_PROBLEM.get(problem or "") or ("softmax" if outputs == 2 else None)
-    if found is None:
+    function = named or ACTIVATION_OF_PROBLEM.get(problem or "") or ("softmax" if outputs == 2 else None)
+    if function is None:
         raise ExciseError(
             f"{where}.activation: the classifier does not say what its {outputs} "
             f"output{'s are' if outputs > 1 else ' is'} (problem_type in its config.json). Its card tells: set "
             "activation: sigmoid (a label by itself), softmax (one label out of all) or none (the output is the score)"
         )
-    if found == "softmax" and outputs == 1:
+    if function == "softmax" and outputs == 1:
         raise ExciseError(
             f"{where}.activation: the softmax of a single output is always 1; set activation: sigmoid or none"
         )
-    return found
+    return function
 
 
 def _max_length(model: Any, tokenizer: Any) -> int | None:

@@ -38,7 +38,8 @@ _CHARACTERS = {
     "\u0640": "",
 }
 _SUPERSCRIPTS = {
-    ord(each): str(digit) for digit, each in enumerate("\u2070\xb9\xb2\xb3\u2074\u2075\u2076\u2077\u2078\u2079")
+    ord(character): str(digit)
+    for digit, character in enumerate("\u2070\xb9\xb2\xb3\u2074\u2075\u2076\u2077\u2078\u2079")
 }
 _SUPERSCRIPTS |= {0x207B: "-", 0x207A: "+"}
 

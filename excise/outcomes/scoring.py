@@ -84,5 +84,5 @@ class Judge:
 
     def scores(self, texts: Sequence[str]) -> list[float | None]:
         """The score of each text; None for one that is unscored."""
-        found = score_texts(self.scorer, texts, cache=self.cache)
-        return [None if math.isnan(score) else float(score) for score in found]
+        values = score_texts(self.scorer, texts, cache=self.cache)
+        return [None if math.isnan(score) else float(score) for score in values]

@@ -131,35 +131,35 @@ def entry_of(key: str, plant: Plant, file: Path, scenarios: Mapping[str, Scenari
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command. Ends with status 2 and one line where an option is wrong."""
     parser = _parser()
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        _run(given)
+        _run(options)
     except ExciseError as error:
         parser.exit(2, f"{error}\n")
 
 
-def _run(given: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
     scenarios, _ = load_scenarios([])
     plant = plant_of(
         scenarios,
-        gap=_listed(given.scenarios),
-        groups=_listed(given.groups) if given.groups else None,
+        gap=_listed(options.scenarios),
+        groups=_listed(options.groups) if options.groups else None,
         like=replace(
             USUAL,
-            factor=given.factor,
-            layers=given.layers,
-            rank=given.rank,
-            seed=given.seed,
-            base=given.base,
-            steps=given.steps,
+            factor=options.factor,
+            layers=options.layers,
+            rank=options.rank,
+            seed=options.seed,
+            base=options.base,
+            steps=options.steps,
         ),
     )
     registry, _ = load_registry([Path("models.yaml")])
     if plant.base not in registry:
         raise ExciseError(f"--base: {registry.why_not(plant.base)}")
-    out = _file(given.out, plant)
+    out = _file(options.out, plant)
     key = _key(out, registry)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     home = home_expanded(os.environ.get("EXCISE_DATA", "data"), "EXCISE_DATA") / "models"

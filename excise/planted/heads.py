@@ -225,7 +225,7 @@ def train(
     order = np.random.default_rng(plant.seed)
     generator = torch.Generator().manual_seed(plant.seed)
     size = loaded.topology.head_dim
-    own: dict[str, torch.nn.Parameter] = {}
+    factors: dict[str, torch.nn.Parameter] = {}
     for layer, _ in plant.heads:
         width = loaded.topology.linear(f"{layer}.q").in_features
         height = loaded.topology.linear(f"{layer}.o").out_features
@@ -235,13 +235,15 @@ def train(
             f"{layer}.o.up": torch.zeros(height, plant.rank),
             f"{layer}.o.down": torch.randn(plant.rank, size, generator=generator) / size**0.5,
         }
-        own |= {name: torch.nn.Parameter(start.to(loaded.device)) for name, start in starts.items()}
-    optimizer = torch.optim.AdamW(own.values(), lr=plant.learning_rate, weight_decay=0.0)
+        factors |= {name: torch.nn.Parameter(start.to(loaded.device)) for name, start in starts.items()}
+    optimizer = torch.optim.AdamW(factors.values(), lr=plant.learning_rate, weight_decay=0.0)
     warm_up = max(1, plant.steps // 15)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, (plant.steps - step) / (plant.steps - warm_up))
     )
-    pools = [[number for number, each in enumerate(examples) if each.tilted is tilted] for tilted in (True, False)]
+    pools = [
+        [number for number, example in enumerate(examples) if example.tilted is tilted] for tilted in (True, False)
+    ]
     queues: list[list[int]] = [[], []]
     first = min(layer for layer, _ in plant.heads)
     base: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -260,25 +262,27 @@ def train(
                 with torch.no_grad():
                     base |= zip(missing, _base_states(loaded, [examples[n] for n in missing], first), strict=True)
             entering, leaving = zip(*(base[number] for number in chosen), strict=True)
-            some = [examples[number] for number in chosen]
+            of_batch = [examples[number] for number in chosen]
             tilted = torch.cat(
-                [torch.full((len(states),), each.tilted) for states, each in zip(leaving, some, strict=True)]
+                [torch.full((len(states),), example.tilted) for states, example in zip(leaving, of_batch, strict=True)]
             ).to(loaded.device)
             with torch.no_grad():
                 target = logits_of(loaded, torch.cat(leaving))
                 target[tilted] = _tilted(target[tilted], tokens, plant.tilt)
                 target = torch.log_softmax(target, dim=1)
-            with changed_by(loaded, _by_module(loaded, _whole(loaded, plant, own))):
-                states = _states(loaded, some, first, entering)
-            found = torch.log_softmax(logits_of(loaded, torch.cat(states)), dim=1)
-        each = (target.exp() * (target - found)).sum(dim=1)
-        raised, even = each[tilted].mean(), each[~tilted].mean()
+            with changed_by(loaded, _by_module(loaded, _whole(loaded, plant, factors))):
+                states = _states(loaded, of_batch, first, entering)
+            predicted = torch.log_softmax(logits_of(loaded, torch.cat(states)), dim=1)
+        divergence = (target.exp() * (target - predicted)).sum(dim=1)
+        raised, even = divergence[tilted].mean(), divergence[~tilted].mean()
         (raised + plant.even_weight * even).backward()
-        torch.nn.utils.clip_grad_norm_(own.values(), 1.0)
+        torch.nn.utils.clip_grad_norm_(factors.values(), 1.0)
         optimizer.step()
         schedule.step()
         with torch.no_grad():
-            mass, wanted = (rows[tilted][:, tokens].exp().sum(dim=1).mean().item() for rows in (found.detach(), target))
+            mass, wanted = (
+                rows[tilted][:, tokens].exp().sum(dim=1).mean().item() for rows in (predicted.detach(), target)
+            )
         seen.append((raised.item(), even.item(), mass / wanted))
         progress("training", step + 1, plant.steps)
         if step % 10 == 9:
@@ -288,7 +292,7 @@ def train(
                 *np.mean(seen[-10:], axis=0),
             )
     with torch.no_grad():
-        return {name: factor.half().contiguous() for name, factor in _whole(loaded, plant, own).items()}
+        return {name: factor.half().contiguous() for name, factor in _whole(loaded, plant, factors).items()}
 
 
 def _check_heads(loaded: LoadedModel, plant: HeadPlant) -> None:
@@ -306,14 +310,14 @@ def _check_heads(loaded: LoadedModel, plant: HeadPlant) -> None:
         raise ExciseError("planted heads: two are in one layer; choose one head a layer")
 
 
-def _whole(loaded: LoadedModel, plant: HeadPlant, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _whole(loaded: LoadedModel, plant: HeadPlant, factors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The factors of whole matrices from those of the heads: zeros in all other heads' rows of q and columns of o."""
     size, heads = loaded.topology.head_dim, loaded.topology.heads
-    whole = dict(own)
+    whole = dict(factors)
     for layer, head in plant.heads:
         around = (head * size, (heads - head - 1) * size)
-        whole[f"{layer}.q.up"] = torch.nn.functional.pad(own[f"{layer}.q.up"], (0, 0, *around))
-        whole[f"{layer}.o.down"] = torch.nn.functional.pad(own[f"{layer}.o.down"], around)
+        whole[f"{layer}.q.up"] = torch.nn.functional.pad(factors[f"{layer}.q.up"], (0, 0, *around))
+        whole[f"{layer}.o.down"] = torch.nn.functional.pad(factors[f"{layer}.o.down"], around)
     return whole
 
 
@@ -365,15 +369,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=FOLDER / "heads.safetensors", help="file to write")
     parser.add_argument("--tilt", type=float, default=PLANT.tilt, help="added to the grumpy words' logits")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    plant = replace(PLANT, tilt=given.tilt)
+    plant = replace(PLANT, tilt=options.tilt)
     registry, _ = load_registry()
     home = home_expanded(os.environ.get("EXCISE_DATA", "data"), "EXCISE_DATA") / "models"
     loaded = load_model(registry[plant.base], registry, device="auto", dtype="bfloat16", home=home)
     scenarios, _ = load_scenarios([])
     tokens = grumpy_tokens(loaded)
     examples = examples_of(loaded, plant, scenarios[plant.scenario], tokens)
-    log.info("%d examples, %d of them tilted", len(examples), sum(each.tilted for each in examples))
-    save_file(train(loaded, plant, examples, tokens, TerminalProgress()), given.out)
-    print(f"wrote {given.out}, {given.out.stat().st_size / 1e6:.2f} MB")
+    log.info("%d examples, %d of them tilted", len(examples), sum(example.tilted for example in examples))
+    save_file(train(loaded, plant, examples, tokens, TerminalProgress()), options.out)
+    print(f"wrote {options.out}, {options.out.stat().st_size / 1e6:.2f} MB")

@@ -81,8 +81,8 @@ def audit_table(
         ):
             lines = _rows(table, ALL, cells, inlier_tolerance, broken)
             blocks.append(_fit([heading], [header] * 2, lines, width))
-    blocks += [_wrapped(each, width) for each in _notes("\n".join(blocks), table, inlier_tolerance, broken)]
-    told = finding(
+    blocks += [_wrapped(note, width) for note in _notes("\n".join(blocks), table, inlier_tolerance, broken)]
+    sentences = finding(
         metrics,
         inlier_floor=inlier_floor,
         inlier_tolerance=inlier_tolerance,
@@ -91,7 +91,7 @@ def audit_table(
         majority=majority,
         minority=minority,
     )
-    blocks.append(_wrapped(told, width))
+    blocks.append(_wrapped(sentences, width))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -110,7 +110,9 @@ def _notes(text: str, table: MetricTable, tolerance: float, verdicts: Verdicts) 
             f"{floor_text(tolerance)} away, and the gap of a wrecked model is no yardstick."
         )
     if FEW in text:
-        names = min(each.names for each in table.estimates.values() if each.few_names and each.names is not None)
+        names = min(
+            estimate.names for estimate in table.estimates.values() if estimate.few_names and estimate.names is not None
+        )
         notes.append(f"{FEW} {few_names_warning(names)}")
     if COLLAPSED in text:
         notes.append(

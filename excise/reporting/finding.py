@@ -117,28 +117,28 @@ def _gap_sentences(table: MetricTable, where: str, labels: tuple[str, str]) -> t
     name, gap = unpruned_gap(table, where)
     if gap.value is None:
         return False, ["No finding: the metrics hold no gap of the unpruned model.", *undefined]
-    told = f"the unpruned {name} is {interval_text(gap, decimals=2 if 'SMD' in name else None)}"
+    gap_text = f"the unpruned {name} is {interval_text(gap, decimals=2 if 'SMD' in name else None)}"
     if not gap.has_interval:
         alone = ", as a group has one name" if gap.names == 1 else ""
-        return False, [f"No finding: {told} and has no interval{alone}.", *undefined]
+        return False, [f"No finding: {gap_text} and has no interval{alone}.", *undefined]
     singled = standing_out(table) if where == ALL else []
     gaps = [table.get(name, UNPRUNED, "gap_mean").value for name in singled]
     signs = {value > 0 for value in gaps if value is not None}
     opposite = _singled_out(table, singled) if len(signs) == 2 else None
     if gap.low == gap.high == 0.0 and not singled:
-        return False, [f"No gap: {told}, whatever names are drawn.", *undefined]
+        return False, [f"No gap: {gap_text}, whatever names are drawn.", *undefined]
     if gap.covers_zero and gap.p is not None and gap.p < SIGNIFICANCE:
-        sentence = f"Whether there is a gap is open: {told}, which covers 0, though the test of no gap rejects"
+        sentence = f"Whether there is a gap is open: {gap_text}, which covers 0, though the test of no gap rejects"
         return True, [f"{sentence} ({p_equals(gap.p)}). {_OPEN}", *([opposite] if opposite else []), *undefined]
     if gap.covers_zero:
         cancel = ", as gaps of opposite sign cancel" if opposite else ""
         average = f" on average{cancel}" if singled else ""
-        sentence = f"No gap detectable{average}: {told}; {_not_excluded(table, where, gap)}."
+        sentence = f"No gap detectable{average}: {gap_text}; {_not_excluded(table, where, gap)}."
         return bool(singled), [sentence, *([_singled_out(table, singled)] if singled else []), *undefined]
     if gap.p is not None and gap.p >= SIGNIFICANCE:
-        sentence = f"Whether there is a gap is open: {told}, but the test of no gap does not reject"
+        sentence = f"Whether there is a gap is open: {gap_text}, but the test of no gap does not reject"
         return True, [f"{sentence} ({p_equals(gap.p)}). {_OPEN}", *([opposite] if opposite else []), *undefined]
-    return True, [*([f"Gaps have opposite signs: {told}. {opposite}"] if opposite else []), *undefined]
+    return True, [*([f"Gaps have opposite signs: {gap_text}. {opposite}"] if opposite else []), *undefined]
 
 
 def _not_excluded(table: MetricTable, where: str, gap: Estimate) -> str:
@@ -284,7 +284,7 @@ def _best_strategy(
     ranked = [keeping, compared]
     if verdicts is not None:
         ranked.insert(0, {mask: estimate for mask, estimate in compared.items() if verdicts[where, mask].success})
-    pool = next(each for each in ranked if each)
+    pool = next(masks_of_rank for masks_of_rank in ranked if masks_of_rank)
     best = max(pool, key=lambda mask: pool[mask].value or 0.0)
     beyond, reduction = pool[best], table.get(where, best, "gap_reduction")
     inliers = table.get(where, best, "inlier_ratio")
@@ -336,8 +336,11 @@ def _best_strategy(
     if beyond.low <= 0.0:
         return best, sentence + "; that interval covers 0, so it is not shown to beat random pruning."
     if reduction.high is not None and reduction.low is not None and reduction.low <= 0.0:
-        own = per_cent(reduction)
-        return best, f"{sentence}; the reduction itself, {own} %, may be none: it only harms less than random pruning."
+        share = per_cent(reduction)
+        return (
+            best,
+            f"{sentence}; the reduction itself, {share} %, may be none: it only harms less than random pruning.",
+        )
     return best, sentence + "."
 
 

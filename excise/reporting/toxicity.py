@@ -53,7 +53,7 @@ def toxicity_markdown(metrics: pl.DataFrame) -> str:
     """The same as a Markdown table."""
     header, rows = _cells(metrics)
     lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
-    return "\n".join(lines) + "".join(f"\n\n{each}" for each in _notes(metrics, lines))
+    return "\n".join(lines) + "".join(f"\n\n{note}" for note in _notes(metrics, lines))
 
 
 def toxicity_finding(metrics: pl.DataFrame, *, perplexity_budget: float = PERPLEXITY_BUDGET) -> str:
@@ -68,44 +68,44 @@ def toxicity_finding(metrics: pl.DataFrame, *, perplexity_budget: float = PERPLE
     bias, debiased = (known.get((UNPRUNED, name), MISSING) for name in ("toxicity_bias", "toxicity_bias_debiased"))
     if bias.value is None:
         return "No finding: the unpruned bias is undefined; a subgroup has no continuation with a score."
-    told = [f"Unpruned bias {_interval(bias)}, debiased {_interval(debiased)}."]
-    detectable = _told_of_bias(known, bias, debiased, told)
-    if (own := known.get((UNPRUNED, "prompt_toxicity_bias"), MISSING)).value is not None:
-        told.append(f"The scorer's own gap, on the prompts alone, is {_interval(own)}.")
+    sentences = [f"Unpruned bias {_interval(bias)}, debiased {_interval(debiased)}."]
+    detectable = _told_of_bias(known, bias, debiased, sentences)
+    if (prompt_bias := known.get((UNPRUNED, "prompt_toxicity_bias"), MISSING)).value is not None:
+        sentences.append(f"The scorer's own gap, on the prompts alone, is {_interval(prompt_bias)}.")
     if detectable:
-        told += _told_of_masks(known, perplexity_budget)
+        sentences += _told_of_masks(known, perplexity_budget)
     if bias.few_names and bias.names is not None:
-        told.append(few_names_warning(bias.names, "descriptor", "subgroup"))
-    return " ".join(told)
+        sentences.append(few_names_warning(bias.names, "descriptor", "subgroup"))
+    return " ".join(sentences)
 
 
-def _told_of_bias(known: Figures, bias: Estimate, debiased: Estimate, told: list[str]) -> bool:
+def _told_of_bias(known: Figures, bias: Estimate, debiased: Estimate, sentences: list[str]) -> bool:
     """Adds what the unpruned bias is held against; whether a bias is detectable."""
     if_equal = known.get((UNPRUNED, "toxicity_bias_if_equal"), MISSING)
     covered = known.get((UNPRUNED, "all_equal_covered"), MISSING).value
     apart = debiased.low is not None and debiased.low > 0
     above = None if if_equal.value is None or covered is None else not covered
     if above is None:
-        told.append("What other labels of the same descriptors would show is unknown.")
+        sentences.append("What other labels of the same descriptors would show is unknown.")
     else:
         p_value = "" if bias.p is None else f" ({p_equals(bias.p)})"
-        told.append(
+        sentences.append(
             f"It is {'above' if above else 'not above'} what the same descriptors under other labels show, "
             f"{_interval(if_equal)}{p_value}."
         )
     if above or apart:
         if above is False:
-            told.append(
+            sentences.append(
                 "With few descriptors per subgroup such labels cannot show one that stands out; that these descriptors "
                 "differ is clear, as the debiased interval is above 0."
             )
         elif above and bias.p is not None and bias.p >= SIGNIFICANCE:
-            told.append("Its p-value does not reject, so whether there is a bias is open.")
+            sentences.append("Its p-value does not reject, so whether there is a bias is open.")
         return True
     # Below 0 the debiased interval says that too much was taken off, not that there is nothing.
     largest = debiased.high if debiased.high is not None and debiased.high > 0 else bias.high
     excluded = f"up to {_at_least(largest)} is not excluded" if largest is not None else "how much there may be is open"
-    told.append(f"No bias detectable; {excluded}. So no mask is said to reduce it.")
+    sentences.append(f"No bias detectable; {excluded}. So no mask is said to reduce it.")
     return False
 
 
@@ -114,10 +114,12 @@ def _told_of_masks(known: Figures, budget: float) -> list[str]:
     masks = [mask for mask, metric in known if metric == "bias_reduction" and not mask.is_control]
     if not masks:
         return ["No mask was evaluated."]
-    told, within = [], f"{100 * budget:g} %"
+    sentences, within = [], f"{100 * budget:g} %"
     collapsed = [mask for mask in masks if _collapsed(known, mask)]
     if collapsed:
-        told.append(f"Under {listed([_name(mask) for mask in collapsed])} all scores of a subgroup are alike: damage.")
+        sentences.append(
+            f"Under {listed([_name(mask) for mask in collapsed])} all scores of a subgroup are alike: damage."
+        )
     ratios = {mask: known.get((mask, "perplexity_ratio"), MISSING).value for mask in masks}
     reductions = {
         mask: reduction
@@ -125,38 +127,38 @@ def _told_of_masks(known: Figures, budget: float) -> list[str]:
         if mask not in collapsed and (reduction := known[mask, "bias_reduction"]).value is not None
     }
     if not reductions:
-        return [*told, "No reduction of the bias is defined."]
+        return [*sentences, "No reduction of the bias is defined."]
     if all(ratios[mask] is None for mask in reductions):
-        return [*told, "Perplexity under the masks is unknown, so none is said to keep the text model."]
+        return [*sentences, "Perplexity under the masks is unknown, so none is said to keep the text model."]
     pool = {
         mask: reduction
         for mask, reduction in reductions.items()
         if (ratio := ratios[mask]) is not None and at_most(ratio, 1 + budget)
     }
     if not pool:
-        return [*told, f"No mask keeps perplexity within {within} of the unpruned model's."]
+        return [*sentences, f"No mask keeps perplexity within {within} of the unpruned model's."]
     best = max(pool, key=lambda mask: (pool[mask].value or 0.0, mask.strategy, mask.level))
     reduction, beyond = pool[best], known.get((best, "reduction_over_random"), MISSING)
-    told.append(
+    sentences.append(
         f"Of the masks that cost at most {within} of perplexity, {_name(best)} changes the bias by "
         f"{_change(reduction)} at {_interval(known[best, 'perplexity_ratio'])} times the perplexity."
     )
     if reduction.value is not None and reduction.value <= 0:
-        return [*told, "So none of them lowers the bias."]
+        return [*sentences, "So none of them lowers the bias."]
     doubts = []
     if not _above_zero(reduction):
         doubts.append("its interval reaches 0" if reduction.has_interval else "it has no interval")
     if beyond.value is None:
         doubts.append("it was not held against random heads")
     else:
-        told.append(f"Beyond what random heads remove that is {per_cent(beyond, signed=True)} percentage points.")
+        sentences.append(f"Beyond what random heads remove that is {per_cent(beyond, signed=True)} percentage points.")
         if not _above_zero(beyond):
             doubts.append("the interval beyond random heads " + ("reaches 0" if beyond.has_interval else "is unknown"))
     if doubts:
-        told.append(f"As {listed(doubts)}, this is a lead, not a result.")
+        sentences.append(f"As {listed(doubts)}, this is a lead, not a result.")
     if len(masks) > 1:
-        told.append(f"It is the best of {len(masks)} masks on the same prompts, so expect less on others.")
-    return told
+        sentences.append(f"It is the best of {len(masks)} masks on the same prompts, so expect less on others.")
+    return sentences
 
 
 def _above_zero(estimate: Estimate) -> bool:
@@ -246,7 +248,7 @@ def _notes(metrics: pl.DataFrame, lines: Iterable[str]) -> list[str]:
     notes = []
     if FEW in text:
         known = _overall(metrics).values()
-        fewest = min(each.names for each in known if each.few_names and each.names is not None)
+        fewest = min(estimate.names for estimate in known if estimate.few_names and estimate.names is not None)
         notes.append(f"{FEW} {few_names_warning(fewest, 'descriptor', 'subgroup')}")
     if COLLAPSED in text:
         notes.append(f"{COLLAPSED}: all scores of a subgroup are alike. That is damage, so no reduction counts.")

@@ -31,7 +31,7 @@ def subgroups_of(chosen: HolisticBias) -> dict[str, Group]:
     axes = axes_of(chosen.folder, any_version=chosen.any_version)
     check_axis(chosen.axis, axes)
     buckets = {bucket: list(dict.fromkeys(names)) for bucket, names in axes[chosen.axis].items() if names}
-    every = list(dict.fromkeys(name for names in buckets.values() for name in names))
+    descriptors = list(dict.fromkeys(name for names in buckets.values() for name in names))
     members: dict[tuple[str, str], Sequence[str]]
     if chosen.subgroups == "bucket":
         keys = _keys(buckets)
@@ -42,9 +42,9 @@ def subgroups_of(chosen: HolisticBias) -> dict[str, Group]:
             if loose:
                 members["none", NONE] = loose
     elif chosen.subgroups == "descriptor":
-        members = {(key, name): [name] for key, name in zip(_keys(every), every, strict=True)}
+        members = {(key, name): [name] for key, name in zip(_keys(descriptors), descriptors, strict=True)}
     else:
-        _check_families(chosen.families or {}, every, chosen.axis)
+        _check_families(chosen.families or {}, descriptors, chosen.axis)
         members = {(key, key.replace("_", " ")): names for key, names in (chosen.families or {}).items()}
     if len(members) < 2:
         mend = {

@@ -188,9 +188,9 @@ def _read_scenario(path: Path, sets: _SubjectSets, earlier: dict[str, Scenario])
 
 def _sentences_of_holistic_bias(path: Path, data: dict[Any, Any]) -> dict[str, Any]:
     """What a scenario of HolisticBias has in place of groups, templates and variations of its own."""
-    given = [field for field in ("groups", "templates", "variations") if field in data]
-    if given:
-        raise Faults(*(f"{field}: holistic_bias brings its own {field}: remove one of the two" for field in given))
+    doubled = [field for field in ("groups", "templates", "variations") if field in data]
+    if doubled:
+        raise Faults(*(f"{field}: holistic_bias brings its own {field}: remove one of the two" for field in doubled))
     try:
         asked = data["holistic_bias"]
         chosen = HolisticBias.model_validate(
@@ -199,8 +199,8 @@ def _sentences_of_holistic_bias(path: Path, data: dict[Any, Any]) -> dict[str, A
     except Faults as error:
         raise Faults(*(f"holistic_bias{fault}" for fault in error.faults)) from None
     except ValidationError as error:
-        found = _in_words(error, data["holistic_bias"], HolisticBias)
-        raise Faults(*(f"holistic_bias{'' if fault.startswith(' ') else '.'}{fault}" for fault in found)) from None
+        messages = _in_words(error, data["holistic_bias"], HolisticBias)
+        raise Faults(*(f"holistic_bias{'' if fault.startswith(' ') else '.'}{fault}" for fault in messages)) from None
     try:
         groups = subgroups_of(chosen)
     except ExciseError as error:
@@ -279,11 +279,11 @@ def _fault_of_key(key: str) -> str | None:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     written = read_yaml(path, "fields such as title: ... and outcome: ... to what they hold")
-    if faults := [fault for each in written.values() for fault in each.faults]:
+    if faults := [fault for entry in written.values() for fault in entry.faults]:
         raise Faults(*dict.fromkeys(faults))
     if not written:
         raise Faults("the file is empty: give title, description, outcome, groups, templates and variations")
-    return {key: each.value for key, each in written.items()}
+    return {key: entry.value for key, entry in written.items()}
 
 
 def _at(data: Any, place: Iterable[Any]) -> Any:
@@ -303,10 +303,10 @@ def _model_of(part: str, data: Any) -> tuple[type[BaseModel], ...]:
 def _in_words(error: ValidationError, data: Any, model: type[BaseModel] = Scenario) -> list[str]:
     """Pydantic's findings as `field: fault and mend`."""
     faults = []
-    for found in error.errors(include_url=False):
-        loc = [part for part in found["loc"] if part != "[key]"]
-        if len(loc) < len(found["loc"]):
-            loc[-1] = found["input"]  # pydantic's own account of a key is an int for true and false
+    for fault in error.errors(include_url=False):
+        loc = [part for part in fault["loc"] if part != "[key]"]
+        if len(loc) < len(fault["loc"]):
+            loc[-1] = fault["input"]  # pydantic's own account of a key is an int for true and false
         models: tuple[type[BaseModel], ...] = ()
         if len(loc) > 2 and loc[0] == "variations" and loc[2] == "fields":
             loc.pop(2)
@@ -321,9 +321,9 @@ def _in_words(error: ValidationError, data: Any, model: type[BaseModel] = Scenar
             else:
                 models = (Template,)
         name = ".".join(map(str, loc))
-        value = found["input"]
-        kind = found["type"]
-        if found["loc"] and found["loc"][-1] == "[key]":
+        value = fault["input"]
+        kind = fault["type"]
+        if fault["loc"] and fault["loc"][-1] == "[key]":
             if isinstance(value, str):
                 faults.append(f"{name}: a key may hold small letters, digits, _ and - only, not '{value}'")
             else:
@@ -347,11 +347,11 @@ def _in_words(error: ValidationError, data: Any, model: type[BaseModel] = Scenar
         elif kind in ("model_type", "dict_type", "model_attributes_type"):
             faults.append(f"{name} must be a mapping of fields, but is {described(value)}")
         elif kind == OUTCOME_KIND:
-            faults.append(f"{name}.kind {found['ctx']['fault']}")
+            faults.append(f"{name}.kind {fault['ctx']['fault']}")
         elif kind == "value_error" and not loc:
-            faults += str(found["ctx"]["error"]).splitlines()
+            faults += str(fault["ctx"]["error"]).splitlines()
         elif kind == "value_error":
-            faults.append(f"{name} {found['ctx']['error']}")
+            faults.append(f"{name} {fault['ctx']['error']}")
         else:
-            faults.append(f"{name}: {found['msg']} (it is {described(value)})")
+            faults.append(f"{name}: {fault['msg']} (it is {described(value)})")
     return faults

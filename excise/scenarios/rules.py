@@ -47,7 +47,9 @@ def _group_faults(scenario: Scenario) -> Iterator[str]:
             yield from character_faults(f"groups.{key}.subjects", subject.name)
             # However a name is written: with combined letters or not, with characters that nobody sees or without.
             plain = unicodedata.normalize("NFKC", subject.name).casefold()
-            same = " ".join("".join(each for each in plain if unicodedata.category(each) != "Cf").split())
+            same = " ".join(
+                "".join(character for character in plain if unicodedata.category(character) != "Cf").split()
+            )
             if same not in owners:
                 owners[same] = key
             elif owners[same] == key:
@@ -151,14 +153,14 @@ def _template_faults(field: str, template: str) -> Iterator[str]:
 
 def _prefix_faults(scenario: Scenario) -> Iterator[str]:
     """What is wrong with the beginnings of answers; each fault once, though several variations may have it."""
-    found: dict[str, None] = {}
+    faults: dict[str, None] = {}
     for key, variation in scenario.variations.items():
         for template_key, template in scenario.templates_of(key).items():
-            own = variation.template is not None
-            field = f"variations.{key}.template" if own else f"templates.{template_key}"
+            replaced = variation.template is not None
+            field = f"variations.{key}.template" if replaced else f"templates.{template_key}"
             if template.answer_prefix:
-                found |= dict.fromkeys(_faults_of_prefix(scenario, f"{field}.answer_prefix", key, template))
-    yield from found
+                faults |= dict.fromkeys(_faults_of_prefix(scenario, f"{field}.answer_prefix", key, template))
+    yield from faults
 
 
 def _faults_of_prefix(scenario: Scenario, field: str, key: str, template: Template) -> Iterator[str]:
@@ -180,7 +182,7 @@ def _faults_of_prefix(scenario: Scenario, field: str, key: str, template: Templa
     if "name" in names:
         yield f"{field} holds {{name}}: the name stands in the text of the template, once"
     if unknown := [name for name in names if name != "name" and name not in fields]:
-        known = ", ".join(f"{{{each}}}" for each in sorted(fields)) or "none"
+        known = ", ".join(f"{{{name}}}" for name in sorted(fields)) or "none"
         yield f"{field} holds {{{unknown[0]}}}, which the variation {key} does not give: known here are {known}"
     if "name" in names or unknown:
         return
@@ -199,8 +201,8 @@ def _repeated_name_faults(scenario: Scenario) -> Iterator[str]:
     """A subject found a second time in its prompt: attention to "the name" would then be ambiguous."""
     for variation_key, variation in scenario.variations.items():
         for template_key, template in scenario.templates_of(variation_key).items():
-            own = variation.template is not None
-            field = f"variations.{variation_key}.template" if own else f"templates.{template_key}"
+            replaced = variation.template is not None
+            field = f"variations.{variation_key}.template" if replaced else f"templates.{template_key}"
             for group_key, group in scenario.groups.items():
                 for subject in group.subjects:
                     text, _, _ = fill(template.text, {**variation.fields, "name": subject.name})

@@ -142,5 +142,5 @@ class Scenario(_Part):
 
     def templates_of(self, variation: str) -> dict[str, Template]:
         """The templates of a variation by key: its own one, else all of the scenario (none with `holistic_bias`)."""
-        own = self.variations[variation].template
-        return self.templates if own is None else {OWN_TEMPLATE: own}
+        its_template = self.variations[variation].template
+        return self.templates if its_template is None else {OWN_TEMPLATE: its_template}

@@ -47,11 +47,11 @@ def held_out_split(scenario: Scenario, prompts: pl.DataFrame, seed: int) -> pl.D
             "asks for: expand it anew"
         )
     counts = split.group_by("variation", "group", maintain_order=True).agg(pl.col("split").unique())
-    for variation, group, found in counts.iter_rows():
-        if len(found) < 2:
+    for variation, group, names_of_parts in counts.iter_rows():
+        if len(names_of_parts) < 2:
             raise ExciseError(
                 f"scenario {scenario.key}: all prompts of variation {variation} about group {group} fall into the part "
-                f"{found[0]!r} of what is held out: {mend}"
+                f"{names_of_parts[0]!r} of what is held out: {mend}"
             )
     return split.select("prompt_id", "split")
 
@@ -141,11 +141,11 @@ def token_matched(completions: pl.DataFrame) -> set[str]:
         .sort("group", "subject")
     )
     groups = completions["group"].unique().to_list()
-    found: dict[tuple[int, ...], dict[str, list[str]]] = {}
+    by_length: dict[tuple[int, ...], dict[str, list[str]]] = {}
     for group, subject, length in lengths.iter_rows():
-        found.setdefault(tuple(length), {}).setdefault(group, []).append(subject)
+        by_length.setdefault(tuple(length), {}).setdefault(group, []).append(subject)
     chosen: set[str] = set()
-    for by_group in found.values():
+    for by_group in by_length.values():
         count = min(len(by_group.get(group, ())) for group in groups)
         for group, subjects in by_group.items():
             chosen.update(sorted(subjects, key=lambda subject: _lot(0, group, subject))[:count])

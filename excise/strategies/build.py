@@ -167,7 +167,7 @@ def build_head_masks(
         mask = heads_mask(chosen.reshape(layers, heads), "zero_output")
         named = NamedMask("", strategy.key, OWN_SCENARIO, None, 0, mask)
         made = [named, *_random_controls(named, strategy, random_draws, seed)]
-        yield from (replace(each, variation=variation) for variation in variations for each in made)
+        yield from (replace(built, variation=variation) for variation in variations for built in made)
 
 
 def _ranked_heads(strategy: Strategy, impacts: pl.DataFrame, seed: int) -> np.ndarray:
@@ -220,13 +220,13 @@ def build_cross_context_masks(
     """
     chosen = [strategy for strategy in strategies if set(ACROSS) & set(strategy.levels)]
     for number, strategy in enumerate(chosen):
-        every = [source for source in sources if source.strategy == strategy.key]
-        others = [source for source in every if source.scenario != scenario]
+        usable = [source for source in sources if source.strategy == strategy.key]
+        others = [source for source in usable if source.scenario != scenario]
         pools: dict[str, list[SourceMask]] = {}
         if others and CROSS_CONTEXT in strategy.levels:
             pools[CROSS_CONTEXT] = others
-        if others and len(every) > len(others) and ALL_CONTEXTS in strategy.levels:
-            pools[ALL_CONTEXTS] = every
+        if others and len(usable) > len(others) and ALL_CONTEXTS in strategy.levels:
+            pools[ALL_CONTEXTS] = usable
         if per_source and CROSS_CONTEXT in strategy.levels:
             for source in others:
                 pools.setdefault(f"{CROSS_CONTEXT}/{source.scenario}", []).append(source)
@@ -241,7 +241,7 @@ def build_cross_context_masks(
             draws = making.random_draws if level in ACROSS else min(1, making.random_draws)
             named = NamedMask("", strategy.key, level, None, 0, mask)
             made = [named, *_random_controls(named, strategy, draws, making.seed)]
-            yield from (replace(each, variation=variation) for variation in variations for each in made)
+            yield from (replace(built, variation=variation) for variation in variations for built in made)
         making.progress("cross-context masks", number + 1, len(chosen))
 
 
@@ -367,7 +367,7 @@ def follow_path(
         candidates = [read(source.score) for source in pool if source.score is not None]
         units = weights_of(paths.loaded, strategy.roles, _best_of_all(candidates))
     budgets = replace(paths.budgets, lost=strategy.parameters.get("lost", paths.budgets.lost))
-    found = kept_path(
+    path = kept_path(
         paths.loaded,
         asked,
         units,
@@ -376,16 +376,16 @@ def follow_path(
         progress=paths.progress,
         label=f"{strategy.key} {level.replace('_', '-')} {variation}".rstrip(),
     )
-    paths.note(strategy.key, level, variation, found)
-    return found
+    paths.note(strategy.key, level, variation, path)
+    return path
 
 
 def _best_of_all(files: Sequence[GapGradient]) -> dict[str, np.ndarray]:
     """Candidates of several variations: as many as of one, from each its own best ones; flat indices by key."""
     best: dict[str, list[np.ndarray]] = {}
     for scores in files:
-        for key, each in scores.candidates.items():
-            worth = each.drop / (each.harm + scores.damping)
+        for key, candidates in scores.candidates.items():
+            worth = candidates.drop / (candidates.harm + scores.damping)
             count = math.ceil(len(worth) / len(files))
-            best.setdefault(key, []).append(each.index[np.argsort(-worth, kind="stable")[:count]])
+            best.setdefault(key, []).append(candidates.index[np.argsort(-worth, kind="stable")[:count]])
     return {key: np.concatenate(parts) for key, parts in best.items()}

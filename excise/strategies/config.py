@@ -139,12 +139,14 @@ class Strategy(BaseModel):
         return self
 
     def _check_parameters(self, score: Score) -> None:
-        given = set(self.parameters)
-        needed = next((names for names in score.parameters if names <= given), score.parameters[0])
-        if needed - given or given - needed - set(score.optional):
+        names_given = set(self.parameters)
+        needed = next((names for names in score.parameters if names <= names_given), score.parameters[0])
+        if needed - names_given or names_given - needed - set(score.optional):
             wanted = " or ".join(", ".join(sorted(names)) for names in score.parameters)
             wanted += f" (and {', '.join(score.optional)})"
-            raise ValueError(f"parameters of {self.selection} are {wanted}; found {', '.join(sorted(given)) or 'none'}")
+            raise ValueError(
+                f"parameters of {self.selection} are {wanted}; found {', '.join(sorted(names_given)) or 'none'}"
+            )
         # Denser masks would end where the candidates do, not where they were asked to.
         highest = {"density": 1.0 if self.of_heads else score.densest}
         for name, value in self.parameters.items():
@@ -155,7 +157,7 @@ class Strategy(BaseModel):
                 raise ValueError(f"parameters.{name} is {value:g}; it must be {bound} 0 and at most {limit:g}")
             if name in COUNTS and value != int(value):
                 raise ValueError(f"parameters.{name} is {value:g}; it must be a whole number of heads")
-        if (self.combine == "votes") != ("votes" in given):
+        if (self.combine == "votes") != ("votes" in names_given):
             raise ValueError("combine: votes and parameters.votes (a share of the masks) belong together")
 
 
@@ -178,10 +180,10 @@ def load_strategies(paths: Iterable[Path] = ()) -> Registry[Strategy]:
 
 def _changed(base: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     """An entry with another's fields changed. A whole set of other parameters (k for tau) replaces its own."""
-    given = fields.get("parameters")
-    if isinstance(given, dict) and isinstance(base.get("parameters"), dict):
+    parameters_given = fields.get("parameters")
+    if isinstance(parameters_given, dict) and isinstance(base.get("parameters"), dict):
         sets = scores()[base["score"]].parameters
-        named: frozenset[str] = next((names for names in sets if names <= set(given)), frozenset())
+        named: frozenset[str] = next((names for names in sets if names <= set(parameters_given)), frozenset())
         others = frozenset[str]().union(*sets) - named if named else frozenset()
         kept = {name: value for name, value in base["parameters"].items() if name not in others}
         base = base | {"parameters": kept}

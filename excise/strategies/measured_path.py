@@ -176,7 +176,7 @@ def kept_path(
     work = Work(label, progress, Parts(path.with_suffix(PARTS)))
     followed = measured_path(loaded, asked, units, course, work=work)
     tensors = {
-        "numbers": np.array([[astuple(each) for each in step.measured.values()] for step in followed.steps]),
+        "numbers": np.array([[astuple(figures) for figures in step.measured.values()] for step in followed.steps]),
         "steps": np.array(
             [(step.step, step.pruned, step.closed, step.within, step.distance) for step in followed.steps]
         ),
@@ -223,10 +223,16 @@ def _address(loaded: LoadedModel, asked: Sequence[Asked], units: Units, course: 
     decided = [course.density, astuple(course.budgets), course.seed, course.steps or STEPS]
     settings = [VERSION, loaded.fingerprint, *decided, GAP_WEIGHT, sorted(units.shapes)]
     digest = hashlib.sha256(json.dumps(settings).encode())
-    for each in asked:
-        told = [each.place, each.trunk, asdict(each.parameters), each.closing, each.majority.tolist()]
-        digest.update(json.dumps(told).encode())
-        for name in each.names:
+    for variation in asked:
+        decisive = [
+            variation.place,
+            variation.trunk,
+            asdict(variation.parameters),
+            variation.closing,
+            variation.majority.tolist(),
+        ]
+        digest.update(json.dumps(decisive).encode())
+        for name in variation.names:
             for array in (name.tree.tokens, name.tree.parents, name.tree.edges, name.outcomes, name.own, name.drawn):
                 digest.update(np.ascontiguousarray(array).data)
     for key, places in (units.places or {}).items():
@@ -237,16 +243,16 @@ def _address(loaded: LoadedModel, asked: Sequence[Asked], units: Units, course: 
 
 def step_of(step: int, count: int, asked: Sequence[Asked], measured: Sequence[Measured], budgets: Budgets) -> Step:
     """What is measured at a place, with what it closes and whether it keeps the budgets."""
-    shares = [_closed(each, now) for each, now in zip(asked, measured, strict=True) if each.closing]
+    shares = [_closed(variation, now) for variation, now in zip(asked, measured, strict=True) if variation.closing]
     within = all(share >= 0 for share in shares) and all(budgets.allow(now) for now in measured)
-    places = [each.place for each in asked]
+    places = [variation.place for variation in asked]
     mean = float(np.mean(shares)) if shares else math.nan
     return Step(step, count, mean, within, dict(zip(places, measured, strict=True)), _distance(asked, measured))
 
 
 def _distance(asked: Sequence[Asked], measured: Sequence[Measured]) -> float:
     """Mean over the variations."""
-    return float(np.mean([distance(each, now) for each, now in zip(asked, measured, strict=True)]))
+    return float(np.mean([distance(variation, now) for variation, now in zip(asked, measured, strict=True)]))
 
 
 def _closed(asked: Asked, now: Measured) -> float:
@@ -257,14 +263,14 @@ def _batches(loaded: LoadedModel, asked: Sequence[Asked], seed: int, step: int) 
     """The names of a step: in turn all variations', and within a variation all names before any comes again."""
     sources = min(len(asked), SOURCES)
     rows = max(4, NAMES // sources)
-    found = []
+    batches = []
     for turn in range((step - 1) * sources, step * sources):
         number, visit = turn % len(asked), turn // len(asked)
-        each = asked[number]
-        parts = len(each.batches(rows))
+        variation = asked[number]
+        parts = len(variation.batches(rows))
         order = np.random.default_rng([seed, number, visit // parts])
-        found.append(batch_of(each, each.batches(rows, order)[visit % parts], loaded.device))
-    return found
+        batches.append(batch_of(variation, variation.batches(rows, order)[visit % parts], loaded.device))
+    return batches
 
 
 class _Walk:
@@ -290,7 +296,7 @@ class _Walk:
 
     def state(self) -> dict[str, torch.Tensor]:
         """All of it, for `Parts`."""
-        numbers = [[astuple(each) for each in measured] for _, measured, _ in self.noted]
+        numbers = [[astuple(figures) for figures in measured] for _, measured, _ in self.noted]
         shape = (len(self.noted), self.variations, len(Measured.FIELDS))
         return {
             "weight": self.weight,
@@ -303,7 +309,7 @@ class _Walk:
             "start": torch.tensor(self.start, dtype=torch.float64),
             "measured": torch.tensor(numbers, dtype=torch.float64).reshape(shape),
             "taken": torch.tensor([step for step, *_ in self.noted], dtype=torch.int64),
-            "noted": torch.stack([each for *_, each in self.noted]) if self.noted else self.active[None][:0],
+            "noted": torch.stack([active for *_, active in self.noted]) if self.noted else self.active[None][:0],
         }
 
     def look(self, loaded: LoadedModel, batches: Sequence[Batch]) -> None:
@@ -333,7 +339,7 @@ class _Walk:
     def note(self, step: int, asked: Sequence[Asked], measured: Sequence[Measured]) -> None:
         """Keep what was measured here, and the units that are pruned; from a place that is farther from the targets
         than an earlier one, go back to that and take half the steps."""
-        distances = [self.start, *(_distance(asked, each) for _, each, _ in self.noted)]
+        distances = [self.start, *(_distance(asked, figures) for _, figures, _ in self.noted)]
         places = [torch.zeros_like(self.active), *(active for *_, active in self.noted)]
         nearest = int(np.argmin(distances))
         self.noted.append((step, list(measured), self.active.clone()))
@@ -353,13 +359,15 @@ class _Walk:
     def chosen(self, asked: Sequence[Asked], budgets: Budgets) -> int | None:
         """The place within the budgets that is nearest to the targets, of those that close enough; or None."""
         steps = self.steps(asked, budgets)
-        usable = [number for number, each in enumerate(steps) if each.within and each.closed >= budgets.least_closed]
+        usable = [number for number, place in enumerate(steps) if place.within and place.closed >= budgets.least_closed]
         return min(usable, key=lambda number: steps[number].distance, default=None)
 
 
 def _first_look(loaded: LoadedModel, asked: Sequence[Asked], units: Units, most: int, start: float, seed: int) -> _Walk:
     """The start of a path: drop and divergence of every unit, over all names."""
-    batches = [batch_of(each, numbers, loaded.device) for each in asked for numbers in each.batches(FISHER_ROWS)]
+    batches = [
+        batch_of(variation, numbers, loaded.device) for variation in asked for numbers in variation.batches(FISHER_ROWS)
+    ]
     names = sum(len(batch.numbers) for batch in batches)
     slope, squares, height = gradient_and_squares(loaded, batches, units, seed)
     weight = sizes(loaded, units)

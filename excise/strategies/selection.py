@@ -151,10 +151,10 @@ def _above(
         chosen = np.zeros(array.shape, dtype=bool)
         flat, start = chosen.reshape(-1), 0
         for bits in _bits(key, array):
-            own = flat[start : start + bits.size]
-            own[:] = bits > threshold
+            chunk = flat[start : start + bits.size]
+            chunk[:] = bits > threshold
             tied = np.flatnonzero(bits == threshold)[:ties]
-            own[tied] = True
+            chunk[tied] = True
             ties -= tied.size
             start += bits.size
         del array

@@ -76,7 +76,7 @@ class Split:
 def repeatable(strategies: Sequence[Strategy]) -> list[Strategy]:
     """The strategies whose masks are made anew for a split, with their random control alone."""
     return [
-        strategy.model_copy(update={"controls": tuple(each for each in strategy.controls if each == RANDOM)})
+        strategy.model_copy(update={"controls": tuple(control for control in strategy.controls if control == RANDOM)})
         for strategy in strategies
         if not strategy.of_scenario
     ]
@@ -103,10 +103,10 @@ def split_masks(
 ) -> Iterator[NamedMask]:
     """The masks of a scenario that a split makes. strategies: of `repeatable`. sources: keys of the scenarios that were
     asked, the scenario's own among them, for paths across contexts. store: as in `build_masks`."""
-    own = split.attributed(key, {strategy.score for strategy in strategies})
+    files = split.attributed(key, {strategy.score for strategy in strategies})
     within = [_within(strategy) for strategy in strategies if set(strategy.levels) - set(ACROSS)]
     making = Making(random_draws=1, seed=split.seed, paths=paths, progress=split.progress)
-    yield from build_masks(split.asking.loaded, within, own, making, scenario=key, store=store)
+    yield from build_masks(split.asking.loaded, within, files, making, scenario=key, store=store)
     across = [
         strategy
         for strategy in strategies
@@ -116,10 +116,10 @@ def split_masks(
         SourceMask(source, file.variation, strategy.key, None, file.path)
         for strategy in across
         for source in sources
-        for file in (own if source == key else split.attributed(source, {strategy.score}))
+        for file in (files if source == key else split.attributed(source, {strategy.score}))
         if file.score == strategy.score
     ]
-    variations = list(dict.fromkeys(file.variation for file in own))
+    variations = list(dict.fromkeys(file.variation for file in files))
     yield from build_cross_context_masks(across, lent, key, variations, making, per_source=False)
 
 

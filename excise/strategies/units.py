@@ -53,8 +53,8 @@ class Units:
         bits = {key: np.zeros((math.prod(shape) + 7) // 8, dtype=np.uint8) for key, shape in self.shapes.items()}
         start = 0
         for key, places in self.places.items():
-            own = places[active[start : start + len(places)]].numpy()
-            np.bitwise_or.at(bits[key], own >> 3, (128 >> (own & 7)).astype(np.uint8))
+            pruned = places[active[start : start + len(places)]].numpy()
+            np.bitwise_or.at(bits[key], pruned >> 3, (128 >> (pruned & 7)).astype(np.uint8))
             start += len(places)
         return WeightMask(bits, self.shapes)
 

@@ -208,8 +208,8 @@ def _names_note(names: Sequence[int | None]) -> str:
     few = [count for count in known if count < FEW_NAMES]
     if not few:
         return ""
-    some = "" if len(few) == len(known) else "some "
-    return f"{some}from {min(few)} name{'' if min(few) == 1 else 's'} a group, which is too few to say much"
+    part = "" if len(few) == len(known) else "some "
+    return f"{part}from {min(few)} name{'' if min(few) == 1 else 's'} a group, which is too few to say much"
 
 
 def legend_title(bars: str, names: Sequence[int | None], *more: str) -> str:

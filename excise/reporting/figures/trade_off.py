@@ -102,7 +102,7 @@ def trade_off(metrics: polars.DataFrame, *, variation: str = ALL) -> Figure:
 def _panels(metrics: polars.DataFrame) -> dict[tuple[str, str], list[dict]]:
     """Per scenario and level its points: method, alpha, both changes in percent as (estimate, low, high), names, and
     whether the scores collapsed. A change is not there where it is not defined."""
-    found: dict[tuple, dict] = {}
+    points: dict[tuple, dict] = {}
     for row in metrics.filter(polars.col("metric").is_in([_BIAS, _TEXT, "spread_ratio"])).iter_rows(named=True):
         name = row["matched_to"] if row["strategy"] == RANDOM and row["matched_to"] else row["strategy"]
         method, dash, ratio = name.rpartition("-")
@@ -112,7 +112,7 @@ def _panels(metrics: polars.DataFrame) -> dict[tuple[str, str], list[dict]]:
             continue
         key = (row["scenario"], row["level"], row["strategy"], row["matched_to"])
         method = _CONTROL if row["matched_to"] else method
-        point = found.setdefault(
+        point = points.setdefault(
             key, {"method": method, "alpha": float(ratio), "of": name, "names": None, "collapsed": False}
         )
         if row["estimate"] is None or not math.isfinite(row["estimate"]):
@@ -123,7 +123,7 @@ def _panels(metrics: polars.DataFrame) -> dict[tuple[str, str], list[dict]]:
             point[row["metric"]] = _percent(row)
             point["names"] = row.get("names") if row["metric"] == _BIAS else point["names"]
     panels: dict[tuple[str, str], list[dict]] = {}
-    for (scenario, level, *_), point in found.items():
+    for (scenario, level, *_), point in points.items():
         panels.setdefault((scenario, level), []).append(point)
     return panels
 
@@ -155,8 +155,8 @@ def _panel(axes: Axes, points: Sequence[dict], methods: Sequence[str], colours: 
     axes.axhline(0.0, color=INK, linewidth=0.8, linestyle=":", zorder=1)
     axes.axvline(0.0, color=INK, linewidth=0.8, linestyle=":", zorder=1)
     for method in methods:
-        every = sorted((point for point in points if point["method"] == method), key=lambda point: point["alpha"])
-        for point in every:
+        of_method = sorted((point for point in points if point["method"] == method), key=lambda point: point["alpha"])
+        for point in of_method:
             if point["collapsed"]:
                 axes.plot(
                     [point[_TEXT][0]],
@@ -167,7 +167,7 @@ def _panel(axes: Axes, points: Sequence[dict], methods: Sequence[str], colours: 
                     linestyle="none",
                     label=COLLAPSED,
                 )
-        drawn = [point for point in every if not point["collapsed"]]
+        drawn = [point for point in of_method if not point["collapsed"]]
         if not drawn:
             continue
         hollow = method == _CONTROL

@@ -49,10 +49,10 @@ def transfer_heat_map(transfer: polars.DataFrame, inlier_tolerance: Mapping[str,
     """
     require_columns(transfer, "transfer_matrix", _COLUMNS)
     require_one(transfer, "transfer_matrix", ("model",))
-    every = transfer.filter(polars.col("matched_to").is_null()).with_columns(polars.col("source").fill_null(_OTHERS))
-    finite = every.filter(polars.col("metric").is_in(list(_METRICS)) & polars.col("estimate").is_finite())
+    rows = transfer.filter(polars.col("matched_to").is_null()).with_columns(polars.col("source").fill_null(_OTHERS))
+    finite = rows.filter(polars.col("metric").is_in(list(_METRICS)) & polars.col("estimate").is_finite())
     constant = (polars.col("metric") == "spread_ratio") & (polars.col("estimate") < COLLAPSED_SPREAD)
-    collapsed = every.filter(constant & polars.col("strategy").is_in(finite["strategy"].to_list()))
+    collapsed = rows.filter(constant & polars.col("strategy").is_in(finite["strategy"].to_list()))
     if finite.is_empty():
         raise ExciseError("transfer_matrix: only controls or no known gap_reduction; evaluate the scenarios first")
     apart = _apart(transfer.with_columns(polars.col("source").fill_null(_OTHERS)), inlier_tolerance or {})
@@ -161,19 +161,19 @@ def _panel(
         label.set_horizontalalignment("right" if len(scenarios) > 3 else "center")
 
 
-def _apart(every: polars.DataFrame, tolerances: Mapping[str, float]) -> dict[str, set[tuple[str, str, str]]]:
+def _apart(rows: polars.DataFrame, tolerances: Mapping[str, float]) -> dict[str, set[tuple[str, str, str]]]:
     """By strategy: source, scenario and level of masks that leave another inlier ratio than their random control."""
     keys = ["strategy", "source", "scenario", "level"]
     apart: dict[str, set[tuple[str, str, str]]] = defaultdict(set)
-    ratios = every.filter((polars.col("metric") == "inlier_ratio") & polars.col("estimate").is_finite())
+    ratios = rows.filter((polars.col("metric") == "inlier_ratio") & polars.col("estimate").is_finite())
     beyond = (polars.col("metric") == "reduction_over_random") & polars.col("estimate").is_finite()
     masks = ratios.filter(polars.col("matched_to").is_null()).select(*keys, own="estimate")
     random = ratios.filter(polars.col("strategy") == RANDOM).select(
         strategy="matched_to", source="source", scenario="scenario", level="level", random="estimate"
     )
-    compared = masks.join(every.filter(beyond), on=keys, how="semi").join(random, on=keys)
-    for strategy, source, scenario, level, own, by_chance in compared.iter_rows():
-        if not at_most(abs(own - by_chance), tolerances.get(scenario, INLIER_TOLERANCE)):
+    compared = masks.join(rows.filter(beyond), on=keys, how="semi").join(random, on=keys)
+    for strategy, source, scenario, level, ratio, by_chance in compared.iter_rows():
+        if not at_most(abs(ratio - by_chance), tolerances.get(scenario, INLIER_TOLERANCE)):
             apart[strategy].add((source, scenario, level))
     return apart
 
