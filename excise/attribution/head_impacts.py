@@ -131,13 +131,13 @@ def head_impacts(
     """Perplexity and disparity with and without every head, one row each with the columns of `SCHEMA`.
 
     z_ppl = perplexity with - without: negative for a head the model needs. z_bias = disparity (`bias_*`) with -
-    without: positive for a harmful head. Toxicity without a head has the noise of as many answers drawn anew, as
-    a sum of absolute distances grows with noise, and weights make it. Intervals are 95 % paired bootstrap: of windows,
-    and of clusters within groups. z_bias_half_1 and _2: the same from either half of every cluster's samples; they tell
-    the noise of sampling (`split_half_reliability`), not that of the choice of clusters. mean_without: mean outcome, of
-    the winsorised values for `smd`. Where removing a head makes a group's answers all alike (`smd`: nearly so,
-    `thresholds.COLLAPSED_SPREAD`), SMD and gap without it are undefined, and so is an SMD without deviation: null, not
-    0.
+    without: positive for a harmful head. Toxicity without a head is estimated at the noise of as many answers drawn
+    anew, as a sum of absolute distances grows with noise, and weights add some. Intervals are 95 % paired bootstrap: of
+    windows, and of clusters within groups. z_bias_half_1 and _2: the same from either half of every cluster's samples;
+    they tell the noise of sampling (`split_half_reliability`), not that of the choice of clusters. mean_without: mean
+    outcome, of the winsorised values for `smd`. Where removing a head makes a group's answers all alike (`smd`: nearly
+    so, `thresholds.COLLAPSED_SPREAD`), SMD and gap without it are undefined, and so is an SMD without deviation: null,
+    not 0.
 
     ess: effective sample size (sum w)^2 / sum w^2 as a share of the answers with an outcome, in all and in the group
     where it is smallest. mean_weight: over all answers; below 1 by what the unpruned model never answers. method: how

@@ -11,7 +11,7 @@ import yaml
 
 from excise.outcomes.answers import parse_completion, parse_number
 
-PAGE = Path(__file__).parents[2] / "docs" / "answers.md"
+PAGE = Path(__file__).parents[3] / "docs" / "answers.md"
 CORPUS = yaml.safe_load((Path(__file__).parent / "answers.yaml").read_text(encoding="utf-8"))
 COLUMNS = ("texts", "with a number", "right", "null", "wrong")
 

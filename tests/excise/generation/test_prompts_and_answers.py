@@ -35,8 +35,8 @@ from excise.outcomes import NumberOutcome, ToxicityOutcome
 from excise.outcomes.answers import parse_completion
 from excise.scenarios import Scenario, expand
 from tests.conftest import SPECIAL_TOKENS
-from tests.excise.test_encoding import frame, with_template
-from tests.excise.test_exact import exact_completions
+from tests.excise.generation.test_exact import exact_completions
+from tests.excise.models.test_encoding import frame, with_template
 
 PARAMETERS = SamplingParameters(temperature=0.9, top_p=0.95, seed=1, max_new_tokens=4)
 NUMBER = NumberOutcome(unit="USD", low=1, high=9999, scale="log", better="higher", max_new_tokens=4)

@@ -14,7 +14,7 @@ from excise.errors import ExciseError
 from excise.models.placement import placement
 from tests.excise.conftest import ARCHITECTURES
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONFIG = transformers.LlamaConfig(
     vocab_size=512,
     hidden_size=64,
@@ -37,7 +37,7 @@ def test_a_spread_model_does_all_that_a_model_on_one_device_does(tiny_model, how
     # The loader's threads know nothing of such cards.
     environment = os.environ | {"HF_DEACTIVATE_ASYNC_LOAD": "1", "OMP_NUM_THREADS": "1"}
     told = subprocess.run(
-        [sys.executable, "-m", "tests.excise.spread", how, *folders],
+        [sys.executable, "-m", "tests.excise.models.spread", how, *folders],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -22,7 +22,7 @@ from excise.interventions.protocol import Intervention, edited
 from excise.interventions.weights import WeightMask
 from excise.models.encoding import encode
 from excise.models.loading import LoadedModel
-from tests.excise.scaled_channels import ScaledChannels
+from tests.excise.interventions.scaled_channels import ScaledChannels
 
 WARM = SamplingParameters(temperature=1.0, top_p=0.95, seed=3)
 TEXT = "The train to Stanmere is late again, and the clerk at the window knows why. " * 20
@@ -113,7 +113,7 @@ def test_a_folded_model_answers_as_one_under_the_intervention(loaded, prompts, a
 
 @pytest.fixture
 def channels_installed(installed):
-    source = "from tests.excise.scaled_channels import ScaledChannels\n"
+    source = "from tests.excise.interventions.scaled_channels import ScaledChannels\n"
     installed("channels_kind", source, "excise.interventions", "channels = channels_kind:ScaledChannels")
 
 

@@ -1,4 +1,4 @@
-"""Asks tiny models that are spread over cards the same as the same models on the CPU: `python -m tests.excise.spread`.
+"""Asks tiny models that are spread over cards the same as on the CPU: `python -m tests.excise.models.spread`.
 
 Of every folder given, all that works on a model is done with the plain model and with the one spread in the given way,
 and a line of JSON per piece of work says how far apart the results are. The cards are those of `cards`, so this runs in
@@ -38,7 +38,7 @@ from excise.outcomes.classifier import ClassifierScorer
 from excise.scenarios import Comparison, Group, Scenario, Subject, Variation, expand
 from excise.strategies.measured_path import Budgets, Course, measured_path
 from excise.strategies.units import weights_of
-from tests.excise.cards import DEVICE, on_cards
+from tests.excise.models.cards import DEVICE, on_cards
 
 PARAMETERS = SamplingParameters(temperature=1.0, top_p=0.9, seed=1, max_new_tokens=3)
 TEXT = "The market opens at noon. Bread, apples and old books are sold until the evening, whatever the weather. " * 3

@@ -31,7 +31,7 @@ from excise.scenarios.holistic_bias_files import DESCRIPTORS_1_1, NONE, SENTENCE
 from excise.scenarios.holistic_bias_groups import subgroup_sentences, subgroups_of
 from excise.scenarios.subsets import ATTRIBUTION, EVALUATION
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 NEARBY = (place for root in (REPOSITORY, REPOSITORY.parent) for place in sorted(root.glob("*/*/holisticbias")))
 PUBLISHED = Path(os.environ.get("EXCISE_HOLISTIC_BIAS") or next(NEARBY, "no copy"))
 FILES = {

@@ -729,7 +729,7 @@ def test_a_faulty_template_is_named_by_its_part(folder, new, message):
 
 
 def test_a_continuation_has_no_prefix(folder):
-    axis = (Path(__file__).parents[2] / "excise" / "scenarios" / "gender.yaml").read_text(encoding="utf-8")
+    axis = (Path(__file__).parents[3] / "excise" / "scenarios" / "gender.yaml").read_text(encoding="utf-8")
     data = yaml.safe_load(axis)
     first = next(iter(data["templates"]))
     data["templates"][first] = {"text": data["templates"][first], "answer_prefix": "that"}
