@@ -300,7 +300,7 @@ def test_an_interrupted_computation_leaves_no_file(measure, tmp_path):
 
 
 def test_unknown_scores_lost_files_and_full_disks_are_said(measure, tmp_path):
-    with pytest.raises(ExciseError, match="score 'snap' is not known; known are wanda, attention, snip, gap_gradient"):
+    with pytest.raises(ExciseError, match="score 'snap' is not known; known are wanda, snip, attention, gap_gradient"):
         measure("snap")
     file = measure("wanda")[0]
     file.path.unlink()

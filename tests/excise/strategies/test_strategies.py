@@ -632,9 +632,8 @@ def test_an_all_contexts_mask_takes_the_scenario_itself_in(tmp_path):
         (["all_contexts"], {"all_contexts": {3}}),
         (["all_contexts", "cross_context"], {"cross_context": {1, 2, 3}, "all_contexts": {3}}),
     ):
-        made = build_cross_context_masks(
-            [strategy(levels=levels)], sources, "purchase", ["car"], per_source=False, random_draws=0, seed=0
-        )
+        chosen = [strategy(levels=levels)]
+        made = build_cross_context_masks(chosen, sources, "purchase", ["car"], Making(0, 0), per_source=False)
         assert {each.level: set(as_sets(each.mask)["0.q"]) for each in made} == expected
 
 
