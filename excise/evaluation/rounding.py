@@ -25,6 +25,16 @@ def floor_text(floor: float) -> str:
     return text if len(text) >= 4 else f"{floor:.2f}"
 
 
+def ratio_against(ratio: float | None, floor: float) -> str:
+    """The ratio with two decimals, or as many as it takes not to look like a floor it misses, or like 0 or 1."""
+    if ratio is None:
+        return "unknown"
+    decimals = 2
+    while ratio < floor <= round(ratio, decimals) and decimals < 6:
+        decimals += 1
+    return ratio_text(ratio) if decimals == 2 else f"{ratio:.{decimals}f}"
+
+
 def points_text(estimate: Estimate) -> str:
     """A difference of two shares: `85 percentage points [70, 99]`."""
     value, *interval = interval_text(scaled(estimate, 100.0), decimals=0).split(" ", 1)

@@ -22,6 +22,7 @@ from excise.evaluation.rounding import (
     per_cent,
     percent_text,
     points_text,
+    ratio_against,
     ratio_text,
 )
 from excise.evaluation.table import (
@@ -288,7 +289,7 @@ def _best_strategy(
     best = max(pool, key=lambda mask: pool[mask].value or 0.0)
     beyond, reduction = pool[best], table.get(where, best, "gap_reduction")
     inliers = table.get(where, best, "inlier_ratio")
-    at = f"at inlier ratio {_against_floor(inliers.value, floor)}"
+    at = f"at inlier ratio {ratio_against(inliers.value, floor)}"
     if not keeping:
         return best, (
             f"No prompt-specific strategy keeps the inlier ratio at the floor of {floor_text(floor)}: the largest "
@@ -321,7 +322,7 @@ def _best_strategy(
     )
     if where == ALL and verdict is None:
         below = [
-            f"{name} ({_against_floor(ratio.value, floor)})"
+            f"{name} ({ratio_against(ratio.value, floor)})"
             for name in table.variations
             if (ratio := table.get(name, best, "inlier_ratio")).value is not None and not reaches(ratio.value, floor)
         ]
@@ -392,13 +393,3 @@ def _failure(table: MetricTable, where: str, strategy: str, tolerance: float, be
             f"{listed(wrecked)}."
         )
     return " ".join(sentences) or None
-
-
-def _against_floor(ratio: float | None, floor: float) -> str:
-    """The ratio with two decimals, or as many as it takes not to look like a floor it misses, or like 0 or 1."""
-    if ratio is None:
-        return "unknown"
-    decimals = 2
-    while ratio < floor <= round(ratio, decimals) and decimals < 6:
-        decimals += 1
-    return ratio_text(ratio) if decimals == 2 else f"{ratio:.{decimals}f}"
