@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
@@ -102,6 +102,18 @@ def merged(base: Fields, fields: Fields) -> Fields:
 
 def _as_one(key: str, fields: Fields) -> Iterator[tuple[str, Fields]]:
     yield key, fields
+
+
+def names_source(sources: Sequence[str]) -> Callable[[Fields, Fields], bool]:
+    """`stands_alone` for entries with a source: a later one that names any of the fields `sources`."""
+    return lambda base, fields: any(fields.get(name) is not None for name in sources)
+
+
+def require_one_source(entry: BaseModel, sources: Sequence[str]) -> None:
+    """Raise ValueError unless an entry has exactly one of the fields `sources`."""
+    named = [name for name in sources if getattr(entry, name) is not None]
+    if len(named) != 1:
+        raise ValueError(f"needs exactly one of {', '.join(sources)}; found {', '.join(named) or 'none'}")
 
 
 def load_entries(

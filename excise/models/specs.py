@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from excise.files.registry import Problem, Registry, load_entries, unknown
+from excise.files.registry import Problem, Registry, load_entries, names_source, require_one_source, unknown
 from excise.models.content import files_of, stamp_of
 
 BUILT_IN_REGISTRY = Path(__file__).with_name("models.yaml")
@@ -52,9 +52,7 @@ class ModelSpec(BaseModel):
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSpec:
-        named = [name for name in SOURCES if getattr(self, name) is not None]
-        if len(named) != 1:
-            raise ValueError(f"needs exactly one of {', '.join(SOURCES)}; found {', '.join(named) or 'none'}")
+        require_one_source(self, SOURCES)
         if (self.base is None) != (self.low_rank is None):
             raise ValueError("base and low_rank belong together: name both or neither")
         if self.reference == self.key:
@@ -81,12 +79,8 @@ def load_registry(paths: Iterable[Path] = ()) -> tuple[Registry[ModelSpec], tupl
     it names. What cannot be used is a problem that names file, entry and field, and whoever asks the registry for it
     gets that as ExciseError; the other entries stay usable.
     """
-    registry = load_entries(
-        [BUILT_IN_REGISTRY, *paths],
-        ModelSpec,
-        "model",
-        stands_alone=lambda base, fields: any(fields.get(name) is not None for name in SOURCES),
-    )
+    files = [BUILT_IN_REGISTRY, *paths]
+    registry = load_entries(files, ModelSpec, "model", stands_alone=names_source(SOURCES))
     problems, broken, usable = list(registry.problems), dict(registry.broken), dict(registry)
     while faults := {key: fault for key in usable if (fault := _fault_of(key, usable, broken))}:
         for key, fault in faults.items():

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from excise.files.registry import Problem, Registry, load_entries
+from excise.files.registry import Problem, Registry, load_entries, names_source, require_one_source
 from excise.models.specs import KEY_PATTERN
 
 BUILT_IN_REGISTRY = Path(__file__).with_name("scorers.yaml")
@@ -61,9 +61,7 @@ class ScorerSpec(BaseModel):
 
     @model_validator(mode="after")
     def _one_source(self) -> ScorerSpec:
-        named = [name for name in ("hub", "folder", "builtin") if getattr(self, name) is not None]
-        if len(named) != 1:
-            raise ValueError(f"needs exactly one of hub, folder, builtin; found {', '.join(named) or 'none'}")
+        require_one_source(self, SOURCES)
         if self.revision is not None and self.hub is None:
             raise ValueError("revision goes with hub only")
         if self.builtin is not None and (self.label is not None or self.activation is not None):
@@ -78,12 +76,8 @@ def load_scorer_registry(paths: Iterable[Path] = ()) -> tuple[Registry[ScorerSpe
     it names. What cannot be used is a problem that names file, entry and field, and whoever asks the registry for it
     gets that as ExciseError; the other entries stay usable.
     """
-    registry = load_entries(
-        [BUILT_IN_REGISTRY, *paths],
-        ScorerSpec,
-        "scorer",
-        stands_alone=lambda base, fields: any(fields.get(name) is not None for name in SOURCES),
-    )
+    files = [BUILT_IN_REGISTRY, *paths]
+    registry = load_entries(files, ScorerSpec, "scorer", stands_alone=names_source(SOURCES))
     return registry, registry.problems
 
 
